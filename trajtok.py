@@ -1,0 +1,670 @@
+"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, files and commands; and what every run shares.
+
+    video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d'), mask
+
+    tokenizer = TrajTok("nano")                                  # or TrajTok(TrajTokConfig(...)), or
+    tokenizer = TrajTok.from_pretrained("out/clip-nano")         # what train_clip.py or `pretrain` wrote
+    tokens, segmentation = tokenizer(video, tokens_per_trajectory=2)
+
+    python trajtok.py pretrain                                   # the segmenter alone, on the procedural world
+    python trajtok.py pretrain --data manifest.json              # ... on real video with `_mask.npz` / `_graph.npz` sidecars
+    python trajtok.py show clip.mp4                              # an MP4 and a PNG: frames above, trajectories below
+    python trajtok.py show world                                 # the same on a made clip, the true trajectories below
+
+The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
+rate's schedule, checkpoints that survive a kill at any moment, the log, and pictures.
+"""
+from __future__ import annotations
+
+import argparse
+import colorsys
+import ctypes
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import data
+from data import BadInput
+from encoder import EncoderConfig, TrajectoryEncoder
+from segmenter import (Segmenter, SegmenterConfig, best_overlaps, grid_tubes, hungarian, overlaps, segmentation_loss,
+                       video_metrics)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TrajTokConfig:
+    """Segmenter and encoder in one; the defaults are the paper's. image_size and frames are what it is trained on: any clip
+    whose sides are multiples of 32 goes through."""
+    image_size: int = 224
+    frames: int = 16
+    dim: int = 512                              # d: width of features, queries, tokens inside
+    num_queries: int = 128                      # K
+    depth: int = 2                              # layers of the segmenter's and of the encoder's Perceiver
+    heads: int = 8
+    depths: tuple = (3, 3, 9, 3)                # ConvNeXt-Tiny
+    dims: tuple = (96, 192, 384, 768)
+    max_tokens: int = 4                         # tokens a trajectory: 1, 2 or 4
+    out_dim: int = 512                          # d': width of the tokens that leave
+    detach: bool = True                         # ablation: gradients of the Perceiver into F
+    hierarchical: bool = True                   # ablation: one scale of features instead of four
+    hard_mask: bool = True                      # ablation: tokens read all points instead of their own
+
+    def __post_init__(self):
+        if self.image_size % 32 or self.image_size < 32:
+            raise BadInput(f"image size {self.image_size}: the strides need a multiple of 32, e.g. {max(32, round(self.image_size / 32) * 32)}")
+        if self.frames < 1:
+            raise BadInput(f"frames {self.frames}: at least 1")
+        self.segmenter, self.encoder                             # both check themselves
+
+    @property
+    def segmenter(self):
+        return SegmenterConfig(self.dim, self.num_queries, self.depth, self.heads, self.depths, self.dims, self.detach, self.hierarchical)
+
+    @property
+    def encoder(self):
+        return EncoderConfig(self.dim, self.num_queries, self.depth, self.heads, self.max_tokens, self.out_dim, self.hard_mask)
+
+
+#  size      px  frames    d    K  layers heads  ConvNeXt blocks and widths                   parameters (a test counts them)
+SIZES = {
+    "nano":  TrajTokConfig(64,   8, 128,  16, 1, 4, (1, 1, 2, 1), (32, 64, 128, 256),  out_dim=128),   #  1.9 M
+    "tiny":  TrajTokConfig(128,  8, 256,  32, 2, 8, (2, 2, 4, 2), (48, 96, 192, 384),  out_dim=256),   # 10.6 M
+    "base":  TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=768),   # 46.2 M
+    "large": TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=1024),  # 46.4 M: the paper's 46 M
+}
+
+
+class TrajTok(nn.Module):
+    """The tokenizer. forward(video, tokens_per_trajectory=None) -> Tokens, Segmentation."""
+
+    def __init__(self, size="nano"):
+        super().__init__()
+        if isinstance(size, str) and size not in SIZES:
+            raise BadInput(f"--size {size}: one of {', '.join(SIZES)}")
+        self.cfg = cfg = SIZES[size] if isinstance(size, str) else size
+        self.segmenter, self.encoder = Segmenter(cfg.segmenter), TrajectoryEncoder(cfg.encoder)
+
+    def forward(self, video, tokens_per_trajectory=None):
+        seg = self.segmenter(video)                                          # (b, t, H, W, 3) -> F, M_soft, M_hard
+        return self.encoder(seg.features, seg, tokens_per_trajectory), seg
+
+    def save_pretrained(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"tokenizer": dataclasses.asdict(self.cfg)})
+        write_weights(folder / "model.safetensors", self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """A folder that `save_pretrained`, `pretrain` or train_clip.py wrote (of the last, the tokenizer is taken)."""
+        return load_weights(cls(tokenizer_config(folder)), folder, "tokenizer.")
+
+
+def tokenizer_config(folder):
+    """The TrajTokConfig that stands in a folder's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        return TrajTokConfig(**json.loads(path.read_text())["tokenizer"])
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: holds no config.json; give a folder that `python trajtok.py pretrain` or `python train_clip.py` wrote") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: no tokenizer's configuration ({type(error).__name__}: {error})") from None
+
+
+def load_weights(module, folder, prefix=""):
+    """folder/model.safetensors into module, strictly. If any key begins with prefix, those are taken, without it.
+    Missing, unexpected and wrongly shaped keys are listed together and refused: BadInput."""
+    path = Path(folder) / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; is the run finished?") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
+    if prefix and any(key.startswith(prefix) for key in weights):
+        weights = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
+    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
+    if wrong:
+        raise BadInput(f"{path}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''})")
+    module.load_state_dict(weights)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every run shares: configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+def configure(config, sizes, argv, positional=None):
+    """A frozen dataclass -> an instance, from flags. Each field is a flag, the comment beside it its help.
+    Defaults < sizes[--size] < flags; unknown flags and unreadable values: one line, exit code 2."""
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
+    doc = (config.__doc__ or "").strip().splitlines()[0]
+
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message):
+            raise BadInput(f"{message}; --help lists the flags")
+
+    parser = OneLine(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    if positional:
+        parser.add_argument(positional)
+    for field in dataclasses.fields(config):
+        if field.name == positional:
+            continue
+        flag, text = "--" + field.name.replace("_", "-"), f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
+    flags = vars(parser.parse_args(argv))
+    size = flags.get("size", config.size)
+    if size not in sizes:
+        raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
+    return config(**{**sizes[size], **flags})
+
+
+def setup(cfg):
+    """-> torch.device. Seeds, and on a CPU keeps to the cores there are."""
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
+    if device.type == "cpu":
+        keep_memory()
+        torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16))
+    else:
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(cfg.seed)
+    return device
+
+
+def keep_memory():
+    """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and given back, page
+    by page, at each step. Twice as fast a nano step on two CPU cores (measured: 3.1 s -> 1.4 s). Linux; elsewhere nothing."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # glibc's; musl has none
+        if mallopt:
+            mallopt(-3, 1 << 30)                                 # M_MMAP_THRESHOLD: below 1 GiB, take memory from the heap
+            mallopt(-1, (1 << 31) - 1)                           # M_TRIM_THRESHOLD: do not give the heap's end back
+
+
+def precision(device):
+    """Autocast to bfloat16 on a GPU; float32 on a CPU, where bf16 is emulated on most machines."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step (SPECS 1)."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def make_optimizer(model, cfg):
+    """AdamW; weight decay on matrices only: on norms, biases and scales it would pull towards a silent network."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda" or None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every run shares: files. All are written beside and renamed into place
+# ---------------------------------------------------------------------------------------------------------------------
+
+def replace(path, write):
+    """write(temporary path), flush to disk, then rename: a reader, or a kill, sees the old file or the new, never half of one."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    replace(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_weights(path, state):
+    replace(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, p))
+
+
+class Run:
+    """The folder of a run: config.json, log.jsonl, state.pt, and what the script adds.
+    state.pt alone is what --resume reads: weights, optimizer, RNG and step in one file, so that one rename makes a
+    checkpoint and no kill can leave two halves of different age."""
+
+    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out"}   # may differ when a run is resumed
+
+    def __init__(self, cfg, name, extra=None):
+        self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
+        self.state, self.log = self.folder / "state.pt", self.folder / "log.jsonl"
+        values = {**dataclasses.asdict(cfg), **(extra or {})}
+        config = self.folder / "config.json"
+        if cfg.resume and config.exists():
+            old = json.loads(config.read_text())
+            new = json.loads(json.dumps(values))
+            differ = [k for k in new if k not in self.VOLATILE and old.get(k) != new[k]]
+            if differ:
+                raise BadInput(f"--resume: {self.folder} was made with " + ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differ[:4])
+                               + "; give the same flags, or another --name")
+        elif cfg.resume:
+            raise BadInput(f"--resume: no run in {self.folder}; leave --resume out to start one")
+        elif config.exists() and not cfg.overwrite:
+            raise BadInput(f"{self.folder} holds a run already; --resume goes on with it, --overwrite starts it again, --name makes another")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (self.state, self.log, self.folder / "result.json"):
+                old.unlink(missing_ok=True)
+        print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
+        write_json(config, values)
+
+    def restore(self, model, optimizer):
+        """Load state.pt if there is one; drop the log lines after it. -> the step to begin with."""
+        kept = []
+        if self.cfg.resume and self.state.exists():
+            try:
+                state = torch.load(self.state, map_location="cpu", weights_only=True)
+            except Exception as error:                           # torch.load raises many types on a file that is not its own
+                raise BadInput(f"{self.state}: not a whole checkpoint ({type(error).__name__}); remove it to start again") from None
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda_rng"])
+            self.start = state["step"]
+            kept = [line for line in self.log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < self.start]
+            print(f"resumed at step {self.start}")
+        elif self.cfg.resume:
+            print("no checkpoint was saved yet: starting at step 0")
+        replace(self.log, lambda p: p.write_text("".join(kept)))
+        self.stream = open(self.log, "a")
+        return self.start
+
+    def save(self, model, optimizer, step):
+        """The checkpoint before step number `step`."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        replace(self.state, lambda p: torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                                                      rng=torch.get_rng_state(), cuda_rng=cuda), p))
+
+    def record(self, line):
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
+
+    def history(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+def check_finite(terms, step):
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise BadInput(f"step {step}: {name} is {value}; lower --lr (the last checkpoint is whole: --resume with it)")
+
+
+def peak_memory_gb(device):
+    """Peak memory: of the device on a GPU, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+
+
+def mean_of(rows):
+    return sum(rows) / len(rows) if rows else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every run shares: data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def split_entries(entries, share):
+    """(training, held out): every entry goes where the hash of its path says, so that a file stays on its side when others
+    are added. At least one on each side (2 entries or more)."""
+    def number(entry):
+        return zlib.crc32(os.path.basename(entry["path"]).encode())
+    order = sorted(entries, key=number)
+    n = min(max(round(len(order) * share), 1), max(len(order) - 1, 0))
+    return sorted(order[n:], key=lambda e: e["path"]), sorted(order[:n], key=lambda e: e["path"])
+
+
+class Damage:
+    """Files that could not be used: each is named once, all are counted."""
+
+    def __init__(self):
+        self.files = {}
+
+    def add(self, bad, total):
+        for path, reason in bad:
+            if path not in self.files:
+                self.files[path] = reason
+                print(f"left out: {reason}", file=sys.stderr)
+        if len(self.files) >= total:
+            raise BadInput(f"none of the {total} files can be used; the last: {list(self.files.values())[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every run shares: pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
+    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 55755 72227 11153 55655 "
+    "44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 55222 71247 00002 00700 51245 11244 02020 02720 "
+    "07070 00024 12221 42224 42124 00000").split()))             # five rows of three pixels, a row an octal digit
+
+
+def write_text(image, text, top, left, colour=(60, 60, 60), scale=2):
+    """Small capitals-free text into image (H, W, 3), in place; what leaves the image is cut off."""
+    for i, glyph in enumerate(text.lower()):
+        for row, bits in enumerate(GLYPHS.get(glyph, "00700")):
+            for column in range(3):
+                if int(bits) >> (2 - column) & 1:
+                    y, x = top + row * scale, left + (4 * i + column) * scale
+                    image[y:y + scale, x:x + scale] = colour
+
+
+def write_png(path, image):
+    """uint8 (H, W, 3) -> a PNG file. Twelve lines of zlib save an imaging library."""
+    h, w, _ = image.shape
+    raw = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
+    replace(path, lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")))
+
+
+def palette(count):
+    """`count` colours, neighbours far apart: hues by the golden ratio, three brightnesses."""
+    return np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.95, 0.5)[i % 3], (0.95, 0.75, 0.9)[i // 3 % 3])]
+                     for i in range(count)]).round().astype(np.uint8)
+
+
+def paint(video, ids, colours):
+    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W): the frame's light, the trajectory's colour."""
+    grey = video.astype(np.float32).mean(-1, keepdims=True)
+    return np.where(ids[..., None] >= 0, 0.75 * colours[ids] + 0.35 * (grey - 64), grey).clip(0, 255).astype(np.uint8)
+
+
+def strip(video, *rows, scale=1):
+    """Frames (t, H, W, 3) in a row, and below them the same frames painted by each of `rows` (t, H, W) of ids.
+    The first row's trajectories take the colours of the last row's that they overlap most, so the eye can compare."""
+    rows = [np.asarray(r) for r in rows]
+    count = 1 + max(int(r.max()) for r in rows)
+    colours = palette(count)
+    pictures = []
+    for r in rows:
+        mine = colours
+        if r is not rows[-1]:
+            p, g = int(r.max()) + 1, int(rows[-1].max()) + 1
+            inter, area, predicted = (x[0].numpy() for x in overlaps(torch.from_numpy(r).reshape(1, -1), torch.from_numpy(rows[-1]).reshape(1, -1), p, g))
+            cost = -(inter / np.maximum(area[:, None] + predicted - inter, 1))[None]
+            pairs = list(enumerate(hungarian(cost)[0])) if g <= p else [(a, b) for b, a in enumerate(hungarian(cost.transpose(0, 2, 1))[0])]
+            order = {b: a for a, b in pairs}
+            spare = iter([c for c in range(count + p) if c not in order.values()])
+            mine = palette(count + p)[[order[i] if i in order else next(spare) for i in range(p)]]
+        pictures.append(paint(video, r, mine))
+    sheet = np.concatenate([np.concatenate(list(part), 1) for part in (video, *pictures)], 0)
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+def plot(path, curves, width=460, height=240):
+    """curves {title: list of (step, value)} -> a PNG, a panel each: faint = each step, dark = a running mean."""
+    panels = []
+    for title, points in curves.items():
+        image = np.full((height, width, 3), 255, np.uint8)
+        x, y = (np.array(c, float) for c in zip(*points))
+        low, high = float(y.min()), float(y.max())
+        high = high if high > low else low + 1
+        box = (34, height - 26, 52, width - 14)                  # top, bottom, left, right
+        image[box[0]:box[1], box[2]] = image[box[1], box[2]:box[3]] = 150
+        width_of_mean = max(len(y) // 25, 1)
+        smooth = np.convolve(np.pad(y, (width_of_mean - 1, 0), mode="edge"), np.ones(width_of_mean) / width_of_mean, "valid")
+        for values, colour, thick in ((y, (190, 205, 235), 1), (smooth, (30, 70, 170), 2)):
+            fine = np.linspace(0, len(y) - 1, 4 * width)         # dense enough to look like a line
+            px = (box[2] + 1 + np.interp(fine, range(len(y)), x - x[0]) / max(x[-1] - x[0], 1) * (box[3] - box[2] - 2)).astype(int)
+            py = (box[1] - 1 - (np.interp(fine, range(len(y)), values) - low) / (high - low) * (box[1] - box[0] - 2)).astype(int)
+            for i in range(thick):
+                image[(py - i).clip(box[0]), px] = colour
+        write_text(image, f"{title}: {y[-1]:.3g}", 8, box[2], (20, 20, 20))
+        write_text(image, f"{high:.3g}", box[0], 2)
+        write_text(image, f"{low:.3g}", box[1] - 10, 2)
+        write_text(image, f"step {int(x[-1])}", box[1] + 8, box[3] - 90)
+        panels.append(image)
+    panels += [np.full_like(panels[0], 255)] * (-len(panels) % 2)
+    write_png(path, np.concatenate([np.concatenate(panels[i:i + 2], 1) for i in range(0, len(panels), 2)], 0))
+
+
+def write_mp4(path, frames, rate):
+    """uint8 (t, H, W, 3), H and W even -> an H.264 file that every player opens."""
+    import av
+
+    def write(beside):
+        with av.open(str(beside), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=max(1, round(rate)))
+            stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+    replace(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python trajtok.py pretrain
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
+    size: str = "nano"                  # one of SIZES: nano, tiny, base, large
+    data: str = "world"                 # `world` (procedural) or a manifest / folder whose videos have mask sidecars
+    name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size
+    out: str = "out"                    # where runs are kept
+    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    batch: int = 32                     # clips a step
+    steps: int = 300                    # steps
+    lr: float = 1e-3                    # peak learning rate
+    warmup: int = 20                    # steps of linear warm-up
+    weight_decay: float = 0.02          # on matrices
+    clip: float = 1.0                   # largest gradient norm
+    eval_clips: int = 64                # held-out clips for VEQ and STQ
+    augment: bool = False               # the same random crop, flip, colours for all frames of a clip
+    seed: int = 0                       # of weights and data order
+    workers: int = 0                    # processes that make batches; 0: in the training process
+    save_every: int = 100               # steps between checkpoints
+    device: str = "auto"                # cpu, cuda, ...
+    resume: bool = False                # go on with the run of this name, exactly
+    overwrite: bool = False             # start again over a run of this name
+
+
+def evaluate_segmenter(segmenter, batches, device, limit):
+    """VEQ, STQ and mean best IoU of the labelled tubes at pixel resolution, beside a grid of as many cells as the model has
+    live trajectories. batches: a dataset of data.py; limit: how many of its batches. -> dict, pictures of the first clips."""
+    rows, grid_rows, objects, grid_objects, cells, alive, pictures = [], [], [], [], [], [], []
+    segmenter.eval()
+    for i in range(limit):
+        batch = data.finish(batches[i], device)
+        if batch["video"] is None or not (batch["labels"] >= 0).any():
+            continue
+        first = data.MAX_GROUNDS if "motion" in batch else 0     # of made clips, objects only: their ids start there
+        with torch.no_grad(), precision(device):
+            seg = segmenter(batch["video"])
+        pred, gt = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
+        for j in range(len(gt)):
+            live = int(seg.alive[j].sum())
+            side = (max(1, round(live ** 0.5)), max(1, round(live / max(1, round(live ** 0.5)))))
+            grid = grid_tubes(gt[j:j + 1].shape, *side)
+            rows.append(video_metrics(pred[j:j + 1], gt[j:j + 1]))
+            grid_rows.append(video_metrics(grid, gt[j:j + 1]))
+            objects += best_overlaps(pred[j:j + 1], gt[j:j + 1], first)
+            grid_objects += best_overlaps(grid, gt[j:j + 1], first)
+            cells.append(side[0] * side[1])
+            alive.append(live)
+        if len(pictures) < 6:
+            pictures += [(batch["video"][j].cpu().numpy(), pred[j].numpy(), gt[j].numpy()) for j in range(min(6, len(gt)))]
+    result = {key: mean_of([r[key] for r in rows]) for key in ("veq", "stq")} | dict(object_iou=mean_of(objects), live=mean_of(alive))
+    result |= {f"grid_{key}": mean_of([r[key] for r in grid_rows]) for key in ("veq", "stq")}
+    return result | dict(grid_object_iou=mean_of(grid_objects), grid_cells=mean_of(cells), labelled_clips=len(rows)), pictures[:6]
+
+
+def open_data(cfg, need):
+    """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
+    training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
+    if cfg.data == "world":
+        world = data.World(cfg.image_size, cfg.frames)
+        held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
+        return data.WorldBatches(world, cfg.batch), held_out, -(-cfg.eval_clips // cfg.batch), None
+    entries = data.read_manifest(cfg.data)
+    without = [e["path"] for e in entries if not e[need]]
+    if without:
+        mend = {"caption": 'give each entry a "caption"', "mask": "training needs `_mask.npz` and `_graph.npz` beside each video"}[need]
+        raise BadInput(f"--data {cfg.data}: {len(without)} of {len(entries)} entries have no {need}, the first {without[0]}; {mend}")
+    if len(entries) < 2:
+        raise BadInput(f"--data {cfg.data}: {len(entries)} entry; training and held-out clips need at least 2")
+    train, test = split_entries(entries, 0.25)
+    test = data.VideoBatches(test, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
+    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed), test, len(test), len(entries)
+
+
+def pretrain(argv):
+    cfg = configure(PretrainConfig, {name: {"size": name} for name in SIZES}, argv)
+    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames") if getattr(cfg, k)})
+    cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
+    device = setup(cfg)
+    train, test, test_batches, files = open_data(cfg, "mask")
+    run = Run(cfg, f"segmenter-{cfg.name or cfg.size}", {"tokenizer": dataclasses.asdict(shape)})
+    tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
+    segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
+    optimizer = make_optimizer(segmenter, cfg)
+    start = run.restore(segmenter, optimizer)
+    for step, batch in zip(range(start, cfg.steps), data.loader(train, start, cfg.steps, cfg.workers)):
+        segmenter.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        damage.add(batch["bad"], files or math.inf)
+        batch = data.finish(batch, device)
+        if batch["video"] is None:
+            continue
+        video, labels = batch["video"], batch["labels"]
+        if cfg.augment:
+            video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
+        with precision(device):
+            loss = segmentation_loss(segmenter(video), labels)
+        optimizer.zero_grad()
+        (loss["focal"] + 2 * loss["dice"]).backward()            # SPECS 1: the segmenter alone
+        norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
+        optimizer.step()
+        line = {k: v.item() for k, v in loss.items()} | dict(lr=learning_rate(step, cfg), gradient_norm=norm.item())
+        check_finite(line, step)
+        run.record(dict(step=step, **line, seconds=round(time.time() - began, 2)))
+        if step % 10 == 0 or step == cfg.steps - 1:
+            print(f"step {step:5d}/{cfg.steps}  focal {line['focal']:.3f}  dice {line['dice']:.3f}  {time.time() - began:.0f} s", flush=True)
+        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
+            run.save(segmenter, optimizer, step + 1)
+    write_weights(run.folder / "model.safetensors", tokenizer.state_dict())
+    result, pictures = evaluate_segmenter(segmenter, test, device, test_batches)
+    write_json(run.folder / "result.json", result | dict(seconds=time.time() - began, left_out=len(damage.files)))
+    save_pictures(run, pictures, ("focal", "dice"))
+    print("\n".join(f"{k:16s} {v:.3f}" for k, v in result.items()))
+    print(f"wrote {run.folder}/: model.safetensors, result.json, trajectories.png, curves.png")
+
+
+def save_pictures(run, pictures, terms):
+    """trajectories.png: clip by clip frames, predicted and true trajectories; curves.png: the loss terms of the log."""
+    if pictures:
+        width = max(p[0].shape[2] for p in pictures)
+        write_png(run.folder / "trajectories.png", np.concatenate([strip(*p, scale=max(1, 128 // width)) for p in pictures], 0))
+    history = run.history()
+    if history:
+        curves = {term: [(line["step"], line[term]) for line in history if term in line] for term in terms}
+        plot(run.folder / "curves.png", {k: v for k, v in curves.items() if v})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python trajtok.py show
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Draws the trajectories of a video and tells how many tokens they make."""
+    clip: str = "world"                 # a video or picture file, or `world` for a made clip
+    weights: str = "out/clip-nano"      # a folder with config.json and model.safetensors
+    frames: int | None = None           # frames taken from the whole clip; default: what the tokenizer was trained on
+    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the tokenizer's
+    tokens_per_trajectory: int = 1      # 1, 2 or 4
+    out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
+    index: int = 0                      # which made clip, with `world`
+    seed: int = 0                       # not used by drawing; kept so that every command takes it
+    size: str = "saved"                 # fixed: the size stands in the weights' folder
+    device: str = "auto"                # cpu, cuda, ...
+
+
+def show(argv):
+    cfg = configure(ShowConfig, {"saved": {}}, argv, positional="clip")
+    device = setup(cfg)
+    tokenizer = TrajTok.from_pretrained(cfg.weights).to(device).eval()
+    frames, size = cfg.frames or tokenizer.cfg.frames, cfg.image_size or tokenizer.cfg.image_size
+    dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames)       # refuses what the strides do not divide
+    truth, seconds = (), 2.0
+    if cfg.clip == "world":
+        video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, data.World(size, frames))]), size)
+        video, truth = video[0].numpy(), (labels[0].numpy(),)
+    else:
+        image = Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
+        video, times, _ = data.decode(cfg.clip, 1 if image else frames, size)
+        seconds = max(times[-1] - times[0], 1e-3) * len(times) / max(len(times) - 1, 1) if len(times) > 1 else 1.0
+    began = time.time()
+    with torch.no_grad(), precision(device):
+        tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), cfg.tokens_per_trajectory)
+    ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
+    spent = time.time() - began
+    base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 224 // size)
+    sheet = strip(video[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)],
+                  *(r[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)] for r in (ids, *truth)), scale=scale)
+    write_png(f"{base}.png", sheet)
+    painted = np.concatenate([video, *(paint(video, r, palette(int(r.max()) + 1)) for r in (ids, *truth))], 1)
+    write_mp4(f"{base}.mp4", painted.repeat(scale, 1).repeat(scale, 2), len(video) / seconds)
+    alive = int(seg.alive.sum())
+    print(f"{cfg.clip}: {len(video)} frames of {size} x {size} px = {seg.ids.shape[1]} points -> {alive} trajectories (of at most "
+          f"{tokenizer.cfg.num_queries}) -> {int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {spent * 1e3:.0f} ms on {device.type}")
+    print(f"wrote {base}.png and {base}.mp4")
+
+
+@data.one_line_errors
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"pretrain": pretrain, "show": show}
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"python trajtok.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    main()
