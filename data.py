@@ -66,7 +66,8 @@ COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 
            "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
            "white": (248, 248, 248), "black": (22, 22, 26)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "wavy", "speckled")
-SIZES = {"small": 0.095, "medium": 0.125, "large": 0.165}        # radius as a fraction of the frame
+SIZES = {"small": 0.15, "medium": 0.185, "large": 0.22}          # radius as a fraction of the frame, in a scene of up to 3
+CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)             # ... and what it is multiplied by when there are more
 # name: two close, muted colours (objects are saturated: an object is never the colour of its ground) and texture ids
 GROUNDS = {"sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 128, 78), (76, 112, 66), (5, 1)),
            "water": ((98, 138, 170), (84, 122, 156), (4,)), "snow": ((208, 216, 226), (190, 200, 212), (5, 0)),
@@ -75,6 +76,7 @@ GROUNDS = {"sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 12
 # The motion class is the program that the subject follows; directions are told in the caption, not in the class.
 MOTIONS = ("straight", "bounce", "orbit", "spin", "grow", "shrink", "approach", "follow", "collide", "behind", "front")
 SOLO = MOTIONS[:6]                                               # programs that need no companion
+COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                            # how often 1, 2, ... 8 objects, in percent
 MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: grounds 0..3, objects 4..11
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
@@ -173,7 +175,7 @@ def move(program, dice, tau, me, other):
         return path, None, "clockwise" if turn > 0 else "anticlockwise"
     if program in ("grow", "shrink"):
         factor = 1.8 if program == "grow" else 1 / 1.8
-        if not 0.06 <= r * factor <= 0.27:
+        if not 0.07 <= r * factor <= 0.34:
             return None
         path[:, 2] *= factor ** tau
         return path, None, ""
@@ -187,7 +189,7 @@ def move(program, dice, tau, me, other):
     ux, uy = (ox - x) / away, (oy - y) / away                    # unit vector from me to the other
     if program == "approach":                                    # move up to the other and stay there
         gap = away - (r + orad) * 0.95
-        if gap < 0.2:
+        if gap < 0.15:
             return None
         s = np.minimum(tau / 0.6, 1.0) * gap
         path[:, 0] += s * ux
@@ -195,7 +197,7 @@ def move(program, dice, tau, me, other):
         return path, None, ""
     if program == "collide":                                     # meet, and spring back
         gap = away - (r + orad) * 0.95
-        if gap < 0.24:
+        if gap < 0.2:
             return None
         s = (1 - np.abs(1 - 2 * tau)) * gap / 2
         theirs = np.empty((len(tau), 4))
@@ -214,7 +216,7 @@ def move(program, dice, tau, me, other):
         path[:, 1] += tau * far * uy
         return path, None, ""
     if program == "follow":                                      # both go the same way, the other ahead
-        if not r + orad < away < 0.42:
+        if not r + orad < away < 0.5:
             return None
         far = 0.0
         for step in np.arange(0.24, 0.5, 0.02):                  # as far as the leader stays inside
@@ -248,7 +250,8 @@ def script(index, world=World()):
     tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
 
     # -- who is there: the subject first. It is the largest, so that "the" appearance and motion of a clip are visible facts.
-    count = 1 + min(int(dice() ** 1.6 * world.max_objects), world.max_objects - 1)      # few more often than many
+    likely = COUNTS[:world.max_objects]
+    count = int(np.searchsorted(np.cumsum(likely), dice() * sum(likely), side="right")) + 1
     subject_size = dice.pick(("medium", "large")) if count < 6 else "medium"
     looks, taken = [], set()
     for j in range(count):
@@ -263,14 +266,16 @@ def script(index, world=World()):
                 break                                            # so that words can point at one of them
         taken.add((shape, colour))
         looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
-                          r=SIZES[size] * math.exp(dice(-0.12, 0.12)), a=dice(0, 2 * math.pi)))
+                          r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
 
     # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
     program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
     acts, bounds = [], [round(i * T / world.acts) for i in range(world.acts + 1)]
     while True:
-        for j in range(count):
-            looks[j].update(x=dice(LOW, HIGH), y=dice(LOW, HIGH))
+        for j in range(count):                                   # of the bystanders, the freest of three places
+            spots = [(dice(LOW, HIGH), dice(LOW, HIGH)) for _ in range(1 if j < 2 else 3)]
+            x, y = max(spots, key=lambda p: min((math.hypot(p[0] - l["x"], p[1] - l["y"]) for l in looks[:j]), default=0))
+            looks[j].update(x=x, y=y)
         # growing and shrinking pass through sizes; everybody else's subject is drawn from that same spread of sizes
         spread = {"grow": -0.29, "shrink": 0.29}.get(program, dice(-0.29, 0.29))
         me = dict(looks[0], r=looks[0]["r"] * math.exp(spread))
@@ -463,7 +468,8 @@ def questions(scene, dice):
 
     subject = looks[0]
     colour, shape = list(COLOURS)[subject["colour"]], SHAPES[subject["shape"]]
-    ask("what", "What colour is the largest object?", colour)
+    if place[:len(looks), :, 2].mean(1).argmax() == slot[0]:
+        ask("what", "What colour is the largest object?", colour)
     ask("what", f"What shape is the largest object, the {colour} one?", shape)
     ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0])
     ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
@@ -504,14 +510,14 @@ def atlas(device):
     g = (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    points = 0.5 + 0.5 * (np.abs(((angle + math.pi / 2) * 5 / (2 * math.pi)) % 1 - 0.5) * 2) ** 1.2    # five-pointed
+    points = 0.55 + 0.45 * (np.abs(((angle + math.pi / 2) * 5 / (2 * math.pi)) % 1 - 0.5) * 2) ** 1.2    # five-pointed
     shapes = np.stack([
         radius < 0.92, np.maximum(abs(x), abs(y)) < 0.8, (y < 0.75) & (y > 1.75 * abs(x) - 0.95), radius < 0.98 * points,
-        (np.minimum(abs(x), abs(y)) < 0.3) & (radius < 0.98), (radius < 0.96) & (radius > 0.5),
+        (np.minimum(abs(x), abs(y)) < 0.36) & (radius < 0.98), (radius < 0.96) & (radius > 0.42),
         ((1.15 * x) ** 2 + (1.15 * -y + 0.15) ** 2 - 0.6) ** 3 < 0.7 * (1.15 * x) ** 2 * (1.15 * -y + 0.15) ** 3 * 1.6,
-        (radius < 0.95) & (np.hypot(x - 0.45, y) > 0.7),
-        ((abs(x) < 0.28) & (y > -0.1) & (y < 0.95)) | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),
-        (abs(x) < abs(y) * 0.85 + 0.12) & (abs(y) < 0.85)])
+        (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),
+        ((abs(x) < 0.36) & (y > -0.1) & (y < 0.95)) | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),
+        (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)])
     s = np.arange(TEXTURE_RES) / TEXTURE_RES
     u, v = np.meshgrid(s, s)
     grain = np.random.Generator(np.random.PCG64(7)).random((16, 16)).repeat(4, 0).repeat(4, 1)
@@ -560,10 +566,10 @@ def _rasterise(s, size, device):
     flat = shapes.flatten()
     half = SHAPE_RES / 2
     frame = torch.arange(b * t, device=device).view(b, t, 1, 1) * (size * size)
-    pixel = torch.arange(size, device=device)
+    pixel = torch.arange(2 * size, device=device)
     for j in range(int(s["count"].max())):
         x, y, r, angle = (q[:, :, None] for q in s["place"][:, j].unbind(-1))                      # (b, t, 1)
-        w = min(int(2 * size * r.max()) + 2, size)                           # only a w x w window around it is looked at
+        w = min(int(2.5 * size * r.max()) + 3, 2 * size)                     # only a w x w window around it is looked at
         ix = ((x * size).round().long() - w // 2 + pixel[:w]).clamp_(-1, size)                     # (b, t, w)
         iy = ((y * size).round().long() - w // 2 + pixel[:w]).clamp_(-1, size)
         dx, dy = ((ix + 0.5) / size - x)[:, :, None], ((iy + 0.5) / size - y)[..., None]           # (b, t, 1, w), (b, t, w, 1)
@@ -655,19 +661,23 @@ def _decode(container, path, frames, size, start, stride):
     base = float((stream.start_time or 0) * stream.time_base)
     times = base + np.floor(targets) / rate
     images, seen, wanted, at, last = [], [], 0, base, None
-    reader, far = container.decode(stream), max(48 / rate, 2.0)
+    reader, far, back = container.decode(stream), max(48 / rate, 2.0), 0.0
     while wanted < frames:
         if times[wanted] - at > far and stream.time_base:        # a long way ahead: jump to the key frame before it
             container.seek(int((times[wanted] - 0.5 / rate) / stream.time_base), stream=stream)
-            reader, at = container.decode(stream), times[wanted]
+            reader, at, back = container.decode(stream), times[wanted], 1.0
         frame = next(reader, None)
         if frame is None:
             break
         now = frame.time if frame.time is not None else at + 1 / rate
-        at = max(at, now)
+        if back and now > times[wanted] + 0.5 / rate:            # some formats land behind the target: try further back
+            container.seek(int(max(times[wanted] - back, base) / stream.time_base), stream=stream)
+            reader, back = container.decode(stream), 2 * back if times[wanted] - back > base else 0.0
+            continue
+        at, back = max(at, now), 0.0
         if now < times[wanted] - 0.75 / rate:
             continue
-        image, last = _to_square(frame, size), now
+        image, last = _to_square(frame, size, path), now
         while wanted < frames and times[wanted] - 0.75 / rate <= now:          # a low frame rate: one frame, several targets
             images.append(image)
             seen.append(now)
@@ -684,11 +694,11 @@ def _decode(container, path, frames, size, start, stride):
     return np.stack(images), seen, np.clip(seen * rate / total, 0, 1 - 1e-9)
 
 
-def _to_square(frame, size):
+def _to_square(frame, size, path=''):
     turns = round(getattr(frame, "rotation", 0) / 90) % 4        # phones write the picture lying and a rotation beside it
     h, w, top, left = fit(frame.height, frame.width, size)
     if max(h, w) > 64 * size:
-        raise BadVideo(f"a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
+        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
     image = frame.reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()
     return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
 
@@ -700,8 +710,10 @@ def load_labels(mask_path, graph_path, where, size):
     try:
         mask = np.load(mask_path, allow_pickle=False)["arr_0"]
         graph = np.load(graph_path, allow_pickle=False)["tensor"]
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise BadVideo(f"{mask_path}: its labels cannot be read ({error}); remove both sidecars or write them again") from None
+    if mask.dtype.kind not in 'iu' or graph.dtype.kind not in 'iu' or (mask.size and mask.min() < 0):
+        raise BadVideo(f"{mask_path}: labels of type {mask.dtype}; they must be whole numbers from 0 on")
     if mask.ndim != 3 or graph.ndim != 2 or graph.shape[1] != len(mask):
         raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
     h, w, top, left = fit(*mask.shape[1:], size)
@@ -734,7 +746,10 @@ def read_manifest(path):
         if not rows:
             raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
     elif path.suffix == ".csv":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
         # Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional
         rows = [next(csv.reader([l], delimiter="," if "," in l else " ")) for l in lines if l.strip()]
         header = rows.pop(0) if rows and rows[0][0] in ("path", "video") else None
@@ -745,7 +760,15 @@ def read_manifest(path):
     else:
         try:
             text = path.read_text(encoding="utf-8")
-            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(l) for l in text.splitlines() if l.strip()]
+            if text.lstrip().startswith("["):
+                rows = json.loads(text)
+            else:
+                rows = []
+                for number, line in enumerate(text.splitlines(), 1):
+                    try:
+                        rows += [json.loads(line)] if line.strip() else []
+                    except json.JSONDecodeError as error:
+                        raise BadInput(f"{path} line {number}: not a manifest ({error.msg}); expected a JSON object") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadInput(f"{path}: not a manifest ({error}); expected a JSON list of {{\"video\": path, \"caption\": text}}") from None
     if not rows:
@@ -759,7 +782,7 @@ def read_manifest(path):
             if row.get(key) is not None and not isinstance(row[key], (str, int) if key == "label" else str):
                 raise BadInput(f"{path} entry {i + 1}: \"{key}\" must be text, not {json.dumps(row[key])[:60]}")
         file = Path(source) if path.is_dir() else folder / source
-        entry = dict(path=str(file), image="image" in row or file.suffix.lower() in IMAGE_SUFFIXES,
+        entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
                      caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
         for key in ("mask", "graph"):
             given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
@@ -859,7 +882,7 @@ def published_encoding(folder):
         if not special and "<|endoftext|>" in vocabulary:
             special = {"<|endoftext|>": vocabulary["<|endoftext|>"]}
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--text {folder}: not a published byte-level tokenizer ({type(error).__name__}: {error}); "
                        "expected tokenizer.json or vocab.json") from None
     special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
@@ -965,7 +988,7 @@ def finish(batch, device):
 def loader(dataset, first, last, workers=0):
     """Batches first .. last - 1, in order, made by `workers` processes ahead of time (0: in this one). Order and content do
     not depend on the number of workers; to resume, begin at another `first`."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers,
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
                                        prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
 
 

@@ -148,10 +148,11 @@ class TrajectoryEncoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         # PAPER: Fourier codes encourage the tokens of one trajectory to differ. SPECS 1: points on a ring, evenly spaced,
-        # sin and cos of frequencies 1 and 2, x 0.02; the same ring for every trajectory, then learned.
+        # sin and cos of frequencies 1 and 2; the same ring for every trajectory, then learned. CHOICE: at half the variance of a
+        # normalised feature (the release: x 0.02, which beside z_init, of norm ~ sqrt d, tells the tokens apart by a percent).
         angle = 2 * math.pi * torch.arange(cfg.max_tokens) / cfg.max_tokens
         ring = torch.stack([f(angle * i) for i in (1, 2) for f in (torch.sin, torch.cos)], -1)       # (m, 4)
-        self.latents = nn.Parameter(0.02 * fourier_codes(ring, cfg.dim).expand(cfg.num_queries, -1, -1).clone())
+        self.latents = nn.Parameter(math.sqrt(cfg.dim / 2) * fourier_codes(ring, cfg.dim).expand(cfg.num_queries, -1, -1).clone())
         self.perceiver = Perceiver(cfg.dim, cfg.depth, cfg.heads, TrajectoryAttention if cfg.hard_mask else CrossAttention)
         self.output_projector = nn.Linear(cfg.dim, cfg.out_dim)
 

@@ -47,7 +47,7 @@ def depthwise(x, conv):
     multiplied with the convolution's own matrix: y_c = T_c x_c, T (c, hw, hw), T[i, j] = weight[j - i]. The library's
     kernels, made for large maps, need 8x as long for a 2 x 2 map forward and backward (measured)."""
     h, w = x.shape[-2:]
-    if x.device.type != "cpu" or h * w > 16:
+    if x.device.type != "cpu" or max(h, w) > 4:
         return conv(x)
     y, x_ = torch.arange(h), torch.arange(w)
     row, column = y - y[:, None] + conv.padding[0], x_ - x_[:, None] + conv.padding[1]               # (h, h), (w, w): j - i + 3
@@ -165,7 +165,8 @@ class CrossAttention(nn.Module):
 
     def key_value(self, x, first):
         """x (b, n, d) at positions first ... -> k (rotated), v (b, n, a, c)."""
-        k, v = rearrange(self.to_kv(x), "b n (two a c) -> two b n a c", two=2, a=self.heads)
+        # one product each: a joint one, split afterwards, costs a copy of both in the backward pass
+        k, v = (rearrange(F.linear(x, w), "b n (a c) -> b n a c", a=self.heads) for w in self.to_kv.weight.chunk(2))
         return rotate(k, rotary_table(first, k.shape[1], k.shape[-1], k.device)), v
 
     def forward(self, latents, points):
@@ -190,8 +191,8 @@ class Perceiver(nn.Module):
     def forward(self, latents, points, *mask):
         points = self.norm_ctx(points)
         for attention, mlp in self.layers:
-            # DEVIATION: the release adds to the *normed* latents (latents = norm(latents); latents += ...); the residual
-            # here keeps the latents themselves, as in every pre-norm transformer.
+            # CHOICE: an ordinary pre-norm residual; the release adds to the *normed* latents. So its latents may start tiny
+            # (x 0.02); ours start at unit variance, or what they read here, nearly the same for all, would drown who they are.
             latents = latents + attention(self.norm_lat(latents), points, *mask)
             latents = latents + mlp(latents)
         return latents
@@ -207,13 +208,14 @@ def fourier_codes(angles_or_grid, dim, generator=None):
 
 
 def query_codes(count, dim):
-    """Learned queries' start (K, d): Fourier features of a ceil(sqrt K) x ceil(sqrt K) grid, + 1e-3 noise, x 0.02 (SPECS 1)."""
+    """Learned queries' start (K, d): Fourier features of a ceil(sqrt K) x ceil(sqrt K) grid, + 1e-3 noise (SPECS 1), at unit
+    variance (CHOICE; the release: x 0.02, see Perceiver)."""
     side = math.ceil(math.sqrt(count))
-    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    y, x = torch.meshgrid(torch.linspace(-1, 1, side + 1)[:-1], torch.linspace(-1, 1, side + 1)[:-1], indexing="ij")
     frequencies = torch.arange(1, max(math.isqrt(count) // 2, 1) + 1) * math.pi
     grid = torch.stack((x.flatten(), y.flatten()), -1)[:count, :, None] * frequencies                # (K, 2, f)
     codes = fourier_codes(torch.cat((grid.sin(), grid.cos()), -1).flatten(1), dim)
-    return 0.02 * (codes + 1e-3 * torch.randn_like(codes))
+    return math.sqrt(dim) * (codes + 1e-3 * torch.randn_like(codes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +231,7 @@ class SegmenterConfig:
     heads: int = 8
     depths: tuple = (3, 3, 9, 3)                # ConvNeXt: blocks of the four stages
     dims: tuple = (96, 192, 384, 768)           # ConvNeXt: widths of the four stages
+    scale: float = 10.0                         # s at the start of training (the release: 3.83), see soft_masks
     detach: bool = True                         # PAPER: the Perceiver gets F without gradient (ablation: False)
     hierarchical: bool = True                   # PAPER: sum of four scales (ablation: False, the stride-4 map alone)
 
@@ -268,7 +271,7 @@ class Segmenter(nn.Module):
         self.perceiver = Perceiver(d, cfg.depth, cfg.heads)
         self.traj_seg_head = nn.Sequential(nn.Linear(d, d // 4), nn.ReLU(), nn.Linear(d // 4, d // 8))
         self.patch_decoder = nn.Sequential(nn.Linear(d, d // 4), nn.ReLU(), nn.Linear(d // 4, d // 8))
-        self.log_scale = nn.Parameter(torch.tensor([math.log(16.0)]))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(math.expm1(cfg.scale - 1))]))       # softplus(.) + 1 = scale
 
     def forward(self, video):
         """uint8 (b, t, H, W, 3) -> Segmentation."""
@@ -408,16 +411,16 @@ def match(logits, labels, soft=0.01):
 # Losses
 # ---------------------------------------------------------------------------------------------------------------------
 
-def dice_loss(logits, labels, eps=1e-6):
-    """1 - 2 |P ∩ G| / (|P| + |G|), averaged over the classes that occur; P = softmax over the queries, soft areas.
+def dice_loss(logits, labels, pooled=False, eps=1e-6):
+    """1 - 2 |P ∩ G| / (|P| + |G|), averaged over the labels that occur; P = softmax over the queries, soft areas.
     logits (b, n, k) in the labels' order, labels (b, n), -1 = unlabelled and left out.
-    SPECS 1: pooled over the batch: class l of all clips is one region, so a tiny object does not swing the loss."""
+    CHOICE: each label of each clip is one region, so every object counts the same. The release pools label l of all clips
+    of the batch into one region (SPECS 1; pooled=True), which weighs objects by their size and by the accident of their id."""
     p = logits.float().softmax(-1)                               # over the queries: a point belongs to one trajectory
     seen = labels >= 0
     onehot = F.one_hot(labels.clamp(min=0), logits.shape[-1]).to(p.dtype) * seen[..., None]
-    inter = (p * onehot).sum((0, 1))
-    soft = (p * seen[..., None]).sum((0, 1))
-    hard = onehot.sum((0, 1))
+    over = (0, 1) if pooled else 1
+    inter, soft, hard = (p * onehot).sum(over), (p * seen[..., None]).sum(over), onehot.sum(over)    # (b, k) or (k,)
     dice = 1 - (2 * inter + eps) / (soft + hard + eps)
     here = (hard > 0).to(p.dtype)
     return (dice * here).sum() / here.sum().clamp(min=1)
@@ -433,15 +436,15 @@ def focal_loss(logits, labels, gamma=2.0):
 
 
 @torch.no_grad()
-def labels_on_grid(labels, grid, k):
+def labels_on_grid(labels, grid, k=None):
     """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. At most k trajectories a clip
-    are kept, the largest; ids are made dense. What does not fit becomes unlabelled (-1)."""
+    (None: all) are kept, the largest; ids are made dense. What does not fit becomes unlabelled (-1)."""
     b, (t, h, w) = len(labels), grid
     y = (torch.arange(h, device=labels.device) * 2 + 1) * labels.shape[2] // (2 * h)
     x = (torch.arange(w, device=labels.device) * 2 + 1) * labels.shape[3] // (2 * w)
     points = labels[:, :, y][..., x].flatten(1)
     count = int(points.max()) + 1
-    if count > k:
+    if k is not None and count > k:
         area = torch.zeros(b, count + 1, dtype=torch.int64, device=labels.device)
         area.scatter_add_(1, points + 1, torch.ones_like(points))
         rank = area[:, 1:].argsort(dim=1, descending=True, stable=True).argsort(dim=1)       # 0 = the largest trajectory of its clip

@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 import data
 from data import BadInput
 from encoder import EncoderConfig, TrajectoryEncoder
-from segmenter import (Segmenter, SegmenterConfig, best_overlaps, grid_tubes, hungarian, overlaps, segmentation_loss,
-                       video_metrics)
+from segmenter import (Segmenter, SegmenterConfig, best_overlaps, grid_tubes, hungarian, labels_on_grid, overlaps,
+                       segmentation_loss, video_metrics)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
@@ -61,11 +61,14 @@ class TrajTokConfig:
     dims: tuple = (96, 192, 384, 768)
     max_tokens: int = 4                         # tokens a trajectory: 1, 2 or 4
     out_dim: int = 512                          # d': width of the tokens that leave
+    scale: float = 10.0                         # of the mask logits, at the start
     detach: bool = True                         # ablation: gradients of the Perceiver into F
     hierarchical: bool = True                   # ablation: one scale of features instead of four
     hard_mask: bool = True                      # ablation: tokens read all points instead of their own
 
     def __post_init__(self):
+        object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "dims", tuple(self.dims))
         if self.image_size % 32 or self.image_size < 32:
             raise BadInput(f"image size {self.image_size}: the strides need a multiple of 32, e.g. {max(32, round(self.image_size / 32) * 32)}")
         if self.frames < 1:
@@ -74,17 +77,17 @@ class TrajTokConfig:
 
     @property
     def segmenter(self):
-        return SegmenterConfig(self.dim, self.num_queries, self.depth, self.heads, self.depths, self.dims, self.detach, self.hierarchical)
+        return SegmenterConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SegmenterConfig)})
 
     @property
     def encoder(self):
-        return EncoderConfig(self.dim, self.num_queries, self.depth, self.heads, self.max_tokens, self.out_dim, self.hard_mask)
+        return EncoderConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(EncoderConfig)})
 
 
 #  size      px  frames    d    K  layers heads  ConvNeXt blocks and widths                   parameters (a test counts them)
 SIZES = {
-    "nano":  TrajTokConfig(64,   8, 128,  16, 1, 4, (1, 1, 2, 1), (32, 64, 128, 256),  out_dim=128),   #  1.9 M
-    "tiny":  TrajTokConfig(128,  8, 256,  32, 2, 8, (2, 2, 4, 2), (48, 96, 192, 384),  out_dim=256),   # 10.6 M
+    "nano":  TrajTokConfig(64,   8,  96,  24, 1, 4, (1, 1, 2, 1), (32, 64, 128, 256),  out_dim=128),   #  1.4 M
+    "tiny":  TrajTokConfig(128,  8, 256,  32, 2, 8, (2, 2, 4, 2), (48, 96, 192, 384),  out_dim=256),   #  8.8 M
     "base":  TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=768),   # 46.2 M
     "large": TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=1024),  # 46.4 M: the paper's 46 M
 }
@@ -137,8 +140,9 @@ def load_weights(module, folder, prefix=""):
         raise BadInput(f"{path}: no such file; is the run finished?") from None
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
-    if prefix and any(key.startswith(prefix) for key in weights):
-        weights = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    for begin in (prefix, "video." + prefix) if prefix else ():
+        if any(key.startswith(begin) for key in weights):
+            weights = {key[len(begin):]: value for key, value in weights.items() if key.startswith(begin)}
     own = module.state_dict()
     wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
     wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
@@ -221,12 +225,16 @@ def learning_rate(step, cfg):
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices only: on norms, biases and scales it would pull towards a silent network."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda" or None)
+def make_optimizer(model, cfg, scales=None):
+    """AdamW; weight decay on matrices only: on norms, biases and scales it would pull towards a silent network.
+    scales {prefix of names: factor}: parameters that learn at factor x the learning rate; the loop multiplies lr by group["scale"]."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((p.dim() > 1, scale), []).append(p)
+    groups = [dict(params=ps, scale=scale, weight_decay=cfg.weight_decay if matrix else 0.0) for (matrix, scale), ps in groups.items()]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=groups[0]["params"][0].device.type == "cuda" or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,6 +260,12 @@ def write_json(path, value):
 
 def write_weights(path, state):
     replace(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, p))
+
+
+def run_name(cfg):
+    """The name given, or the size; of real data also where it came from, so that runs on several sets stand side by side."""
+    source = Path(cfg.data).resolve()
+    return cfg.name or (cfg.size if cfg.data == "world" else f"{cfg.size}-{source.parent.name if source.stem == 'manifest' else source.stem}")
 
 
 class Run:
@@ -348,7 +362,7 @@ def split_entries(entries, share):
     def number(entry):
         return zlib.crc32(os.path.basename(entry["path"]).encode())
     order = sorted(entries, key=number)
-    n = min(max(round(len(order) * share), 1), max(len(order) - 1, 0))
+    n = min(max(sum(number(e) < share * 2 ** 32 for e in order), 1), max(len(order) - 1, 0))
     return sorted(order[n:], key=lambda e: e["path"]), sorted(order[:n], key=lambda e: e["path"])
 
 
@@ -482,7 +496,7 @@ class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
     data: str = "world"                 # `world` (procedural) or a manifest / folder whose videos have mask sidecars
-    name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size
+    name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size, and of real data the folder's name
     out: str = "out"                    # where runs are kept
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
@@ -501,35 +515,46 @@ class PretrainConfig:
     resume: bool = False                # go on with the run of this name, exactly
     overwrite: bool = False             # start again over a run of this name
 
+    def __post_init__(self):
+        for field in ("batch", "steps"):
+            if getattr(self, field) < 1:
+                raise BadInput(f"--{field} {getattr(self, field)}: at least 1")
+
 
 def evaluate_segmenter(segmenter, batches, device, limit):
-    """VEQ, STQ and mean best IoU of the labelled tubes at pixel resolution, beside a grid of as many cells as the model has
-    live trajectories. batches: a dataset of data.py; limit: how many of its batches. -> dict, pictures of the first clips."""
-    rows, grid_rows, objects, grid_objects, cells, alive, pictures = [], [], [], [], [], [], []
+    """VEQ, STQ and mean best IoU of the labelled tubes, beside a grid with as many cells as the model has live trajectories.
+    CHOICE: measured on the segmenter's own grid, a quarter of the frame's resolution, where its masks live (PAPER: "low-
+    resolution output"); `object_iou_pixels` is the same IoU against the full-resolution labels, logits interpolated.
+    batches: a dataset of data.py; limit: how many of its batches. -> dict, pictures (video, predicted, true) of the first clips."""
+    bad, rows, grid_rows, objects, grid_objects, pixels, cells, alive, pictures = [], [], [], [], [], [], [], [], []
     segmenter.eval()
     for i in range(limit):
         batch = data.finish(batches[i], device)
+        bad += batch["bad"]
         if batch["video"] is None or not (batch["labels"] >= 0).any():
             continue
         first = data.MAX_GROUNDS if "motion" in batch else 0     # of made clips, objects only: their ids start there
         with torch.no_grad(), precision(device):
             seg = segmenter(batch["video"])
-        pred, gt = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
+        fine, labels = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
+        pred, gt = (x.cpu().unflatten(1, seg.grid) for x in (seg.ids, labels_on_grid(batch["labels"], seg.grid)))
         for j in range(len(gt)):
             live = int(seg.alive[j].sum())
-            side = (max(1, round(live ** 0.5)), max(1, round(live / max(1, round(live ** 0.5)))))
-            grid = grid_tubes(gt[j:j + 1].shape, *side)
+            side = max(1, round(live ** 0.5))
+            grid = grid_tubes(gt[j:j + 1].shape, side, max(1, round(live / side)))
             rows.append(video_metrics(pred[j:j + 1], gt[j:j + 1]))
             grid_rows.append(video_metrics(grid, gt[j:j + 1]))
             objects += best_overlaps(pred[j:j + 1], gt[j:j + 1], first)
+            pixels += best_overlaps(fine[j:j + 1], labels[j:j + 1], first)
             grid_objects += best_overlaps(grid, gt[j:j + 1], first)
-            cells.append(side[0] * side[1])
+            cells.append(int(grid.max()) + 1)
             alive.append(live)
         if len(pictures) < 6:
-            pictures += [(batch["video"][j].cpu().numpy(), pred[j].numpy(), gt[j].numpy()) for j in range(min(6, len(gt)))]
-    result = {key: mean_of([r[key] for r in rows]) for key in ("veq", "stq")} | dict(object_iou=mean_of(objects), live=mean_of(alive))
+            pictures += [(batch["video"][j].cpu().numpy(), fine[j].numpy(), labels[j].numpy()) for j in range(min(6, len(gt)))]
+    result = {key: mean_of([r[key] for r in rows]) for key in ("veq", "stq")} | dict(object_iou=mean_of(objects), object_iou_pixels=mean_of(pixels))
     result |= {f"grid_{key}": mean_of([r[key] for r in grid_rows]) for key in ("veq", "stq")}
-    return result | dict(grid_object_iou=mean_of(grid_objects), grid_cells=mean_of(cells), labelled_clips=len(rows)), pictures[:6]
+    result |= dict(grid_object_iou=mean_of(grid_objects), grid_cells=mean_of(cells), live_trajectories=mean_of(alive), labelled_clips=len(rows))
+    return result, pictures[:6], bad
 
 
 def open_data(cfg, need):
@@ -540,7 +565,7 @@ def open_data(cfg, need):
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         return data.WorldBatches(world, cfg.batch), held_out, -(-cfg.eval_clips // cfg.batch), None
     entries = data.read_manifest(cfg.data)
-    without = [e["path"] for e in entries if not e[need]]
+    without = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
     if without:
         mend = {"caption": 'give each entry a "caption"', "mask": "training needs `_mask.npz` and `_graph.npz` beside each video"}[need]
         raise BadInput(f"--data {cfg.data}: {len(without)} of {len(entries)} entries have no {need}, the first {without[0]}; {mend}")
@@ -548,16 +573,16 @@ def open_data(cfg, need):
         raise BadInput(f"--data {cfg.data}: {len(entries)} entry; training and held-out clips need at least 2")
     train, test = split_entries(entries, 0.25)
     test = data.VideoBatches(test, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
-    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed), test, len(test), len(entries)
+    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed), test, len(test), len(train)
 
 
 def pretrain(argv):
     cfg = configure(PretrainConfig, {name: {"size": name} for name in SIZES}, argv)
-    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames") if getattr(cfg, k)})
+    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames") if getattr(cfg, k) is not None})
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
-    run = Run(cfg, f"segmenter-{cfg.name or cfg.size}", {"tokenizer": dataclasses.asdict(shape)})
+    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape)})
     tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
@@ -565,7 +590,7 @@ def pretrain(argv):
     for step, batch in zip(range(start, cfg.steps), data.loader(train, start, cfg.steps, cfg.workers)):
         segmenter.train()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = learning_rate(step, cfg) * group["scale"]
         damage.add(batch["bad"], files or math.inf)
         batch = data.finish(batch, device)
         if batch["video"] is None:
@@ -587,7 +612,8 @@ def pretrain(argv):
         if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
             run.save(segmenter, optimizer, step + 1)
     write_weights(run.folder / "model.safetensors", tokenizer.state_dict())
-    result, pictures = evaluate_segmenter(segmenter, test, device, test_batches)
+    result, pictures, bad = evaluate_segmenter(segmenter, test, device, test_batches)
+    damage.add(bad, math.inf)
     write_json(run.folder / "result.json", result | dict(seconds=time.time() - began, left_out=len(damage.files)))
     save_pictures(run, pictures, ("focal", "dice"))
     print("\n".join(f"{k:16s} {v:.3f}" for k, v in result.items()))
@@ -598,7 +624,9 @@ def save_pictures(run, pictures, terms):
     """trajectories.png: clip by clip frames, predicted and true trajectories; curves.png: the loss terms of the log."""
     if pictures:
         width = max(p[0].shape[2] for p in pictures)
-        write_png(run.folder / "trajectories.png", np.concatenate([strip(*p, scale=max(1, 128 // width)) for p in pictures], 0))
+        sheets = [strip(*p, scale=max(1, 128 // width)) for p in pictures]
+        most = max(s.shape[1] for s in sheets)
+        write_png(run.folder / "trajectories.png", np.concatenate([np.pad(s, ((0, 0), (0, most - s.shape[1]), (0, 0))) for s in sheets], 0))
     history = run.history()
     if history:
         curves = {term: [(line["step"], line[term]) for line in history if term in line] for term in terms}
@@ -628,7 +656,7 @@ def show(argv):
     cfg = configure(ShowConfig, {"saved": {}}, argv, positional="clip")
     device = setup(cfg)
     tokenizer = TrajTok.from_pretrained(cfg.weights).to(device).eval()
-    frames, size = cfg.frames or tokenizer.cfg.frames, cfg.image_size or tokenizer.cfg.image_size
+    frames, size = tokenizer.cfg.frames if cfg.frames is None else cfg.frames, cfg.image_size or tokenizer.cfg.image_size
     dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames)       # refuses what the strides do not divide
     truth, seconds = (), 2.0
     if cfg.clip == "world":

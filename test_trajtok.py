@@ -1,0 +1,2216 @@
+"""Every test, on a CPU, without a network and without files of anybody else's (they make their own clips):
+
+    pytest                                                       # all of them, two or three minutes on two cores
+    pytest -k "resume or hungarian"                              # some of them
+
+Each test begins by saying which bug it catches. Oracles are slow and plain on purpose: loops, brute force, cases worked
+out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few tests are skipped.
+"""
+import csv
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import encoder
+import segmenter
+import train_clip
+import trajtok
+from data import BadInput, BadVideo
+
+# The tensors here are tiny: a second thread would only wait for the first. One core, therefore, for the runs and processes that the
+# tests start as well (a run takes as many threads as it may use cores), which also makes their sums the same to the last bit.
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+REAL = HERE.parent / "shared" / "realdata"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real clips here")
+
+# the smallest tokenizer that has every part; and flags that make a run of the scripts a matter of seconds
+TINY = trajtok.TrajTokConfig(image_size=32, frames=2, dim=32, num_queries=6, depth=2, heads=2, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32),
+                             out_dim=32)
+SMALL = ["--image-size", 32, "--frames", 2, "--batch", 4, "--steps", 2]
+CLIP = SMALL + ["--width", 32, "--heads", 2, "--layers", 1, "--text-layers", 1, "--text-width", 32, "--embed", 16, "--eval-clips", 8,
+                "--probe-clips", 32, "--workers", 0]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several tests need
+# ---------------------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def scripts(begin, count, world=data.World()):
+    return [data.script(i, world) for i in range(begin, begin + count)]
+
+
+def looks(s):
+    """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
+    rgb = np.array(list(data.COLOURS.values()))
+    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 5:8]).sum(1).argmin()) for j in range(s["count"])]
+    return list(zip(s["shape"][:s["count"]].tolist(), colours))
+
+
+def slot_named(s, text):
+    """The object that a text names as 'colour shape'; the pair is unique in a clip."""
+    names = [f"{list(data.COLOURS)[colour]} {data.SHAPES[shape]}" for shape, colour in looks(s)]
+    found = [j for j, name in enumerate(names) if name in text]
+    assert len(found) == 1, (text, names)
+    return found[0]
+
+
+def run(main, *argv):
+    return main([str(a) for a in argv])
+
+
+def refused(capsys, main, *argv):
+    """Run a command that must refuse: exit code 2, the last line on stderr and no other begins with "error:", no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(main, *argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2, lines
+    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
+    assert all(line.startswith("left out: ") for line in lines[:-1]), lines
+    return lines[-1]
+
+
+def encode(path, frames, rate=10):
+    """uint8 frames (t, H, W, 3) -> a video file, with key frames every 12 and frames that refer to later ones."""
+    old = Path(path).suffix == ".avi"                            # AVI holds no times: its usual codec has frames in order
+    with av.open(str(path), "w", format="mpegts" if Path(path).suffix == ".ts" else None) as file:
+        stream = file.add_stream("mpeg4" if old else "libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        stream.options = {"qmin": "1", "qmax": "2", "g": "12"} if old else {"crf": "4", "g": "12", "bf": "2"}
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def numbered(path, count, rate=10):
+    """A clip of 48 x 64 pixels whose frames tell their number in base 12: left half the twelves, right half the ones, as greys."""
+    frames = np.zeros((count, 48, 64, 3), np.uint8)
+    for i in range(count):
+        frames[i, :, :32], frames[i, :, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
+    return encode(path, frames, rate)
+
+
+def numbers(video):
+    """The numbers that decoded frames (t, s, s, 3) of such a clip tell."""
+    third = video.shape[2] // 3
+    halves = [video[:, :, part].mean((1, 2, 3)) for part in (slice(0, third), slice(-third, None))]
+    twelves, ones = (np.rint((half - 20) / 18).astype(int) for half in halves)
+    return (12 * twelves + ones).tolist()
+
+
+def labelled(folder, name, count=8, side=48, image=False):
+    """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is trajectory 1."""
+    frames, mask = np.full((count, side, side, 3), 40, np.uint8), np.zeros((count, side, side), np.uint16)
+    for i in range(count):
+        left = 2 + i * (side - 20) // max(count - 1, 1)
+        frames[i, 12:28, left:left + 16], mask[i, 12:28, left:left + 16] = 220, 300
+    path = folder / f"{name}{'.png' if image else '.mp4'}"
+    if image:
+        trajtok.write_png(path, frames[0])
+    else:
+        encode(path, frames)
+    np.savez_compressed(folder / f"{name}_mask.npz", mask)
+    np.savez_compressed(folder / f"{name}_graph.npz", tensor=np.stack([np.zeros(count, np.int64), np.full(count, 300)]))
+    return path
+
+
+def manifest(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder of small files: six good clips, two pictures, and three that no decoder can read."""
+    folder = tmp_path_factory.mktemp("media")
+    for i, count in enumerate((24, 24, 30, 36, 24, 25)):
+        numbered(folder / f"clip{i}.mp4", count)
+    for i in range(2):
+        trajtok.write_png(folder / f"still{i}.png", np.full((40, 50, 3), 60 + 90 * i, np.uint8))
+    (folder / "text.mp4").write_text("this is not a video\n" * 50)
+    (folder / "empty.mp4").write_bytes(b"")
+    whole = (folder / "clip3.mp4").read_bytes()
+    (folder / "half.mp4").write_bytes(whole[:len(whole) // 2])
+    return folder
+
+
+def entry(path, caption=None):
+    return dict(path=str(path), image=Path(path).suffix == ".png", caption=caption, label=None, mask=None, graph=None)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines):
+    """Log lines without what the clock and the machine decide."""
+    clock = {"clips_per_second", "data_wait", "memory_gb", "seconds"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: the procedural world
+# ---------------------------------------------------------------------------------------------------------------------
+
+FINGERPRINT = """zlib.crc32(b"".join(repr((s["caption"], s["qa"], s["appearance"], s["motion"])).encode() + data.stack([s])["place"].numpy().tobytes()
+    + s["surface"].tobytes() for s in map(data.script, (3, 1_100_000_007, 1_200_000_001)))), list(data.learn_bpe(["aa ab", "ab ba ca"], 262))"""
+
+
+def test_script_is_a_function_of_its_index():
+    """Catches: a script that depends on what was made before it (shared or global randomness)."""
+    indices = [5, 0, data.HELDOUT + 1, data.TEST + 3, 5, data.TRAIN + 1]
+    forth = [data.script(i) for i in indices]
+    np.random.seed(1)
+    torch.manual_seed(1)
+    data.script(99, data.World(frames=16, acts=2))
+    back = [data.script(i) for i in reversed(indices)][::-1]
+    for one, two in zip(forth, back):
+        assert one.keys() == two.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], two[key], err_msg=key)
+    assert forth[0]["caption"] != forth[1]["caption"]
+
+
+def test_scripts_do_not_depend_on_the_hash_seed():
+    """Catches: a choice from a set or a dict order that differs from one Python process to the next, so that a resumed run, or a
+    worker, sees other clips or another vocabulary."""
+    code = f"import sys, zlib; sys.path.insert(0, {str(HERE)!r}); import data; print(repr(({FINGERPRINT})))"
+    there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == repr(eval(f"({FINGERPRINT})"))
+
+
+def paint_naively(s, size):
+    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size)."""
+    shapes, textures = (x.numpy() for x in data.atlas(torch.device("cpu")))
+    frames, res, cells = len(s["camera"]), shapes.shape[-1], textures.shape[-1]
+    video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
+    for f, row, column in itertools.product(range(frames), range(size), range(size)):
+        px, py = (column + 0.5) / size, (row + 0.5) / size
+        cx, cy, zoom = map(float, s["camera"][f])
+        u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
+        amount, frequency, p1, p2 = map(float, s["warp"])
+        bx, by = u + amount * math.sin(frequency * v + p1), v + amount * math.sin(frequency * u + p2)
+        grounds = [i for i in range(data.MAX_GROUNDS) if s["seeds"][i, 0] < 100]
+        label = min(grounds, key=lambda i: (bx - float(s["seeds"][i, 0])) ** 2 + (by - float(s["seeds"][i, 1])) ** 2)
+        for j in range(s["count"]):
+            x, y, r, angle = map(float, s["place"][j, f])
+            a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
+            b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
+            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j], int((b + 1) * res / 2), int((a + 1) * res / 2)]:
+                label, u, v = data.MAX_GROUNDS + j, a, b
+        kind, tiles, cos, sin, shade, *colours = map(float, s["surface"][label])
+        blend = textures[int(kind), math.floor((v * cos - u * sin) * tiles * cells) % cells, math.floor((u * cos + v * sin) * tiles * cells) % cells]
+        one, two = np.array(colours[:3]), np.array(colours[3:])
+        labels[f, row, column] = label
+        video[f, row, column] = ((one + (two - one) * blend) * (1 + shade * v) * s["light"][f]).clip(0, 255)
+    return video, labels
+
+
+def test_pixels_and_labels_are_the_naive_painters():
+    """Catches: a wrong camera, rotation or depth order, a surface that takes another's texture, labels that are shifted
+    against the pixels. A handful of pixels on a border may fall to the other side in float32."""
+    world = data.World(size=32, frames=3)
+    chosen = [s for s in scripts(data.VALIDATION, 40, world) if s["count"] >= 3][:3] + scripts(data.VALIDATION, 2, world)
+    video, labels = data.rasterise(data.stack(chosen), 32)
+    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (5, 3, 32, 32, 3) and labels.shape == (5, 3, 32, 32)
+    for i, s in enumerate(chosen):
+        painted, truth = paint_naively(s, 32)
+        assert (labels[i].numpy() != truth).sum() <= 2
+        assert (abs(video[i].numpy() - painted).max(-1) > 1.01).sum() <= 6
+
+
+@pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
+def test_every_shape_is_drawn_whole(angle):
+    """Catches: a window around the object that is too small for it, so that corners are cut off when it is turned."""
+    base, size = data.script(1, data.World(size=64, frames=1)), 64
+    for shape in range(len(data.SHAPES)):
+        s = dict(base, count=1, shape=np.full(data.MAX_OBJECTS, shape), place=np.tile(np.float32((0.503, 0.496, 0.3, angle)), (data.MAX_OBJECTS, 1, 1)))
+        _, labels = data.rasterise(data.stack([s]), size)
+        wrong = int((labels[0].numpy() != paint_naively(s, size)[1]).sum())
+        assert wrong <= 2, f"{data.SHAPES[shape]}: {wrong} pixels"
+
+
+def test_a_clip_is_the_same_whoever_stands_beside_it():
+    """Catches: pixels that depend on the batch or on how many clips are painted at a time, so that a clip is not the same clip
+    in training and evaluation, on a CPU and on a GPU."""
+    chosen = data.stack(scripts(data.TEST, 24))
+    video, labels = data.rasterise(chosen, 48, chunk=1)
+    for chunk in (None, 3, 24):
+        other, other_labels = data.rasterise(chosen, 48, chunk=chunk)
+        assert int((other_labels != labels).sum()) == 0 and int((other != video).sum()) == 0, f"chunk {chunk}"
+
+
+def test_objects_are_seen_where_place_says():
+    """Catches: labels of the wrong object, objects that are lost, a place that is not the place on the screen (camera)."""
+    chosen, size = scripts(data.TEST, 60), 48
+    _, labels = data.rasterise(data.stack(chosen), size)
+    seen = 0
+    for i, s in enumerate(chosen):
+        for f in range(labels.shape[1]):
+            assert int(labels[i, f].max()) < data.MAX_GROUNDS + s["count"]
+            for j in range(s["count"]):
+                x, y, r, _ = s["place"][j, f]
+                rows, columns = (labels[i, f] == data.MAX_GROUNDS + j).nonzero(as_tuple=True)
+                away = ((columns + 0.5) / size - x).square() + ((rows + 0.5) / size - y).square()
+                assert not len(away) or away.max().sqrt() <= math.sqrt(2) * r + 1 / size
+                if j == s["count"] - 1 and r < min(x, y, 1 - x, 1 - y):          # nothing lies over the last one
+                    assert len(away) >= 0.15 * (2 * r * size) ** 2
+                    seen += 1
+    assert seen > 200
+
+
+def test_splits_are_disjoint():
+    """Catches: test clips that occur in training."""
+    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT)
+    assert sorted(begins) == list(begins) and len(set(begins)) == 5
+    prints = [s["place"].tobytes() + s["surface"].tobytes() for begin in begins for s in scripts(begin, 300)]
+    assert len(set(prints)) == len(prints)
+
+
+def test_held_out_pairs_stay_out():
+    """Catches: a held-out combination that training sees after all (on any object), or a held-out clip without one."""
+    colours = [[c for c in range(len(data.COLOURS)) if data.held_out(shape, c)] for shape in range(len(data.SHAPES))]
+    assert all(len(c) == 1 for c in colours)
+    for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST):
+        assert not any(data.held_out(*look) for s in scripts(begin, 300) for look in looks(s))
+    subjects = set()
+    for s in scripts(data.HELDOUT, 300):
+        held = [look for look in looks(s) if data.held_out(*look)]
+        assert len(held) == 1 and held[0][0] == s["appearance"]  # the subject, and nobody else
+        subjects.add(held[0])
+    assert len(subjects) == len(data.SHAPES)
+    assert all(len(set(looks(s))) == s["count"] for s in scripts(data.TRAIN, 300)), "two objects that words cannot tell apart"
+
+
+def test_appearance_says_nothing_of_motion():
+    """Catches: a shape or colour that favours a motion (then one probe could answer for the other), a class that never occurs.
+    2 N x mutual information of independent classes is chi-squared: mean and half its variance are the degrees of freedom."""
+    chosen = scripts(data.TRAIN, 4000)
+    counts = np.bincount([s["count"] for s in chosen])
+    assert (counts[1:] > 0.02 * len(chosen)).all()
+    motion, shape = (np.array([s[key] for s in chosen]) for key in ("motion", "appearance"))
+    colours = [[colour for kind, colour in looks(s) if kind == s["appearance"]] for s in chosen]
+    colour = np.array([c[0] if len(c) == 1 else -1 for c in colours])            # -1: the arrays do not tell which one is the subject
+    for name, other in (("shape", shape), ("colour", colour)):
+        table = np.zeros((10, len(data.MOTIONS)))
+        np.add.at(table, (other[other >= 0], motion[other >= 0]), 1)
+        p = table / table.sum()
+        mutual = (p * np.log(np.maximum(p, 1e-12) / (p.sum(1, keepdims=True) * p.sum(0, keepdims=True)))).sum()
+        freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+        assert 2 * table.sum() * mutual < freedom + 6 * math.sqrt(2 * freedom), name
+        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.5 / len(table), name
+
+
+def whole_state(s):
+    """What there is to know of each frame of a clip, (T, features): place, shape, depth of all objects, the largest first."""
+    n, frames = s["count"], s["place"].shape[1]
+    order = np.argsort(-s["place"][:n, :, 2].mean(1))
+    x = np.zeros((frames, data.MAX_OBJECTS, 7 + len(data.SHAPES)), np.float32)
+    p = s["place"][order].transpose(1, 0, 2)                     # (T, n, 4)
+    x[:, :n, 0], x[:, :n, 1], x[:, :n, 2:4], x[:, :n, 4] = 1, order / 8, p[..., :2] - 0.5, np.log(p[..., 2])
+    x[:, :n, 5:7] = np.stack((np.sin(p[..., 3]), np.cos(p[..., 3])), -1)
+    x[:, np.arange(n), 7 + s["shape"][order]] = 1
+    distance = np.zeros((frames, data.MAX_OBJECTS), np.float32)
+    distance[:, :n] = np.linalg.norm(p[..., :2] - p[:, :1, :2], axis=-1)
+    return np.concatenate((x.reshape(frames, -1), distance), 1)
+
+
+def test_motion_cannot_be_told_from_one_frame():
+    """Catches: a world in which a still gives the motion class away (a place, a size, a neighbour that only one program has).
+    The judge is a small network that sees the true state, not pixels; on all frames the same network does far better, so it is
+    not the judge who is blind. Of its scores on the test clips the best count. Accuracy hides a single class that stands out:
+    so for each class also how often one of its frames gets a higher probability of it than a frame of another class (0.5 is
+    chance; programs with a companion reach 0.65, since a lone object has none)."""
+    chosen = scripts(data.TRAIN, 4000)
+    states = torch.from_numpy(np.stack([whole_state(s) for s in chosen]))                            # (N, T, features)
+    y, train, kinds = torch.tensor([s["motion"] for s in chosen]), 3000, len(data.MOTIONS)
+
+    @torch.no_grad()
+    def score(net, x):
+        out, truth = net(x[train:]).flatten(0, 1).log_softmax(-1), y[train:].repeat_interleave(x.shape[1])
+        rank = out.argsort(0).argsort(0).double()
+        own = F.one_hot(truth, kinds).double()
+        n = own.sum(0)
+        return [(out.argmax(-1) == truth).double().mean().item(), *(((rank * own).sum(0) - n * (n - 1) / 2) / (n * (len(out) - n))).tolist()]
+
+    def judge(x):                                                # x (N, views, features): views of a clip are samples of their own
+        x = (x - x[:train].mean((0, 1))) / (x[:train].std((0, 1)) + 1e-3)
+        torch.manual_seed(0)
+        net, scores = nn.Sequential(nn.Linear(x.shape[-1], 64), nn.ReLU(), nn.Linear(64, kinds)), []
+        solver = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.1)
+        for step in range(400):
+            clip, view = torch.randint(train, (256,)), torch.randint(x.shape[1], (256,))
+            loss = F.cross_entropy(net(x[clip, view]), y[clip])
+            solver.zero_grad()
+            loss.backward()
+            solver.step()
+            if step % 50 == 49:
+                scores.append(score(net, x))
+        return np.max(scores, 0)
+    one, every = judge(states), judge(states.flatten(1)[:, None])
+    assert one[0] < 2 / kinds and every[0] > 0.3, (one[0], every[0])
+    assert one[1:].max() < 0.8 < every[1:].max(), dict(zip(data.MOTIONS, one[1:].round(2)))
+
+
+def test_acts_follow_one_another_without_a_jump():
+    """Catches: an act that starts elsewhere than the last one ended, an act that is missing from the caption."""
+    for s in scripts(data.TRAIN, 60, data.World(frames=64, acts=3)):
+        steps = np.diff(s["place"][:s["count"], :, :2], axis=1)
+        assert np.abs(steps).max() < 0.13 and s["caption"].count(" and then ") == 2
+    with pytest.raises(BadInput, match="acts"):
+        data.World(frames=8, acts=3)
+    with pytest.raises(BadInput, match="max_objects"):
+        data.World(max_objects=data.MAX_OBJECTS + 1)
+
+
+def test_captions_name_the_subject_and_distinct_ones_differ(monkeypatch):
+    """Catches: a caption about somebody else; retrieval sets in which two clips have the same right answer."""
+    checked = 0
+    for begin in (data.TRAIN, data.HELDOUT):
+        for s in scripts(begin, 300):
+            own = [look for look in looks(s) if look[0] == s["appearance"]]
+            if len(own) == 1:                                    # otherwise the arrays do not tell which of them is the subject
+                assert re.search(rf"\b{list(data.COLOURS)[own[0][1]]} (\w+ )?{data.SHAPES[own[0][0]]}\b", s["caption"]), s["caption"]
+                checked += 1
+    assert checked > 300
+    indices = data.distinct(data.World(), data.TEST, 100)
+    assert len({data.script(i)["caption"] for i in indices}) == len(set(indices)) == 100
+    fake = ["one", "two", "one", "three", "two", "four", "five"]
+    monkeypatch.setattr(data, "script", lambda index, world: dict(caption=fake[index - 40]))
+    assert data.distinct(data.World(), 40, 4) == [40, 41, 43, 45]
+
+
+def test_answers_follow_from_the_arrays():
+    """Catches: answers that are not what the pixels show: a wrong count, a wrong side, behind for in front."""
+    asked = dict.fromkeys(("count", "where", "behind", "first", "ground", "do"), 0)
+    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
+        move = data.MOTIONS[s["motion"]]
+        colours = [list(data.COLOURS)[colour] for _, colour in looks(s)]
+        for item in s["qa"]:
+            kind, question, answer = item["type"], item["question"], item["answer"]
+            if kind == "count":
+                named = [c for c in data.COLOURS if f" {c} " in question]
+                truth = str(colours.count(named[0]) if named else s["count"])
+            elif kind == "where":
+                truth = "left" if s["place"][slot_named(s, question), -1, 0] < 0.5 else "right"
+            elif kind == "behind":
+                truth = "yes" if move == ("behind" if " behind " in question else "front") else "no"
+            elif kind == "first":
+                pair = question.removesuffix("?").split(" first, ")[1].split(" or ")
+                slots = [slot_named(s, name) for name in pair]
+                still = [int((abs(s["place"][j] - s["place"][j, :1]) < 1e-6).all(1).sum()) for j in slots]   # frames at rest, from the first on
+                truth = pair[int(np.argmin(still))].removeprefix("the ")
+            elif "ground" in question:
+                kind, seen = "ground", [tuple(row[5:8].astype(int)) for row in s["surface"][:data.MAX_GROUNDS] if row.any()]
+                truth = " and ".join(sorted(name for name, (one, _, _) in data.GROUNDS.items() if one in seen))
+            elif " do" in question:
+                kind, truth = "do", move
+            else:
+                continue
+            assert answer == truth, (s["index"], question, answer, truth)
+            asked[kind] += 1
+    assert all(n > 20 for n in asked.values()), asked
+
+
+def test_the_largest_object_is_the_one_meant():
+    """Catches: a subject that is smaller than its company, so that "the largest object" is somebody else on the screen."""
+    wrong = asked = 0
+    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
+        for item in s["qa"]:
+            if "colour is the largest object" in item["question"]:
+                largest = int(s["place"][:s["count"], :, 2].mean(1).argmax())
+                asked += 1
+                wrong += item["answer"] != list(data.COLOURS)[looks(s)[largest][1]]
+    assert asked and not wrong, f"{wrong} of {asked} clips"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_world_batches():
+    """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the order."""
+    world = data.World(size=32, frames=2)
+    dataset = data.WorldBatches(world, 3, begin=data.TEST)
+    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4)]
+    assert [i for b in alone for i in b["index"]] == list(range(data.TEST + 3, data.TEST + 12))
+    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4, workers=2)]
+    for a, b in zip(alone, helped, strict=True):
+        assert a["caption"] == b["caption"] and torch.equal(a["video"], b["video"]) and torch.equal(a["labels"], b["labels"])
+        assert torch.equal(a["motion"], b["motion"]) and torch.equal(a["appearance"], b["appearance"])
+    assert alone[0]["caption"] == [data.script(i, world)["caption"] for i in alone[0]["index"]]
+    assert alone[0]["motion"].tolist() == [data.script(i, world)["motion"] for i in alone[0]["index"]]
+    chosen = data.WorldBatches(world, 2, indices=[7, 3, 11])
+    assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
+
+
+def test_a_loader_leaves_the_random_state_alone():
+    """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more, and its random
+    choices are no longer those of the run that was never stopped."""
+    for workers in (0, 1):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        list(data.loader(data.WorldBatches(data.World(size=8, frames=1), 1), 0, 2, workers))
+        assert torch.equal(before, torch.get_rng_state()), f"{workers} workers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: words
+# ---------------------------------------------------------------------------------------------------------------------
+
+def merge_naively(texts, vocabulary):
+    """Byte-pair encoding on a list of all words, one by one, recounted at every step."""
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in re.findall(data.WORDS, text)]
+    ranks = {bytes([i]): i for i in range(256)}
+    while len(ranks) < vocabulary:
+        pairs = [pair for word in words for pair in zip(word, word[1:])]
+        if not pairs:
+            break
+        best = sorted(set(pairs), key=lambda pair: (-pairs.count(pair), pair))[0]
+        ranks.setdefault(best[0] + best[1], len(ranks))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    return ranks
+
+
+def test_learn_bpe_is_the_naive_recount():
+    """Catches: counts that go stale after a merge, overlapping pairs (aaa) merged twice, ties decided by chance."""
+    texts = ["low lower lowest low", "newer wider newer", "aaaa aaa aa aaaaa", "the cat, the hat; the bat!", "12 121 1212", "naïve café"]
+    for vocabulary in (256, 262, 290, 1000):
+        learnt = data.learn_bpe(texts, vocabulary)
+        assert list(learnt.items()) == list(merge_naively(texts, vocabulary).items())
+    assert len(learnt) < 1000 and b" the" in learnt              # the words ran out before the vocabulary did
+
+
+def test_tokenize_round_trip_end_token_and_mask():
+    """Catches: an end token that a long caption loses (the text encoder reads there), a mask that is inverted or one off."""
+    encoding = data.load_encoding("world")
+    texts = [data.script(i)["caption"] for i in range(20)] + ["", "Ünïcode\n✓ 123"]
+    ids, mask = data.tokenize(encoding, texts, 128)
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape == (22, 128)
+    for row, real_ones, text in zip(ids, mask, texts):
+        n = int(real_ones.sum())
+        assert real_ones.tolist() == [True] * n + [False] * (128 - n)                                # True = a real token
+        assert encoding.decode(row[:n - 1].tolist()) == text and row[n - 1] == encoding.eot_token
+        assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
+    ids, mask = data.tokenize(encoding, texts[:1], 4)
+    assert mask.all() and ids[0, 3] == encoding.eot_token and ids[0, :3].tolist() == encoding.encode_ordinary(texts[0])[:3]
+    assert encoding.n_vocab > encoding.eot_token
+    assert np.mean([len(encoding.encode_ordinary(t)) for t in texts[:20]]) < 0.4 * np.mean([len(t) for t in texts[:20]])   # it learnt words
+
+
+def byte_level(text):
+    """How published vocabularies spell a token: printable bytes as themselves, the others as characters from 256 on, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return "".join(chr(b) if b in printable else chr(256 + others.index(b)) for b in text)
+
+
+MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
+
+
+def toy_vocabulary(end):
+    single = sorted(range(256), key=lambda b: ord(byte_level(bytes([b]))))       # the order of the files: printable first
+    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES] + ([end] if end else [])
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def test_published_tokenizers(tmp_path):
+    """Catches: a byte map that is off for some byte, ids that are not the file's, specials and split patterns that are not read."""
+    gpt, qwen = tmp_path / "gpt", tmp_path / "qwen"
+    gpt.mkdir()
+    qwen.mkdir()
+    vocabulary = toy_vocabulary("<|endoftext|>")
+    (gpt / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    one = data.load_encoding(str(gpt))
+    assert one.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
+    assert one.eot_token == vocabulary["<|endoftext|>"] == one.n_vocab - 1
+    split = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\p{N}|[^\p{N}]+"}}, {"type": "ByteLevel"}]}
+    added = [{"id": 300, "content": "<|endoftext|>"}, {"id": 301, "content": "<|im_start|>"}]
+    (qwen / "tokenizer.json").write_text(json.dumps({"model": {"vocab": toy_vocabulary(None)}, "added_tokens": added, "pre_tokenizer": split}),
+                                         encoding="utf-8")
+    two = data.load_encoding(str(qwen))
+    assert two.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]       # its pattern splits digits, whatever merges there are
+    assert two.eot_token == 300 and two.encode("<|im_start|>", allowed_special="all") == [301]
+    for encoding in (one, two):
+        for text in ("héllo\n\t wörld ✓ 12", "".join(map(chr, range(1, 500))), " hello   hello"):
+            assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+@pytest.mark.parametrize("content", ("", "[1, 2]", '{"model": {}}', '{"model": {"vocab": [["a", -1.5]]}}', '{"model": {"vocab": {"漢": 0}}}'))
+def test_folders_that_hold_no_byte_level_tokenizer_are_refused(tmp_path, content):
+    """Catches: a traceback for a tokenizer of another kind (a list of pieces with scores, whole characters)."""
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(BadInput, match="byte-level"):
+        data.load_encoding(str(tmp_path))
+
+
+def test_nothing_is_downloaded(tmp_path, monkeypatch):
+    """Catches: a tokenizer that is fetched from the network on first use; a name that is mistyped and gets a traceback."""
+    import socket
+
+    import tiktoken.load
+
+    def forbidden(*_):
+        raise AssertionError("the network was asked")
+    before = tiktoken.load.read_file
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", forbidden)
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+    with pytest.raises(BadInput, match="TIKTOKEN_CACHE_DIR"):
+        data.load_encoding("cl100k_base")
+    assert tiktoken.load.read_file is before
+    with pytest.raises(BadInput, match="cl100k_base"):           # the message lists the names there are
+        data.load_encoding("cl1000k")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, count, rate, frames", (
+    ("a.mp4", 24, 10, 6), ("b.mp4", 10, 10, 4), ("c.mp4", 10, 10, 10), ("d.mp4", 140, 10, 2), ("e.mkv", 140, 25, 2), ("f.mp4", 3, 5, 1),
+    ("g.avi", 130, 25, 2), ("h.ts", 40, 10, 5), ("i.mov", 120, 1, 2), ("j.ts", 140, 25, 2)))
+def test_uniform_frames_are_the_middles_of_equal_parts(tmp_path, name, count, rate, frames):
+    """Catches: frames that are one off, clips whose end is never seen, seeking that lands on the key frame instead of the frame,
+    times that do not belong to the frames. Of d, e, g, i and j the frames are far enough apart for seeking; h and j begin at a time
+    other than 0."""
+    path = numbered(tmp_path / name, count, rate)
+    video, times, where = data.decode(path, frames, 16)
+    expected = [int((i + 0.5) * count / frames) for i in range(frames)]
+    assert video.shape == (frames, 16, 16, 3) and video.dtype == np.uint8
+    assert numbers(video) == expected
+    np.testing.assert_allclose(times, np.array(expected) / rate, atol=0.01)
+    np.testing.assert_allclose(where, np.array(expected) / count, atol=0.25 / count)
+
+
+@pytest.mark.parametrize("name, count", (("a.mp4", 30), ("b.mkv", 140)))
+def test_windows_of_frames(tmp_path, name, count):
+    """Catches: a stride that is not kept, windows that never reach the first or the last frame, a start that is ignored."""
+    path = numbered(tmp_path / name, count)
+    for stride in (1, 3, 7):
+        firsts = []
+        for start in (0.0, 0.4, 0.999999):
+            seen = numbers(data.decode(path, 4, 16, start, stride)[0])
+            assert np.diff(seen).tolist() == [stride] * 3
+            firsts.append(seen[0])
+        room = count - 1 - 3 * stride
+        assert firsts[0] == 0 and firsts[2] == room and abs(firsts[1] - 0.4 * room) <= 1
+    seen = numbers(data.decode(path, 10, 16, 0.0, 1000)[0])      # too long a stride is shortened to what the video holds
+    assert np.diff(seen).tolist() == [count // 10] * 9
+
+
+def test_pictures_are_one_frame(tmp_path):
+    """Catches: a picture that is refused as a video of no duration; the crop of a wide picture that is not its middle."""
+    picture = np.zeros((32, 96, 3), np.uint8)
+    picture[:, 32:64] = (250, 100, 50)                           # the central square
+    trajtok.write_png(tmp_path / "wide.png", picture)
+    video, times, where = data.decode(tmp_path / "wide.png", 1, 16)
+    assert video.shape == (1, 16, 16, 3) and abs(video.astype(int) - (250, 100, 50)).max() <= 2 and times.tolist() == where.tolist() == [0]
+    trajtok.write_png(tmp_path / "tall.png", picture.transpose(1, 0, 2))
+    assert abs(data.decode(tmp_path / "tall.png", 1, 16)[0].astype(int) - (250, 100, 50)).max() <= 2
+    with pytest.raises(BadVideo, match="fewer than the 2"):
+        data.decode(tmp_path / "wide.png", 2, 16)
+
+
+def test_turned_videos_stand_upright(tmp_path):
+    """Catches: a phone's rotation that is ignored, or applied the wrong way round. The track header's matrix of an ordinary file is
+    overwritten: (x, y) -> (-y, x), a quarter turn clockwise, so what was top left is shown top right."""
+    frames = np.full((4, 48, 64, 3), 30, np.uint8)
+    frames[:, :24, :32] = 220                                    # top left
+    raw = encode(tmp_path / "lying.mp4", frames).read_bytes()
+    at = raw.index(b"tkhd") + 44
+    assert raw[at:at + 4] == (1 << 16).to_bytes(4, "big"), "the matrix of a version-0 track header begins with 1.0"
+    for (a, b, c, d), row, column in (((0, 1, -1, 0), 0, 1), ((-1, 0, 0, -1), 1, 1), ((0, -1, 1, 0), 1, 0)):
+        matrix = b"".join((n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0)) + (1 << 30).to_bytes(4, "big")
+        (tmp_path / "turned.mp4").write_bytes(raw[:at] + matrix + raw[at + 36:])
+        image = data.decode(tmp_path / "turned.mp4", 1, 16)[0][0].astype(float).mean(-1)
+        quarters = image.reshape(2, 8, 2, 8).mean((1, 3))
+        assert np.unravel_index(quarters.argmax(), (2, 2)) == (row, column), (a, b, c, d)
+
+
+def test_files_that_cannot_be_used_are_bad_videos(media, tmp_path):
+    """Catches: a traceback, an endless loop, or frames repeated in silence, where a file is damaged; a message without the file's name."""
+    long = numbered(tmp_path / "long.mkv", 120).read_bytes()     # a cut MKV opens and plays: only its end tells
+    (tmp_path / "cut.mkv").write_bytes(long[:len(long) // 2])
+    trajtok.write_png(tmp_path / "needle.png", np.zeros((1500, 2, 3), np.uint8))
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=8000)
+        stream.layout = "mono"
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        for packet in (*stream.encode(sound), *stream.encode()):
+            file.mux(packet)
+    for path, frames, words in ((tmp_path / "none.mp4", 2, "no such file"), (media / "text.mp4", 2, "cannot be decoded"),
+                                (media / "empty.mp4", 2, "cannot be decoded"), (media / "half.mp4", 2, "cannot be decoded"),
+                                (tmp_path / "cut.mkv", 6, "truncated"), (tmp_path, 2, "cannot be decoded"), (tmp_path / "sound.mp4", 2, "no video"),
+                                (media / "clip0.mp4", 25, "24"), (tmp_path / "needle.png", 1, "narrow")):
+        with pytest.raises(BadVideo, match=words) as error:
+            data.decode(path, frames, 8)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(data.decode(media / "clip0.mp4", 24, 8)[0]) == 24
+
+
+def test_sidecar_labels_are_the_naive_look_up(tmp_path):
+    """Catches: ids that wrap at 256, trajectories that are mixed up between frames, an object that no trajectory owns, a crop
+    that is not the video's. 12 x 20 pixels to 6: the central square's pixel (i, j) is the mask's (2 i + 1, 2 j + 5)."""
+    rng = np.random.default_rng(0)
+    mask = rng.choice(np.array([0, 1, 7, 255, 256, 300, 65535], np.uint16), (5, 12, 20))
+    graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [0, 0, 0, 0, 0]])     # 7 is absent at first
+    np.savez(tmp_path / "m.npz", mask)
+    np.savez(tmp_path / "g.npz", tensor=graph)
+    where = np.array([0, 0.21, 0.6, 0.79, 0.999])
+    labels = data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", where, 6)
+    assert labels.dtype == np.int64 and labels.shape == (5, 6, 6)
+    for i, f in enumerate((0, 1, 3, 4, 4)):
+        for row, column in itertools.product(range(6), range(6)):
+            found = [m for m in range(4) if graph[m, f] and graph[m, f] == mask[f, 2 * row + 1, 2 * column + 5]]
+            assert labels[i, row, column] == (found[0] if found else -1)
+
+
+def test_sidecars_stay_on_their_pixels(tmp_path):
+    """Catches: labels of another frame or another crop than the pixels, for windows at any place of the video and any size."""
+    labelled(tmp_path, "square", count=12)
+    entries = data.read_manifest(manifest(tmp_path / "m.json", [{"video": "square.mp4"}] * 2))
+    for size, train in ((32, True), (20, True), (48, False)):
+        dataset = data.VideoBatches(entries, 3, size, 2, seed=size, train=train)
+        for i in range(4 if train else 1):
+            batch = dataset[i]
+            bright = batch["video"].float().mean(-1) > 130
+            assert not batch["bad"] and set(batch["labels"].unique().tolist()) == {-1, 1}
+            assert ((batch["labels"] == 1) != bright).float().mean() < 0.03 and 0.05 < bright.float().mean() < 0.3
+
+
+def test_damaged_sidecars_are_bad_videos(tmp_path):
+    """Catches: one unreadable, misshapen or oddly typed label file that stops a whole run, or labels that are quietly wrong."""
+    graph, mask = np.array([[1, 1]]), np.ones((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "graph.npz", tensor=graph)
+    np.savez(tmp_path / "mask.npz", mask)
+    whole = (tmp_path / "mask.npz").read_bytes()
+    np.savez(tmp_path / "key.npz", other=mask)
+    np.savez(tmp_path / "flat.npz", mask[0])
+    np.savez(tmp_path / "long.npz", np.ones((3, 8, 8), np.uint8))
+    np.savez(tmp_path / "float.npz", mask.astype(np.float32) * 0.5)
+    np.savez(tmp_path / "negative.npz", -mask.astype(np.int16))
+    (tmp_path / "text.npz").write_text("no labels")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes(whole[:len(whole) // 2])
+    np.save(tmp_path / "bare.npy", mask)
+    os.replace(tmp_path / "bare.npy", tmp_path / "bare.npz")
+    assert (data.load_labels(tmp_path / "mask.npz", tmp_path / "graph.npz", [0, 0.5], 8) == 0).all()
+    wrong = {}
+    for name in ("absent", "key", "flat", "long", "text", "empty", "half", "bare", "float", "negative"):
+        try:
+            data.load_labels(tmp_path / f"{name}.npz", tmp_path / "graph.npz", [0, 0.5], 8)
+            wrong[name] = "accepted"
+        except BadVideo as error:
+            assert name in str(error)
+        except Exception as error:
+            wrong[name] = repr(error)
+    assert not wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: manifests and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_manifests_of_every_kind(tmp_path):
+    """Catches: an entry whose path, label or sidecars are lost; paths that are not relative to the manifest; a header that is taken
+    for a clip; a separator that is guessed wrong."""
+    here = tmp_path / "set"
+    (here / "run").mkdir(parents=True)
+    (here / "sit").mkdir()
+    for name in ("run/a.mp4", "run/b.MP4", "sit/c.webm", "sit/c_mask.npz", "sit/c_graph.npz", "sit/notes.txt", "d.png", "e_own.npz"):
+        (here / name).write_bytes(b"")
+    rows = [{"video": "run/a.mp4", "caption": "somebody runs", "label": 3, "mask": "e_own.npz"}, {"video": "sit/c.webm"}, {"image": "d.png"},
+            {"video": "run/b.MP4", "image": None}, {"video": str(here / "run/a.mp4")}]
+    manifest(here / "list.json", rows)
+    (here / "lines.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    for name in ("list.json", "lines.jsonl"):
+        a, c, d, b, absolute = data.read_manifest(here / name)
+        assert a == dict(path=str(here / "run/a.mp4"), image=False, caption="somebody runs", label="3", mask=str(here / "e_own.npz"), graph=None)
+        assert c["mask"] == str(here / "sit/c_mask.npz") and c["graph"] == str(here / "sit/c_graph.npz") and c["label"] is None
+        assert d["image"] and not c["image"] and absolute["path"] == a["path"]
+        assert not b["image"], "a video whose entry says `image: null` is a video"
+    folder = data.read_manifest(here)
+    assert [(Path(e["path"]).name, e["label"]) for e in folder] == [("a.mp4", "run"), ("b.MP4", "run"), ("c.webm", "sit")]
+    assert folder[2]["mask"] and all(Path(e["path"]).exists() for e in folder)
+    for text in ("run/a.mp4,run\nsit/c.webm,sit\n", "path,label,frames\nrun/a.mp4,run,30\nsit/c.webm,sit,20\n", "run/a.mp4 run\nsit/c.webm sit\n",
+                 "video label\nrun/a.mp4 run\n\nsit/c.webm sit"):
+        (here / "set.csv").write_text(text)
+        entries = data.read_manifest(here / "set.csv")
+        assert [(e["path"], e["label"]) for e in entries] == [(str(here / "run/a.mp4"), "run"), (str(here / "sit/c.webm"), "sit")], text
+    (here / "set.csv").write_text('"a, b.mp4",run\n')
+    assert data.read_manifest(here / "set.csv")[0]["path"] == str(here / "a, b.mp4")
+    manifest(here / "manifest.json", rows[:1])
+    assert len(data.read_manifest(here)) == 1                    # a folder's own manifest goes first
+
+
+@pytest.mark.parametrize("name, content, words", (
+    ("m.json", "", "empty"), ("m.json", "[]", "empty"), ("m.json", "[{]", "not a manifest"), ("m.json", '[{"video": "a.mp4"}, 7]', "entry 2"),
+    ("m.json", '[{"caption": "x"}]', "entry 1"), ("m.json", '[{"video": ["a.mp4"]}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "caption": 3}]', "caption"),
+    ("m.json", '[{"video": "a.mp4", "mask": 3}]', "mask"), ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
+    ("m.mp4", b"\0\xff\xfe\x81", "not a manifest"), ("m.csv", "a.mp4,1\nb.mp4\n", "line 2"), ("m.csv", "path,label\na.mp4\n", "line 2"),
+    ("m.csv", "", "empty"), ("m.csv", b"caf\xe9.mp4,1\n", "m.csv")))
+def test_wrong_manifests_are_refused(tmp_path, name, content, words):
+    """Catches: a traceback, or a message that does not tell the line and what is wrong with it."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=words) as error:
+        data.read_manifest(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_without_videos_are_refused(tmp_path):
+    """Catches: an empty folder, or a path that is mistyped, that ends in a traceback far away."""
+    with pytest.raises(BadInput, match="without videos"):
+        data.read_manifest(tmp_path)
+    with pytest.raises(BadInput, match="no such file"):
+        data.read_manifest(tmp_path / "nothing.json")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_video_batches_are_a_function_of_seed_and_number(media):
+    """Catches: an epoch that repeats or forgets clips, videos and pictures in one batch, workers or history that change a batch."""
+    entries = [entry(media / f"clip{i}.mp4", f"clip {i}") for i in range(6)] + [entry(media / f"still{i}.png", f"still {i}") for i in range(2)]
+    dataset = data.VideoBatches(entries, 3, 16, 4, seed=1)
+    assert len(dataset) == 3                                     # 4 + 2 clips, 2 pictures
+    alone = list(data.loader(dataset, 0, 6))
+    fresh = data.VideoBatches(entries, 3, 16, 4, seed=1)
+    helped = list(data.loader(fresh, 0, 6, workers=2))
+    later = {i: fresh[i] for i in (5, 2)}
+    for i, batch in enumerate(alone):
+        for other in (helped[i], later.get(i, batch)):
+            assert batch["index"] == other["index"] and batch["caption"] == other["caption"] and torch.equal(batch["video"], other["video"])
+        kinds = {entries[j]["image"] for j in batch["index"]}
+        assert len(kinds) == 1 and batch["video"].shape[1] == (1 if True in kinds else 3)
+        assert batch["caption"] == [entries[j]["caption"] for j in batch["index"]] and (batch["labels"] == -1).all()
+    epochs = [[b["index"] for b in alone[:3]], [b["index"] for b in alone[3:]]]
+    assert all(sorted(sum(epoch, [])) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
+    other_seed = [data.VideoBatches(entries, 3, 16, 4, seed=2)[i]["index"] for i in range(3)]
+    assert other_seed != epochs[0]
+    held_out = data.VideoBatches(entries, 3, 16, 4, train=False)
+    assert [held_out[i]["index"] for i in range(3)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]               # clip2 has 30 frames
+
+
+def test_a_damaged_file_is_named_and_nothing_else_moves(media):
+    """Catches: a corrupt file that stops a run, is replaced in silence, or changes what the clips after it look like."""
+    good = [entry(media / f"clip{i}.mp4") for i in range(5)]
+    broken = good[:2] + [entry(media / "text.mp4")] + good[3:]
+    for i in range(4):
+        one, two = (data.VideoBatches(e, 3, 16, 3, seed=4)[i] for e in (good, broken))
+        kept = [n for n, j in enumerate(one["index"]) if j != 2]
+        assert two["index"] == [one["index"][n] for n in kept] and torch.equal(two["video"], one["video"][kept])
+        assert [path for path, _ in two["bad"]] == [str(media / "text.mp4")] * (2 in one["index"]) and not one["bad"]
+    alone = data.VideoBatches(broken[2:3], 3, 16, 3)[0]
+    assert alone["video"] is None and len(alone["bad"]) == 1
+    assert data.finish(alone, torch.device("cpu"))["video"] is None
+
+
+def test_augment_changes_all_frames_alike_and_labels_with_them():
+    """Catches: a crop or flip of its own for each frame, labels that stay where the pixels were, a change that is not the seed's.
+    Four grey areas, darker to lighter: after any crop, flip and colour change each label still has one grey, in the same order."""
+    size, clips = 40, 24
+    labels = torch.zeros(clips, 3, size, size, dtype=torch.int64)
+    labels[..., 22:] += 1
+    labels[:, :, 17:] += 2
+    video = (50 + 40 * labels)[..., None].expand(-1, -1, -1, -1, 3).to(torch.uint8)
+    labels = torch.where(labels == 3, -1, labels)                # one area is unlabelled: it must stay so
+    out, moved = data.augment(video, labels, seed=5)
+    assert out.shape == video.shape and out.dtype == torch.uint8 and moved.dtype == torch.int64
+    assert torch.equal(out, out[:, :1].expand_as(out)) and torch.equal(moved, moved[:, :1].expand_as(moved))   # still clips stay still
+    mirrored = cropped = 0
+    for i in range(clips):
+        ids = torch.where(moved[i, 0] < 0, 3, moved[i, 0])
+        inside = torch.ones(size, size, dtype=torch.bool)        # away from the areas' borders, where the filter blends
+        for dy, dx in itertools.product((-2, 0, 2), repeat=2):
+            inside &= ids == ids[(torch.arange(size) + dy).clamp(0, size - 1)][:, (torch.arange(size) + dx).clamp(0, size - 1)]
+        greys = [out[i, 0][inside & (ids == label)].float() for label in range(4) if (inside & (ids == label)).any()]
+        assert all(g.max() - g.min() <= 2 for g in greys)
+        middles = [g.mean().item() for g in greys]
+        assert middles == sorted(middles)
+        left, right = ids[:, 0] % 2, ids[:, -1] % 2
+        mirrored += int((left > right).all())
+        cropped += int(len(greys) < 4 or abs((ids >= 2).float().mean() - 23 / 40) > 0.05)
+    assert 3 < mirrored < 15 and cropped > 10                    # half of those where the border is in view
+    again, again_moved = data.augment(video, labels, seed=5)
+    assert torch.equal(out, again) and torch.equal(moved, again_moved)
+    assert not torch.equal(out, data.augment(video, labels, seed=6)[0])
+    _, unflipped = data.augment(video, labels, seed=5, flip=False)
+    ids = torch.where(unflipped < 0, 3, unflipped)
+    assert not ((ids[..., 0] % 2) > (ids[..., -1] % 2)).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: real clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+@real
+def test_real_clips_decode_where_a_plain_reader_does():
+    """Catches: seeking and frame counts that only hold for files of our own making."""
+    names = ("sam2_05_default_juggle.mp4", "cotracker_apple.mp4", "imageio_realshort.mp4", "torchcodec_nasa_13013.mp4")
+    for name in names:
+        with av.open(str(REAL / "clips" / name)) as file:
+            plain = [(frame.time, frame) for frame in file.decode(video=0)]
+        video, times, where = data.decode(REAL / "clips" / name, 5, 64)
+        assert video.shape == (5, 64, 64, 3) and (np.diff(times) > 0).all() and (np.diff(where) > 0).all() and video.std() > 10
+        for i in range(5):
+            expected = int((i + 0.5) * len(plain) / 5)
+            found = min(range(len(plain)), key=lambda j: abs(plain[j][0] - plain[0][0] - times[i]))
+            assert abs(found - expected) <= 1, name
+            h, w, top, left = data.fit(plain[found][1].height, plain[found][1].width, 64)
+            frame = plain[found][1].reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()[top:top + 64, left:left + 64]
+            assert abs(frame.astype(int) - video[i]).mean() < 1, name
+
+
+@real
+def test_odd_files_are_decoded_or_refused_in_one_line():
+    """Catches: an odd file (encrypted, cut, ten bits, sound only, turned, variable rate) that raises anything but BadVideo."""
+    for row in csv.DictReader(open(REAL / "odd" / "odd.csv", newline="")):
+        path = REAL / "odd" / row["file"]
+        try:
+            video, times, where = data.decode(path, 2, 32)
+            assert video.shape == (2, 32, 32, 3) and times[0] <= times[1] and 0 <= where[0] <= where[1] < 1
+            assert int(row["decoded"]) >= 2, row["file"]
+        except BadVideo as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            assert row["result"] != "ok" or int(row["decoded"]) < 2 or "truncated" in row["file"], (row["file"], error)
+
+
+@real
+def test_real_sidecars_and_label_files():
+    """Catches: the release's own training format read wrongly; folder, manifest and CSV that disagree on a label."""
+    entries = data.read_manifest(REAL / "sidecars" / "manifest.json")
+    assert len(entries) == 12 and all(e["mask"] and e["graph"] and e["caption"] for e in entries)
+    batch = data.VideoBatches(entries[:3], 4, 64, 3, train=False)[0]
+    assert not batch["bad"] and (batch["labels"] >= 0).flatten(1).any(1).all() and (batch["labels"] < 0).flatten(1).any(1).all()
+    by_manifest, by_csv = (data.read_manifest(REAL / "actions" / name) for name in ("manifest.json", "labels.csv"))
+    assert {e["path"]: e["label"] for e in by_manifest} == {e["path"]: e["label"] for e in by_csv}
+    assert all(Path(e["path"]).parent.name == e["label"] and Path(e["path"]).exists() for e in by_csv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmenter.py: the backbone and the Perceiver
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_convnext_tiny_is_the_published_one():
+    """Catches: a layer too many or too few, so that published weights do not fit; strides that are not 4, 8, 16, 32."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in segmenter.ConvNeXt().parameters()) == 27_820_128
+    net = segmenter.ConvNeXt(TINY.depths, TINY.dims)
+    maps = net(torch.randn(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, d, 64 // s, 96 // s) for d, s in zip(TINY.dims, (4, 8, 16, 32))]
+    normed = [bool(m.mean(1).abs().max() < 1e-4 and (m.var(1, correction=0) - 1).abs().max() < 1e-3) for m in maps]
+    assert normed == [False, False, False, True]                 # stages 0-2 leave raw, only the last through the final norm
+
+
+@pytest.mark.parametrize("h, w", ((1, 1), (2, 2), (4, 4), (1, 5), (2, 7), (3, 5), (4, 5), (9, 8)))
+def test_small_depthwise_convolutions_are_conv2d(h, w):
+    """Catches: a matrix form whose rows and columns are swapped (on square maps too), whose border wraps, or whose gradient is wrong."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 5, 7, padding=3, groups=5)
+    x = torch.randn(3, 5, h, w, requires_grad=True)
+    weights = torch.randn(3, 5, h, w)
+    results = []
+    for form in (segmenter.depthwise, lambda x, conv: F.conv2d(x, conv.weight, conv.bias, padding=3, groups=5)):
+        y = form(x, conv)
+        results.append((y, *torch.autograd.grad((y * weights).sum(), (x, conv.weight, conv.bias))))
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_rotate_is_the_naive_loop():
+    """Catches: channels paired across halves instead of side by side, a wrong frequency, positions that start at 0 whatever
+    `first` says, a rotation of the half that must stay."""
+    torch.manual_seed(0)
+    b, s, a, c, first = 2, 5, 3, 12, 1000
+    x = torch.randn(b, s, a, c)
+    rotated = c // 4 * 2
+    naive = x.double().clone()
+    for i, j in itertools.product(range(s), range(rotated // 2)):
+        angle = (first + i) * 1e4 ** (-2 * j / rotated)
+        even, odd = x[:, i, :, 2 * j].double(), x[:, i, :, 2 * j + 1].double()
+        naive[:, i, :, 2 * j] = even * math.cos(angle) - odd * math.sin(angle)
+        naive[:, i, :, 2 * j + 1] = even * math.sin(angle) + odd * math.cos(angle)
+    table = segmenter.rotary_table(first, s, c, "cpu")
+    torch.testing.assert_close(segmenter.rotate(x, table), naive.float(), rtol=1e-4, atol=1e-4)
+    assert segmenter.rotate(x.bfloat16(), table).dtype == torch.bfloat16
+    long = segmenter.rotary_table(0, 25_216, 64, "cpu")[:, 0, 0]
+    assert len(set(torch.view_as_real(long)[:, 0].tolist())) > 25_000            # half precision has 5 700 positions of a long clip
+
+
+def test_queries_start_apart():
+    """Catches: queries that begin at the same place (opposite edges of a periodic code), learn alike and die together."""
+    for count, dim in ((16, 128), (32, 256), (128, 512), (6, 32)):
+        codes = F.normalize(segmenter.query_codes(count, dim), dim=-1)
+        distance = torch.cdist(codes, codes) + 9 * torch.eye(count)
+        assert codes.shape == (count, dim) and distance.min() > 0.1, f"{count} queries: {int((distance < 0.1).sum()) // 2} pairs coincide"
+
+
+def test_perceiver_reads_each_clips_points_in_order():
+    """Catches: attention over the wrong axis; positions that are missing (then shuffled points would not matter)."""
+    torch.manual_seed(0)
+    perceiver = segmenter.Perceiver(32, 2, 2).eval()
+    latents, points = torch.randn(2, 4, 32), torch.randn(2, 20, 32)
+    out = perceiver(latents, points)
+    one = perceiver(latents[1:], points[1:])
+    torch.testing.assert_close(out[1:], one, rtol=1e-4, atol=1e-5)               # a clip does not see the others of its batch
+    assert (perceiver(latents, points.flip(1)) - out).abs().max() > 1e-3
+    points_of_2 = points.clone()
+    points_of_2[0, 3] *= -1
+    changed = (perceiver(latents, points_of_2) - out).abs().amax((1, 2))
+    assert changed[0] > 1e-4 and changed[1] < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmenter.py: points, masks, gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_normalise():
+    """Catches: channels or frames in the wrong place, a mean that is taken off twice."""
+    video = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8)
+    x = segmenter.normalise(video)
+    assert x.shape == (2, 3, 3, 4, 5)
+    for c in range(3):
+        naive = (video[..., c].double() / 255 - segmenter.MEAN[c]) / segmenter.STD[c]
+        torch.testing.assert_close(x[:, :, c], naive.float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError):
+        segmenter.normalise(video.float())
+
+
+def test_points_are_row_major_and_frames_stand_alone():
+    """Catches: points in another order than (t, h, w), height and width swapped, a backbone that mixes frames or clips. With the
+    stride-4 map alone and one block, a cell reaches three cells far: exactly those points may change, and the cell itself must."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(TINY.segmenter, hierarchical=False)
+    model = segmenter.Segmenter(cfg).eval()
+    x = torch.randn(2, 3, 3, 32, 64)
+    other = x.clone()
+    other[1, 1, :, 20:24, 8:12] += 3.0                           # clip 1, frame 1, cell (5, 2)
+    (before, grid), (after, _) = model.extract(x), model.extract(other)
+    assert grid == (3, 8, 16) and before.shape == (2, 3 * 8 * 16, cfg.dim)
+    changed = (before - after).abs().amax(-1) > 1e-6
+    expected = torch.zeros(2, 3, 8, 16, dtype=torch.bool)
+    expected[1, 1, 2:9, 0:6] = True
+    assert torch.equal(changed, expected.flatten(1))
+    whole = segmenter.Segmenter(TINY.segmenter).eval()
+    together, alone = whole.extract(x)[0], torch.cat([whole.extract(x[:, f:f + 1])[0] for f in range(3)], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_drawn_where_the_points_are():
+    """Catches: masks that are transposed or belong to another frame; ids that are not the argmax; alive queries that own nothing."""
+    grid, k = (2, 4, 6), 5
+    ids = torch.randint(k - 1, (3, 48), generator=torch.Generator().manual_seed(0))
+    logits = F.one_hot(ids, k).float() * 9
+    seg = segmenter.Segmentation(torch.zeros(3, 48, 8), logits, ids, torch.ones(3, k, dtype=torch.bool), grid)
+    assert torch.equal(seg.masks((4, 6)), ids.view(3, 2, 4, 6))
+    large = seg.masks((20, 30))                                  # the middle of each cell keeps the cell's id
+    assert torch.equal(large[:, :, 2::5, 2::5], ids.view(3, 2, 4, 6))
+    out = segmenter.Segmenter(TINY.segmenter).eval()(torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8))
+    assert torch.equal(out.ids, out.logits.argmax(-1)) and out.grid == (2, 8, 8)
+    assert all(out.alive[i].nonzero()[:, 0].tolist() == sorted(set(out.ids[i].tolist())) for i in range(2))
+
+
+def test_mask_logits_are_bounded_cosines():
+    """Catches: a dot product that is not normalised (one long feature then wins everywhere), a scale that escapes its clamp."""
+    torch.manual_seed(0)
+    model = segmenter.Segmenter(TINY.segmenter)
+    latents, features = torch.randn(2, 6, 32), torch.randn(2, 20, 32)
+    scales = []
+    for value in (-30.0, 2.0, 500.0):
+        nn.init.constant_(model.log_scale, value)
+        logits = model.soft_masks(latents, 100 * features)
+        q, p = F.normalize(model.traj_seg_head(latents), dim=-1), F.normalize(model.patch_decoder(100 * features), dim=-1)
+        scales.append((logits / (p @ q.transpose(1, 2))).median().item())
+        torch.testing.assert_close(logits, scales[-1] * p @ q.transpose(1, 2), rtol=1e-3, atol=1e-3)
+    assert scales == pytest.approx([1.0, 1 + math.log1p(math.exp(2.0)), 20.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("detach", (True, False))
+def test_detach_cuts_the_perceivers_gradient_into_the_features(detach):
+    """Catches: the paper's stop-gradient lost, or cutting more than it should (the mask logits must still reach the features)."""
+    torch.manual_seed(0)
+    model = segmenter.Segmenter(dataclasses.replace(TINY.segmenter, detach=detach))
+    x = torch.randn(1, 2, 3, 32, 32)
+    features, _ = model.extract(x)
+    logits = model.soft_masks(model.cluster(features), features.detach())        # by way of the latents only
+    (logits * torch.randn_like(logits)).sum().backward()
+    reached = [p.grad is not None and p.grad.abs().sum().item() > 0 for p in model.backbone.parameters()]
+    assert not any(reached) if detach else all(reached)
+    model.zero_grad()
+    out = model.segment(x)
+    (out.logits * torch.randn_like(out.logits)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("hard_mask, hierarchical", ((True, True), (False, True), (True, False)))
+def test_gradients_reach_every_parameter(hard_mask, hierarchical):
+    """Catches: a layer that is built and never used, or cut off from the joint loss by a detach or an argmax."""
+    torch.manual_seed(0)
+    tokenizer = trajtok.TrajTok(dataclasses.replace(TINY, hard_mask=hard_mask, hierarchical=hierarchical))
+    scripted = data.stack(scripts(data.TRAIN, 2, data.World(size=32, frames=2)))
+    video, labels = data.rasterise(scripted, 32)
+    tokens, seg = tokenizer(video, TINY.max_tokens)
+    terms = segmenter.segmentation_loss(seg, labels)
+    ((tokens.z * torch.randn_like(tokens.z)).mean() + 0.5 * terms["focal"] + terms["dice"]).backward()
+    silent = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    unread = r"$^" if hierarchical else r"segmenter\.backbone\.((stages|downsample_layers)\.[123]|norm)"       # one scale: nobody reads the others
+    assert [name for name in silent if not re.match(unread, name)] == []
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.grad is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmenter.py: matching
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cheapest_by_force(cost):
+    return min(sum(cost[i, j] for i, j in enumerate(columns)) for columns in itertools.permutations(range(cost.shape[1]), len(cost)))
+
+
+def cheapest_by_bellman_ford(cost):
+    """Successive cheapest augmenting paths, found with nothing cleverer than Bellman-Ford. -> the total cost."""
+    rows, columns = cost.shape
+    owner = np.full(columns, -1)
+    for row in range(rows):
+        distance, before, moved = cost[row].astype(float), np.full(columns, -1), True
+        while moved:
+            moved = False
+            for j in np.flatnonzero(owner >= 0):                 # give column j away: its owner takes another one
+                through = distance[j] - cost[owner[j], j] + cost[owner[j]]
+                better = through < distance - 1e-9
+                if better.any():
+                    distance[better], before[better], moved = through[better], j, True
+        column = int(np.where(owner < 0, distance, np.inf).argmin())
+        while before[column] >= 0:
+            owner[column] = owner[before[column]]
+            column = before[column]
+        owner[column] = row
+    return sum(cost[i, j] for j, i in enumerate(owner) if i >= 0)
+
+
+def test_hungarian_is_the_brute_force_optimum():
+    """Catches: an assignment that is good but not the best, two rows in one column, ties or rectangles that go wrong, problems of
+    one batch that disturb each other."""
+    rng = np.random.default_rng(0)
+    for rows, columns in [(r, c) for r in range(1, 6) for c in range(r, 7)]:
+        cost = np.concatenate((rng.normal(size=(8, rows, columns)), rng.integers(-1, 2, (8, rows, columns)),     # ties
+                               np.zeros((1, rows, columns)), -rng.random((3, rows, columns)) * (rng.random((3, rows, columns)) < 0.3)))
+        answer = segmenter.hungarian(cost)
+        assert answer.shape == (20, rows) and answer.min() >= 0 and answer.max() < columns
+        for c, columns_of in zip(cost, answer):
+            assert len(set(columns_of.tolist())) == rows
+            assert c[np.arange(rows), columns_of].sum() == pytest.approx(cheapest_by_force(c), abs=1e-9)
+    with pytest.raises(ValueError):
+        segmenter.hungarian(np.zeros((1, 3, 2)))
+    assert segmenter.hungarian(np.zeros((2, 0, 4))).shape == (2, 0)
+
+
+def test_hungarian_on_large_problems():
+    """Catches: potentials that drift from row to row, which small problems cannot show."""
+    rng = np.random.default_rng(1)
+    for rows, columns in ((24, 24), (20, 40)):
+        cost = np.stack([rng.normal(size=(rows, columns)), rng.integers(0, 5, (rows, columns)).astype(float),
+                         -np.where(rng.random((rows, columns)) < 0.1, rng.random((rows, columns)), 0.0)])
+        for c, columns_of in zip(cost, segmenter.hungarian(cost)):
+            assert len(set(columns_of.tolist())) == rows
+            assert c[np.arange(rows), columns_of].sum() == pytest.approx(cheapest_by_bellman_ford(c), abs=1e-8)
+
+
+def test_the_slow_solver_is_right():
+    """Catches: a reference for large problems that is itself wrong."""
+    rng = np.random.default_rng(2)
+    for _ in range(30):
+        cost = rng.integers(-3, 4, (4, 6)).astype(float)
+        assert cheapest_by_bellman_ford(cost) == pytest.approx(cheapest_by_force(cost))
+
+
+def test_match_finds_the_hidden_permutation():
+    """Catches: rows and columns of the answer swapped, absent labels that take a query away from a present one, rows that are not
+    a permutation, unlabelled points that count."""
+    generator = torch.Generator().manual_seed(0)
+    b, n, k = 6, 200, 8
+    labels = torch.randint(-1, 5, (b, n), generator=generator)                   # labels 5, 6, 7 do not occur
+    labels[3] = -1
+    labels[4] = torch.where(labels[4] == 2, -1, labels[4])
+    hidden = torch.stack([torch.randperm(k, generator=generator) for _ in range(b)])                 # label l is query hidden[l]
+    owner = hidden.gather(1, labels.clamp(min=0))
+    owner = torch.where(torch.rand(b, n, generator=generator) < 0.2, torch.randint(k, (b, n), generator=generator), owner)   # 20 % noise
+    for soft in (0.0, 0.01):
+        order = segmenter.match(5 * F.one_hot(owner, k).float(), labels, soft)
+        assert order.shape == (b, k) and order.dtype == torch.int64
+        for i in range(b):
+            assert sorted(order[i].tolist()) == list(range(k))
+            assert all(order[i, label] == hidden[i, label] for label in set(labels[i].tolist()) - {-1})
+
+
+def test_match_is_the_best_assignment():
+    """Catches: an IoU that leaves out what it should count. Predicted areas count unlabelled points too."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        logits, labels = torch.randn(1, 30, 5, generator=generator), torch.randint(-1, 4, (1, 30), generator=generator)
+        ids = logits.argmax(-1)[0].tolist()
+        iou = np.zeros((5, 5))
+        for label, query in itertools.product(range(5), range(5)):
+            both = sum(i == query and l == label for i, l in zip(ids, labels[0].tolist()))
+            either = sum(i == query or l == label for i, l in zip(ids, labels[0].tolist()))
+            iou[label, query] = both / either if either and label in labels else 0
+        order = segmenter.match(logits, labels, soft=0)[0].numpy()
+        assert iou[np.arange(5), order].sum() == pytest.approx(-cheapest_by_force(-iou))
+        shuffle = torch.randperm(5, generator=generator)
+        moved = segmenter.match(logits[..., shuffle], labels)[0]                 # the same queries in other columns
+        present = labels[0].unique()
+        present = present[present >= 0]
+        assert torch.equal(shuffle[moved][present], segmenter.match(logits, labels)[0][present])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmenter.py: losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_dice_by_hand():
+    """Catches: regions pooled over the batch where they should not be (or the reverse), unlabelled points and absent classes that count."""
+    p = torch.tensor([[[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.5, 0.5, 0.0]],
+                      [[0.3, 0.7, 0.0], [1.0, 0.0, 0.0], [0.4, 0.6, 0.0], [0.8, 0.2, 0.0]]]).clamp(min=1e-9)
+    labels = torch.tensor([[0, 0, 1, -1], [1, -1, -1, 1]])
+    # class 0: P.G = .9 + .6, |P| over labelled = .9 + .6 + .2 + .3 + .8, |G| = 2;  class 1: P.G = .8 + .7 + .2, |P| = 2.2, |G| = 3
+    expected = ((1 - 2 * 1.5 / (2.8 + 2)) + (1 - 2 * 1.7 / (2.2 + 3))) / 2
+    assert segmenter.dice_loss(p.log(), labels, pooled=True).item() == pytest.approx(expected, abs=1e-5)
+    # clip by clip: class 0 of clip 0: P.G = .9 + .6, |P| = 1.7, |G| = 2;  class 1: .8, 1.3, 1;  clip 1 has class 1 only: .7 + .2, .9, 2
+    expected = ((1 - 2 * 1.5 / 3.7) + (1 - 2 * 0.8 / 2.3) + (1 - 2 * 0.9 / 2.9)) / 3
+    assert segmenter.dice_loss(p.log(), labels, pooled=False).item() == pytest.approx(expected, abs=1e-5)
+    perfect = 20 * F.one_hot(labels.clamp(min=0), 3).float()
+    assert all(segmenter.dice_loss(perfect, labels, pooled).item() < 1e-3 for pooled in (True, False))
+
+
+def test_focal_by_hand():
+    """Catches: gamma left out or on the wrong factor, a mean over all points instead of the labelled ones."""
+    p = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]])
+    expected = (0.25 * math.log(2) + 0.81 * math.log(10)) / 2
+    assert segmenter.focal_loss(p.log(), torch.tensor([[0, 0, -1]])).item() == pytest.approx(expected, abs=1e-5)
+    for k in (2, 16, 128):                                       # what the loss starts at
+        uniform = segmenter.focal_loss(torch.zeros(2, 7, k), torch.zeros(2, 7, dtype=torch.int64)).item()
+        assert uniform == pytest.approx((1 - 1 / k) ** 2 * math.log(k), rel=1e-5)
+
+
+def test_unlabelled_points_have_no_say():
+    """Catches: gradient at points of which nothing is known; a division by zero where nothing at all is labelled."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 10, 4, requires_grad=True), torch.randint(-1, 4, (2, 10))
+    for loss in (segmenter.dice_loss, segmenter.focal_loss):
+        gradient = torch.autograd.grad(loss(logits, labels), logits)[0]
+        assert (gradient[labels < 0] == 0).all() and (gradient[labels >= 0].abs().sum(-1) > 0).all()
+        nothing = loss(logits, torch.full_like(labels, -1))
+        assert nothing.item() == 0 and (torch.autograd.grad(nothing, logits)[0] == 0).all()
+    seg = segmenter.Segmentation(None, logits, logits.argmax(-1), None, (1, 2, 5))
+    assert all(v.item() == 0 for v in segmenter.segmentation_loss(seg, torch.full((2, 1, 8, 20), -1)).values())
+
+
+def test_labels_on_grid_is_the_naive_look_up():
+    """Catches: rows and columns swapped, the corner of a cell instead of its middle, the largest trajectories dropped instead of
+    the smallest, two of them merged into one id."""
+    generator = torch.Generator().manual_seed(0)
+    for (t, h, w), (height, width), count in (((2, 4, 6), (16, 24), 5), ((1, 3, 2), (13, 9), 4), ((3, 8, 8), (32, 32), 20)):
+        labels = torch.randint(-1, count, (2, t, height, width), generator=generator)
+        labels = torch.where(torch.rand(labels.shape, generator=generator) < 0.4, labels.clamp(max=1), labels)   # unequal areas
+        naive = torch.empty(2, t, h, w, dtype=torch.int64)
+        for b, f, i, j in itertools.product(range(2), range(t), range(h), range(w)):
+            naive[b, f, i, j] = labels[b, f, int((i + 0.5) * height / h), int((j + 0.5) * width / w)]
+        for many in (20, None):
+            assert torch.equal(segmenter.labels_on_grid(labels, (t, h, w), many), naive.flatten(1))
+        k = 4
+        few = segmenter.labels_on_grid(labels, (t, h, w), k)
+        assert few.max() < k
+        for b in range(2):
+            old, new = naive[b].flatten(), few[b]
+            areas = {i: int((old == i).sum()) for i in set(old.tolist()) - {-1}}
+            kept = {i: set(new[old == i].tolist()) for i in areas}
+            assert (new[old == -1] == -1).all() and all(len(v) == 1 for v in kept.values())
+            alive = {i: v.pop() for i, v in kept.items() if v != {-1}}
+            assert len(set(alive.values())) == len(alive) == min(k, len(areas))
+            assert min(areas[i] for i in alive) >= max((areas[i] for i in areas if i not in alive), default=0)
+
+
+def test_segmentation_loss_does_not_care_about_names():
+    """Catches: a loss that depends on which id an object has in the labels, or on the order of the queries."""
+    generator = torch.Generator().manual_seed(0)
+    grid, k = (2, 4, 4), 6
+    logits, labels = torch.randn(3, 32, k, generator=generator), torch.randint(-1, 5, (3, 2, 16, 16), generator=generator)
+
+    def loss(logits, labels):
+        return segmenter.segmentation_loss(segmenter.Segmentation(None, logits, logits.argmax(-1), None, grid), labels)
+    base = loss(logits, labels)
+    assert set(base) == {"focal", "dice"}
+    for _ in range(3):
+        queries, names = torch.randperm(k, generator=generator), torch.randperm(k, generator=generator)
+        renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
+        for other in (loss(logits[..., queries], labels), loss(logits, renamed), loss(logits[..., queries], renamed)):
+            torch.testing.assert_close(other, base, rtol=1e-5, atol=1e-6)
+    points = segmenter.labels_on_grid(labels, grid, k)
+    right = loss(12 * F.one_hot((points.clamp(min=0) + 2) % k, k).float(), labels)       # a perfect prediction under other names
+    assert right["focal"] < 1e-3 and right["dice"] < 1e-2 and base["dice"] > 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmenter.py: metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+def tubes_naively(pred, gt):
+    """video_metrics of one clip, from lists: every one-to-one assignment is tried, the one with the largest sum of IoUs counts."""
+    pairs = [(p, g) for p, g in zip(pred.flatten().tolist(), gt.flatten().tolist()) if g >= 0]
+    ps, gs = sorted({p for p, _ in pairs}), sorted({g for _, g in pairs})
+    both = {(p, g): sum(pair == (p, g) for pair in pairs) for p in ps for g in gs}
+    either = {(p, g): sum(a == p or b == g for a, b in pairs) for p in ps for g in gs}
+    few, many = (ps, gs) if len(ps) <= len(gs) else (gs, ps)
+    best = max(([(a, b) if few is ps else (b, a) for a, b in zip(few, chosen)] for chosen in itertools.permutations(many, len(few))),
+               key=lambda matches: sum(both[m] / either[m] for m in matches))
+    good = [m for m in best if both[m] / either[m] >= 0.5]
+    if not good:
+        return dict(veq=0.0, sq=0.0, rq=0.0, stq=0.0, aq=0.0)
+    sq = sum(both[m] / either[m] for m in good) / len(good)
+    rq = len(good) / (len(good) + (len(ps) - len(good)) / 2 + (len(gs) - len(good)) / 2)
+    aq = sum(both[m] for m in good) / sum(either[m] for m in good)
+    return dict(veq=sq * rq, sq=sq, rq=rq, stq=math.sqrt(sq * aq), aq=aq)
+
+
+def test_video_metrics_by_hand():
+    """Catches: id 0 treated as background (a perfect match in slot 0 would score 0), unlabelled pixels that count as errors,
+    missed and invented objects that cost nothing."""
+    def score(pred, gt):
+        return segmenter.video_metrics(torch.tensor(pred).view(1, 1, 1, -1), torch.tensor(gt).view(1, 1, 1, -1))
+    assert score([0, 0, 1, 1], [0, 0, 1, 1]) == dict(veq=1, sq=1, rq=1, stq=1, aq=1)
+    assert score([0, 0, 0, 0], [3, 3, 3, 3])["veq"] == 1
+    assert score([5, 5, 2, 2], [0, 0, 1, 1])["veq"] == 1                         # names do not matter
+    assert score([0, 0, 1, 1, 4, 2], [0, 0, 1, 1, -1, -1]) == dict(veq=1, sq=1, rq=1, stq=1, aq=1)
+    missed = score([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1])       # one tube over two objects: IoU 4/6, one object missed
+    assert missed == pytest.approx(dict(sq=4 / 6, rq=1 / 1.5, veq=4 / 6 / 1.5, aq=4 / 6, stq=4 / 6))
+    split = score([0, 0, 0, 1, 1], [0, 0, 0, 0, 0])              # an object in two pieces: IoU 3/5, one piece too many
+    assert split == pytest.approx(dict(sq=0.6, rq=1 / 1.5, veq=0.4, aq=0.6, stq=0.6))
+    half = score([0, 0, 1, 1], [0, 0, 0, 0])                     # IoU 0.5 is a match
+    assert half["sq"] == 0.5 and half["rq"] == pytest.approx(1 / 1.5)
+    assert score([0, 1, 2, 3], [0, 0, 0, 0])["veq"] == 0 and score([0, 1], [-1, -1])["veq"] == 0
+    both = score([0, 0, 0, 1, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    assert both["stq"] == pytest.approx(math.sqrt((0.75 + 1) / 2 * 9 / 10)) and both["rq"] == pytest.approx(2 / 2.5)
+
+
+def test_video_metrics_and_best_overlaps_are_naive():
+    """Catches: areas taken over the wrong axis, clips of a batch that share tubes, a mean that is not over clips."""
+    rng = np.random.default_rng(0)
+    preds, gts = [], []
+    for _ in range(24):
+        gt = rng.integers(0, rng.integers(1, 5), (2, 4, 6))
+        gt[rng.random(gt.shape) < 0.15] = -1
+        pred = np.where(rng.random(gt.shape) < 0.3, rng.integers(0, 5, gt.shape), rng.permutation(6)[gt.clip(0)])
+        preds.append(pred)
+        gts.append(gt)
+    pred, gt = torch.from_numpy(np.stack(preds)), torch.from_numpy(np.stack(gts))
+    naive = [tubes_naively(p, g) for p, g in zip(pred, gt)]
+    for i in range(24):
+        assert segmenter.video_metrics(pred[i:i + 1], gt[i:i + 1]) == pytest.approx(naive[i])
+    assert segmenter.video_metrics(pred, gt) == pytest.approx({key: sum(n[key] for n in naive) / 24 for key in naive[0]})
+    assert len({round(n["veq"], 6) for n in naive}) > 10 and any(n["rq"] < 1 for n in naive)
+    for first in (0, 2):
+        best = []
+        for p, g in zip(pred, gt):
+            for label in sorted(set(g.flatten().tolist()) - set(range(-1, first))):
+                tubes = [(p == i) for i in set(p.flatten().tolist())]            # areas at unlabelled pixels count here
+                best.append(max(((tube & (g == label)).sum() / (tube | (g == label)).sum()).item() for tube in tubes))
+        assert segmenter.best_overlaps(pred, gt, first) == pytest.approx(best)
+    assert segmenter.best_overlaps(pred, torch.full_like(gt, -1)) == []
+
+
+def test_grid_tubes():
+    """Catches: a baseline whose cells differ in size by more than they must, or change from frame to frame."""
+    ids = segmenter.grid_tubes((2, 3, 8, 9), 2, 3)
+    assert ids.shape == (2, 3, 8, 9) and torch.equal(ids[0, 0], ids[1, 2])
+    assert torch.bincount(ids[0, 0].flatten()).tolist() == [12] * 6
+    assert ids[0, 0, 0, 0] == 0 and ids[0, 0, 0, 8] == 2 and ids[0, 0, 7, 8] == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+def dense_attention(q, k, v, ids, k_own, v_own):
+    """The same by the book: one mask over all points and all tokens, and the library's attention. A row that sees nothing is 0."""
+    b, K, m, a, c = q.shape
+    trajectory = torch.arange(K).repeat_interleave(m)
+    visible = trajectory[None, :, None] == ids[:, None, :]                       # (b, K m, n), True = may be seen
+    if k_own is not None:
+        k, v = torch.cat((k, k_own.flatten(1, 2)), 1), torch.cat((v, v_own.flatten(1, 2)), 1)
+        visible = torch.cat((visible, (trajectory[:, None] == trajectory).expand(b, -1, -1)), 2)
+    out = F.scaled_dot_product_attention(q.flatten(1, 2).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible[:, None])
+    out = torch.where(visible.any(2)[:, None, :, None], out, 0.0)
+    return out.transpose(1, 2).reshape(q.shape)
+
+
+def attention_inputs(m, own, K=5, n=23, spread=1.0):
+    generator = torch.Generator().manual_seed(m)
+    def draw(*shape):
+        return (spread * torch.randn(*shape, generator=generator)).requires_grad_()
+    q, k, v = draw(3, K, m, 2, 4), draw(3, n, 2, 4), draw(3, n, 2, 4)
+    ids = torch.randint(K - 2, (3, n), generator=generator)      # the last two trajectories own nothing
+    ids[1] = 2                                                   # one owns all
+    return [q, k, v, ids, *((draw(3, K, m, 2, 4), draw(3, K, m, 2, 4)) if own else (None, None))]
+
+
+@pytest.mark.parametrize("own", (False, True))
+@pytest.mark.parametrize("m", (1, 2, 4))
+@pytest.mark.parametrize("spread, together", ((1.0, False), (12.0, False), (1.0, True)))
+def test_trajectory_attention_is_dense_masked_attention(monkeypatch, m, own, spread, together):
+    """Catches: a softmax over the wrong points, a merge of the own tokens that weighs them wrongly, an overflow for large scores,
+    NaN for trajectories without points, a backward pass that is not the forward's; clips that leak into each other where they are
+    computed together, as on a GPU."""
+    if together:
+        monkeypatch.setattr(encoder, "clips", lambda q: [slice(0, len(q))])
+    inputs = attention_inputs(m, own, spread=spread)
+    leaves = [x for i, x in enumerate(inputs) if x is not None and i != 3]
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9))
+    out, oracle = encoder.trajectory_attention(*inputs), dense_attention(*inputs)
+    torch.testing.assert_close(out, oracle, rtol=1e-4, atol=1e-5 * spread)
+    if not own:
+        assert (out[:, -2:] == 0).all()
+    for mine, theirs in zip(torch.autograd.grad((out * weights).sum(), leaves), torch.autograd.grad((oracle * weights).sum(), leaves)):
+        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * spread)
+        assert mine.isfinite().all() and mine.abs().sum() > 0
+
+
+def test_trajectory_attention_in_bfloat16():
+    """Catches: sums in half precision, which lose the small weights of long trajectories; an output of another type."""
+    inputs = [x if x is None or x.dtype == torch.int64 else x.detach().bfloat16() for x in attention_inputs(2, True, n=600)]
+    exact = encoder.trajectory_attention(*[x if x is None or x.dtype == torch.int64 else x.float() for x in inputs])
+    out = encoder.trajectory_attention(*inputs)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() < 0.01
+
+
+def test_a_point_speaks_to_its_own_trajectory_only():
+    """Catches: a leak between trajectories, which is what the hard mask is there to prevent."""
+    q, k, v, ids, k_own, v_own = attention_inputs(2, True)
+    for trajectory in range(4):
+        out = encoder.trajectory_attention(q, k, v, ids, k_own, v_own)[:, trajectory]
+        for gradient in torch.autograd.grad(out.square().sum(), (k, v)):
+            assert torch.equal(gradient.abs().sum((2, 3)) > 0, ids == trajectory)
+        out = encoder.trajectory_attention(q, k, v, ids, k_own, v_own)[:, trajectory]
+        reached = torch.autograd.grad(out.sum(), v_own)[0].abs().sum((2, 3, 4)) > 0
+        assert reached[:, trajectory].all() and reached.sum() == len(ids)
+
+
+def sharp_segmentation(k=6, n=40, b=2, dim=32, generator=None):
+    """Points that belong to one query for certain (soft and hard masks agree); queries 4 and 5 own nothing."""
+    generator = generator or torch.Generator().manual_seed(0)
+    features, ids = torch.randn(b, n, dim, generator=generator), torch.randint(k - 2, (b, n), generator=generator)
+    logits = 200.0 * F.one_hot(ids, k)
+    alive = torch.zeros(b, k, dtype=torch.bool).scatter_(1, ids, True)
+    return features, segmenter.Segmentation(features, logits, ids, alive, (1, 5, 8))
+
+
+@pytest.mark.parametrize("hard_mask", (True, False))
+def test_tokens_see_what_the_mask_lets_them_see(hard_mask):
+    """Catches: a mask that is dropped in one layer of several, or an ablation switch that does nothing."""
+    torch.manual_seed(0)
+    net = encoder.TrajectoryEncoder(dataclasses.replace(TINY.encoder, hard_mask=hard_mask)).eval()
+    features, seg = sharp_segmentation()
+    other = features.clone()
+    other[0, (seg.ids[0] == 3).nonzero()[0]] *= -1               # one point of trajectory 3
+    before, after = net(features, seg, 2), net(other, seg, 2)
+    changed = (before.z - after.z).abs().amax(-1) > 1e-5
+    expected = before.trajectory == 3 if hard_mask else torch.ones_like(changed)
+    expected = expected & torch.tensor([[True], [False]])
+    assert torch.equal(changed, expected)
+
+
+def test_z_init_is_the_naive_mean():
+    """Catches: a sum instead of a mean, a softmax over the points instead of the queries."""
+    torch.manual_seed(0)
+    features, logits = torch.randn(2, 9, 4), 3 * torch.randn(2, 9, 5)
+    naive = torch.zeros(2, 5, 4)
+    for b, k in itertools.product(range(2), range(5)):
+        weights = [math.exp(logits[b, p, k]) / sum(math.exp(x) for x in logits[b, p]) for p in range(9)]
+        naive[b, k] = sum(w * features[b, p] for p, w in enumerate(weights)) / (sum(weights) + 1e-6)
+    torch.testing.assert_close(encoder.TrajectoryEncoder.aggregate(features, logits), naive, rtol=1e-4, atol=1e-5)
+
+
+def test_token_counts_masks_and_owners():
+    """Catches: tokens that are laid out in another order than their mask and owners, dead trajectories that pass for real ones."""
+    torch.manual_seed(0)
+    net = encoder.TrajectoryEncoder(dataclasses.replace(TINY.encoder, out_dim=24)).eval()
+    features, seg = sharp_segmentation()
+    few = None
+    for m in (1, 2, 4):
+        tokens = net(features, seg, m)
+        assert tokens.z.shape == (2, 6 * m, 24) and tokens.mask.shape == tokens.trajectory.shape == (2, 6 * m)
+        assert tokens.trajectory[0].tolist() == [k for k in range(6) for _ in range(m)]
+        assert tokens.mask.dtype == torch.bool and torch.equal(tokens.mask, seg.alive.gather(1, tokens.trajectory))
+        assert not tokens.mask[:, 4 * m:].any() and tokens.mask[:, :4 * m].all() and tokens.z.isfinite().all()
+        distance = torch.cdist(tokens.z.view(2, 6, m, 24)[:, :4], tokens.z.view(2, 6, m, 24)[:, :4]) + 9 * torch.eye(m)
+        assert distance.min() > 1e-4                             # the tokens of one trajectory are not copies
+        few = tokens.z if m == 1 else few
+    assert torch.equal(net(features, seg).z, few)                # without training, 1 is meant
+    for wrong in (3, 0, 8):
+        with pytest.raises(BadInput, match="1, 2, 4"):
+            net(features, seg, wrong)
+    net.train()
+    drawn = {net(features, seg).z.shape[1] // 6 for _ in range(40)}
+    assert drawn == {1, 2, 4}
+    for wrong in (0, 3):
+        with pytest.raises(BadInput):
+            dataclasses.replace(TINY.encoder, max_tokens=wrong)
+
+
+def test_the_tokenizer_treats_clips_alone():
+    """Catches: tokens of a clip that depend on its batch."""
+    torch.manual_seed(0)
+    tokenizer = trajtok.TrajTok(TINY).eval()
+    video = torch.randint(0, 256, (3, 2, 32, 64, 3), dtype=torch.uint8)          # wider than high, too
+    tokens, seg = tokenizer(video, 2)
+    for i in range(3):
+        alone, seg_alone = tokenizer(video[i:i + 1], 2)
+        torch.testing.assert_close(seg.logits[i:i + 1], seg_alone.logits, rtol=1e-3, atol=1e-3)
+        if torch.equal(seg.ids[i:i + 1], seg_alone.ids):         # a tie of two queries may fall the other way
+            torch.testing.assert_close(tokens.z[i:i + 1], alone.z, rtol=1e-3, atol=1e-3)
+    assert (seg.ids[0] != seg.ids[1]).any() or (seg.logits[0] != seg.logits[1]).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trajtok.py: the tokenizer and its files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def count_parameters(build):
+    with torch.device("meta"):                                   # shapes only: the large sizes take no time and no memory
+        return sum(p.numel() for p in build().parameters())
+
+
+def test_the_tokenizer_is_as_large_as_published():
+    """Catches: a layer too many or too few. The paper's 46 M are 45.9 M with one code a trajectory, 37.2 M of them the segmenter."""
+    assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig())) / 1e6, 1) == 46.1
+    assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig(max_tokens=1))) / 1e6, 1) == 45.9
+    assert round(count_parameters(lambda: segmenter.Segmenter()) / 1e6, 1) == 37.2
+
+
+def test_the_counts_in_the_table_of_sizes_are_true():
+    """Catches: a comment that the code has outgrown."""
+    said = dict(re.findall(r'^ +"(\w+)": +TrajTokConfig\(.*# +([\d.]+) M', inspect.getsource(trajtok), re.M))
+    assert set(said) == set(trajtok.SIZES)
+    real_ones = {name: f"{count_parameters(lambda: trajtok.TrajTok(name)) / 1e6:.1f}" for name in trajtok.SIZES}
+    assert said == real_ones
+
+
+def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
+    """Catches: a field or a weight that is not saved, a configuration that comes back as another (lists for tuples)."""
+    torch.manual_seed(0)
+    one = trajtok.TrajTok(dataclasses.replace(TINY, detach=False, scale=7.0)).eval()
+    one.save_pretrained(tmp_path / "deep" / "folder")
+    two = trajtok.TrajTok.from_pretrained(tmp_path / "deep" / "folder").eval()
+    assert two.cfg == one.cfg and hash(two.cfg) == hash(one.cfg)
+    video = torch.randint(0, 256, (1, 2, 32, 32, 3), dtype=torch.uint8)
+    (a, seg_a), (b, seg_b) = one(video, 4), two(video, 4)
+    assert torch.equal(a.z, b.z) and torch.equal(seg_a.logits, seg_b.logits)
+    assert not list((tmp_path / "deep" / "folder").glob(".*"))   # nothing is left of the temporary files
+
+
+def test_loading_is_strict(tmp_path):
+    """Catches: keys that are skipped in silence; a message that names only the first kind of trouble."""
+    tokenizer = trajtok.TrajTok(TINY)
+    tokenizer.save_pretrained(tmp_path)
+    state = tokenizer.state_dict()
+    wrong = {k: v for k, v in state.items() if k != "segmenter.latents"} | {"stranger": torch.zeros(1), "encoder.latents": torch.zeros(2, 3)}
+    trajtok.write_weights(tmp_path / "model.safetensors", wrong)
+    with pytest.raises(BadInput) as error:
+        trajtok.TrajTok.from_pretrained(tmp_path)
+    for words in ("missing segmenter.latents", "unexpected stranger", "encoder.latents is (2, 3), not (6, 4, 32)", "3 keys"):
+        assert words in str(error.value)
+    trajtok.write_weights(tmp_path / "model.safetensors", {f"tokenizer.{k}": v for k, v in state.items()} | {"other.weight": torch.zeros(1)})
+    trajtok.TrajTok.from_pretrained(tmp_path)                    # a larger model's file: its tokenizer is taken
+    for break_it, words in ((lambda p: p.write_bytes(p.read_bytes()[:500]), "not a whole"), (lambda p: p.unlink(), "no such file")):
+        break_it(tmp_path / "model.safetensors")
+        with pytest.raises(BadInput, match=words):
+            trajtok.TrajTok.from_pretrained(tmp_path)
+    for content in ("{}", "not json", '{"tokenizer": {"nonsense": 1}}', '{"tokenizer": {"image_size": 33}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(BadInput):
+            trajtok.TrajTok.from_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="config.json"):
+        trajtok.TrajTok.from_pretrained(tmp_path / "nowhere")
+
+
+def test_wrong_configurations_are_refused():
+    """Catches: a size that only fails deep inside, as a shape mismatch."""
+    for field, value in (("image_size", 48), ("image_size", 0), ("frames", 0), ("heads", 5), ("dim", 36), ("num_queries", 0), ("max_tokens", 3),
+                         ("depths", (1, 1, 1))):
+        with pytest.raises(BadInput, match=re.escape(str(value))):
+            dataclasses.replace(TINY, **{field: value})
+    with pytest.raises(BadInput, match="nano"):
+        trajtok.TrajTok("huge")
+    with pytest.raises(BadInput, match="32"):
+        trajtok.TrajTok(TINY)(torch.zeros(1, 1, 48, 32, 3, dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trajtok.py: what every run shares
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_configuration_comes_from_defaults_then_size_then_flags():
+    """Catches: a size that overrides a flag, a default that overrides a size, names or types that are not the fields'."""
+    sizes = {"nano": {"size": "nano"}, "tiny": {"size": "tiny", "batch": 7, "lr": 0.5}}
+
+    def parse(*argv):
+        return trajtok.configure(trajtok.PretrainConfig, sizes, list(argv))
+    assert parse() == trajtok.PretrainConfig()
+    assert parse("--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=7, lr=0.5)
+    assert parse("--batch", "9", "--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=9, lr=0.5)
+    assert parse("--weight-decay", "0", "--augment", "--name", "x") == trajtok.PretrainConfig(weight_decay=0.0, augment=True, name="x")
+    assert parse("--no-augment").augment is False and isinstance(parse("--lr", "1").lr, float)
+    for argv in (["--sise", "tiny"], ["--bat", "3"], ["--batch", "many"], ["--size", "huge"], ["stray"], ["--batch"]):
+        with pytest.raises(BadInput) as error:                   # an abbreviation is an unknown flag as well
+            parse(*argv)
+        assert "\n" not in str(error.value)
+
+
+def test_every_flag_has_its_help(capsys):
+    """Catches: a field without a comment (its help), a % that breaks the help of all."""
+    for main, argv, config in ((train_clip.main, [], train_clip.ClipConfig), (trajtok.main, ["pretrain"], trajtok.PretrainConfig),
+                               (trajtok.main, ["show"], trajtok.ShowConfig)):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0
+        for field in dataclasses.fields(config):
+            assert field.name == "clip" or f"--{field.name.replace('_', '-')}" in text
+        assert len(re.findall(r"^    \w+: [^#\n]*#\s*\S+", inspect.getsource(config), re.M)) == len(dataclasses.fields(config))
+
+
+def test_one_line_errors():
+    """Catches: bad input that ends in a traceback, and a bug of ours that does not."""
+    def fail(error):
+        @data.one_line_errors
+        def main(argv=None):
+            raise error
+        return main
+    for error, code in ((BadInput("x"), 2), (BadVideo("x"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises(SystemExit) as stop:
+            fail(error)()
+        assert stop.value.code == code
+    with pytest.raises(ValueError, match="ours"):
+        fail(ValueError("ours"))()
+
+
+def test_learning_rate():
+    """Catches: a first step at 0, a peak that is never reached, an end that is not at 1 %, a rise after the warm-up."""
+    cfg = trajtok.PretrainConfig(lr=2.0, warmup=10, steps=100)
+    rates = [trajtok.learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0) and rates[9] == rates[10] == max(rates) == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.02) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[10 + 89 // 2] == pytest.approx(1.01, abs=0.05)
+    for short in (trajtok.PretrainConfig(warmup=0, steps=1, lr=2.0), trajtok.PretrainConfig(warmup=5, steps=3, lr=2.0)):
+        assert all(0 < trajtok.learning_rate(step, short) <= 2 for step in range(short.steps))
+
+
+def test_weight_decay_is_for_matrices():
+    """Catches: decay on norms, biases and scales; parameters that no group holds; frozen ones that move."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    net[2].requires_grad_(False)
+    groups = trajtok.make_optimizer(net, trajtok.PretrainConfig(weight_decay=0.3)).param_groups
+    held = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert held == {id(net[0].weight): 0.3, id(net[0].bias): 0.0, id(net[1].weight): 0.0, id(net[1].bias): 0.0}
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    """Catches: a checkpoint that is written in place, so that a kill in the middle leaves neither the old one nor the new."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def failing(beside):
+        beside.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        trajtok.replace(path, failing)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    child = os.fork()
+    if child == 0:                                               # in another process, which is killed while it writes
+        trajtok.replace(path, lambda beside: (beside.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and path.read_text() == "old"
+    trajtok.replace(path, lambda beside: beside.write_text("new"))
+    assert path.read_text() == "new"
+
+
+def test_runs_are_resumed_where_they_were_saved(tmp_path, capsys):
+    """Catches: log lines that appear twice or are lost, a half-written last line, a run that goes on under other flags, an old run
+    that is overwritten unasked."""
+    def start(net, expected=0, **changes):
+        run = trajtok.Run(trajtok.PretrainConfig(**{"out": str(tmp_path), "steps": 9, **changes}), "r")
+        assert run.restore(net, torch.optim.AdamW(net.parameters())) == expected
+        return run
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+    run = start(net)
+    for step in range(6):
+        run.record(dict(step=step))
+        if step == 2:
+            run.save(net, torch.optim.AdamW(net.parameters()), 3)
+            saved, draws = net.weight.detach().clone(), torch.rand(3)
+    run.stream.write('{"step": 6, "lo')                          # killed while it wrote
+    run.stream.flush()
+    with pytest.raises(BadInput, match="--overwrite"):
+        start(nn.Linear(2, 2))
+    with pytest.raises(BadInput, match="lr"):
+        start(nn.Linear(2, 2), resume=True, lr=0.7)
+    with pytest.raises(BadInput, match="no run"):
+        trajtok.Run(trajtok.PretrainConfig(out=str(tmp_path), resume=True), "another")
+    other = nn.Linear(2, 2)
+    run = start(other, expected=3, resume=True, workers=3, save_every=7, device="cpu")
+    assert torch.equal(other.weight, saved) and torch.equal(torch.rand(3), draws)        # weights and random state are back
+    run.record(dict(step=3))
+    assert [line["step"] for line in run.history()] == [line["step"] for line in log(tmp_path / "r")] == [0, 1, 2, 3]
+    (tmp_path / "r" / "state.pt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(BadInput, match="not a whole checkpoint"):
+        start(nn.Linear(2, 2), resume=True)
+    run = start(nn.Linear(2, 2), overwrite=True, lr=0.7)
+    assert run.history() == [] and not (tmp_path / "r" / "state.pt").exists()
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["lr"] == 0.7
+
+
+def test_entries_are_split_by_name():
+    """Catches: a clip in both parts, a side that is empty, a split that depends on the order of the manifest, and a clip that moves
+    from the held-out part into training when others are added (it would be tested on what it has learnt)."""
+    entries = [dict(path=f"videos/{i}.mp4") for i in range(40)]
+    for n in (2, 3, 7, 40):
+        train, test = trajtok.split_entries(entries[:n], 0.25)
+        assert train and test and sorted(e["path"] for e in train + test) == sorted(e["path"] for e in entries[:n])
+        assert trajtok.split_entries(entries[:n][::-1], 0.25) == (train, test)
+    assert 4 <= len(test) <= 16
+    moved = 0
+    for k in range(20):
+        entries = [dict(path=f"set{k}_{i}.mp4") for i in range(40)]
+        before = {e["path"] for e in trajtok.split_entries(entries[:30], 0.25)[1]}
+        moved += len(before & {e["path"] for e in trajtok.split_entries(entries, 0.25)[0]})
+    assert not moved, f"{moved} held-out clips of 20 sets went into training when ten clips were added to each"
+
+
+def test_not_finite_is_an_error_that_names_step_and_term():
+    """Catches: a run that goes on training NaN."""
+    trajtok.check_finite(dict(a=1.0, b=-3.0), 7)
+    for value in (math.nan, math.inf):
+        with pytest.raises(BadInput, match="step 7: dice"):
+            trajtok.check_finite(dict(a=1.0, dice=value), 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trajtok.py: pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_picture(path):
+    with av.open(str(path)) as file:
+        return next(file.decode(video=0)).to_ndarray(format="rgb24")
+
+
+def test_pictures_are_read_back_as_written(tmp_path):
+    """Catches: a PNG that only some readers open, rows or channels in another order."""
+    image = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    trajtok.write_png(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), image)
+    trajtok.write_png(tmp_path / "b.png", image.transpose(1, 0, 2))              # not contiguous
+    np.testing.assert_array_equal(read_picture(tmp_path / "b.png"), image.transpose(1, 0, 2))
+
+
+def test_films_are_read_back_as_written(tmp_path):
+    """Catches: frames that are lost at the end of the encoder, height and width swapped."""
+    frames = np.zeros((5, 32, 48, 3), np.uint8) + np.arange(20, 220, 40, dtype=np.uint8)[:, None, None, None]
+    trajtok.write_mp4(tmp_path / "a.mp4", frames, 8)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        back = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
+    assert back.shape == frames.shape and abs(back.astype(int) - frames).max() <= 6
+
+
+def test_strips_paint_like_trajectories_alike():
+    """Catches: predictions coloured by their own numbers, so that equal trajectories look different (or different ones equal)."""
+    truth = np.random.default_rng(0).integers(0, 5, (3, 8, 8))
+    names = np.array([3, 0, 6, 1, 4])
+    video = np.full((3, 8, 8, 3), 128, np.uint8)
+    sheet = trajtok.strip(video, names[truth], truth, scale=2)
+    assert sheet.shape == (3 * 8 * 2, 3 * 8 * 2, 3) and sheet.dtype == np.uint8
+    frames, mine, true = sheet.reshape(3, 16, 48, 3)
+    np.testing.assert_array_equal(mine, true)
+    assert (frames == 128).all() and len(np.unique(true.reshape(-1, 3), axis=0)) == 5
+    unlabelled = np.full_like(truth, -1)
+    np.testing.assert_array_equal(trajtok.strip(video, truth, unlabelled)[16:], np.full((8, 24, 3), 128))
+    assert len(np.unique(trajtok.palette(32), axis=0)) == 32
+    few_to_many, many_to_few = (trajtok.strip(video, a, b) for a, b in ((truth // 2, truth), (truth, truth // 2)))
+    assert few_to_many.shape == many_to_few.shape == (24, 24, 3)
+
+
+def test_curves(tmp_path):
+    """Catches: a division by zero for one step or a constant, a panel that is drawn over another."""
+    trajtok.plot(tmp_path / "c.png", {"one": [(5, 2.0)], "flat": [(i, 1.0) for i in range(9)], "steep": [(i, 1 / (1 + i)) for i in range(300)]})
+    image = read_picture(tmp_path / "c.png")
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    panels = [image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:]]
+    assert all((p < 200).any() for p in panels[:3]) and (panels[3] == 255).all()
+
+
+def test_a_perfect_segmenter_has_perfect_scores():
+    """Catches: predictions and labels compared on different grids or clips, grounds counted as objects, a baseline that is not one."""
+    dataset = data.WorldBatches(data.World(size=64, frames=2), 3, begin=data.TEST)
+
+    class Oracle(nn.Module):                                     # knows the labels, one query for each (or one for all grounds)
+        def __init__(self, one_ground):
+            super().__init__()
+            self.one_ground = one_ground
+
+        def forward(self, video):
+            batch = next(b for b in (data.finish(dataset[i], video.device) for i in range(2)) if torch.equal(b["video"], video))
+            ids = segmenter.labels_on_grid(batch["labels"], (2, 16, 16), 12)
+            ids = torch.where(ids < data.MAX_GROUNDS, 0, ids) if self.one_ground else ids
+            alive = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, ids, True)
+            return segmenter.Segmentation(torch.zeros(3, 512, 1), 9.0 * F.one_hot(ids, 12), ids, alive, (2, 16, 16))
+    result, pictures = trajtok.evaluate_segmenter(Oracle(False), dataset, torch.device("cpu"), 2)[:2]
+    coarse = trajtok.evaluate_segmenter(Oracle(True), dataset, torch.device("cpu"), 2)[0]
+    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
+    assert coarse["object_iou"] == pytest.approx(1) and coarse["veq"] < 0.95     # objects are scored without the grounds
+    assert result["labelled_clips"] == 6 and max(result["grid_veq"], result["grid_object_iou"]) < 0.5
+    assert pictures and all((fine == true).mean() > 0.85 for _, fine, true in pictures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trajtok.py: its commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trajtok.TrajTok(TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("clip, frames, rows", (("clip0.mp4", 4, 2), ("still0.png", 1, 2), ("world", 3, 3)))
+def test_show(media, tokenizer_folder, tmp_path, capsys, clip, frames, rows):
+    """Catches: a command that works for one kind of input only; pictures of another size than the clip; a wrong token count."""
+    name = clip if clip == "world" else media / clip
+    run(trajtok.main, "show", name, "--weights", tokenizer_folder, "--frames", frames, "--tokens-per-trajectory", 2, "--out", tmp_path / "o")
+    scale = 224 // 32
+    sheet = read_picture(tmp_path / "o" / f"{Path(clip).stem}-trajectories.png")
+    assert sheet.shape == (rows * 32 * scale, frames * 32 * scale, 3)
+    with av.open(str(tmp_path / "o" / f"{Path(clip).stem}-trajectories.mp4")) as film:
+        shapes = [(f.height, f.width) for f in film.decode(video=0)]
+    assert shapes == [(rows * 32 * scale, 32 * scale)] * frames
+    text = capsys.readouterr().out
+    trajectories, tokens = map(int, re.search(r"-> (\d+) trajectories .*-> (\d+) tokens", text).groups())
+    assert f"{frames * 64} points" in text and tokens == 2 * trajectories and 1 <= trajectories <= TINY.num_queries
+
+
+def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
+    """Catches: a film that runs faster or slower than the clip that it shows (30 frames at 10 a second: three seconds)."""
+    run(trajtok.main, "show", media / "clip2.mp4", "--weights", tokenizer_folder, "--frames", 6, "--out", tmp_path)
+    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
+        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.01)
+
+
+def test_pretrain_on_the_world_and_resume(tmp_path, monkeypatch):
+    """Catches: a command that does not run, files that are missing, a resumed run that differs from one that was never stopped."""
+    argv = ["pretrain", *SMALL, "--steps", 6, "--save-every", 2, "--eval-clips", 4, "--augment"]
+    run(trajtok.main, *argv, "--out", tmp_path / "a")
+    whole = tmp_path / "a" / "segmenter-nano"
+    assert sorted(os.listdir(whole)) == sorted(["config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json", "trajectories.png", "curves.png"])
+    result = json.loads((whole / "result.json").read_text())
+    assert {"veq", "stq", "object_iou", "seconds"} <= set(result) and all(math.isfinite(v) for v in result.values())
+    assert 0 <= result["veq"] <= 1 and 0 <= result["stq"] <= 1 and result["labelled_clips"] == 4
+    record = trajtok.Run.record
+
+    def interrupted(self, line):
+        record(self, line)
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(trajtok.Run, "record", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(trajtok.main, *argv, "--out", tmp_path / "b")
+    assert stop.value.code == 130
+    monkeypatch.setattr(trajtok.Run, "record", record)
+    run(trajtok.main, *argv, "--out", tmp_path / "b", "--resume")
+    parts = [without_clock(log(tmp_path / name / "segmenter-nano")) for name in "ab"]
+    assert parts[0] == parts[1] and [line["step"] for line in parts[0]] == list(range(6))
+    assert all(line["gradient_norm"] > 0 for line in parts[0]) and parts[0][0]["focal"] != parts[0][-1]["focal"]
+    states = [trajtok.TrajTok.from_pretrained(tmp_path / name / "segmenter-nano").state_dict() for name in "ab"]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_pretrain_on_sidecars(tmp_path, capsys):
+    """Catches: labels of real video that never reach the loss; a damaged file that stops the run, or that is not named and counted,
+    be it a training clip or a held-out one."""
+    names = [f"v{i}" for i in range(8)]
+    sides = trajtok.split_entries([dict(path=f"{name}.mp4") for name in names], 0.25)
+    for name in names:
+        labelled(tmp_path, name)
+    broken = [side[0]["path"] for side in sides]
+    for name in broken:
+        (tmp_path / name).write_text("no video")
+    path = manifest(tmp_path / "m.json", [{"video": f"{name}.mp4"} for name in names])
+    run(trajtok.main, "pretrain", *SMALL, "--steps", 3, "--data", path, "--name", "m", "--out", tmp_path / "out")
+    folder = tmp_path / "out" / "segmenter-m"
+    assert len(log(folder)) == 3 and all(line["focal"] > 0 and line["dice"] > 0 and line["gradient_norm"] > 0 for line in log(folder))
+    errors, result = capsys.readouterr().err, json.loads((folder / "result.json").read_text())
+    assert [errors.count(name) for name in broken] == [1, 1] and result["left_out"] == 2         # each is named, and only once
+    assert 0 <= result["veq"] <= 1 and result["labelled_clips"] == len(sides[1]) - 1
+
+
+def test_pretrain_on_videos_and_pictures(tmp_path):
+    """Catches: a run over clips of different lengths that fails at the very end, when it puts them into one picture."""
+    for offset in range(200):                                    # look for names that put both kinds on both sides
+        names = [(f"c{offset + i}", i % 2 == 0) for i in range(10)]
+        sides = trajtok.split_entries([dict(path=name + (".png" if image else ".mp4"), image=image) for name, image in names], 0.25)
+        if all({e["image"] for e in side} == {True, False} for side in sides):
+            break
+    assert all({e["image"] for e in side} == {True, False} for side in sides)
+    paths = [labelled(tmp_path, name, count=1 if image else 6, image=image) for name, image in names]
+    manifest(tmp_path / "m.json", [{"image" if path.suffix == ".png" else "video": path.name} for path in paths])
+    run(trajtok.main, "pretrain", *SMALL, "--data", tmp_path / "m.json", "--name", "m", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "segmenter-m" / "trajectories.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+def tiny_clip():
+    """The smallest video CLIP, and a batch of eight made clips with their captions."""
+    torch.manual_seed(0)
+    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64)
+    encoding = data.load_encoding("world")
+    model = train_clip.VideoCLIP(trajtok.TrajTok(dataclasses.replace(TINY, out_dim=cfg.width)), encoding.n_vocab, cfg)
+    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
+    return model, batch, data.tokenize(encoding, batch["caption"], cfg.text_length)
+
+
+def test_padding_is_not_read():
+    """Catches: a mask that is inverted, ignored, or applied to the queries instead of the keys: dead tokens would then speak."""
+    torch.manual_seed(0)
+    net = train_clip.Transformer(2, 16, 2).eval()
+    x, mask = torch.randn(3, 7, 16), torch.tensor([[True] * 7, [True, True, True, False, False, False, False], [True, False, True, False, True, False, True]])
+    out = net(x, mask)
+    other = torch.where(mask[..., None], x, 50.0)
+    torch.testing.assert_close(net(other, mask)[mask], out[mask])
+    for i in range(3):                                           # the same as if they were not there at all
+        alone = net(x[i:i + 1, mask[i]], torch.ones(1, int(mask[i].sum()), dtype=torch.bool))
+        torch.testing.assert_close(alone[0], out[i, mask[i]], rtol=1e-4, atol=1e-5)
+
+
+def test_dead_trajectories_do_not_reach_the_video_vector():
+    """Catches: a token mask that the video transformer does not use; a CLS that is itself masked."""
+    model, batch, _ = tiny_clip()
+    model.eval()
+    tokens, seg = model.video.tokenizer(batch["video"], 2)
+    tokens = tokens._replace(mask=tokens.mask & (tokens.trajectory != int(seg.ids[0, 0])))           # one more trajectory dies
+    results = []
+    for z in (tokens.z, torch.where(tokens.mask[..., None], tokens.z, 99.0)):
+        model.video.tokenizer.forward = lambda video, m, z=z: (tokens._replace(z=z), seg)
+        results.append(model.video(batch["video"], 2)[0])
+    assert not tokens.mask.all() and results[0].isfinite().all()
+    torch.testing.assert_close(*results)
+    dead = tokens._replace(mask=torch.zeros_like(tokens.mask))
+    model.video.tokenizer.forward = lambda video, m: (dead, seg)
+    assert model.video(batch["video"], 2)[0].isfinite().all()    # no trajectory at all: CLS still sees itself
+
+
+def test_captions_are_read_whole_and_without_their_padding():
+    """Catches: a caption whose vector depends on how far it was padded or on what its padding holds; words that are not read."""
+    model, _, (ids, mask) = tiny_clip()
+    model.eval()
+    length = int(mask.sum(1).max())
+    short = model.embed_text(ids[:, :length], mask[:, :length])
+    torch.testing.assert_close(model.embed_text(ids, mask), short, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(short.norm(dim=1), torch.ones(8))
+    noise = torch.where(mask, ids, (ids + 7 + torch.arange(ids.shape[1])) % 256)
+    torch.testing.assert_close(model.embed_text(noise, mask), short, rtol=1e-4, atol=1e-5)
+    for place in (0, 3, -2):                                     # -2: the last word before the end token
+        changed = ids.clone()
+        at = mask.sum(1) + place if place < 0 else torch.full((8,), place)
+        changed[torch.arange(8), at] = (changed[torch.arange(8), at] + 1) % 256
+        assert ((model.embed_text(changed, mask) - short).abs().amax(1) > 1e-5).all()
+
+
+def test_contrastive_loss_by_hand():
+    """Catches: one direction only, a temperature that multiplies, or one that leaves [0.001, 0.5]."""
+    model, _, _ = tiny_clip()
+    video, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    expected = (sum(math.log1p(math.exp(-gap)) for gap in (0.8, 1.6)) / 2 + sum(math.log1p(math.exp(-gap)) for gap in (2.0, 0.4)) / 2) / 2
+    for temperature in (0.5, 5.0):                               # similarities 1, .6 / 0, .8, divided by 0.5
+        nn.init.constant_(model.temperature, temperature)
+        assert model.contrastive(video, text).item() == pytest.approx(expected, abs=1e-5)
+    nn.init.constant_(model.temperature, -1.0)
+    assert model.contrastive(text, text).item() == pytest.approx(0, abs=1e-5)
+    assert model.contrastive(video, video.flip(0)).item() == pytest.approx(1000, rel=1e-3)           # clamped at 0.001
+
+
+def test_an_untrained_loss_is_an_even_guess():
+    """Catches: embeddings or a temperature whose logits are far too large (or all the same way wrong) before the first step: the loss
+    would not begin near ln b, and the first steps would only repair that."""
+    torch.manual_seed(0)
+    encoding, cfg = data.load_encoding("world"), train_clip.ClipConfig(image_size=32, frames=2)
+    model, _ = train_clip.build(cfg, encoding)
+    batch = data.finish(data.WorldBatches(data.World(32, 2), 16)[0], torch.device("cpu"))
+    with torch.no_grad():
+        video, text = model.embed_video(batch["video"], 1)[0], model.embed_text(*data.tokenize(encoding, batch["caption"], cfg.text_length))
+        assert abs(model.contrastive(video, text).item() - math.log(16)) < 0.25 * math.log(16)
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    """Catches: a loss that cannot fall because gradients are cut; one that falls towards the wrong pairs."""
+    model, batch, (ids, mask) = tiny_clip()
+    solver = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(40):
+        video, _, _, seg = model.embed_video(batch["video"], 1)
+        terms = segmenter.segmentation_loss(seg, batch["labels"]) | dict(contrastive=model.contrastive(video, model.embed_text(ids, mask)))
+        losses.append({k: v.item() for k, v in terms.items()})
+        solver.zero_grad()
+        (terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]).backward()
+        solver.step()
+    assert losses[-1]["contrastive"] < 0.35 * math.log(8)
+    with torch.no_grad():
+        similarity = model.embed_text(ids, mask) @ model.embed_video(batch["video"], 1)[0].T
+    assert train_clip.recalls(similarity, "t2v")["t2v_r1"] == train_clip.recalls(similarity.T, "v2t")["v2t_r1"] == 1
+    assert losses[-1]["dice"] < 0.9 * losses[0]["dice"] and losses[-1]["focal"] < 0.7 * losses[0]["focal"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: the evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_recalls_are_naive_ranks():
+    """Catches: candidates and queries swapped, ranks that are one off, ties or NaN that pass for hits: a model whose output is
+    constant, or broken, must not score."""
+    similarity = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    similarity += 1.5 * torch.eye(40)
+    result = train_clip.recalls(similarity, "t2v")
+    ranks = [sorted(row.tolist(), reverse=True).index(row[i].item()) for i, row in enumerate(similarity)]
+    assert result == pytest.approx({f"t2v_r{n}": sum(rank < n for rank in ranks) / 40 for n in (1, 5, 10)})
+    assert 0 < result["t2v_r1"] < result["t2v_r5"] < result["t2v_r10"] < 1 and result != train_clip.recalls(similarity.T, "t2v")
+    assert set(train_clip.recalls(torch.ones(40, 40), "v2t").values()) == {0.0}
+    assert set(train_clip.recalls(torch.eye(40), "v2t").values()) == {1.0}
+    assert set(train_clip.recalls(torch.full((40, 40), math.nan), "v2t").values()) == {0.0}
+
+
+def test_linear_probe():
+    """Catches: a probe that sees the test labels (better than chance on noise), does not converge, or is upset by the scale of a feature."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (600,), generator=generator)
+    centres = 4 * torch.randn(4, 12, generator=generator)
+    x = centres[y] + torch.randn(600, 12, generator=generator)
+    x *= torch.logspace(-3, 3, 12)
+    parts = slice(0, 300), slice(300, 400), slice(400, 600)
+
+    def score(x, y):
+        return train_clip.linear_probe(*(t for part in parts for t in (x[part], y[part])))
+    assert score(x, y) > 0.97
+    assert 0.1 < score(torch.randn(600, 12, generator=generator), y) < 0.4       # chance is a quarter
+    assert score(x, y) == score(x, y)
+    assert score(torch.cat((x, torch.ones(600, 1)), 1), y) > 0.97                # a feature that never changes
+
+
+def test_gflops_are_those_of_one_clip():
+    """Catches: a count that grows with the batch or counts a multiply-add once."""
+    class Stub(nn.Module):
+        def embed_video(self, video, m):
+            assert video.shape == (1, 2, 32, 32, 3) and video.dtype == torch.uint8
+            return torch.ones(3, 5) @ torch.ones(5, 7)
+    cfg = train_clip.ClipConfig(image_size=32, frames=2)
+    assert train_clip.gflops(Stub(), cfg, torch.device("cpu")) == pytest.approx(2 * 3 * 5 * 7 / 1e9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+RESULT = {"t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq", "live_tokens", "parameters", "gflops",
+          "clips_per_second", "seconds", "peak_memory_gb"}
+FILES = ["config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json"]
+
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory):
+    """A finished run on the world."""
+    out = tmp_path_factory.mktemp("clip")
+    run(train_clip.main, *CLIP, "--out", out)
+    return out / "clip-nano"
+
+
+def test_run_on_the_world(clip_run):
+    """Catches: a command that does not run to its end, results without what a comparison needs, flags that do not reach the model."""
+    result = json.loads((clip_run / "result.json").read_text())
+    assert RESULT <= set(result) and sorted(os.listdir(clip_run)) == sorted(FILES + ["trajectories.png", "curves.png"])
+    assert all(math.isfinite(result[key]) for key in RESULT) and result["clips"] == 8
+    assert all(0 <= result[key] <= 1 for key in RESULT if "_r" in key or key in ("appearance", "motion", "veq", "stq"))
+    assert 1 <= result["live_tokens"] <= trajtok.SIZES["nano"].num_queries and result["gflops"] > 0 and result["parameters"] > 1e5
+    lines = log(clip_run)
+    assert [line["step"] for line in lines] == [0, 1]
+    assert {"contrastive", "focal", "dice", "lr", "gradient_norm", "clips_per_second", "data_wait", "memory_gb"} <= set(lines[0])
+    config = json.loads((clip_run / "config.json").read_text())
+    assert config["image_size"] == config["tokenizer"]["image_size"] == 32 and config["tokenizer"]["out_dim"] == 32 and config["batch"] == 4
+    assert read_picture(clip_run / "trajectories.png").ndim == read_picture(clip_run / "curves.png").ndim == 3
+
+
+def test_a_runs_tokenizer_can_be_taken_out_and_shown(clip_run, tmp_path):
+    """Catches: weights that TrajTok.from_pretrained and `show` (whose default is a run of this script) cannot read."""
+    from safetensors.torch import load_file
+    tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
+    weights = load_file(clip_run / "model.safetensors")
+    assert torch.equal(tokenizer.segmenter.latents, weights["video.tokenizer.segmenter.latents"])
+    run(trajtok.main, "show", "world", "--weights", clip_run, "--out", tmp_path)
+    assert (tmp_path / "world-trajectories.png").exists()
+
+
+def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys):
+    """Catches: a damaged file that ends a run or hides, made-up scores for what real video does not tell."""
+    rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(5)] + [{"video": str(media / "text.mp4"), "caption": "none"}]
+    run(train_clip.main, *CLIP, "--steps", 3, "--augment", "--data", manifest(tmp_path / "m.json", rows), "--name", "m", "--out", tmp_path / "out")
+    folder = tmp_path / "out" / "clip-m"
+    result = json.loads((folder / "result.json").read_text())
+    assert RESULT <= set(result) and set(FILES) <= set(os.listdir(folder)) and result["left_out"] == 1
+    assert result["appearance"] is None and result["motion"] is None and result["veq"] is None and result["clips"] >= 1
+    assert all("contrastive" in line and "focal" not in line for line in log(folder)) and len(log(folder)) == 3
+    assert capsys.readouterr().err.count("text.mp4") == 1
+
+
+def test_pretrained_tokenizers_can_be_frozen(tmp_path):
+    """Catches: --init-tokenizer that starts from new weights after all, --freeze-tokenizer that lets them move."""
+    torch.manual_seed(5)
+    trajtok.TrajTok(TINY).save_pretrained(tmp_path / "tokenizer")
+    states = {}
+    for name, flags in (("frozen", ["--freeze-tokenizer"]), ("free", [])):
+        run(train_clip.main, *CLIP, "--probe-clips", 8, "--init-tokenizer", tmp_path / "tokenizer", *flags, "--name", name, "--out", tmp_path)
+        states[name] = trajtok.load_weights(trajtok.TrajTok(TINY), tmp_path / f"clip-{name}", "video.tokenizer.").state_dict()
+    start = trajtok.TrajTok.from_pretrained(tmp_path / "tokenizer").state_dict()
+    assert all(torch.equal(start[key], states["frozen"][key]) for key in start)
+    assert not any(torch.equal(start[key], states["free"][key]) for key in ("segmenter.latents", "encoder.latents", "segmenter.backbone.stages.0.0.dwconv.weight"))
+    assert all((start[key] - states["free"][key]).abs().max() < 0.1 for key in start)
+
+
+def test_a_killed_run_resumes_exactly(tmp_path):
+    """Catches: anything that --resume forgets: optimizer, random state, position in the data, log lines. Run a is never stopped; run
+    b is killed (no handler runs) after a few steps and resumed. Losses are compared as they were logged: bit for bit."""
+    argv = [str(a) for a in (*CLIP, "--steps", 24, "--save-every", 3, "--probe-clips", 8)]
+    run(train_clip.main, *argv, "--out", tmp_path / "a")
+    child = subprocess.Popen([sys.executable, str(HERE / "train_clip.py"), *argv, "--out", str(tmp_path / "b")], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE)
+    lines = tmp_path / "b" / "clip-nano" / "log.jsonl"
+    while not (lines.exists() and lines.read_text().count("\n") >= 8):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    killed_at = lines.read_text().count("\n")
+    assert child.returncode == -signal.SIGKILL and killed_at < 24, "it was over before it was killed"
+    run(train_clip.main, *argv, "--out", tmp_path / "b", "--resume")
+    a, b = (without_clock(log(tmp_path / name / "clip-nano")) for name in "ab")
+    assert [line["step"] for line in b] == list(range(24))
+    assert len({line["tokens"] > line["live_trajectories"] for line in a}) == 2, "the token count was never drawn, so this proves less"
+    for one, two in zip(a, b, strict=True):
+        assert one == two
+    first, second = (json.loads((tmp_path / name / "clip-nano" / "result.json").read_text()) for name in "ab")
+    assert {k: first[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")} == {k: second[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", (
+    (["--size", "huge"], "nano, tiny"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "fast"), (["--image-size", 33], "multiple of 32"),
+    (["--image-size", 0], "image"), (["--frames", 0], "frames"), (["--batch", 0], "--batch 0"), (["--steps", 0], "--steps 0"),
+    (["--heads", 3], "heads"), (["--text-length", 1], "--text-length 1"), (["--freeze-tokenizer"], "--init-tokenizer"),
+    (["--device", "abacus"], "--device abacus"), (["--text", "nowhere"], "--text nowhere"), (["--num-queries", 0], "quer"),
+    (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
+    (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
+    """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, train_clip.main, *CLIP, "--probe-clips", 8, *flags, "--out", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*/log.jsonl"))
+
+
+@pytest.mark.parametrize("rows, flags, words", (
+    ([], [], "empty manifest"), (["clip0", "clip1"], [], "caption"), (["clip0"], ["captions"], "at least 2"),
+    (["clip0", "clip1", "clip2", "clip3"], ["captions", "--frames", 200], "--frames"), (["text", "empty", "half"], ["captions"], "decoded"),
+    (["nothing", "nowhere"], ["captions"], "no such file")))
+def test_bad_manifests_are_refused(media, tmp_path, capsys, rows, flags, words):
+    """Catches: a run that finds nothing to learn from and says so late, at length, or never."""
+    captions = "captions" in flags
+    path = manifest(tmp_path / "m.json", [{"video": str(media / f"{row}.mp4")} | ({"caption": row} if captions else {}) for row in rows])
+    assert words in refused(capsys, train_clip.main, *CLIP, *(f for f in flags if f != "captions"), "--data", path, "--out", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*/model.safetensors"))
+
+
+def test_a_run_without_one_readable_training_clip_is_refused(media, tmp_path, capsys):
+    """Catches: a run that skips every step, because no training clip can be read, and then reports the scores of an untrained model
+    on held-out clips that can."""
+    names = [f"file{i}.mp4" for i in range(8)]
+    train, test = trajtok.split_entries([dict(path=name) for name in names], 0.25)
+    for e in train:
+        (tmp_path / e["path"]).write_text("no video")
+    for e in test:
+        shutil.copy(media / "clip0.mp4", tmp_path / e["path"])
+    path = manifest(tmp_path / "m.json", [{"video": name, "caption": name} for name in names])
+    refused(capsys, train_clip.main, *CLIP, "--steps", 4, "--data", path, "--name", "m", "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "clip-m" / "result.json").exists()
+
+
+def test_runs_and_weights_of_another_size_are_refused(clip_run, tokenizer_folder, tmp_path, capsys):
+    """Catches: a run that is resumed or overwritten under another size, weights that are loaded in part."""
+    out, nano = clip_run.parent, [*CLIP, "--out", clip_run.parent]
+    assert "size 'nano' (now 'tiny')" in refused(capsys, train_clip.main, *nano, "--resume", "--size", "tiny", "--name", "nano")
+    assert "--overwrite" in refused(capsys, train_clip.main, *nano)
+    assert json.loads((out / "clip-nano" / "config.json").read_text())["size"] == "nano" and (out / "clip-nano" / "result.json").exists()
+    shutil.copy(tokenizer_folder / "config.json", tmp_path / "config.json")
+    trajtok.write_weights(tmp_path / "model.safetensors", trajtok.TrajTok(dataclasses.replace(TINY, dim=16)).state_dict())
+    assert "another model or size" in refused(capsys, train_clip.main, *CLIP, "--init-tokenizer", tmp_path, "--out", tmp_path / "out")
+    assert "--width 32" in refused(capsys, train_clip.main, *CLIP, "--width", 64, "--init-tokenizer", tokenizer_folder, "--out", tmp_path / "out")
+    assert "num-queries" in refused(capsys, train_clip.main, *CLIP, "--num-queries", 3, "--init-tokenizer", tokenizer_folder, "--out", tmp_path / "out")
+    assert "another model or size" in refused(capsys, trajtok.main, "show", "world", "--weights", tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, words", (
+    ([], "pretrain, show"), (["fly"], "pretrain, show"), (["show"], "clip"), (["show", "nothing.mp4"], "no such file"), (["show", "TEXT"], "decoded"),
+    (["show", "CLIP", "--frames", 200], "--frames"), (["show", "CLIP", "--image-size", 33], "multiple of 32"),
+    (["show", "CLIP", "--tokens-per-trajectory", 3], "1, 2, 4"), (["show", "CLIP", "--weights", "nowhere"], "nowhere"),
+    (["pretrain", "--data", "NOMASKS"], "_mask.npz"), (["pretrain", "--batch", 0], "batch"), (["pretrain", "--steps", 0], "steps"),
+    (["pretrain", "--frames", 0], "frames"), (["show", "CLIP", "--frames", 0], "frames"),
+    (["pretrain", "--size", "huge"], "nano, tiny")))
+def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
+    """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
+    monkeypatch.chdir(tmp_path)
+    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / "clip0.mp4")}] * 2)
+    argv = [{"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "NOMASKS": no_masks}.get(a, a) for a in argv]
+    if argv[:1] == ["show"] and "--weights" not in argv:
+        argv += ["--weights", tokenizer_folder]
+    if argv[:1] == ["pretrain"]:
+        argv = ["pretrain", *SMALL, *argv[1:]]
+    assert words in refused(capsys, trajtok.main, *argv)
