@@ -48,6 +48,7 @@ class ClipConfig:
     # the model
     image_size: int | None = None               # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None                   # frames of a clip; default: the size's
+    max_objects: int = 8                        # of the procedural world: 1 .. 8 objects in a clip
     num_queries: int | None = None              # K, trajectories at most; default: the size's
     layers: int = 4                             # video transformer: layers, width, heads
     width: int = 128                            # w
@@ -90,8 +91,6 @@ class ClipConfig:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
         if self.workers < 0:
             raise BadInput(f"--workers {self.workers}: at least 0")
-        if self.tokens_per_trajectory not in (1, 2, 4):
-            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: one of 1, 2, 4")
         if self.num_queries is not None and self.num_queries < 1:
             raise BadInput(f"--num-queries {self.num_queries}: at least 1")
         if self.text_length < 2:
@@ -103,9 +102,10 @@ class ClipConfig:
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
 # contrastive gradient, five times as large in the backbone, leaves the masks at half the speed of the segmenter alone (dice
 # after 60 steps 0.64, so 0.50), and tokens are no better than their masks. Minutes of training need it, days do not.
+# Likewise its clips hold at most four objects: eight, at 64 pixels, are a few points each (--max-objects 8 brings them back).
 #  size          video transformer                   text transformer                          training
 CLIP_SIZES = {
-    "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=400, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0),
+    "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=430, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0, max_objects=4),
     "tiny":  dict(layers=6, width=256, heads=8,      text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4, warmup=500),
     "base":  dict(layers=12, width=768, heads=12,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0),
     "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0),
@@ -230,6 +230,7 @@ def build(cfg, encoding):
         tokenizer = TrajTok(shape)
     if cfg.freeze_tokenizer:
         tokenizer.requires_grad_(False)
+    tokenizer.encoder.tokens_per_trajectory(cfg.tokens_per_trajectory)       # refused now, not after the training
     return VideoCLIP(tokenizer, encoding.n_vocab, cfg), shape
 
 
@@ -297,7 +298,7 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     result = recalls(text @ video.T, "t2v") | recalls(video @ text.T, "v2t") | dict(clips=len(video), live_tokens=live)
     result |= dict(appearance=None, motion=None)
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects)
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (data.TEST, max(cfg.probe_clips // 2, 1))]
         split = [embed(model, data.WorldBatches(world, cfg.batch, begin), -(-n // cfg.batch), cfg, device, encoding, "probe clips") for begin, n in sets]

@@ -140,7 +140,7 @@ def load_weights(module, folder, prefix=""):
         raise BadInput(f"{path}: no such file; is the run finished?") from None
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
-    for begin in (prefix, "video." + prefix) if prefix else ():
+    for begin in (prefix, "video." + prefix) if prefix else ():   # train_clip.py keeps its tokenizer under `video.`
         if any(key.startswith(begin) for key in weights):
             weights = {key[len(begin):]: value for key, value in weights.items() if key.startswith(begin)}
     own = module.state_dict()
@@ -292,7 +292,10 @@ class Run:
         elif config.exists() and not cfg.overwrite:
             raise BadInput(f"{self.folder} holds a run already; --resume goes on with it, --overwrite starts it again, --name makes another")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--out {cfg.out}: cannot make the folder {self.folder} ({error.strerror}); give another") from None
             for old in (self.state, self.log, self.folder / "result.json"):
                 old.unlink(missing_ok=True)
         print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
@@ -337,7 +340,7 @@ class Run:
 def check_finite(terms, step):
     for name, value in terms.items():
         if not math.isfinite(value):
-            raise BadInput(f"step {step}: {name} is {value}; lower --lr (the last checkpoint is whole: --resume with it)")
+            raise BadInput(f"step {step}: {name} is {value}; start again with a lower --lr (under another --name; the last checkpoint is whole)")
 
 
 def peak_memory_gb(device):
@@ -500,6 +503,7 @@ class PretrainConfig:
     out: str = "out"                    # where runs are kept
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
+    max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
     batch: int = 32                     # clips a step
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -561,7 +565,7 @@ def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         return data.WorldBatches(world, cfg.batch), held_out, -(-cfg.eval_clips // cfg.batch), None
     entries = data.read_manifest(cfg.data)
@@ -621,12 +625,15 @@ def pretrain(argv):
 
 
 def save_pictures(run, pictures, terms):
-    """trajectories.png: clip by clip frames, predicted and true trajectories; curves.png: the loss terms of the log."""
+    """trajectories.png: of each clip four frames, its predicted and its true trajectories, two clips side by side; curves.png:
+    the loss terms of the log."""
     if pictures:
-        width = max(p[0].shape[2] for p in pictures)
-        sheets = [strip(*p, scale=max(1, 128 // width)) for p in pictures]
-        most = max(s.shape[1] for s in sheets)
-        write_png(run.folder / "trajectories.png", np.concatenate([np.pad(s, ((0, 0), (0, most - s.shape[1]), (0, 0))) for s in sheets], 0))
+        sheets = []
+        for video, *rows in pictures:
+            some = np.linspace(0, len(video) - 1, 4).round().astype(int)     # a picture is a clip of one frame, four times
+            sheets.append(np.pad(strip(video[some], *(r[some] for r in rows), scale=max(1, 128 // video.shape[2])), ((4, 4), (4, 4), (0, 0)), constant_values=255))
+        sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2)
+        write_png(run.folder / "trajectories.png", np.concatenate([np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets), 2)], 0))
     history = run.history()
     if history:
         curves = {term: [(line["step"], line[term]) for line in history if term in line] for term in terms}
