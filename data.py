@@ -96,6 +96,7 @@ class World:
     size: int = 64                  # pixels of a side
     frames: int = 8                 # frames of a clip
     max_objects: int = 8            # 1..8
+    shared_colours: bool = True     # may two objects of a clip wear the same colour (never also the same shape)?
     acts: int = 1                   # acts that the subject performs one after another; more for long clips
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
@@ -262,9 +263,10 @@ def script(index, world=World()):
                 colour = (7 - 3 * shape) % len(COLOURS)
             elif held_out(shape, colour):
                 continue
-            if (shape, colour) not in taken:                     # two objects of a clip never share shape and colour,
+            mark = (shape, colour) if world.shared_colours else colour
+            if mark not in taken:                                # two objects of a clip never share both shape and colour,
                 break                                            # so that words can point at one of them
-        taken.add((shape, colour))
+        taken.add(mark)
         looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
                           r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
 
@@ -536,11 +538,11 @@ def stack(scripts):
 def rasterise(scripts, size, device="cpu", chunk=None):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
     Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
-    that covered it and the surface's own coordinates there, and is coloured once, at the end. On a CPU it works on few
-    clips at a time, so that its buffers stay in the cache (2.5x faster than whole batches of 32, measured)."""
+    that covered it and the surface's own coordinates there, and is coloured once, at the end. `chunk` clips
+    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing."""
     device = torch.device(device)
     b = len(scripts["count"])
-    chunk = chunk or (2 if device.type == "cpu" else 64)
+    chunk = chunk or (16 if device.type == "cpu" else 64)
     out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device) for i in range(0, b, chunk)]
     return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
 

@@ -504,6 +504,7 @@ class PretrainConfig:
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
     max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
+    shared_colours: bool = True         # may two objects of a made clip wear the same colour?
     batch: int = 32                     # clips a step
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -565,7 +566,7 @@ def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         return data.WorldBatches(world, cfg.batch), held_out, -(-cfg.eval_clips // cfg.batch), None
     entries = data.read_manifest(cfg.data)
@@ -581,7 +582,8 @@ def open_data(cfg, need):
 
 
 def pretrain(argv):
-    cfg = configure(PretrainConfig, {name: {"size": name} for name in SIZES}, argv)
+    sizes = {name: {"size": name} for name in SIZES} | {"nano": dict(size="nano", max_objects=4, shared_colours=False)}      # why: train_clip.py
+    cfg = configure(PretrainConfig, sizes, argv)
     shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames") if getattr(cfg, k) is not None})
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
     device = setup(cfg)
