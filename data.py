@@ -299,13 +299,13 @@ def script(index, world=World()):
         state = dict(zip("xyra", paths[0, bounds[i] - 1]))
         partner = dict(zip("xyra", paths[1, bounds[i] - 1])) if count > 1 else None
         sub = np.linspace(0, 1, bounds[i + 1] - bounds[i] + 1)[1:]
-        fits = [p for p in MOTIONS if p != acts[-1][0] and not ({p, acts[0][0]} == {"behind", "front"})]
+        fits = [p for p in MOTIONS if p != acts[-1][0]]
         for nxt in dice.shuffled(fits):
             if {"behind", "front"} & {p for p, _ in acts} and nxt in ("behind", "front") and nxt not in {p for p, _ in acts}:
                 continue                                         # the two need opposite depths
             done = move(nxt, dice, sub, state, partner)
             if done is not None:
-                break                                            # spin always fits
+                break                                            # one always does: straight, or spin after it
         paths[0, bounds[i]:bounds[i + 1]] = done[0]
         if done[1] is not None:
             paths[1, bounds[i]:bounds[i + 1]], busy[1] = done[1], True
@@ -313,7 +313,7 @@ def script(index, world=World()):
         acts.append((nxt, done[2]))
 
     # -- what the others do: half of them stay, the rest follow a program of their own, in one half of the clip or all of it
-    side = [None] * count                                        # (program, detail, begin, end) of each other object
+    side = [None] * count                                        # (begin, end) of each other object that moves
     for j in range(1, count):
         if j > 1:
             paths[j] = [looks[j][k] for k in "xyra"]
@@ -749,19 +749,20 @@ def read_manifest(path):
             raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
     elif path.suffix == ".csv":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, OSError) as error:
+            raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
         # Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional
         rows = [next(csv.reader([l], delimiter="," if "," in l else " ")) for l in lines if l.strip()]
-        header = rows.pop(0) if rows and rows[0][0] in ("path", "video") else None
+        header = rows.pop(0) if rows and len(rows[0]) > 1 and rows[0][0] in ("path", "video") else None
         for i, row in enumerate(rows):
             if len(row) < 2:
-                raise BadInput(f"{path} line {i + 1 + bool(header)}: {','.join(row)!r} is not `path,label`")
-        rows = [dict(video=r[0], label=r[1]) for r in rows]
+                raise BadInput(f"{path} line {i + 1 + bool(header)}: {','.join(row)!r} is not `path,label` (or `path,caption`, under a header that says so)")
+        second = "caption" if header and "caption" in header[1].strip().lower() else "label"
+        rows = [{"video": r[0], second: r[1]} for r in rows]
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 rows = json.loads(text)
             else:
@@ -928,7 +929,7 @@ class WorldBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         some = slice(i * self.batch, (i + 1) * self.batch)
-        chosen = self.indices[some] if self.indices else range(self.begin + some.start, self.begin + some.stop)
+        chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
         scripts = [script(j, self.world) for j in chosen]
         return dict(scripts=stack(scripts), size=self.world.size, caption=[s["caption"] for s in scripts], bad=[],
                     appearance=torch.tensor([s["appearance"] for s in scripts]),

@@ -83,7 +83,8 @@ class SegmentAttention(torch.autograd.Function):
         #   dk_p = sum_m ds_p q / sqrt c   dq_i = sum_p ds_p k_p / sqrt c
         q, k, v, ids, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(out), torch.empty(k.shape, device=k.device), torch.empty(v.shape, device=v.device)
-        shift = d_lse.nan_to_num() - (d_out * out).sum(-1)       # (b, K, m, a)
+        # a trajectory without points has lse = -inf, whose own gradient is 0/0 in whatever used it: it gets none
+        shift = d_lse.masked_fill(lse.isinf(), 0.0) - (d_out * out).sum(-1)                          # (b, K, m, a)
         for i in clips(q):
             owner, K = rows(ids[i], q.shape[1])
             kp, vp = k[i].flatten(0, 1)[:, None].float(), v[i].flatten(0, 1)[:, None].float()        # (p, 1, a, c)
@@ -149,7 +150,7 @@ class TrajectoryEncoder(nn.Module):
         self.cfg = cfg
         # PAPER: Fourier codes encourage the tokens of one trajectory to differ. SPECS 1: points on a ring, evenly spaced,
         # sin and cos of frequencies 1 and 2; the same ring for every trajectory, then learned. CHOICE: at half the variance of a
-        # normalised feature (the release: x 0.02, which beside z_init, of norm ~ sqrt d, tells the tokens apart by a percent).
+        # normalised feature (the release: x 0.02, which beside z_init, of norm ~ sqrt d, hardly tells the tokens apart).
         angle = 2 * math.pi * torch.arange(cfg.max_tokens) / cfg.max_tokens
         ring = torch.stack([f(angle * i) for i in (1, 2) for f in (torch.sin, torch.cos)], -1)       # (m, 4)
         self.latents = nn.Parameter(math.sqrt(cfg.dim / 2) * fourier_codes(ring, cfg.dim).expand(cfg.num_queries, -1, -1).clone())

@@ -120,7 +120,7 @@ class ConvNeXt(nn.Module):
 def rotary_table(first, count, channels, device, theta=1e4):
     """e^(i·angle), complex64 (count, 1, channels / 2), of positions first .. first + count - 1. SPECS 1: the first half of a
     head's channels turns, in adjacent pairs, pair i by position x theta^(-2i / rotated); the other half stays (angle 0).
-    Always float32: in half precision the 25 216 positions of a 16-frame clip collapse to 5 700 values, bf16: 1 100."""
+    Always float32: in half precision the 25 216 positions of an 8-frame clip at 224 px collapse to 5 700 values, bf16: 1 100."""
     rotated = channels // 4 * 2
     frequency = torch.zeros(channels // 2, device=device)
     frequency[:rotated // 2] = theta ** (-torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated)
@@ -309,8 +309,9 @@ class Segmenter(nn.Module):
     def soft_masks(self, latents, features):
         """logits = s·cosine(head(Q), head(F))  (b, n, K).
         CHOICE: the paper's "dot product" is the release's scaled dot product of unit vectors. The scale s matters: it
-        starts at softplus(ln 16) + 1 = 3.83, where the softmax over K queries is nearly flat: with K = 128 the best
-        match can claim at most e^3.83 / (e^3.83 + 127 e^0) = 26 % of a point. It is learned, and clamped at 20."""
+        starts at softplus(ln 16) + 1 = 3.83 in the release, where the softmax over K queries is nearly flat: with K = 128,
+        a query that matches a point perfectly claims e^3.83 / (e^3.83 + 127 e^0) = 27 % of it while the others are
+        orthogonal to it. Here it starts at cfg.scale. It is learned, and clamped at 20."""
         q = F.normalize(self.traj_seg_head(latents).float(), dim=-1)
         p = F.normalize(self.patch_decoder(features).float(), dim=-1)
         scale = (F.softplus(self.log_scale.float()) + 1).clamp(max=20.0)
@@ -328,10 +329,12 @@ def hungarian(cost):
     Shortest augmenting paths (Jonker-Volgenant): rows enter one by one; from the new row, Dijkstra over columns on the
     reduced costs c_ij - u_i - v_j >= 0 until a free column is reached; then the path is flipped and the potentials u, v
     are raised so that reduced costs stay >= 0 and matched ones 0: the certificate that no assignment is cheaper.
-    All b problems step together, each on its own path; a finished one waits. O(r²c) steps of numpy over (b, c)."""
+    All b problems step together, each on its own path; a finished one waits. O(r²) steps of numpy over (b, c)."""
     b, rows, columns = cost.shape
     if rows > columns:
         raise ValueError(f"{rows} rows cannot be matched to {columns} columns: transpose the cost")
+    if not np.isfinite(cost).all():                              # the search below would never reach a free column
+        raise ValueError("hungarian: every cost must be finite")
     cost = np.asarray(cost, np.float64)
     u, v = np.zeros((b, rows + 1)), np.zeros((b, columns))
     owner = np.full((b, columns), -1)                            # row matched to each column, -1 = free
@@ -399,7 +402,8 @@ def match(logits, labels, soft=0.01):
     order = (area == 0).to(torch.int8).argsort(dim=1, stable=True).cpu().numpy()
     live = (area > 0).sum(1).tolist()
     rows = order[:, :max(live)]
-    column = hungarian(-np.take_along_axis(iou.double().cpu().numpy(), rows[:, :, None], 1))
+    # logits that have become NaN match anyhow: the losses are NaN then, and the training loop names step and term
+    column = hungarian(-np.nan_to_num(np.take_along_axis(iou.double().cpu().numpy(), rows[:, :, None], 1)))
     result = np.full((len(iou), k), -1)
     for i, n in enumerate(live):
         result[i, rows[i, :n]] = column[i, :n]
@@ -438,7 +442,7 @@ def focal_loss(logits, labels, gamma=2.0):
 @torch.no_grad()
 def labels_on_grid(labels, grid, k=None):
     """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. At most k trajectories a clip
-    (None: all) are kept, the largest; ids are made dense. What does not fit becomes unlabelled (-1)."""
+    (None: all) are kept, the largest, under new ids by rank; what does not fit becomes unlabelled (-1)."""
     b, (t, h, w) = len(labels), grid
     y = (torch.arange(h, device=labels.device) * 2 + 1) * labels.shape[2] // (2 * h)
     x = (torch.arange(w, device=labels.device) * 2 + 1) * labels.shape[3] // (2 * w)

@@ -10,6 +10,7 @@
     python train_clip.py --segmentation-weight 0                 # the contrastive loss alone shapes the trajectories
     python train_clip.py --init-tokenizer out/segmenter-nano --freeze-tokenizer
     python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
+    python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
 """
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import BadInput
 from segmenter import segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, configure, evaluate_segmenter, learning_rate, load_weights,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, configure, evaluate_segmenter, learning_rate, load_weights,
                      make_optimizer, open_data, peak_memory_gb, precision, run_name, save_pictures, setup, tokenizer_config, write_json,
                      write_weights)
 
@@ -42,7 +43,7 @@ from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, configure, evalu
 class ClipConfig:
     """Trains TrajViT2: a video CLIP on trajectory tokens, with the segmentation loss beside the contrastive one."""
     size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world` (procedural) or a manifest, folder or CSV of captioned videos
+    data: str = "world"                         # `world` (procedural) or a a manifest or CSV of captioned videos
     name: str | None = None                     # the run's folder is out/clip-<name>; default: the size, and of real data the folder's name
     out: str = "out"                            # where runs are kept
     # the model
@@ -84,25 +85,24 @@ class ClipConfig:
     overwrite: bool = False                     # start again over a run of this name
 
     def __post_init__(self):
-        for field in ("batch", "steps", "eval_clips", "layers", "width", "heads", "text_layers", "text_width", "embed", "save_every", "probe_clips"):
+        check_flags(self)
+        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
-        if self.workers < 0:
-            raise BadInput(f"--workers {self.workers}: at least 0")
         if self.num_queries is not None and self.num_queries < 1:
             raise BadInput(f"--num-queries {self.num_queries}: at least 1")
-        if self.text_length < 2:
-            raise BadInput(f"--text-length {self.text_length}: at least 2, a word and the end token")
+        if not 2 <= self.text_length <= 4096:
+            raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
 
 
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
-# contrastive gradient, five times as large in the backbone, leaves the masks at half the speed of the segmenter alone (dice
-# after 60 steps 0.64, so 0.50), and tokens are no better than their masks. Minutes of training need it, days do not.
+# contrastive gradient, larger in the backbone, holds the masks back (dice after 60 steps 0.64; with 4 and 4x, 0.50), and
+# tokens are no better than their masks. Minutes of training need it, days do not.
 # Likewise its clips hold at most four objects, all of different colours: eight, at 64 pixels, are a few points each, and in
 # minutes it learns to tell things apart by colour, not yet by place: objects that shared theirs came out at an IoU of 0.39,
 # the others at 0.70. `--max-objects 8 --shared-colours` gives the whole world.
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that every caption
-                # starts, and for a hundred steps stays, almost the same vector. The ends of branches shrink with depth.
+                # starts, and for long stays, almost the same vector. The ends of branches shrink with depth.
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 / (math.sqrt(2 * layers) if name.endswith(("proj.weight", "mlp.2.weight")) else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -209,7 +209,8 @@ class VideoCLIP(nn.Module):
 
     def contrastive(self, video, text):
         """InfoNCE both ways over a batch of b pairs: unit vectors (b, e) -> scalar. At initialisation ln b.
-        SPECS 2: the temperature starts at 0.07, is learned, and is clamped to [0.001, 0.5]."""
+        SPECS 2: the temperature starts at 0.07, is learned, and is clamped to [0.001, 0.5] (the loop clamps the
+        parameter too, after each step: left outside it would have no gradient, and could never come back)."""
         # softmax over the batch: each video chooses among all captions, each caption among all videos
         logits = video @ text.T / self.temperature.clamp(0.001, 0.5)
         target = torch.arange(len(video), device=video.device)
@@ -289,7 +290,7 @@ def embed(model, batches, count, cfg, device, encoding, what):
         texts.append(text.cpu())
         features.append(cls.float().cpu())
         live += tokens.mask.sum(1).tolist()
-        kept.append(batch)
+        kept.append({k: batch[k] for k in ("appearance", "motion") if k in batch})                  # not the pixels' labels
     return (torch.cat(videos), torch.cat(texts), torch.cat(features), sum(live) / len(live), kept, bad) if videos else (None,) * 4 + ([], bad)
 
 
@@ -309,7 +310,7 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
         for kind in ("appearance", "motion"):
             result[kind] = linear_probe(*(x for _, _, f, _, batches, _ in split for x in (f, torch.cat([b[kind] for b in batches]))))
     scores, pictures, _ = evaluate_segmenter(model.video.tokenizer.segmenter, test, device, test_batches)
-    return result | {k: (None if math.isnan(v) else v) for k, v in scores.items()}, pictures, bad
+    return result | scores, pictures, bad
 
 
 def gflops(model, cfg, device):
@@ -339,7 +340,7 @@ def main(argv=None):
     damage, parameters = Damage(), sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {sum(p.numel() for p in model.video.tokenizer.parameters()) / 1e6:.2f} M of them the tokenizer; "
           f"{device.type}; an untrained contrastive loss is ln {cfg.batch} = {math.log(cfg.batch):.2f}")
-    began = mark = time.time()
+    began, mark, told = time.time(), time.time(), False
     for step, batch in zip(range(start, cfg.steps), data.loader(train, start, cfg.steps, cfg.workers)):
         # 1. the learning rate
         lr = learning_rate(step, cfg)
@@ -365,20 +366,23 @@ def main(argv=None):
             loss = terms["contrastive"]
             if "focal" in terms:
                 loss = loss + cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"])      # SPECS 1
-            elif step == start:
+            elif not told:
+                told = True
                 print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
-                                                  "--freeze-tokenizer" if cfg.freeze_tokenizer else "these clips have no mask sidecars"))
+                                                  "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
         # 4. backward, clip, step
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        # 5. the log: one line a step
         values = {k: v.item() for k, v in terms.items()} | dict(loss=loss.item(), gradient_norm=norm.item())
-        check_finite(values, step)
+        check_finite(values, step)                               # before the step: what is saved stays whole
+        optimizer.step()
+        with torch.no_grad():
+            model.temperature.clamp_(0.001, 0.5)
+        # 5. the log: one line a step
         now = time.time()
         live = seg.alive.float().sum(1).mean().item()
-        run.record(dict(step=step, **values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens.mask.sum(1).float().mean().item(),
+        run.record(dict(step=step, **values, segmentation="focal" in terms, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens.mask.sum(1).float().mean().item(),
                         clips=len(video), seconds=now - mark, clips_per_second=len(video) / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
         if step % 10 == 0 or step == cfg.steps - 1:
             print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in terms) + f"  live {live:.1f}/{cfg.num_queries}"
@@ -387,6 +391,8 @@ def main(argv=None):
         # 6. the checkpoint
         if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
             run.save(model, optimizer, step + 1)
+    if not run.history():
+        raise BadInput(f"--data {cfg.data}: not one of the clips that {cfg.steps} steps drew can be used; the first: {next(iter(damage.files.values()), '-')}")
     seconds, clips = (sum(line[key] for line in run.history()) for key in ("seconds", "clips"))      # of all parts of a resumed run
     began = time.time()
     write_weights(run.folder / "model.safetensors", model.state_dict())

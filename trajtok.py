@@ -124,9 +124,11 @@ def tokenizer_config(folder):
     path = Path(folder) / "config.json"
     try:
         return TrajTokConfig(**json.loads(path.read_text())["tokenizer"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{folder}: holds no config.json; give a folder that `python trajtok.py pretrain` or `python train_clip.py` wrote") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except BadInput:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise BadInput(f"{path}: no tokenizer's configuration ({type(error).__name__}: {error})") from None
 
 
@@ -185,13 +187,29 @@ def configure(config, sizes, argv, positional=None):
     return config(**{**sizes[size], **flags})
 
 
+def check_flags(cfg):
+    """What every training asks of its numbers: refused before anything is written."""
+    for field in dataclasses.fields(cfg):
+        name, value, flag = field.name, getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{flag} {value}: give a finite number")
+        if name in ("lr", "clip") and value <= 0:
+            raise BadInput(f"{flag} {value}: give a number above 0")
+        if name in ("warmup", "workers", "weight_decay", "segmentation_weight", "segmenter_lr") and value < 0:
+            raise BadInput(f"{flag} {value}: at least 0")
+        if name in ("batch", "steps", "save_every", "eval_clips", "probe_clips") and value < 1:
+            raise BadInput(f"{flag} {value}: at least 1")
+    if not 0 <= cfg.seed < 2 ** 32:
+        raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
+
+
 def setup(cfg):
     """-> torch.device. Seeds, and on a CPU keeps to the cores there are."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
     if device.type == "cpu":
         keep_memory()
@@ -204,7 +222,7 @@ def setup(cfg):
 
 def keep_memory():
     """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and given back, page
-    by page, at each step. Twice as fast a nano step on two CPU cores (measured: 3.1 s -> 1.4 s). Linux; elsewhere nothing."""
+    by page, at each step. On two CPU cores that made a nano step twice as fast. Linux; elsewhere nothing."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # glibc's; musl has none
         if mallopt:
@@ -250,6 +268,8 @@ def replace(path, write):
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -273,7 +293,8 @@ class Run:
     state.pt alone is what --resume reads: weights, optimizer, RNG and step in one file, so that one rename makes a
     checkpoint and no kill can leave two halves of different age."""
 
-    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out"}   # may differ when a run is resumed
+    # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
+    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips"}
 
     def __init__(self, cfg, name, extra=None):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
@@ -281,9 +302,13 @@ class Run:
         values = {**dataclasses.asdict(cfg), **(extra or {})}
         config = self.folder / "config.json"
         if cfg.resume and config.exists():
-            old = json.loads(config.read_text())
+            try:
+                old = json.loads(config.read_text())
+            except ValueError:
+                raise BadInput(f"{config}: damaged; --overwrite starts the run again") from None
             new = json.loads(json.dumps(values))
             differ = [k for k in new if k not in self.VOLATILE and old.get(k) != new[k]]
+            differ = [k for k in differ if not isinstance(new[k], dict)] or differ
             if differ:
                 raise BadInput(f"--resume: {self.folder} was made with " + ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differ[:4])
                                + "; give the same flags, or another --name")
@@ -296,8 +321,10 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise BadInput(f"--out {cfg.out}: cannot make the folder {self.folder} ({error.strerror}); give another") from None
-            for old in (self.state, self.log, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
+            for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors", "trajectories.png", "curves.png"):
+                (self.folder / name).unlink(missing_ok=True)     # nothing of an older run stays beside the new one's
+        for stale in self.folder.glob(".*.[0-9]*"):              # what a kill in the middle of `replace` left
+            stale.unlink(missing_ok=True)
         print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
         write_json(config, values)
 
@@ -521,9 +548,7 @@ class PretrainConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        for field in ("batch", "steps"):
-            if getattr(self, field) < 1:
-                raise BadInput(f"--{field} {getattr(self, field)}: at least 1")
+        check_flags(self)
 
 
 def evaluate_segmenter(segmenter, batches, device, limit):
@@ -544,6 +569,8 @@ def evaluate_segmenter(segmenter, batches, device, limit):
         fine, labels = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
         pred, gt = (x.cpu().unflatten(1, seg.grid) for x in (seg.ids, labels_on_grid(batch["labels"], seg.grid)))
         for j in range(len(gt)):
+            if not (gt[j] >= 0).any():
+                continue
             live = int(seg.alive[j].sum())
             side = max(1, round(live ** 0.5))
             grid = grid_tubes(gt[j:j + 1].shape, side, max(1, round(live / side)))
@@ -555,11 +582,11 @@ def evaluate_segmenter(segmenter, batches, device, limit):
             cells.append(int(grid.max()) + 1)
             alive.append(live)
         if len(pictures) < 6:
-            pictures += [(batch["video"][j].cpu().numpy(), fine[j].numpy(), labels[j].numpy()) for j in range(min(6, len(gt)))]
+            pictures += [(batch["video"][j].cpu().numpy(), fine[j].numpy(), labels[j].numpy()) for j in range(len(gt)) if (gt[j] >= 0).any()]
     result = {key: mean_of([r[key] for r in rows]) for key in ("veq", "stq")} | dict(object_iou=mean_of(objects), object_iou_pixels=mean_of(pixels))
     result |= {f"grid_{key}": mean_of([r[key] for r in grid_rows]) for key in ("veq", "stq")}
     result |= dict(grid_object_iou=mean_of(grid_objects), grid_cells=mean_of(cells), live_trajectories=mean_of(alive), labelled_clips=len(rows))
-    return result, pictures[:6], bad
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}, pictures[:6], bad
 
 
 def open_data(cfg, need):
@@ -568,7 +595,8 @@ def open_data(cfg, need):
     if cfg.data == "world":
         world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
-        return data.WorldBatches(world, cfg.batch), held_out, -(-cfg.eval_clips // cfg.batch), None
+        # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
+        return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
     entries = data.read_manifest(cfg.data)
     without = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
     if without:
@@ -609,9 +637,9 @@ def pretrain(argv):
         optimizer.zero_grad()
         (loss["focal"] + 2 * loss["dice"]).backward()            # SPECS 1: the segmenter alone
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
-        optimizer.step()
         line = {k: v.item() for k, v in loss.items()} | dict(lr=learning_rate(step, cfg), gradient_norm=norm.item())
-        check_finite(line, step)
+        check_finite(line, step)                                 # before the step: what is saved stays whole
+        optimizer.step()
         run.record(dict(step=step, **line, seconds=round(time.time() - began, 2)))
         if step % 10 == 0 or step == cfg.steps - 1:
             print(f"step {step:5d}/{cfg.steps}  focal {line['focal']:.3f}  dice {line['dice']:.3f}  {time.time() - began:.0f} s", flush=True)
@@ -622,7 +650,7 @@ def pretrain(argv):
     damage.add(bad, math.inf)
     write_json(run.folder / "result.json", result | dict(seconds=time.time() - began, left_out=len(damage.files)))
     save_pictures(run, pictures, ("focal", "dice"))
-    print("\n".join(f"{k:16s} {v:.3f}" for k, v in result.items()))
+    print("\n".join(f"{k:18s} {'-' if v is None else f'{v:.3f}'}" for k, v in result.items()))
     print(f"wrote {run.folder}/: model.safetensors, result.json, trajectories.png, curves.png")
 
 
@@ -665,7 +693,9 @@ def show(argv):
     cfg = configure(ShowConfig, {"saved": {}}, argv, positional="clip")
     device = setup(cfg)
     tokenizer = TrajTok.from_pretrained(cfg.weights).to(device).eval()
-    frames, size = tokenizer.cfg.frames if cfg.frames is None else cfg.frames, cfg.image_size or tokenizer.cfg.image_size
+    frames, size = (getattr(tokenizer.cfg, k) if getattr(cfg, k) is None else getattr(cfg, k) for k in ("frames", "image_size"))
+    if not 0 <= cfg.index < 10 ** 8:
+        raise BadInput(f"--index {cfg.index}: 0 to {10 ** 8 - 1}")
     dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames)       # refuses what the strides do not divide
     truth, seconds = (), 2.0
     if cfg.clip == "world":
@@ -681,7 +711,10 @@ def show(argv):
     ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
     spent = time.time() - began
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
-    base.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot make the folder ({error.strerror}); give another") from None
     scale = max(1, 224 // size)
     sheet = strip(video[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)],
                   *(r[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)] for r in (ids, *truth)), scale=scale)
@@ -698,6 +731,9 @@ def show(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = {"pretrain": pretrain, "show": show}
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if not argv or argv[0] not in commands:
         raise BadInput(f"python trajtok.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
     commands[argv[0]](argv[1:])
