@@ -586,7 +586,7 @@ def _rasterise(s, size, device):
         u.view(-1)[where], v.view(-1)[where] = fu[inside], fv[inside]
         ids.view(-1)[where] = MAX_GROUNDS + j
     # colour every pixel once: its surface's row of the table, one column after the other. (Measured: index_select on a
-    # plane is 4x faster than advanced indexing, and planes beat rows of 11 followed by stack and lerp by 2x.)
+    # plane is 4x faster than advanced indexing.)
     row = (ids + torch.arange(b, device=device, dtype=torch.int32)[:, None, None, None] * s["surface"].shape[1]).flatten()
     column = s["surface"].flatten(0, 1).t().contiguous()                     # (11, b·12)
     kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
