@@ -80,7 +80,7 @@ COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                            # how often 1, 
 MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: grounds 0..3, objects 4..11
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
-TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_100_000_000, 1_200_000_000
+TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
 
 
@@ -637,6 +637,43 @@ def decode(path, frames, size, start=None, stride=None):
                 raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
             return _decode(container, path, frames, size, start, stride)
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
+
+
+def read_frames(path, size, chunk=8):
+    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
+    grow with the video. A file that ends in a damaged part, or holds no frame: BadVideo."""
+    import av
+    path, held, count = str(path), [], 0
+    if not os.path.exists(path):
+        raise BadVideo(f"{path}: no such file; check the path")
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(container.streams.video[0]):
+                held.append(_to_square(frame, size, path))
+                count += 1
+                if len(held) == chunk:
+                    yield np.stack(held)
+                    held = []
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadVideo(f"{path}: cannot be decoded after {count} frames ({str(error).split(': ')[0] or type(error).__name__}); re-encode or cut it") from None
+    if held:
+        yield np.stack(held)
+    if not count:
+        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
+
+
+def frame_rate(path):
+    """Frames a second of a video file, as its header says (25 where it says nothing)."""
+    import av
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return float(stream.average_rate or stream.guessed_rate or 25)
+    except (av.error.FFmpegError, OSError, IndexError) as error:
         raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
 
 

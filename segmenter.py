@@ -16,7 +16,9 @@ Training: labels are matched to queries (exact Hungarian, batched, below), then 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 
 from data import BadInput
 
@@ -36,6 +39,105 @@ def normalise(video):
         raise ValueError(f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}")
     mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
     return (video.movedim(-1, 2).float() - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights that others published
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_weights(path):
+    """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
+    model.safetensors or pytorch_model.bin -> {name: tensor}, on the CPU. The wrappings {"model": ...}, {"state_dict": ...} are
+    taken off, and `module.`. Half a file, no weights, or weights that are not finite numbers: BadInput."""
+    path = Path(path)
+    file = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()), None) if path.is_dir() else path
+    if file is None or not file.exists():
+        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin" if path.is_dir() else "no such file or folder; check the path"))
+    try:
+        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:                                   # torch.load raises many types on a file that is not its own
+        raise BadInput(f"{file}: not a whole file of weights ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}); fetch it again") from None
+    while isinstance(weights, dict) and (inner := next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), None)):
+        weights = inner
+    if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights) or not any(torch.is_tensor(v) for v in weights.values()):
+        raise BadInput(f"{file}: holds no named weights; expected a state dict")
+    weights = {k.removeprefix("module."): v for k, v in weights.items() if torch.is_tensor(v)}
+    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise BadInput(f"{file}: weights that are NaN or infinite: {', '.join(broken)}; fetch or train it again")
+    return weights
+
+
+def fit_weights(module, weights, where):
+    """weights into module, strictly: missing, unexpected and wrongly shaped keys are all listed, and refused: BadInput."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
+    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
+    if wrong:
+        raise BadInput(f"{where}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong)})")
+    module.load_state_dict(weights)
+    return module
+
+
+def rename(weights, rules):
+    """Each key by the first rule (pattern, replacement) that fits its whole; a replacement None drops it. Others stay as they are."""
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, replacement in rules:
+            if match_ := re.fullmatch(pattern, key):
+                key = None if replacement is None else match_.expand(replacement)
+                break
+        if key is not None:
+            renamed[key] = value
+    return renamed
+
+
+def count(weights, pattern):
+    """1 + the largest number that group 1 of the pattern takes among the keys; 0 if it fits none."""
+    return 1 + max((int(m[1]) for key in weights if (m := re.match(pattern, key))), default=-1)
+
+
+# published names of a ConvNeXt's weights -> ours, which are those of the original release (SPECS 5)
+CONVNEXT_NAMES = [
+    # original, and DINOv3's, which has the last norm twice
+    (r"norms\.3\..+", None),
+    # classifiers on top
+    (r"(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
+    # timm
+    (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
+    (r"stages\.(\d)\.downsample\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw\.(.+)", r"stages.\1.\2.dwconv.\3"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.(gamma|norm\..+)", r"stages.\1.\2.\3"),
+    (r"head\.norm\.(.+)", r"norm.\1"),
+    # hub, ConvNext
+    (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
+    (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
+    (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(.+)", r"stages.\1.\2.norm.\3"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:dwconv|pwconv[12])\..+)", r"stages.\1.\2.\3"),
+    # hub, DINOv3
+    (r"stages\.(\d)\.downsample_layers\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
+    (r"stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.(.+)", r"stages.\1.\2.dwconv.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.layer_norm\.(.+)", r"stages.\1.\2.norm.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.pointwise_conv([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
+    (r"(?:layernorm|layer_norm)\.(.+)", r"norm.\1"),
+]
+
+
+def convnext_names(weights, where):
+    """Any published layout -> (weights under our names, depths, dims), the last two read off names and shapes."""
+    for prefix in ("convnext.", "backbone.", "model."):
+        if all(k.startswith(prefix) or k.startswith(("head.", "classifier.")) for k in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    weights = rename(weights, CONVNEXT_NAMES)
+    depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
+    stems = [weights.get(f"downsample_layers.{i}.{int(i > 0)}.weight") for i in range(4)]
+    if 0 in depths or any(s is None or s.dim() != 4 for s in stems):
+        raise BadInput(f"{where}: not a ConvNeXt in a layout that is known (original, DINOv3, timm, hub); its keys: {', '.join(list(weights)[:4])} ...")
+    return weights, depths, tuple(len(s) for s in stems)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +204,16 @@ class ConvNeXt(nn.Module):
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(m.weight, std=0.02 if isinstance(m, nn.Linear) else 1 / math.sqrt(m.weight[0].numel()))
                 nn.init.zeros_(m.bias)
+        # CHOICE: a LayerNorm follows the stem, and a linear map without bias under a LayerNorm does not see how large its input
+        # is: white would look like snow, red like bricks, cyan like water, and the ground swallows things of its own hue.
+        # A bias as large as the signal keeps brightness and saturation apart from the first step on.
+        nn.init.normal_(stem[0].bias)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """A published ConvNeXt: the original's file, DINOv3's, timm's, or a hub folder. Depths and widths are read off it."""
+        weights, depths, dims = convnext_names(read_weights(path), path)
+        return fit_weights(cls(depths, dims), weights, path)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -117,22 +229,49 @@ class ConvNeXt(nn.Module):
 # Rotary positions and the Perceiver (the encoder uses both, with masks)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def rotary_table(first, count, channels, device, theta=1e4):
-    """e^(i·angle), complex64 (count, 1, channels / 2), of positions first .. first + count - 1. SPECS 1: the first half of a
-    head's channels turns, in adjacent pairs, pair i by position x theta^(-2i / rotated); the other half stays (angle 0).
-    Always float32: in half precision the 25 216 positions of an 8-frame clip at 224 px collapse to 5 700 values, bf16: 1 100."""
-    rotated = channels // 4 * 2
-    frequency = torch.zeros(channels // 2, device=device)
-    frequency[:rotated // 2] = theta ** (-torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated)
-    angle = torch.arange(first, first + count, device=device, dtype=torch.float32)[:, None, None] * frequency
-    return torch.polar(torch.ones_like(angle), angle)
+def rotary_table(positions, channels, theta=1e4):
+    """e^(i·angle), complex64 (..., 1, channels / 2), of integer positions (...). SPECS 1: the first half of a head's channels
+    turns, in adjacent pairs, pair i by position x theta^(-2i / rotated); the other half stays (angle 0).
+    Angles in float64: in half precision the 25 216 positions of an 8-frame clip at 224 px collapse to 5 700 values (bf16:
+    1 100), and in float32 the millions of a ten-minute video are wrong by up to half a radian."""
+    rotated = turned(channels)
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64                       # Apple's GPUs have no float64
+    frequency = torch.zeros(channels // 2, device=positions.device, dtype=exact)
+    frequency[:rotated // 2] = theta ** (-torch.arange(0, rotated, 2, device=positions.device, dtype=exact) / rotated)
+    angle = positions[..., None, None] * frequency
+    return torch.complex(angle.cos().float(), angle.sin().float())
+
+
+def turned(channels):
+    """How many of a head's channels turn with the position: the first half, an even number."""
+    return channels // 4 * 2
 
 
 def rotate(x, table):
     """Rotary embedding of x (b, s, a, c): channels (2j, 2j + 1) are one complex number, multiplied by its position's phase.
     One multiplication for all channels: cutting off the half that stays and joining it again would cost two copies."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    product = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+class Partial(NamedTuple):
+    """A softmax-weighted sum over part of what there is to read, before the division: with its largest score, exact to join
+    with other parts. Float32."""
+    top: torch.Tensor               # (...): largest score, -inf where nothing was read
+    total: torch.Tensor             # (...): sum of exp(score - top)
+    acc: torch.Tensor               # (..., e): sum of exp(score - top) value
+
+    def finish(self):
+        return self.acc / self.total.clamp(min=1e-30)[..., None]
+
+
+def join(p, q):
+    """Two Partials over disjoint sets -> the one over both."""
+    with torch.no_grad():                                        # shifting all scores leaves a softmax as it is: no gradient
+        top = torch.maximum(p.top, q.top)
+        shift = top.masked_fill(top == -math.inf, 0.0)
+        x, y = (p.top - shift).exp(), (q.top - shift).exp()
+    return Partial(top, x * p.total + y * q.total, x[..., None] * p.acc + y[..., None] * q.acc)
 
 
 class GatedMLP(nn.Module):
@@ -151,51 +290,105 @@ class GatedMLP(nn.Module):
 class CrossAttention(nn.Module):
     """Latents read [latents; points]: queries from the latents, keys and values from both, no biases.
     Rotary positions on the first half of each head's channels: latents 0 .. s-1, points s ..; 1-D, in the points' row-major
-    (t, h, w) order, as the paper has it. latents (b, s, d), points (b, n, d) -> (b, s, d)."""
+    (t, h, w) order, as the paper has it. latents (b, s, d); points: [(x (b, n, d), positions (n,))], or an iterable of such
+    chunks of a long video -> (b, s, d)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, norm_media=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.turned = heads, turned(dim // heads)
+        self.norm_media = nn.LayerNorm(dim) if norm_media else nn.Identity()
         self.norm_latents = nn.LayerNorm(dim)
         self.to_q, self.to_kv, self.to_out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def query(self, x):
-        q = rearrange(self.to_q(x), "b s (a c) -> b s a c", a=self.heads)
-        return rotate(q, rotary_table(0, q.shape[1], q.shape[-1], q.device))
+        return self.turn(self.to_q(x), torch.arange(x.shape[1], device=x.device))
 
-    def key_value(self, x, first):
-        """x (b, n, d) at positions first ... -> k (rotated), v (b, n, a, c)."""
-        # one product each: a joint one, split afterwards, costs a copy of both in the backward pass
-        k, v = (rearrange(F.linear(x, w), "b n (a c) -> b n a c", a=self.heads) for w in self.to_kv.weight.chunk(2))
-        return rotate(k, rotary_table(first, k.shape[1], k.shape[-1], k.device)), v
+    def key(self, x, positions, affine=None):
+        return self.turn(self.project(0, x, affine), positions)
 
-    def forward(self, latents, points):
+    def value(self, x, affine=None):
+        return rearrange(self.project(1, x, affine), "b n (a c) -> b n a c", a=self.heads)
+
+    def project(self, which, x, affine):
+        """Keys (0) or values (1) of x; made apart: a joint product, split afterwards, costs a copy of both in the backward pass.
+        affine: a LayerNorm whose scale and shift x still lacks. W (g x + s) = (W g) x + W s: they join the weights. Then nothing that
+        needs a gradient stands between detached points and this product, and its gradient in the points, n d² that only
+        served g and s, is never computed."""
+        w = self.to_kv.weight.chunk(2)[which]
+        return F.linear(x, w) if affine is None else F.linear(x, w * affine.weight, w @ affine.bias)
+
+    def turn(self, x, positions):
+        x = rearrange(x, "b n (a c) -> b n a c", a=self.heads)
+        return rotate(x, rotary_table(positions, x.shape[-1]))
+
+    def forward(self, latents, points, affine=None):
         x = self.norm_latents(latents)
-        q, (k, v) = self.query(x), self.key_value(torch.cat((x, points), 1), 0)
-        # softmax over all latents and points that a query may see (here: all): what to read is a query's own business
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, here = self.query(x).transpose(1, 2), torch.arange(x.shape[1], device=x.device)
+        if isinstance(points, list):
+            (y, positions), = points
+            y = self.norm_media(y)
+            k = torch.cat((self.key(x, here), self.key(y, positions, affine)), 1).transpose(1, 2)
+            v = torch.cat((self.value(x), self.value(y, affine)), 1).transpose(1, 2)
+            # softmax over all latents and points that a query may see (here: all): what to read is a query's own business
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = self.read(q, x, here)
+            for y, positions in points:                          # the same softmax, a chunk at a time
+                out = join(out, self.read(q, self.norm_media(y), positions, affine))
+            out = out.finish().to(latents.dtype)
         return self.to_out(rearrange(out, "b a s c -> b s (a c)"))
+
+    def read(self, q, y, positions, affine=None):
+        """q (b, a, s, c) reads y (b, n, d) -> Partial of (b, a, s) and (b, a, s, c)."""
+        s = (q @ rearrange(self.key(y, positions, affine), "b n a c -> b a c n")).float() / math.sqrt(q.shape[-1])
+        top = s.detach().amax(-1)
+        w = (s - top[..., None]).exp()
+        return Partial(top, w.sum(-1), w @ self.value(y, affine).transpose(1, 2).float())
 
 
 class Perceiver(nn.Module):
-    """Latents (b, s, d) read points (b, n, d) `depth` times: norm; += attention; += MLP. No final norm (SPECS 1).
-    CHOICE: the points are normalised once, by norm_ctx, for all layers. The release normalises them again in every layer;
-    at 2 048 points a clip that costs as much as the attention itself."""
+    """Latents (b, s, d) read points `depth` times: norm; += attention; += MLP. No final norm (SPECS 1). points: a list of one
+    chunk, or an iterable of chunks, that can be gone through once a layer; a chunk: (x (b, n, d), positions, ...).
 
-    def __init__(self, dim, depth, heads, attention=CrossAttention):
+    CHOICE: the points are normalised once, by norm_ctx, for all layers. The release normalises them again in every layer
+    (norm_media=True); at 2 048 points a clip that costs as much as the attention itself.
+    CHOICE: an ordinary pre-norm residual; the release adds to the *normed* latents (normed_residual=True). So its latents may
+    start tiny (x 0.02); ours start at unit variance, or what they read here, nearly the same for all, would drown who they are."""
+
+    def __init__(self, dim, depth, heads, normed_residual=False, norm_media=False, attention=CrossAttention):
         super().__init__()
+        self.normed_residual, self.fold = normed_residual, attention is CrossAttention and not norm_media
         self.norm_ctx = nn.LayerNorm(dim, eps=1e-6)
         self.norm_lat = nn.LayerNorm(dim, eps=1e-6)              # one, shared by the layers, as in the release
-        self.layers = nn.ModuleList(nn.ModuleList([attention(dim, heads), GatedMLP(dim)]) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.ModuleList([attention(dim, heads, norm_media), GatedMLP(dim)]) for _ in range(depth))
 
-    def forward(self, latents, points, *mask):
-        points = self.norm_ctx(points)
+    def forward(self, latents, points, *rest):
+        normed = [self.norm_chunk(c) for c in points] if isinstance(points, list) else Again(lambda: map(self.norm_chunk, points))
+        rest = (self.norm_ctx,) if self.fold else rest           # its scale and shift, see CrossAttention.project
         for attention, mlp in self.layers:
-            # CHOICE: an ordinary pre-norm residual; the release adds to the *normed* latents. So its latents may start tiny
-            # (x 0.02); ours start at unit variance, or what they read here, nearly the same for all, would drown who they are.
-            latents = latents + attention(self.norm_lat(latents), points, *mask)
+            x = self.norm_lat(latents)
+            latents = (x if self.normed_residual else latents) + attention(x, normed, *rest)
             latents = latents + mlp(latents)
         return latents
+
+    def norm_chunk(self, chunk):
+        """norm_ctx of the points of a chunk (b, n, d), and of those that all tokens see, if it has any (encoder.py)."""
+        x, positions, *layout = chunk
+        if self.fold:
+            return F.layer_norm(x, x.shape[-1:], eps=self.norm_ctx.eps), positions
+        if layout and layout[1] is not None:
+            layout[1] = (self.norm_ctx(layout[1][0]), layout[1][1])
+        return self.norm_ctx(x), positions, *layout
+
+
+class Again:
+    """An iterable that can be gone through again and again: each time make() is called anew, and nothing is kept."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return iter(self.make())
 
 
 def fourier_codes(angles_or_grid, dim, generator=None):
@@ -234,6 +427,8 @@ class SegmenterConfig:
     scale: float = 10.0                         # s at the start of training (the release: 3.83), see soft_masks
     detach: bool = True                         # PAPER: the Perceiver gets F without gradient (ablation: False)
     hierarchical: bool = True                   # PAPER: sum of four scales (ablation: False, the stride-4 map alone)
+    normed_residual: bool = False               # release, see Perceiver
+    norm_media: bool = False                    # release, see Perceiver
 
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))   # JSON has lists only
@@ -260,6 +455,56 @@ class Segmentation(NamedTuple):
         return torch.stack([F.interpolate(clip, size=size, mode="bilinear", align_corners=False).argmax(1) for clip in logits])
 
 
+# the authors' names -> ours (SPECS 1)
+SEGMENTER_NAMES = [
+    (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
+    (r"trajectory_perceiver\.latents", r"latents"),
+    (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
+    (r"(traj_seg_head|patch_decoder)_low_res\.(.+)", r"\1.\2"),
+    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),     # for the release's training only
+]
+
+
+def official_part(weights, marks, where):
+    """The keys under the prefix that holds all of `marks`, without it. SPECS 1: a segmenter's checkpoint says
+    `vision_encoder.`, TrajViT2's `vision_encoder.traj_tokenizer.`; beside that prefix stand other models, which are left alone."""
+    for prefix in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
+        for inner in ("", "segmenter."):
+            if all(prefix + inner + mark in weights for mark in marks):
+                return {k.removeprefix(prefix + inner): v for k, v in weights.items() if k.startswith(prefix + inner)}
+    raise BadInput(f"{where}: not in the authors' layout: no {' and '.join(marks)} under any known prefix; its keys: {', '.join(list(weights)[:4])} ... "
+                   "(folders that these scripts wrote: from_pretrained)")
+
+
+def official_perceiver(weights, begin, where):
+    """Names of one of the release's Perceivers under `begin` -> (depth, heads). The stored rotary frequencies tell the heads, are
+    compared with theta^(-2i/r), and dropped from `weights`."""
+    depth, dim = count(weights, rf"{begin}layers\.(\d+)\."), weights[begin + "norm_lat.weight"].numel()
+    heads = 8
+    for i in range(depth):
+        stored = weights.pop(f"{begin}layers.{i}.0.rotary_emb.freqs", None)
+        if stored is not None:
+            turns = 2 * stored.numel()                           # channels of a head that turn: half of them
+            if not torch.allclose(stored.float().flatten(), 1e4 ** (-torch.arange(0, turns, 2) / turns), rtol=1e-3):
+                raise BadInput(f"{where}: {begin}layers.{i}.0.rotary_emb.freqs are not the frequencies 1e4^(-2i/{turns}) of the release")
+            heads = dim // (2 * turns)
+    return depth, heads
+
+
+def official_segmenter(weights, where):
+    """The release's segmenter -> (SegmenterConfig read off names and shapes, weights under our names)."""
+    backbone = {k.removeprefix("patch_encoder.backbone."): v for k, v in weights.items() if k.startswith("patch_encoder.backbone.")}
+    backbone, depths, dims = convnext_names(backbone, where)
+    rest = rename({k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}, SEGMENTER_NAMES)
+    missing = [k for k in ("latents", "perceiver.norm_lat.weight") if k not in rest]
+    if missing:
+        raise BadInput(f"{where}: missing {', '.join(missing)}")
+    depth, heads = official_perceiver(rest, "perceiver.", where)
+    queries, dim = rest["latents"].shape
+    cfg = SegmenterConfig(dim, queries, depth, heads, depths, dims, normed_residual=True, norm_media=True)
+    return cfg, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}
+
+
 class Segmenter(nn.Module):
     def __init__(self, cfg=SegmenterConfig()):
         super().__init__()
@@ -268,10 +513,17 @@ class Segmenter(nn.Module):
         self.proj = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in (cfg.dims if cfg.hierarchical else cfg.dims[:1]))
         self.ln = nn.LayerNorm(d)                                # one, shared by the four scales, as in the release
         self.latents = nn.Parameter(query_codes(cfg.num_queries, d))
-        self.perceiver = Perceiver(d, cfg.depth, cfg.heads)
+        self.perceiver = Perceiver(d, cfg.depth, cfg.heads, cfg.normed_residual, cfg.norm_media)
         self.traj_seg_head = nn.Sequential(nn.Linear(d, d // 4), nn.ReLU(), nn.Linear(d // 4, d // 8))
         self.patch_decoder = nn.Sequential(nn.Linear(d, d // 4), nn.ReLU(), nn.Linear(d // 4, d // 8))
         self.log_scale = nn.Parameter(torch.tensor([math.log(math.expm1(cfg.scale - 1))]))       # softplus(.) + 1 = scale
+
+    @classmethod
+    def load_official(cls, path):
+        """The segmenter of a checkpoint that the authors released (SPECS 1), .pth or safetensors: alone or inside TrajViT2's.
+        Its configuration is read off names and shapes; what the release does otherwise than the paper is switched on."""
+        cfg, weights = official_segmenter(official_part(read_weights(path), ("log_scale", "trajectory_perceiver.latents"), path), path)
+        return fit_weights(cls(cfg), weights, path)
 
     def forward(self, video):
         """uint8 (b, t, H, W, 3) -> Segmentation."""
@@ -280,7 +532,10 @@ class Segmenter(nn.Module):
     def segment(self, x):
         """x (b, t, 3, H, W) normalised float -> Segmentation. H and W: multiples of 32, or a ValueError."""
         features, grid = self.extract(x)
-        latents = self.cluster(features)
+        return self.assign(self.cluster(features), features, grid)
+
+    def assign(self, latents, features, grid):
+        """Queries (b, K, d) and points (b, n, d) -> Segmentation."""
         logits = self.soft_masks(latents, features)
         ids = logits.argmax(-1)                                  # M_hard: over the queries; each point has one owner
         alive = torch.zeros(ids.shape[0], self.cfg.num_queries, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
@@ -304,7 +559,12 @@ class Segmenter(nn.Module):
         # PAPER: gradients into F are cut here. Without it F learns to please the queries while the queries learn to follow
         # F, and both drift (ablation: VEQ 42.3 -> 34.1). F still learns, from the mask logits and from the encoder.
         points = features.detach() if self.cfg.detach else features
-        return self.perceiver(self.latents.expand(len(features), -1, -1), points)
+        return self.perceiver(self.latents.expand(len(features), -1, -1), [(points, self.positions(points))])
+
+    def positions(self, points, first=0):
+        """Rotary positions (n,) of points (b, n, d), the first of which is point number `first` of its clip: after the queries'."""
+        begin = self.cfg.num_queries + first
+        return torch.arange(begin, begin + points.shape[1], device=points.device)
 
     def soft_masks(self, latents, features):
         """logits = s·cosine(head(Q), head(F))  (b, n, K).
@@ -322,54 +582,70 @@ class Segmenter(nn.Module):
 # Matching: which query is which label
 # ---------------------------------------------------------------------------------------------------------------------
 
-def hungarian(cost):
+def hungarian(cost, certificate=False):
     """Exact minimum-cost assignment of rows to columns, batched. cost float (b, r, c), r <= c, finite
     -> int64 (b, r): the column of each row.  numpy in, numpy out.
+    certificate=True: also the potentials u (b, r), v (b, c). u_i + v_j <= c_ij everywhere, = on the assignment, v <= 0 and 0 on
+    free columns: no assignment can cost less than sum u + sum v, and this one costs just that.
 
-    Shortest augmenting paths (Jonker-Volgenant): rows enter one by one; from the new row, Dijkstra over columns on the
-    reduced costs c_ij - u_i - v_j >= 0 until a free column is reached; then the path is flipped and the potentials u, v
-    are raised so that reduced costs stay >= 0 and matched ones 0: the certificate that no assignment is cheaper.
-    All b problems step together, each on its own path; a finished one waits. O(r²) steps of numpy over (b, c)."""
+    1. Every row takes a free column among its cheapest: in costs of overlap most objects have one to themselves.
+    2. The rows that are left enter one by one by a shortest augmenting path (Jonker-Volgenant): from the new row, Dijkstra over
+       columns on the reduced costs c_ij - u_i - v_j >= 0 until a free column is reached; then the path is flipped and the
+       potentials are raised so that reduced costs stay >= 0 and matched ones 0.
+    All problems of the batch step together, each on a row and a path of its own; a finished one waits."""
     b, rows, columns = cost.shape
     if rows > columns:
         raise ValueError(f"{rows} rows cannot be matched to {columns} columns: transpose the cost")
     if not np.isfinite(cost).all():                              # the search below would never reach a free column
         raise ValueError("hungarian: every cost must be finite")
     cost = np.asarray(cost, np.float64)
-    u, v = np.zeros((b, rows + 1)), np.zeros((b, columns))
-    owner = np.full((b, columns), -1)                            # row matched to each column, -1 = free
     every = np.arange(b)
-    for row in range(rows):
-        distance = np.full((b, columns), np.inf)                 # shortest path from `row` to each column
-        before = np.full((b, columns), -1)                       # the column before it on that path, -1 = the row itself
-        done = np.zeros((b, columns), bool)
-        here, reached, column = np.full(b, row), np.zeros(b), np.full(b, -1)
-        active = every
+    u, v = np.zeros((b, rows + 1)), np.zeros((b, columns))       # u's last entry belongs to nobody
+    if rows:
+        u[:, :rows] = cost.min(2)
+    owner = np.full((b, columns), -1)                            # row matched to each column, -1 = free
+    left = np.ones((b, rows), bool)                              # rows without a column
+    for row in range(rows):                                      # 1
+        fits = (cost[:, row] <= u[:, row, None]) & (owner < 0)
+        column = fits.argmax(1)
+        left[:, row] = ~fits[every, column]
+        owner[every, column] = np.where(left[:, row], owner[every, column], row)
+    while left.any():                                            # 2
+        who = np.flatnonzero(left.any(1))                        # problems with a row left, and that row
+        row, n = left[who].argmax(1), len(who)
+        left[who, row] = False
+        distance = np.full((n, columns), np.inf)                 # shortest path from `row` to each column
+        before = np.full((n, columns), -1)                       # the column before it on that path, -1 = the row itself
+        done = np.zeros((n, columns), bool)
+        here, reached, column = row.copy(), np.zeros(n), np.full(n, -1)
+        active = np.arange(n)
         while len(active):
-            reduced = reached[active, None] + cost[active, here[active]] - u[active, here[active], None] - v[active]
+            i, r = who[active], here[active]
+            reduced = (reached[active] - u[i, r])[:, None] + cost[i, r] - v[i]
             better = ~done[active] & (reduced < distance[active] - 1e-12)
             distance[active] = np.where(better, reduced, distance[active])
             before[active] = np.where(better, column[active, None], before[active])
-            step = np.where(done[active], np.inf, distance[active]).argmin(1)
+            step = np.where(done[active], np.inf, distance[active] - 1e-13 * (owner[i] < 0)).argmin(1)    # of equals, a free one
             reached[active], column[active] = distance[active, step], step
             done[active, step] = True
-            here[active] = owner[active, step]
-            active = active[owner[active, step] >= 0]            # a free column ends the path
+            here[active] = owner[i, step]
+            active = active[owner[i, step] >= 0]                 # a free column ends the path
         # potentials: columns on the tree fall, the rows that own them rise, by how much earlier they were reached
         slack = np.where(done, reached[:, None] - distance, 0.0)
-        slack[every, column] = 0.0
-        v -= slack
-        np.add.at(u, (every[:, None], np.where(owner >= 0, owner, rows)), np.where(owner >= 0, slack, 0.0))
-        u[:, row] += reached
-        active = every
+        slack[np.arange(n), column] = 0.0
+        v[who] -= slack
+        mine = owner[who]
+        np.add.at(u, (who[:, None], np.where(mine >= 0, mine, rows)), np.where(mine >= 0, slack, 0.0))
+        u[who, row] += reached
+        active = np.arange(n)
         while len(active):                                       # flip the path: each column takes its predecessor's row
             previous = before[active, column[active]]
-            owner[active, column[active]] = np.where(previous < 0, row, owner[active, previous.clip(0)])
+            owner[who[active], column[active]] = np.where(previous < 0, row[active], owner[who[active], previous.clip(0)])
             column[active] = previous
             active = active[previous >= 0]
     answer = np.full((b, rows + 1), -1)
     answer[every[:, None], np.where(owner >= 0, owner, rows)] = np.arange(columns)
-    return answer[:, :rows]
+    return (answer[:, :rows], u[:, :rows], v) if certificate else answer[:, :rows]
 
 
 def overlaps(pred, gt, p, g):
@@ -382,7 +658,7 @@ def overlaps(pred, gt, p, g):
 
 
 @torch.no_grad()
-def match(logits, labels, soft=0.01):
+def match(logits, labels, soft=1.0):
     """logits (b, n, k), labels int64 (b, n), -1 = unlabelled, ids < k -> int64 (b, k): the column (query) of each label;
     labels that do not occur get the columns that are left, so each row is a permutation.
     PAPER / SPECS 1: Hungarian on -IoU of the argmax masks; rows of absent labels cost 0.
@@ -457,13 +733,14 @@ def labels_on_grid(labels, grid, k=None):
     return points
 
 
-def segmentation_loss(seg, labels):
+def segmentation_loss(seg, labels, pooled=False, soft=1.0):
     """Segmentation, pixel labels (b, t, H, W) -> dict(focal, dice): scalars with gradient. The caller weighs them: focal +
-    2 dice for the segmenter alone, 0.5 focal + dice beside the contrastive loss (SPECS 1). PAPER: no cross-entropy."""
+    2 dice for the segmenter alone, 0.5 focal + dice beside the contrastive loss (SPECS 1). PAPER: no cross-entropy.
+    pooled=True, soft=0: the release's values (see dice_loss, match)."""
     points = labels_on_grid(labels, seg.grid, seg.logits.shape[-1])
-    order = match(seg.logits, points)                            # column of each label
+    order = match(seg.logits, points, soft)                      # column of each label
     logits = seg.logits.gather(-1, order[:, None].expand(-1, seg.logits.shape[1], -1))               # column l = label l
-    return dict(focal=focal_loss(logits, points), dice=dice_loss(logits, points))
+    return dict(focal=focal_loss(logits, points), dice=dice_loss(logits, points, pooled))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,13 +25,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from data import BadInput
 from segmenter import segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, configure, evaluate_segmenter, learning_rate, load_weights,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, configure, count_gflops, evaluate_segmenter, learning_rate, load_weights,
                      make_optimizer, open_data, peak_memory_gb, precision, run_name, save_pictures, setup, tokenizer_config, write_json,
                      write_weights)
 
@@ -108,7 +107,7 @@ class ClipConfig:
 # the others at 0.70. `--max-objects 8 --shared-colours` gives the whole world.
 #  size          video transformer                   text transformer                          training
 CLIP_SIZES = {
-    "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=450, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
+    "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
                   max_objects=4, shared_colours=False),
     "tiny":  dict(layers=6, width=256, heads=8,      text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4, warmup=500),
     "base":  dict(layers=12, width=768, heads=12,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0),
@@ -235,7 +234,7 @@ def build(cfg, encoding):
         tokenizer = TrajTok(shape)
     if cfg.freeze_tokenizer:
         tokenizer.requires_grad_(False)
-    tokenizer.encoder.tokens_per_trajectory(cfg.tokens_per_trajectory)       # refused now, not after the training
+    shape.encoder.check(cfg.tokens_per_trajectory)               # refused now, not after the training
     return VideoCLIP(tokenizer, encoding.n_vocab, cfg), shape
 
 
@@ -314,11 +313,9 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
 
 
 def gflops(model, cfg, device):
-    """GFLOPs (2 per multiply-add, of matrix products and convolutions) of embedding one clip, counted while it runs."""
+    """GFLOPs (2 per multiply-add) of embedding one clip, counted while it runs."""
     clip = torch.zeros(1, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
-    with FlopCounterMode(display=False) as counter:              # (its module hooks need gradients to be on)
-        model.eval().embed_video(clip, cfg.tokens_per_trajectory)
-    return counter.get_total_flops() / 1e9
+    return count_gflops(lambda: model.eval().embed_video(clip, cfg.tokens_per_trajectory))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import contextlib
 import ctypes
 import dataclasses
 import inspect
@@ -34,13 +35,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
 
 import data
 from data import BadInput
-from encoder import EncoderConfig, TrajectoryEncoder
-from segmenter import (Segmenter, SegmenterConfig, best_overlaps, grid_tubes, hungarian, labels_on_grid, overlaps,
+from encoder import EncoderConfig, Tokens, TrajectoryEncoder
+from segmenter import (Again, Segmenter, SegmenterConfig, best_overlaps, fit_weights, grid_tubes, hungarian, labels_on_grid, normalise,
+                       official_part, official_perceiver, official_segmenter, overlaps, read_weights, rename, rotary_table, rotate,
                        segmentation_loss, video_metrics)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +68,11 @@ class TrajTokConfig:
     detach: bool = True                         # ablation: gradients of the Perceiver into F
     hierarchical: bool = True                   # ablation: one scale of features instead of four
     hard_mask: bool = True                      # ablation: tokens read all points instead of their own
+    # what the authors' release does otherwise; load_official turns it on (segmenter.Perceiver, encoder.EncoderConfig)
+    normed_residual: bool = False
+    norm_media: bool = False
+    last_points: int = 0
+    mean_start: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))
@@ -103,9 +111,80 @@ class TrajTok(nn.Module):
         self.cfg = cfg = SIZES[size] if isinstance(size, str) else size
         self.segmenter, self.encoder = Segmenter(cfg.segmenter), TrajectoryEncoder(cfg.encoder)
 
-    def forward(self, video, tokens_per_trajectory=None):
+    def forward(self, video, tokens_per_trajectory=None, budget=None):
+        """tokens_per_trajectory: 1, 2 or 4 for each trajectory; or budget: at most so many tokens a clip, spread over the
+        trajectories by their size and motion (encoder.spread)."""
         seg = self.segmenter(video)                                          # (b, t, H, W, 3) -> F, M_soft, M_hard
-        return self.encoder(seg.features, seg, tokens_per_trajectory), seg
+        return self.encoder(seg.features, seg, tokens_per_trajectory, budget), seg
+
+    @torch.no_grad()
+    def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
+        """The tokens of a video of any length, as forward would give them (to rounding), in memory that does not grow with it.
+
+        frames: uint8 (t, H, W, 3), a tensor, array or memory map; or a callable that returns, each time anew, an iterator over
+        such pieces in order (a decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece.
+        -> Tokens (b = 1), on the tokenizer's device.
+
+        Features of a long video fit no memory, but a softmax can be taken a piece at a time (segmenter.Partial, join), if one goes
+        through the video once for each time that something waits for all of it: once a layer of the segmenter's Perceiver,
+        once for z_init, once a layer of the encoder's. So the backbone runs depth + 1 + depth times: time for memory."""
+        source, segmenter, encoder = pieces(frames, chunk), self.segmenter, self.encoder
+        m = encoder.cfg.check(tokens_per_trajectory)
+        device = segmenter.latents.device
+        count = 0                                                # frames of the video, known after the first round
+
+        def features():                                          # (first frame, video, F (1, n, d), grid)
+            first = 0
+            for video in source():
+                f, grid = segmenter.extract(normalise(video.to(device)))
+                yield first, video, f, grid
+                first += grid[0]
+
+        def points():                                            # for the segmenter's Perceiver
+            nonlocal count
+            count = 0
+            for first, _, f, (t, h, w) in features():
+                count = first + t
+                yield f, segmenter.positions(f, first * h * w)
+
+        latents = segmenter.perceiver(segmenter.latents[None], Again(points))
+        if not count:
+            raise BadInput("an empty video: not one frame to make tokens of")
+
+        def clusters():                                          # (first frame, video, Segmentation)
+            for first, video, f, grid in features():
+                yield first, video, segmenter.assign(latents, f, grid)
+
+        total, weight, alive = 0.0, 0.0, False
+        for first, video, seg in clusters():
+            part, share = encoder.sums(seg.features, seg.logits)
+            total, weight, alive = total + part, weight + share, seg.alive | alive
+            if each:
+                each(first, video, seg)
+
+        def rows():                                              # for the encoder's Perceiver
+            for first, _, seg in clusters():
+                cells = seg.grid[1] * seg.grid[2]
+                yield encoder.chunk(seg.features, seg.ids, m, count * cells, first * cells)
+
+        z = encoder.encode(total / (weight[..., None] + 1e-6), Again(rows), m)
+        return encoder.tokens(z, alive, m)
+
+    @torch.no_grad()
+    def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
+        """The same video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a window, whose
+        number grows with the video (the published TrajVLM: 128 tokens for every 8 frames). -> Tokens (b = 1);
+        trajectory k of window i is number i·K + k."""
+        parts, K, device, first = [], self.cfg.num_queries, self.segmenter.latents.device, 0
+        for video in pieces(frames, window)():
+            tokens, seg = self(video.to(device), tokens_per_trajectory)
+            parts.append(tokens._replace(trajectory=tokens.trajectory + len(parts) * K))
+            if each:
+                each(first, video, seg)
+            first += video.shape[1]
+        if not parts:
+            raise BadInput("an empty video: not one frame to make tokens of")
+        return Tokens(*(torch.cat(x, 1) for x in zip(*parts)))
 
     def save_pretrained(self, folder):
         folder = Path(folder)
@@ -117,6 +196,40 @@ class TrajTok(nn.Module):
     def from_pretrained(cls, folder):
         """A folder that `save_pretrained`, `pretrain` or train_clip.py wrote (of the last, the tokenizer is taken)."""
         return load_weights(cls(tokenizer_config(folder)), folder, "tokenizer.")
+
+    @classmethod
+    def load_official(cls, path, mean_start=True):
+        """The tokenizer of a checkpoint that the authors released (SPECS 1), .pth or safetensors, e.g. TrajViT2's. Its configuration
+        is read off names and shapes; what the release does otherwise than the paper is switched on. mean_start: was it trained
+        with z_init added to the codes (`add_mean_traj`)? The weights do not tell."""
+        weights = official_part(read_weights(path), ("segmenter.log_scale", "latents", "traj_feature_updater.norm_lat.weight"), path)
+        shape, inside = official_segmenter({k.removeprefix("segmenter."): v for k, v in weights.items() if k.startswith("segmenter.")}, path)
+        own = rename({k: v for k, v in weights.items() if not k.startswith("segmenter.")}, [(r"traj_feature_updater\.(.+)", r"perceiver.\1")])
+        depth, heads = official_perceiver(own, "perceiver.", path)
+        if (depth, heads) != (shape.depth, shape.heads) or own["latents"].dim() != 3 or "output_projector.weight" not in own:
+            raise BadInput(f"{path}: an encoder of {depth} layers, {heads} heads and codes {tuple(own['latents'].shape)} beside a segmenter of "
+                           f"{shape.depth} layers and {shape.heads} heads; expected the same, codes (K, n, d), and an output_projector")
+        common = {f.name: getattr(shape, f.name) for f in dataclasses.fields(SegmenterConfig)}
+        cfg = TrajTokConfig(224, 8, **common, max_tokens=own["latents"].shape[1], out_dim=len(own["output_projector.weight"]), last_points=2, mean_start=mean_start)
+        return fit_weights(cls(cfg), {f"segmenter.{k}": v for k, v in inside.items()} | {f"encoder.{k}": v for k, v in own.items()}, path)
+
+
+def pieces(frames, length):
+    """A video, or a callable that returns an iterator over parts of one -> a callable that returns an iterator over pieces of
+    `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
+    def cut():
+        held, have = [], 0                                       # parts that wait to fill a piece
+        for part in frames() if callable(frames) else [frames]:
+            begin = 0
+            while begin < len(part):
+                held.append(torch.as_tensor(part[begin:begin + length - have]))
+                begin, have = begin + len(held[-1]), have + len(held[-1])
+                if have == length:
+                    yield torch.cat(held)[None]
+                    held, have = [], 0
+        if held:
+            yield torch.cat(held)[None]
+    return cut
 
 
 def tokenizer_config(folder):
@@ -133,25 +246,15 @@ def tokenizer_config(folder):
 
 
 def load_weights(module, folder, prefix=""):
-    """folder/model.safetensors into module, strictly. If any key begins with prefix, those are taken, without it.
-    Missing, unexpected and wrongly shaped keys are listed together and refused: BadInput."""
+    """folder/model.safetensors into module, strictly. If any key begins with prefix, those are taken, without it."""
     path = Path(folder) / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; is the run finished?") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; is the run finished?")
+    weights = read_weights(path)
     for begin in (prefix, "video." + prefix) if prefix else ():   # train_clip.py keeps its tokenizer under `video.`
         if any(key.startswith(begin) for key in weights):
             weights = {key[len(begin):]: value for key, value in weights.items() if key.startswith(begin)}
-    own = module.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
-    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
-    if wrong:
-        raise BadInput(f"{path}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''})")
-    module.load_state_dict(weights)
-    return module
+    return fit_weights(module, weights, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,8 +477,25 @@ def peak_memory_gb(device):
     """Peak memory: of the device on a GPU, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if sys.platform == "linux":                                  # ru_maxrss would begin with what the parent process held
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+
+
+def count_gflops(run):
+    """GFLOPs of run(): its matrix products, convolutions and attention, 2 per multiply-add, counted while it runs. Gradients must
+    be on in it, as torch's counter of modules wants. That counter does not know the attention kernel of CPUs: it is told."""
+    aten = torch.ops.aten
+    def convolution_backward(dout, x, w, *_, out_shape=None, **__):          # torch's own formula forgets the groups of a depthwise one
+        wanted = sum(shape is not None and len(shape) == 4 for shape in out_shape[:2])               # gradients of x, of w
+        return wanted * 2 * math.prod((dout[0], *dout[2:])) * math.prod(w)
+    kernels = {aten.convolution_backward: convolution_backward,
+               aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+               aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
 
 
 def mean_of(rows):
@@ -387,12 +507,14 @@ def mean_of(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def split_entries(entries, share):
-    """(training, held out): every entry goes where the hash of its path says, so that a file stays on its side when others
-    are added. At least one on each side (2 entries or more)."""
+    """(training, held out): every entry goes where the hash of its name says, so that a file stays on its side when others
+    are added. Of two dozen or fewer, chance may hold out next to none: then the sixth with the smallest hashes is held out, and
+    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more)."""
     def number(entry):
         return zlib.crc32(os.path.basename(entry["path"]).encode())
     order = sorted(entries, key=number)
-    n = min(max(sum(number(e) < share * 2 ** 32 for e in order), 1), max(len(order) - 1, 0))
+    least = -(-len(order) // 6) if len(order) <= 24 else 1
+    n = min(max(sum(number(e) < share * 2 ** 32 for e in order), least), max(len(order) - 1, 0))
     return sorted(order[n:], key=lambda e: e["path"]), sorted(order[:n], key=lambda e: e["path"])
 
 
@@ -503,18 +625,29 @@ def plot(path, curves, width=460, height=240):
     write_png(path, np.concatenate([np.concatenate(panels[i:i + 2], 1) for i in range(0, len(panels), 2)], 0))
 
 
-def write_mp4(path, frames, rate):
-    """uint8 (t, H, W, 3), H and W even -> an H.264 file that every player opens."""
+@contextlib.contextmanager
+def film(path, rate):
+    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
+    player opens, renamed into place at the end."""
     import av
-
-    def write(beside):
+    path = Path(path)
+    beside, stream = path.with_name(f".{path.name}.{os.getpid()}"), None
+    try:
         with av.open(str(beside), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=max(1, round(rate)))
-            stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            def add(frames):
+                nonlocal stream
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=max(1, round(rate)))
+                    stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+                for frame in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            yield add
             container.mux(stream.encode())
-    replace(path, write)
+        os.replace(beside, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,10 +811,12 @@ def save_pictures(run, pictures, terms):
 class ShowConfig:
     """Draws the trajectories of a video and tells how many tokens they make."""
     clip: str = "world"                 # a video or picture file, or `world` for a made clip
-    weights: str = "out/clip-nano"      # a folder with config.json and model.safetensors
-    frames: int | None = None           # frames taken from the whole clip; default: what the tokenizer was trained on
+    weights: str = "out/clip-nano"      # a folder with config.json and model.safetensors, or a checkpoint that the authors released
+    frames: int | None = None           # frames taken from the whole clip, evenly; 0: every frame, at any length; default: what the tokenizer was trained on
+    window: int = 0                     # with --frames 0: every so many frames trajectories of their own (the published TrajVLM: 8); 0: one set for the whole video
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the tokenizer's
     tokens_per_trajectory: int = 1      # 1, 2 or 4
+    budget: int = 0                     # at most so many tokens in all, spread by size and motion; 0: tokens_per_trajectory for each
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
     seed: int = 0                       # not used by drawing; kept so that every command takes it
@@ -692,45 +827,277 @@ class ShowConfig:
 def show(argv):
     cfg = configure(ShowConfig, {"saved": {}}, argv, positional="clip")
     device = setup(cfg)
-    tokenizer = TrajTok.from_pretrained(cfg.weights).to(device).eval()
+    released = Path(cfg.weights).is_file()
+    tokenizer = (TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)).to(device).eval()
     frames, size = (getattr(tokenizer.cfg, k) if getattr(cfg, k) is None else getattr(cfg, k) for k in ("frames", "image_size"))
-    if not 0 <= cfg.index < 10 ** 8:
-        raise BadInput(f"--index {cfg.index}: 0 to {10 ** 8 - 1}")
-    dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames)       # refuses what the strides do not divide
-    truth, seconds = (), 2.0
-    if cfg.clip == "world":
-        video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, data.World(size, frames))]), size)
-        video, truth = video[0].numpy(), (labels[0].numpy(),)
-    else:
-        image = Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
-        video, times, _ = data.decode(cfg.clip, 1 if image else frames, size)
-        seconds = max(times[-1] - times[0], 1e-3) * len(times) / max(len(times) - 1, 1) if len(times) > 1 else 1.0
-    began = time.time()
-    with torch.no_grad(), precision(device):
-        tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), cfg.tokens_per_trajectory)
-    ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
-    spent = time.time() - began
+    if not 0 <= cfg.index < 5 * 10 ** 7:
+        raise BadInput(f"--index {cfg.index}: 0 to {5 * 10 ** 7 - 1}")
+    dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames or 1)  # refuses what the strides do not divide
+    tokenizer.cfg.encoder.check(cfg.tokens_per_trajectory)
+    if cfg.window < 0 or cfg.budget < 0:
+        raise BadInput(f"--window {cfg.window} --budget {cfg.budget}: at least 0")
+    image = Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
+    if (cfg.window or not frames) and (image or cfg.clip == "world"):
+        raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}; leave them out")
+    if cfg.window and frames or cfg.budget and not frames or cfg.budget and cfg.tokens_per_trajectory != 1:
+        raise BadInput("--window goes with --frames 0; --budget goes neither with --frames 0 nor with --tokens-per-trajectory")
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {cfg.out}: cannot make the folder ({error.strerror}); give another") from None
-    scale = max(1, 224 // size)
-    sheet = strip(video[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)],
-                  *(r[np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)] for r in (ids, *truth)), scale=scale)
-    write_png(f"{base}.png", sheet)
-    painted = np.concatenate([video, *(paint(video, r, palette(int(r.max()) + 1)) for r in (ids, *truth))], 1)
-    write_mp4(f"{base}.mp4", painted.repeat(scale, 1).repeat(scale, 2), len(video) / seconds)
-    alive = int(seg.alive.sum())
-    print(f"{cfg.clip}: {len(video)} frames of {size} x {size} px = {seg.ids.shape[1]} points -> {alive} trajectories (of at most "
-          f"{tokenizer.cfg.num_queries}) -> {int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {spent * 1e3:.0f} ms on {device.type}")
+    truth, seconds, scale, began = (), 2.0, max(1, 224 // size), time.time()
+    if not frames:
+        tokens, video, ids, count = show_stream(tokenizer, cfg, f"{base}.mp4", size, scale)
+        points, alive = count * (size // 4) ** 2, len(set(tokens.trajectory[tokens.mask].tolist()))
+    else:
+        if cfg.clip == "world":
+            video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, data.World(size, frames))]), size)
+            video, truth = video[0].numpy(), (labels[0].numpy(),)
+        else:
+            video, times, _ = data.decode(cfg.clip, 1 if image else frames, size)
+            seconds = max(times[-1] - times[0], 1e-3) * len(times) / max(len(times) - 1, 1) if len(times) > 1 else 1.0
+        began = time.time()
+        with torch.no_grad(), precision(device):
+            tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), **(dict(budget=cfg.budget) if cfg.budget else
+                                                                                 dict(tokens_per_trajectory=cfg.tokens_per_trajectory)))
+        ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
+        painted = np.concatenate([video, *(paint(video, r, palette(int(r.max()) + 1)) for r in (ids, *truth))], 1)
+        with film(f"{base}.mp4", len(video) / seconds) as add:
+            add(painted.repeat(scale, 1).repeat(scale, 2))
+        count, points, alive = len(video), seg.ids.shape[1], int(seg.alive.sum())
+    spent, some = time.time() - began, np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
+    write_png(f"{base}.png", strip(video[some], *(r[some] for r in (ids, *truth)), scale=scale))
+    most = tokenizer.cfg.num_queries * (-(-count // cfg.window) if cfg.window else 1)
+    print(f"{cfg.clip}: {count} frames of {size} x {size} px = {points} points -> {alive} trajectories (of at most {most}) -> "
+          f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {spent:.2f} s on {device.type}, {peak_memory_gb(device):.2f} GB")
     print(f"wrote {base}.png and {base}.mp4")
+
+
+def show_stream(tokenizer, cfg, path, size, scale):
+    """Every frame of a file, a piece at a time: the film is written as the pieces come.
+    -> Tokens, some 8 to 16 frames (k, H, W, 3) and their trajectories (k, H, W) for the picture, number of frames."""
+    rounds = 1 if cfg.window else tokenizer.cfg.depth + 1 + tokenizer.cfg.depth
+    colours, kept, every, turn, total = palette(tokenizer.cfg.num_queries), [], 1, 0, None
+    rate = data.frame_rate(cfg.clip)
+
+    def source():
+        nonlocal turn, total
+        turn, count = turn + 1, 0
+        with tqdm(total=total, desc=f"round {turn} of {rounds}", unit=" frames", leave=False, disable=None) as bar:
+            for part in data.read_frames(cfg.clip, size):
+                count += len(part)
+                bar.update(len(part))
+                yield part
+        total = count
+
+    with film(path, rate) as add:
+        def draw(first, video, seg):
+            nonlocal kept, every
+            video, ids = video[0].cpu().numpy(), seg.masks((size, size))[0].cpu().numpy()
+            add(np.concatenate([video, paint(video, ids, colours)], 1).repeat(scale, 1).repeat(scale, 2))
+            kept += [(v, i) for n, (v, i) in enumerate(zip(video, ids), first) if n % every == 0]
+            while len(kept) > 16:                                # how many frames there will be is not known yet
+                kept, every = kept[::2], 2 * every
+        tokens = (tokenizer.windows(source, cfg.window, cfg.tokens_per_trajectory, draw) if cfg.window else
+                  tokenizer.stream(source, cfg.tokens_per_trajectory, each=draw))
+    return tokens, *(np.stack(x) for x in zip(*kept)), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python trajtok.py bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Times the tokenizer against the straightforward implementation of the same formulas, with the same weights."""
+    size: str = "large"                 # one of SIZES: nano, tiny, base, large
+    frames: str = "16"                  # frames of a clip, several with commas: 8,16,32,64,128
+    tokens_per_trajectory: int = 4      # 1, 2 or 4
+    batch: int = 1                      # clips at once
+    repeats: int = 5                    # timings of each, taken in turn
+    backward: bool = True               # time and measure forward + backward as well
+    only: bool = False                  # ours alone, without the straightforward implementation
+    compile: bool = False               # torch.compile both, whole (no graph break allowed)
+    out: str = "results"                # folder for bench-tokenizer.json
+    seed: int = 0                       # of weights and pixels
+    device: str = "auto"                # cpu, cuda, ...
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frames):
+            raise BadInput(f"--frames {self.frames}: numbers from 1 on, with commas")
+        if min(self.batch, self.repeats) < 1:
+            raise BadInput(f"--batch {self.batch} --repeats {self.repeats}: at least 1")
+        if not 0 <= self.seed < 2 ** 32:
+            raise BadInput(f"--seed {self.seed}: 0 to {2 ** 32 - 1}")
+
+
+def straightforward(tokenizer, video, m):
+    """tokenizer(video, m) by the book, for comparison: keys and values are projected for all points, attention is a dense
+    (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
+    segmenter, encoder, K = tokenizer.segmenter, tokenizer.encoder, tokenizer.cfg.num_queries
+
+    def perceive(perceiver, latents, points, visible=None):
+        points = perceiver.norm_ctx(points)
+        for attention, mlp in perceiver.layers:
+            x = perceiver.norm_lat(latents)
+            y = torch.cat((attention.norm_latents(x), attention.norm_media(points)), 1)
+            heads = lambda z: z.unflatten(-1, (attention.heads, -1))
+            q, (k, v) = heads(attention.to_q(y[:, :x.shape[1]])), map(heads, attention.to_kv(y).chunk(2, -1))
+            table = rotary_table(torch.arange(y.shape[1], device=y.device), q.shape[-1])
+            q, k = rotate(q, table[:x.shape[1]]), rotate(k, table)
+            scores = torch.einsum("biac,bjac->baij", q, k) / math.sqrt(q.shape[-1])
+            if visible is not None:
+                scores = scores.masked_fill(~visible[:, None], -math.inf)
+            out = torch.einsum("baij,bjac->biac", scores.softmax(-1), v).flatten(2)                  # over all points and latents
+            latents = (x if perceiver.normed_residual else latents) + attention.to_out(out)
+            latents = latents + mlp(latents)
+        return latents
+
+    features, grid = segmenter.extract(normalise(video))
+    points = features.detach() if segmenter.cfg.detach else features
+    latents = perceive(segmenter.perceiver, segmenter.latents.expand(len(video), -1, -1), points)
+    seg = segmenter.assign(latents, features, grid)
+    z = encoder.aggregate(features, seg.logits)
+    trajectory = torch.arange(K, device=z.device).repeat_interleave(m)
+    visible = None
+    if encoder.cfg.hard_mask:                                    # (b, K m, K m + n), True = may be seen
+        sees = trajectory[:, None] == seg.ids[:, None]
+        sees[..., sees.shape[-1] - encoder.cfg.last_points:] = True
+        visible = torch.cat(((trajectory[:, None] == trajectory).expand(len(z), -1, -1), sees), 2)
+    z = (encoder.latents[:, :m] + z[:, :, None] if encoder.cfg.mean_start else encoder.latents[:, :m].expand(len(z), -1, -1, -1)).flatten(1, 2)
+    return encoder.output_projector(perceive(encoder.perceiver, z, features, visible)), seg.ids
+
+
+def bench_passes(cfg, frames, device):
+    """-> {name: a pass over clips of so many frames; pass(backward) -> z}, ours first, of one tokenizer with random weights."""
+    torch.manual_seed(cfg.seed)
+    tokenizer = TrajTok(cfg.size).to(device)
+    size, m = tokenizer.cfg.image_size, cfg.tokens_per_trajectory
+    video, _ = data.rasterise(data.stack([data.script(data.VALIDATION + i, data.World(size, frames)) for i in range(cfg.batch)]), size, device)
+    functions = {"ours": lambda video: tokenizer(video, m)[0].z}
+    if not cfg.only:
+        functions["straightforward"] = lambda video: straightforward(tokenizer, video, m)[0]
+    if cfg.compile:
+        functions = {name: torch.compile(f, fullgraph=True) for name, f in functions.items()}
+
+    def one(f):
+        def run(backward, grad=False):
+            with torch.set_grad_enabled(backward or grad), precision(device):
+                z = f(video)
+            if backward:
+                tokenizer.zero_grad(set_to_none=True)
+                z.float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return z.detach()
+        return run
+    return {name: one(f) for name, f in functions.items()}
+
+
+def bench_memory(cfg, frames, name, backward, pipe):
+    """In a process of its own: what the resident memory grew by during one pass, at its peak, in GB."""
+    device = setup(cfg)
+    run = bench_passes(cfg, frames, device)[name]
+    before = 0.0
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
+        before = peak_memory_gb(device)
+    run(backward)
+    pipe.send(peak_memory_gb(device) - before)
+
+
+def memory_of(cfg, frames, name, backward, device, run):
+    """Peak memory of one pass in GB, or None if it needs more than there is."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            run(backward)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    process = context.Process(target=bench_memory, args=(cfg, frames, name, backward, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:                                             # it was killed: no memory left
+        return None
+    finally:
+        process.join()
+
+
+def bench(argv):
+    cfg = configure(BenchConfig, {name: {"size": name} for name in SIZES}, argv)
+    SIZES[cfg.size].encoder.check(cfg.tokens_per_trajectory)    # refused now, not after a minute
+    device = setup(cfg)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    rate = matrix_rate(device)
+    parameters = sum(p.numel() for p in TrajTok(cfg.size).parameters())
+    print(f"{cfg.size}: {parameters / 1e6:.1f} M parameters, {cfg.batch} clip(s), {cfg.tokens_per_trajectory} tokens a trajectory; {device.type}, {card}, "
+          f"{rate / 1e12:.2f} TFLOP/s in a large matrix product")
+    print("frames  pass                implementation     GFLOPs      ms   ms/frame  TFLOP/s  of the machine   GB     how much faster, less memory")
+    rows = []
+    for frames in map(int, cfg.frames.split(",")):
+        runs = bench_passes(cfg, frames, device)
+        plain = bench_passes(dataclasses.replace(cfg, compile=False), frames, device)        # compiled code cannot be counted
+        z = {name: run(False).float() for name, run in runs.items()}         # the first run also compiles and warms up
+        worst = max(((z["ours"] - other).abs().max() / other.abs().max()).item() for other in z.values())
+        for backward in (False, True) if cfg.backward else (False,):
+            memory = {name: memory_of(cfg, frames, name, backward, device, run) for name, run in runs.items()}
+            fits = [name for name in runs if memory[name] is not None]
+            seconds = {name: [] for name in runs}
+            for name in fits if backward else ():
+                runs[name](True)                                 # warm: the forward pass is already
+            for _ in range(cfg.repeats):
+                for name in fits:                                # in turn, so that the machine's moods meet both
+                    began = time.perf_counter()
+                    runs[name](backward)
+                    seconds[name].append(time.perf_counter() - began)
+            for name in runs:
+                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=count_gflops(lambda: plain[name](backward, grad=True)) if name in fits else None,
+                           ms=float(np.median(seconds[name])) * 1e3 if name in fits else None)
+                rows.append(row)
+                text = f"{frames:6d}  {'forward + backward' if backward else 'forward':18s}  {name:15s} "
+                if name not in fits:
+                    print(text + "  does not fit into memory")
+                    continue
+                text += f"{row['gflops']:9.0f} {row['ms']:8.0f}  {row['ms'] / frames:9.1f} {row['gflops'] / row['ms']:8.2f} {100 * row['gflops'] * 1e12 / row['ms'] / rate:12.0f} %   {row['memory_gb']:5.2f}"
+                if name != "ours" and "ours" in fits:
+                    row["faster"] = float(np.median([b / a for a, b in zip(seconds["ours"], seconds[name])]))
+                    row["less_memory"] = row["memory_gb"] / memory["ours"]
+                    text += f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory"
+                print(text, flush=True)
+        if not cfg.only:
+            print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
+            rows.append(dict(frames=frames, difference=worst))
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(cfg.out) / "bench-tokenizer.json", dict(dataclasses.asdict(cfg), device=f"{device.type}, {card}", torch=torch.__version__,
+                                                            parameters=parameters, tflops_of_the_machine=rate / 1e12, rows=rows))
+    print(f"wrote {cfg.out}/bench-tokenizer.json")
+
+
+def matrix_rate(device, side=None):
+    """FLOP/s of a large matrix product in the type that the model runs in: the most that there is to have."""
+    dtype, side = (torch.bfloat16, side or 8192) if device.type == "cuda" else (torch.float32, side or 1536)
+    x, times = torch.randn(side, side, device=device, dtype=dtype), []
+    for _ in range(8):
+        began = time.perf_counter()
+        x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * side ** 3 / float(np.median(times[2:]))
 
 
 @data.one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"pretrain": pretrain, "show": show}
+    commands = {"pretrain": pretrain, "show": show, "bench": bench}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return
