@@ -695,12 +695,14 @@ def dice_loss(logits, labels, pooled=False, eps=1e-6):
     """1 - 2 |P ∩ G| / (|P| + |G|), averaged over the labels that occur; P = softmax over the queries, soft areas.
     logits (b, n, k) in the labels' order, labels (b, n), -1 = unlabelled and left out.
     CHOICE: each label of each clip is one region, so every object counts the same. The release pools label l of all clips
-    of the batch into one region (SPECS 1; pooled=True), which weighs objects by their size and by the accident of their id."""
+    of the batch into one region (SPECS 1; pooled=True), which weighs objects by their size and by the accident of their id.
+    CHOICE: |P| counts all points. An unlabelled point may be anything, but not part of a labelled trajectory: of videos in which
+    one object alone is labelled, a |P| over labelled points (pooled=True) would be content with one query for everything."""
     p = logits.float().softmax(-1)                               # over the queries: a point belongs to one trajectory
     seen = labels >= 0
     onehot = F.one_hot(labels.clamp(min=0), logits.shape[-1]).to(p.dtype) * seen[..., None]
     over = (0, 1) if pooled else 1
-    inter, soft, hard = (p * onehot).sum(over), (p * seen[..., None]).sum(over), onehot.sum(over)    # (b, k) or (k,)
+    inter, soft, hard = (p * onehot).sum(over), (p * seen[..., None] if pooled else p).sum(over), onehot.sum(over)     # (b, k) or (k,)
     dice = 1 - (2 * inter + eps) / (soft + hard + eps)
     here = (hard > 0).to(p.dtype)
     return (dice * here).sum() / here.sum().clamp(min=1)
@@ -749,21 +751,20 @@ def segmentation_loss(seg, labels, pooled=False, soft=1.0):
 
 @torch.no_grad()
 def video_metrics(pred, gt):
-    """Video entity quality and segmentation-and-tracking quality. pred, gt int64 (b, t, H, W), gt -1 = unlabelled: those
-    pixels are left out of everything (CHOICE: nothing is known of them). Means over clips, as floats:
+    """Video entity quality and segmentation-and-tracking quality. pred, gt int64 (b, t, H, W), gt -1 = unlabelled.
+    CHOICE: a predicted tube's area counts unlabelled pixels, as in matching (they are not part of the labelled object); a tube that
+    lies on unlabelled pixels alone is no error (nothing is known there). Means over clips, as floats:
       tubes over T x H x W, matched one to one by Hungarian, a match counts from IoU 0.5 (SPECS 1)
       sq  mean IoU of matches         rq  TP / (TP + FP/2 + FN/2)            veq = sq·rq
       aq  sum of the matches' intersections / sum of their unions            stq = sqrt(sq·aq)
     Id 0 is a tube like any other (the release drops predicted id 0, so a perfect match in slot 0 scores 0)."""
     b = len(pred)
     pred, gt = pred.flatten(1), gt.flatten(1)
-    pred = torch.where(gt >= 0, pred, -1)
     p, g = int(pred.max()) + 1, int(gt.max()) + 1
     total = dict(veq=0.0, sq=0.0, rq=0.0, stq=0.0, aq=0.0)
     if min(p, g) == 0:
         return total
-    inter, area, _ = overlaps(pred.clamp(min=0), gt, p, g)
-    predicted = inter.sum(1)                                     # within the labelled pixels
+    inter, area, predicted = overlaps(pred, gt, p, g)
     union = area[:, :, None] + predicted[:, None] - inter
     iou = (inter / union.clamp(min=1)).double()
     cost = -iou.cpu().numpy()
@@ -773,7 +774,7 @@ def video_metrics(pred, gt):
         pairs = list(enumerate(column[i])) if row is None else [(r, c) for c, r in enumerate(row[i])]
         good = [(r, c) for r, c in pairs if iou[i, r, c] >= 0.5]
         tp = len(good)
-        fp, fn = int((predicted[i] > 0).sum()) - tp, int((area[i] > 0).sum()) - tp
+        fp, fn = int((inter[i].sum(0) > 0).sum()) - tp, int((area[i] > 0).sum()) - tp
         if tp:
             sq = sum(iou[i, r, c].item() for r, c in good) / tp
             aq = sum(inter[i, r, c].item() for r, c in good) / sum(union[i, r, c].item() for r, c in good)

@@ -1222,10 +1222,11 @@ def test_dice_by_hand():
     # class 0: P.G = .9 + .6, |P| over labelled = .9 + .6 + .2 + .3 + .8, |G| = 2;  class 1: P.G = .8 + .7 + .2, |P| = 2.2, |G| = 3
     expected = ((1 - 2 * 1.5 / (2.8 + 2)) + (1 - 2 * 1.7 / (2.2 + 3))) / 2
     assert segmenter.dice_loss(p.log(), labels, pooled=True).item() == pytest.approx(expected, abs=1e-5)
-    # clip by clip: class 0 of clip 0: P.G = .9 + .6, |P| = 1.7, |G| = 2;  class 1: .8, 1.3, 1;  clip 1 has class 1 only: .7 + .2, .9, 2
-    expected = ((1 - 2 * 1.5 / 3.7) + (1 - 2 * 0.8 / 2.3) + (1 - 2 * 0.9 / 2.9)) / 3
+    # clip by clip, |P| over all points: class 0 of clip 0: P.G = .9 + .6, |P| = 2.2, |G| = 2;  class 1: .8, 1.8, 1;  clip 1 has
+    # class 1 only: .7 + .2, 1.5, 2
+    expected = ((1 - 2 * 1.5 / 4.2) + (1 - 2 * 0.8 / 2.8) + (1 - 2 * 0.9 / 3.5)) / 3
     assert segmenter.dice_loss(p.log(), labels, pooled=False).item() == pytest.approx(expected, abs=1e-5)
-    perfect = 20 * F.one_hot(labels.clamp(min=0), 3).float()
+    perfect = 20 * F.one_hot(torch.where(labels < 0, 2, labels), 3).float()
     assert all(segmenter.dice_loss(perfect, labels, pooled).item() < 1e-3 for pooled in (True, False))
 
 
@@ -1239,17 +1240,24 @@ def test_focal_by_hand():
         assert uniform == pytest.approx((1 - 1 / k) ** 2 * math.log(k), rel=1e-5)
 
 
-def test_unlabelled_points_have_no_say():
-    """Catches: gradient at points of which nothing is known; a division by zero where nothing at all is labelled."""
+def test_unlabelled_points_are_nobodys():
+    """Catches: unlabelled points that are pulled towards something; a Dice that is content with one query for everything where one
+    object alone is labelled; a division by zero where nothing at all is labelled."""
     torch.manual_seed(0)
-    logits, labels = torch.randn(2, 10, 4, requires_grad=True), torch.randint(-1, 4, (2, 10))
-    for loss in (segmenter.dice_loss, segmenter.focal_loss):
+    logits, labels = torch.randn(2, 10, 4, requires_grad=True), torch.randint(-1, 3, (2, 10))
+    for loss in (segmenter.dice_loss, segmenter.focal_loss, functools.partial(segmenter.dice_loss, pooled=True)):
         gradient = torch.autograd.grad(loss(logits, labels), logits)[0]
-        assert (gradient[labels < 0] == 0).all() and (gradient[labels >= 0].abs().sum(-1) > 0).all()
+        assert (gradient[labels >= 0].abs().sum(-1) > 0).all()
+        if loss is segmenter.dice_loss:                          # away from the labelled queries, towards the free one
+            assert (gradient[labels < 0][:, 3] < 0).all()
+        else:
+            assert (gradient[labels < 0] == 0).all()
         nothing = loss(logits, torch.full_like(labels, -1))
         assert nothing.item() == 0 and (torch.autograd.grad(nothing, logits)[0] == 0).all()
     seg = segmenter.Segmentation(None, logits, logits.argmax(-1), None, (1, 2, 5))
     assert all(v.item() == 0 for v in segmenter.segmentation_loss(seg, torch.full((2, 1, 8, 20), -1)).values())
+    alone, everything = torch.tensor([[0] * 3 + [-1] * 7]), 20 * F.one_hot(torch.zeros(1, 10, dtype=torch.int64), 4).float()
+    assert segmenter.dice_loss(everything, alone).item() > 0.4
 
 
 def test_labels_on_grid_is_the_naive_look_up():
@@ -1293,7 +1301,7 @@ def test_segmentation_loss_does_not_care_about_names():
         for other in (loss(logits[..., queries], labels), loss(logits, renamed), loss(logits[..., queries], renamed)):
             torch.testing.assert_close(other, base, rtol=1e-5, atol=1e-6)
     points = segmenter.labels_on_grid(labels, grid, k)
-    right = loss(12 * F.one_hot((points.clamp(min=0) + 2) % k, k).float(), labels)       # a perfect prediction under other names
+    right = loss(12 * F.one_hot((torch.where(points < 0, 5, points) + 2) % k, k).float(), labels)       # a perfect prediction under other names
     assert right["focal"] < 1e-3 and right["dice"] < 1e-2 and base["dice"] > 0.3
 
 
@@ -1303,8 +1311,8 @@ def test_segmentation_loss_does_not_care_about_names():
 
 def tubes_naively(pred, gt):
     """video_metrics of one clip, from lists: every one-to-one assignment is tried, the one with the largest sum of IoUs counts."""
-    pairs = [(p, g) for p, g in zip(pred.flatten().tolist(), gt.flatten().tolist()) if g >= 0]
-    ps, gs = sorted({p for p, _ in pairs}), sorted({g for _, g in pairs})
+    pairs = list(zip(pred.flatten().tolist(), gt.flatten().tolist()))
+    ps, gs = sorted({p for p, g in pairs if g >= 0}), sorted({g for _, g in pairs if g >= 0})
     both = {(p, g): sum(pair == (p, g) for pair in pairs) for p in ps for g in gs}
     either = {(p, g): sum(a == p or b == g for a, b in pairs) for p in ps for g in gs}
     few, many = (ps, gs) if len(ps) <= len(gs) else (gs, ps)
@@ -1328,6 +1336,7 @@ def test_video_metrics_by_hand():
     assert score([0, 0, 0, 0], [3, 3, 3, 3])["veq"] == 1
     assert score([5, 5, 2, 2], [0, 0, 1, 1])["veq"] == 1                         # names do not matter
     assert score([0, 0, 1, 1, 4, 2], [0, 0, 1, 1, -1, -1]) == dict(veq=1, sq=1, rq=1, stq=1, aq=1)
+    assert score([0, 0, 0, 0, 0, 0], [1, 1, -1, -1, -1, -1])["veq"] == 0         # one tube over everything has not found the object
     missed = score([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1])       # one tube over two objects: IoU 4/6, one object missed
     assert missed == pytest.approx(dict(sq=4 / 6, rq=1 / 1.5, veq=4 / 6 / 1.5, aq=4 / 6, stq=4 / 6))
     split = score([0, 0, 0, 1, 1], [0, 0, 0, 0, 0])              # an object in two pieces: IoU 3/5, one piece too many
@@ -1999,8 +2008,8 @@ def test_the_tokenizer_compiles_whole():
 
 def test_bench(tmp_path, capsys):
     """Catches: a bench whose two sides do not compute the same, or which loses a row."""
-    trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "bench-tokenizer.json").read_text())
+    trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path / "o" / "bench-tokenizer.json")])
+    result = json.loads((tmp_path / "o" / "bench-tokenizer.json").read_text())
     rows = [(r["frames"], r["backward"], r["name"]) for r in result["rows"] if "name" in r]
     assert rows == [(2, b, n) for b in (False, True) for n in ("ours", "straightforward")]
     assert all(r["difference"] < 1e-4 for r in result["rows"] if "difference" in r)
