@@ -17,6 +17,7 @@ Everything a run trains on comes through this file, in one form whatever its sou
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -627,15 +628,21 @@ def decode(path, frames, size, start=None, stride=None):
     stride (in frames, shortened where the video is too short for it): T frames in a row from there.  Each frame is
     converted straight to the size asked for, by swscale; the central square is kept.  Far targets are reached by
     seeking to the key frame before them.  A damaged, truncated or empty file, or one of fewer than T frames: BadVideo."""
+    with opened(path) as container:
+        return _decode(container, str(path), frames, size, start, stride)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """`with opened(path) as container`: PyAV's, which has a video stream. What goes wrong inside is a BadVideo that names the file."""
     import av                                                    # here: the procedural path needs no av
-    path = str(path)
     if not os.path.exists(path):
         raise BadVideo(f"{path}: no such file; check the path")
     try:
-        with av.open(path) as container:
+        with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
-            return _decode(container, path, frames, size, start, stride)
+            yield container
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
 
@@ -643,23 +650,15 @@ def decode(path, frames, size, start=None, stride=None):
 def read_frames(path, size, chunk=8):
     """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
     grow with the video. A file that ends in a damaged part, or holds no frame: BadVideo."""
-    import av
-    path, held, count = str(path), [], 0
-    if not os.path.exists(path):
-        raise BadVideo(f"{path}: no such file; check the path")
-    try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(container.streams.video[0]):
-                held.append(_to_square(frame, size, path))
-                count += 1
-                if len(held) == chunk:
-                    yield np.stack(held)
-                    held = []
-    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded after {count} frames ({str(error).split(': ')[0] or type(error).__name__}); re-encode or cut it") from None
+    held, count = [], 0
+    with opened(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for frame in container.decode(container.streams.video[0]):
+            held.append(_to_square(frame, size, path))
+            count += 1
+            if len(held) == chunk:
+                yield np.stack(held)
+                held = []
     if held:
         yield np.stack(held)
     if not count:
@@ -668,13 +667,9 @@ def read_frames(path, size, chunk=8):
 
 def frame_rate(path):
     """Frames a second of a video file, as its header says (25 where it says nothing)."""
-    import av
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            return float(stream.average_rate or stream.guessed_rate or 25)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _decode(container, path, frames, size, start, stride):

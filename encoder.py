@@ -74,7 +74,7 @@ def read_blocks(q, k, v, layout, u=None):
     """What each token reads in the points of its own trajectory, before the division: Partial of (b, K, m, a) and (b, K, m, a, e).
 
     q (b, K, m, a, c); k (b, N, a, c), v (b, N, a, e) or (b, N, 1, e) shared by the heads, in the layout's rows;
-    u (b, K, m, a, e) or None: queries that meet v itself.  Scores and sums are float32 whatever comes in.
+    u (b, K, m, a, e) or None: queries that meet v itself.  Softmax and sums are float32 whatever comes in.
 
         s_p = q_ids[p] · k_p + u_ids[p] · v_p               one score for each point, head and token: O(n), not O(K n)
         w_p = exp(s_p - max over its segment)               the segment's own maximum: never overflows, never all zero
@@ -124,9 +124,9 @@ class ReadBlocks(torch.autograd.Function):
         ds = w * (ds + d_total.to(v.dtype).index_select(0, row).view(*w.shape[:3], 1))               # (n, g, a m / g, p)
         dv = (w if u is None else torch.cat((w, ds), 2)).transpose(2, 3) @ both
         du = None if u is None else torch.zeros(u.shape, device=u.device).index_add_(0, row, (ds @ v).float()).to(u.dtype)
-        ds = ds.view(n, q.shape[1], q.shape[2], p)
+        ds = ds.view(n, q.shape[1], q.shape[2], p).to(k.dtype)   # autocast may have left k in half precision, and v not
         dq = torch.zeros(q.shape, device=q.device).index_add_(0, row, (ds @ k).float()).to(q.dtype)
-        return dq, ds.transpose(2, 3) @ q.index_select(0, row), dv, du, None, None
+        return dq, ds.transpose(2, 3) @ q.to(k.dtype).index_select(0, row), dv, du, None, None
 
 
 def read_own(q, k, v):

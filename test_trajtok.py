@@ -2006,6 +2006,30 @@ def test_the_tokenizer_compiles_whole():
     close(torch.autograd.grad(whole(video).square().sum(), tokenizer.encoder.latents)[0], wanted)
 
 
+def test_the_tokenizer_under_autocast():
+    """Catches: types that do not meet in the backward pass, and masks or softmaxes in half precision, where a GPU's runs use bfloat16."""
+    torch.manual_seed(0)
+    tokenizer = trajtok.TrajTok(TINY)
+    video = torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8)
+    seg = tokenizer.segmenter(video)
+    seg = seg._replace(features=seg.features.detach(), logits=seg.logits.detach())
+    gradients = []
+    for enabled in (False, True):
+        tokenizer.zero_grad()
+        features = seg.features.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z = tokenizer.encoder(features, seg, 2).z
+        z.float().square().mean().backward()
+        gradients.append((z.detach().float(), features.grad, tokenizer.encoder.perceiver.layers[1][0].to_kv.weight.grad))
+    for half, exact in zip(gradients[1], gradients[0]):
+        close(half, exact, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):                  # the whole of it, as a run does
+        tokens, seg = tokenizer(video, 4)
+        sum(segmenter.segmentation_loss(seg, torch.zeros(2, 2, 32, 32, dtype=torch.int64)).values()).backward(retain_graph=True)
+    tokens.z.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
 def test_bench(tmp_path, capsys):
     """Catches: a bench whose two sides do not compute the same, or which loses a row."""
     trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path / "o" / "bench-tokenizer.json")])

@@ -366,12 +366,14 @@ def make_optimizer(model, cfg, scales=None):
 # What every run shares: files. All are written beside and renamed into place
 # ---------------------------------------------------------------------------------------------------------------------
 
-def replace(path, write):
-    """write(temporary path), flush to disk, then rename: a reader, or a kill, sees the old file or the new, never half of one."""
+@contextlib.contextmanager
+def replacing(path):
+    """`with replacing(path) as beside`: what is written to `beside` is flushed to disk and renamed at the end: a reader, or a kill, sees
+    the old file or the new, never half of one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
+        yield beside
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
@@ -379,6 +381,11 @@ def replace(path, write):
         raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace(path, write):
+    with replacing(path) as beside:
+        write(beside)
 
 
 def write_json(path, value):
@@ -634,24 +641,17 @@ def film(path, rate):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
     player opens, renamed into place at the end."""
     import av
-    path = Path(path)
-    beside, stream = path.with_name(f".{path.name}.{os.getpid()}"), None
-    try:
-        with av.open(str(beside), "w", format="mp4") as container:
-            def add(frames):
-                nonlocal stream
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=max(1, round(rate)))
-                    stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
-                for frame in frames:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            yield add
-            container.mux(stream.encode())
-        os.replace(beside, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    stream = None
+    with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+        def add(frames):
+            nonlocal stream
+            if stream is None:
+                stream = container.add_stream("libx264", rate=max(1, round(rate)))
+                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        yield add
+        container.mux(stream.encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
