@@ -649,13 +649,18 @@ def opened(path):
 
 def read_frames(path, size, chunk=8):
     """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
-    grow with the video. A file that ends in a damaged part, or holds no frame: BadVideo."""
+    grow with the video. A file that ends long before its header says, in a damaged part, or holds no frame: BadVideo."""
     held, count = [], 0
     with opened(path) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(container.streams.video[0]):
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        end = base = float((stream.start_time or 0) * stream.time_base)
+        for frame in container.decode(stream):
             held.append(_to_square(frame, size, path))
             count += 1
+            end = max(frame.time if frame.time is not None else base + count / rate, end)
             if len(held) == chunk:
                 yield np.stack(held)
                 held = []
@@ -663,6 +668,8 @@ def read_frames(path, size, chunk=8):
         yield np.stack(held)
     if not count:
         raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
+    if length - (end - base) > max(0.05 * length, 3 / rate):     # headers often announce a little too much; of a cut file, a lot
+        raise BadVideo(f"{path}: ends at {end - base:.2f} s of the {length:.2f} s that its header announces (truncated?); re-encode or cut it")
 
 
 def frame_rate(path):

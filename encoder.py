@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from data import BadInput
-from segmenter import CrossAttention, Partial, Perceiver, fourier_codes, join, rotary_table, rotate
+from segmenter import CrossAttention, Partial, Perceiver, fourier_codes, join, partial, rotary_table, rotate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention in which each point has one reader
 # ---------------------------------------------------------------------------------------------------------------------
 
 def block_size(n, K):
-    """Points a block: a power of two, about a quarter of a trajectory's mean n / K. Larger blocks are left emptier, smaller ones make
-    thinner products."""
+    """Points a block: a power of two, about a quarter of a trajectory's mean n / K, within 32 .. 128. Larger blocks are left emptier,
+    smaller ones make thinner products."""
     return 2 ** min(max((n // (4 * K)).bit_length() - 1, 5), 7)
 
 
@@ -114,16 +114,18 @@ class ReadBlocks(torch.autograd.Function):
         return top, total, acc
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, _, d_total, d_acc):
         q, k, v, u, row, w = ctx.saved_tensors
         n, g, p, e = v.shape
-        w = w.to(v.dtype).view(n, g, -1, p)
-        both = d_acc.to(v.dtype).reshape(len(q), g, -1, e)
-        both = (both if u is None else torch.cat((both, u), 2)).index_select(0, row)                 # (n, g, (1 or 2) a m / g, e)
-        ds = both[:, :, :w.shape[2]] @ v.transpose(2, 3)
-        ds = w * (ds + d_total.to(v.dtype).index_select(0, row).view(*w.shape[:3], 1))               # (n, g, a m / g, p)
-        dv = (w if u is None else torch.cat((w, ds), 2)).transpose(2, 3) @ both
-        du = None if u is None else torch.zeros(u.shape, device=u.device).index_add_(0, row, (ds @ v).float()).to(u.dtype)
+        w = w.view(n, g, -1, p)
+        both = d_acc.reshape(len(q), g, -1, e)
+        both = (both if u is None else torch.cat((both, u.float()), 2)).index_select(0, row)         # (n, g, (1 or 2) a m / g, e)
+        # float32: the two terms nearly cancel where the values of a trajectory are alike, and rounded apart they do not
+        ds = both[:, :, :w.shape[2]] @ v.float().transpose(2, 3)
+        ds = w * (ds + d_total.index_select(0, row).view(*w.shape[:3], 1))                           # (n, g, a m / g, p)
+        dv = ((w if u is None else torch.cat((w, ds), 2)).to(v.dtype).transpose(2, 3) @ both.to(v.dtype))
+        du = None if u is None else torch.zeros(u.shape, device=u.device).index_add_(0, row, ds @ v.float()).to(u.dtype)
         ds = ds.view(n, q.shape[1], q.shape[2], p).to(k.dtype)   # autocast may have left k in half precision, and v not
         dq = torch.zeros(q.shape, device=q.device).index_add_(0, row, (ds @ k).float()).to(q.dtype)
         return dq, ds.transpose(2, 3) @ q.to(k.dtype).index_select(0, row), dv, du, None, None
@@ -131,11 +133,8 @@ class ReadBlocks(torch.autograd.Function):
 
 def read_own(q, k, v):
     """What each token reads in the m tokens of its trajectory, itself included: q, k (b, K, m, a, c), v (b, K, m, a or 1, e) -> Partial."""
-    s = torch.einsum("bkmac,bkjac->bkmaj", q, k).float()
-    top = s.detach().amax(-1)
-    w = (s - top[..., None]).exp()
-    v = v.expand(*v.shape[:3], q.shape[3], -1)
-    return Partial(top, w.sum(-1), torch.einsum("bkmaj,bkjae->bkmae", w, v.float()))
+    v = v.expand(*v.shape[:3], q.shape[3], -1).float()
+    return partial(torch.einsum("bkmac,bkjac->bkmaj", q, k), lambda w: torch.einsum("bkmaj,bkjae->bkmae", w, v))
 
 
 def trajectory_attention(q, k, v, ids, k_own=None, v_own=None):
@@ -182,10 +181,8 @@ class TrajectoryAttention(CrossAttention):
             if shared is not None:
                 y, positions = shared
                 y = self.norm_media(y)
-                s = torch.einsum("bkmac,bnac->bkman", q, self.key(y, positions)).float()
-                top = s.detach().amax(-1)
-                w = (s - top[..., None]).exp()
-                out = join(out, Partial(top, w.sum(-1), torch.einsum("bkman,bnd->bkmad", w, y.float())))
+                s = torch.einsum("bkmac,bnac->bkman", q, self.key(y, positions))
+                out = join(out, partial(s, lambda w: torch.einsum("bkman,bnd->bkmad", w, y.float())))
         out = torch.einsum("bkmad,acd->bkmac", out.finish().to(latents.dtype), wv)
         return self.to_out(rearrange(out, "b k m a c -> b (k m) (a c)"))
 
@@ -209,7 +206,7 @@ class EncoderConfig:
     norm_media: bool = False                    # release, see Perceiver
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.max_tokens & (self.max_tokens - 1):
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1 or self.max_tokens & (self.max_tokens - 1):
             raise BadInput(f"max_tokens {self.max_tokens}: a power of two (the paper: 4)")
 
     @property
@@ -289,16 +286,19 @@ class TrajectoryEncoder(nn.Module):
 
     @staticmethod
     def sums(features, logits):
-        """sum_p M_soft[p, k] F_p (b, K, d), one matrix product, and sum_p M_soft[p, k] (b, K). Soft on purpose: argmax has no
+        """sum_p M_soft[p, k] F_p (b, K, d), one matrix product, and sum_p M_soft[p, k] (b, K), float32. Soft on purpose: argmax has no
         gradient, this is the way by which the task's loss reaches the masks."""
         soft = logits.softmax(-1)                                # over the queries: each point spreads one unit over them
-        return soft.to(features.dtype).transpose(1, 2) @ features, soft.sum(1)
+        return (soft.to(features.dtype).transpose(1, 2) @ features).float(), soft.sum(1, dtype=torch.float32)
+
+    @staticmethod
+    def mean(total, weight):
+        return total / (weight[..., None] + 1e-6)
 
     @staticmethod
     def aggregate(features, logits):
         """z_init_k = sum_p M_soft[p, k] F_p / (sum_p M_soft[p, k] + 1e-6)  (b, K, d)."""
-        total, weight = TrajectoryEncoder.sums(features, logits)
-        return total / (weight[..., None] + 1e-6).to(features.dtype)
+        return TrajectoryEncoder.mean(*TrajectoryEncoder.sums(features, logits)).to(features.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,10 +310,13 @@ def importance(seg):
     centre goes from frame to frame, in frame sides. CHOICE: the paper adjusts n "according to the compute budget" and says no more."""
     t, h, w = seg.grid
     b, n, K = seg.logits.shape
-    owner = F.one_hot(seg.ids, K).to(torch.float32).view(b, t, h * w, K)
-    y, x = torch.meshgrid(torch.arange(h, device=owner.device) / h, torch.arange(w, device=owner.device) / w, indexing="ij")
-    area = owner.sum(2)                                                                              # (b, t, K)
-    centre = torch.einsum("btpk,pc->btkc", owner, torch.stack((y, x), -1).flatten(0, 1)) / area.clamp(min=1)[..., None]
+    frame = torch.arange(n, device=seg.ids.device) // (h * w)
+    cell = seg.ids + frame * K                                   # (b, n): which trajectory in which frame
+    def total(values):                                           # of points -> (b, t, K)
+        return torch.zeros(b, t * K, device=cell.device).scatter_add_(1, cell, values.float().expand(b, n)).view(b, t, K)
+    place = torch.arange(n, device=cell.device) % (h * w)
+    area = total(torch.ones_like(frame))
+    centre = torch.stack((total(place // w / h), total(place % w / w)), -1) / area.clamp(min=1)[..., None]           # (b, t, K, 2)
     both = (area[:, 1:] > 0) & (area[:, :-1] > 0)                # a frame in which it is not seen has no centre
     way = ((centre[:, 1:] - centre[:, :-1]).norm(dim=-1) * both).sum(1)
     return (area.sum(1) / n + way) * seg.alive
@@ -324,6 +327,7 @@ def spread(seg, budget, choices):
     important first; what is left doubles the count of the one that has most to tell for each token it holds, and so on."""
     if budget < 1:
         raise BadInput(f"a budget of {budget} tokens: give at least 1")
+    budget = min(budget, choices[-1] * seg.alive.shape[1])
     weight = importance(seg).cpu()
     counts = torch.zeros(weight.shape, dtype=torch.int64)
     for i in range(len(weight)):

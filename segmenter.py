@@ -45,6 +45,9 @@ def normalise(video):
 # Weights that others published
 # ---------------------------------------------------------------------------------------------------------------------
 
+KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)      # numbers; the last two: counters
+
+
 def read_weights(path):
     """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
     model.safetensors or pytorch_model.bin -> {name: tensor}, on the CPU. The wrappings {"model": ...}, {"state_dict": ...} are
@@ -62,7 +65,10 @@ def read_weights(path):
     if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights) or not any(torch.is_tensor(v) for v in weights.values()):
         raise BadInput(f"{file}: holds no named weights; expected a state dict")
     weights = {k.removeprefix("module."): v for k, v in weights.items() if torch.is_tensor(v)}
-    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    odd = [f"{k} ({v.dtype}, {v.layout})" for k, v in weights.items() if v.layout != torch.strided or v.is_meta or v.dtype not in KINDS]
+    if odd:
+        raise BadInput(f"{file}: tensors of a kind that is not read here: {', '.join(odd)}; save them as float32")
+    broken = [k for k, v in weights.items() if not v.isfinite().all()]
     if broken:
         raise BadInput(f"{file}: weights that are NaN or infinite: {', '.join(broken)}; fetch or train it again")
     return weights
@@ -73,6 +79,7 @@ def fit_weights(module, weights, where):
     own = module.state_dict()
     wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
     wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
+    wrong += [f"{k} holds {weights[k].dtype}" for k in own if k in weights and own[k].is_floating_point() != weights[k].is_floating_point()]
     if wrong:
         raise BadInput(f"{where}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong)})")
     module.load_state_dict(weights)
@@ -145,7 +152,7 @@ def convnext_names(weights, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def depthwise(x, conv):
-    """conv (depthwise, odd kernel, same padding) of x (b, c, h, w), channels last. On a CPU, maps smaller than the kernel are
+    """conv (depthwise, odd kernel, same padding) of x (b, c, h, w), channels last. On a CPU, maps of at most 4 x 4 are
     multiplied with the convolution's own matrix: y_c = T_c x_c, T (c, hw, hw), T[i, j] = weight[j - i]. The library's
     kernels are made for large maps and are slow on such small ones."""
     h, w = x.shape[-2:]
@@ -233,7 +240,7 @@ def rotary_table(positions, channels, theta=1e4):
     """e^(i·angle), complex64 (..., 1, channels / 2), of integer positions (...). SPECS 1: the first half of a head's channels
     turns, in adjacent pairs, pair i by position x theta^(-2i / rotated); the other half stays (angle 0).
     Angles in float64: in half precision the 25 216 positions of an 8-frame clip at 224 px collapse to 5 700 values (bf16:
-    1 100), and in float32 the millions of a ten-minute video are wrong by up to half a radian."""
+    1 100), and in float32 those of the millions of points of a ten-minute video are wrong by more than 0.05."""
     rotated = turned(channels)
     exact = torch.float32 if positions.device.type == "mps" else torch.float64                       # Apple's GPUs have no float64
     frequency = torch.zeros(channels // 2, device=positions.device, dtype=exact)
@@ -263,6 +270,14 @@ class Partial(NamedTuple):
 
     def finish(self):
         return self.acc / self.total.clamp(min=1e-30)[..., None]
+
+
+def partial(s, values):
+    """Scores s (..., n), softmax over the last axis to be: what is to be read; values(w) = the weighted sum. -> Partial."""
+    s = s.float()
+    top = s.detach().amax(-1)
+    w = (s - top[..., None]).exp()
+    return Partial(top, w.sum(-1), values(w))
 
 
 def join(p, q):
@@ -340,10 +355,8 @@ class CrossAttention(nn.Module):
 
     def read(self, q, y, positions, affine=None):
         """q (b, a, s, c) reads y (b, n, d) -> Partial of (b, a, s) and (b, a, s, c)."""
-        s = (q @ rearrange(self.key(y, positions, affine), "b n a c -> b a c n")).float() / math.sqrt(q.shape[-1])
-        top = s.detach().amax(-1)
-        w = (s - top[..., None]).exp()
-        return Partial(top, w.sum(-1), w @ self.value(y, affine).transpose(1, 2).float())
+        s = q @ rearrange(self.key(y, positions, affine), "b n a c -> b a c n") / math.sqrt(q.shape[-1])
+        return partial(s, lambda w: w @ self.value(y, affine).transpose(1, 2).float())
 
 
 class Perceiver(nn.Module):
@@ -433,10 +446,13 @@ class SegmenterConfig:
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))   # JSON has lists only
         object.__setattr__(self, "dims", tuple(self.dims))
+        numbers = (self.dim, self.num_queries, self.depth, self.heads, *self.depths, *self.dims)
+        if len(self.depths) != 4 or len(self.dims) != 4 or not all(isinstance(n, int) and n >= 1 for n in numbers):
+            raise BadInput(f"{self}: whole numbers from 1 on, and four depths and dims")
         if self.dim % self.heads or self.dim % 8:
             raise BadInput(f"dim {self.dim} with {self.heads} heads: dim must be a multiple of the heads and of 8")
-        if self.num_queries < 1 or self.depth < 1 or len(self.depths) != 4 or len(self.dims) != 4:
-            raise BadInput(f"{self}: at least one query and one layer, and four depths and dims")
+        if not 1 < self.scale <= 20:                             # softplus(.) + 1, clamped at 20
+            raise BadInput(f"scale {self.scale}: above 1, at most 20")
 
 
 class Segmentation(NamedTuple):
@@ -452,7 +468,8 @@ class Segmentation(NamedTuple):
         draws borders between grid cells (argmax first would draw stairs of 4 pixels)."""
         t, h, w = self.grid
         logits = rearrange(self.logits.float(), "b (t h w) k -> b t k h w", t=t, h=h)
-        return torch.stack([F.interpolate(clip, size=size, mode="bilinear", align_corners=False).argmax(1) for clip in logits])
+        frame = lambda x: F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)       # one at a time: K maps of H x W
+        return torch.stack([torch.stack([frame(x) for x in clip]) for clip in logits])
 
 
 # the authors' names -> ours (SPECS 1)
@@ -480,15 +497,19 @@ def official_perceiver(weights, begin, where):
     """Names of one of the release's Perceivers under `begin` -> (depth, heads). The stored rotary frequencies tell the heads, are
     compared with theta^(-2i/r), and dropped from `weights`."""
     depth, dim = count(weights, rf"{begin}layers\.(\d+)\."), weights[begin + "norm_lat.weight"].numel()
-    heads = 8
+    heads = set()
     for i in range(depth):
         stored = weights.pop(f"{begin}layers.{i}.0.rotary_emb.freqs", None)
-        if stored is not None:
-            turns = 2 * stored.numel()                           # channels of a head that turn: half of them
-            if not torch.allclose(stored.float().flatten(), 1e4 ** (-torch.arange(0, turns, 2) / turns), rtol=1e-3):
-                raise BadInput(f"{where}: {begin}layers.{i}.0.rotary_emb.freqs are not the frequencies 1e4^(-2i/{turns}) of the release")
-            heads = dim // (2 * turns)
-    return depth, heads
+        if stored is None:
+            raise BadInput(f"{where}: missing {begin}layers.{i}.0.rotary_emb.freqs, which tells the number of heads")
+        turns = 2 * stored.numel()                               # channels of a head that turn: half of them
+        heads.add(dim // (2 * turns) if turns and dim % (2 * turns) == 0 else 0)
+        wanted = 1e4 ** (-torch.arange(0, turns, 2) / max(turns, 1))
+        if 0 in heads or len(heads) > 1 or not torch.allclose(stored.float().flatten(), wanted, rtol=5e-3):          # rtol: bfloat16 rounds by 0.4 %
+            raise BadInput(f"{where}: {begin}layers.{i}.0.rotary_emb.freqs {tuple(stored.shape)} are not the frequencies 1e4^(-2i/r) of heads of one width")
+    if not heads:
+        raise BadInput(f"{where}: {begin}layers: not one layer")
+    return depth, heads.pop()
 
 
 def official_segmenter(weights, where):
@@ -496,9 +517,9 @@ def official_segmenter(weights, where):
     backbone = {k.removeprefix("patch_encoder.backbone."): v for k, v in weights.items() if k.startswith("patch_encoder.backbone.")}
     backbone, depths, dims = convnext_names(backbone, where)
     rest = rename({k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}, SEGMENTER_NAMES)
-    missing = [k for k in ("latents", "perceiver.norm_lat.weight") if k not in rest]
-    if missing:
-        raise BadInput(f"{where}: missing {', '.join(missing)}")
+    for key, axes in (("latents", 2), ("perceiver.norm_lat.weight", 1)):
+        if key not in rest or rest[key].dim() != axes:
+            raise BadInput(f"{where}: {key} " + (f"is {tuple(rest[key].shape)}, not of {axes} dimensions" if key in rest else "is missing"))
     depth, heads = official_perceiver(rest, "perceiver.", where)
     queries, dim = rest["latents"].shape
     cfg = SegmenterConfig(dim, queries, depth, heads, depths, dims, normed_residual=True, norm_media=True)

@@ -25,6 +25,7 @@ import colorsys
 import contextlib
 import ctypes
 import dataclasses
+import fractions
 import inspect
 import json
 import math
@@ -81,10 +82,11 @@ class TrajTokConfig:
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "dims", tuple(self.dims))
-        if self.image_size % 32 or self.image_size < 32:
+        if not isinstance(self.image_size, int) or self.image_size % 32 or self.image_size < 32:
             raise BadInput(f"image size {self.image_size}: the strides need a multiple of 32, e.g. {max(32, round(self.image_size / 32) * 32)}")
-        if self.frames < 1:
-            raise BadInput(f"frames {self.frames}: at least 1")
+        if not 1 <= self.frames <= 100_000 or self.image_size > 8192 or self.out_dim < 1 or self.last_points < 0:
+            raise BadInput(f"frames {self.frames}, image size {self.image_size}, out_dim {self.out_dim}, last_points {self.last_points}: 1 to 100000 frames "
+                           "(show --frames 0 takes any number), 32 to 8192 px, out_dim from 1 on, last_points from 0 on")
         self.segmenter, self.encoder                             # both check themselves
 
     @property
@@ -171,7 +173,7 @@ class TrajTok(nn.Module):
                 cells = seg.grid[1] * seg.grid[2]
                 yield encoder.chunk(seg.features, seg.ids, m, count * cells, first * cells)
 
-        z = encoder.encode(total / (weight[..., None] + 1e-6), Again(rows), m)
+        z = encoder.encode(encoder.mean(total, weight), Again(rows), m)
         return encoder.tokens(z, alive, m)
 
     @torch.no_grad()
@@ -210,7 +212,7 @@ class TrajTok(nn.Module):
         shape, inside = official_segmenter({k.removeprefix("segmenter."): v for k, v in weights.items() if k.startswith("segmenter.")}, path)
         own = rename({k: v for k, v in weights.items() if not k.startswith("segmenter.")}, [(r"traj_feature_updater\.(.+)", r"perceiver.\1")])
         depth, heads = official_perceiver(own, "perceiver.", path)
-        if (depth, heads) != (shape.depth, shape.heads) or own["latents"].dim() != 3 or "output_projector.weight" not in own:
+        if (depth, heads) != (shape.depth, shape.heads) or own["latents"].dim() != 3 or "output_projector.weight" not in own or own["output_projector.weight"].dim() != 2:
             raise BadInput(f"{path}: an encoder of {depth} layers, {heads} heads and codes {tuple(own['latents'].shape)} beside a segmenter of "
                            f"{shape.depth} layers and {shape.heads} heads; expected the same, codes (K, n, d), and an output_projector")
         common = {f.name: getattr(shape, f.name) for f in dataclasses.fields(SegmenterConfig)}
@@ -221,6 +223,9 @@ class TrajTok(nn.Module):
 def pieces(frames, length):
     """A video, or a callable that returns an iterator over parts of one -> a callable that returns an iterator over pieces of
     `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
+    if length < 1:
+        raise BadInput(f"pieces of {length} frames: at least 1")
+
     def cut():
         held, have = [], 0                                       # parts that wait to fill a piece
         for part in frames() if callable(frames) else [frames]:
@@ -312,6 +317,8 @@ def check_flags(cfg):
 
 def setup(cfg):
     """-> torch.device. Seeds, and on a CPU keeps to the cores there are."""
+    if not 0 <= cfg.seed < 2 ** 32:
+        raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -495,8 +502,8 @@ def peak_memory_gb(device):
 
 
 def count_gflops(run):
-    """GFLOPs of run(): its matrix products, convolutions and attention, 2 per multiply-add, counted while it runs. Gradients must
-    be on in it, as torch's counter of modules wants. That counter does not know the attention kernel of CPUs: it is told."""
+    """GFLOPs of run(): its matrix products, convolutions and attention, 2 per multiply-add, counted while it runs (under no_grad,
+    torch's counter fails on parameters that want gradients). That counter does not know the attention kernel of CPUs: it is told."""
     aten = torch.ops.aten
     def convolution_backward(dout, x, w, *_, out_shape=None, **__):          # torch's own formula forgets the groups of a depthwise one
         wanted = sum(shape is not None and len(shape) == 4 for shape in out_shape[:2])               # gradients of x, of w
@@ -646,7 +653,7 @@ def film(path, rate):
         def add(frames):
             nonlocal stream
             if stream is None:
-                stream = container.add_stream("libx264", rate=max(1, round(rate)))
+                stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
                 stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
@@ -823,8 +830,8 @@ class ShowConfig:
     budget: int = 0                     # at most so many tokens in all, spread by size and motion; 0: tokens_per_trajectory for each
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    seed: int = 0                       # not used by drawing; kept so that every command takes it
-    size: str = "saved"                 # fixed: the size stands in the weights' folder
+    seed: int = 0                       # decides nothing here: every command takes it
+    size: str = "saved"                 # the size stands in the weights' folder: nothing else can be given
     device: str = "auto"                # cpu, cuda, ...
 
 
@@ -895,7 +902,7 @@ def show_stream(tokenizer, cfg, path, size, scale):
                 yield part
         total = count
 
-    with film(path, rate) as add:
+    with film(path, rate) as add, precision(next(tokenizer.parameters()).device):
         def draw(first, video, seg):
             nonlocal kept, every
             video, ids = video[0].cpu().numpy(), seg.masks((size, size))[0].cpu().numpy()
@@ -932,8 +939,8 @@ class BenchConfig:
             raise BadInput(f"--frames {self.frames}: numbers from 1 on, with commas")
         if min(self.batch, self.repeats) < 1:
             raise BadInput(f"--batch {self.batch} --repeats {self.repeats}: at least 1")
-        if not 0 <= self.seed < 2 ** 32:
-            raise BadInput(f"--seed {self.seed}: 0 to {2 ** 32 - 1}")
+        if max(map(int, self.frames.split(","))) > 100_000:
+            raise BadInput(f"--frames {self.frames}: at most 100000")
 
 
 def straightforward(tokenizer, video, m):
@@ -986,12 +993,14 @@ def bench_passes(cfg, frames, device):
         functions = {name: torch.compile(f, fullgraph=True) for name, f in functions.items()}
 
     def one(f):
-        def run(backward, grad=False):
-            with torch.set_grad_enabled(backward or grad), precision(device):
+        def run(backward):
+            tokenizer.requires_grad_(backward)                   # off: nothing is kept for a backward pass, and the counter of FLOPs works
+            with precision(device):
                 z = f(video)
             if backward:
                 tokenizer.zero_grad(set_to_none=True)
                 z.float().square().mean().backward()
+                tokenizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return z.detach()
@@ -1005,6 +1014,7 @@ def bench_memory(cfg, frames, name, backward, pipe):
     run = bench_passes(cfg, frames, device)[name]
     before = 0.0
     if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)            # what is free already must not hide what the pass takes
         Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
         before = peak_memory_gb(device)
     run(backward)
@@ -1033,7 +1043,10 @@ def memory_of(cfg, frames, name, backward, device, run, before):
     there.close()
     try:
         return here.recv()
-    except EOFError:                                             # it was killed: no memory left
+    except EOFError:
+        process.join()
+        if process.exitcode != -9:                               # -9: the system killed it, no memory left
+            raise RuntimeError(f"the process that measures memory ended with code {process.exitcode}") from None
         return None
     finally:
         process.join()
@@ -1042,6 +1055,12 @@ def memory_of(cfg, frames, name, backward, device, run, before):
 def bench(argv):
     cfg = configure(BenchConfig, {name: {"size": name} for name in SIZES}, argv)
     SIZES[cfg.size].encoder.check(cfg.tokens_per_trajectory)    # refused now, not after a minute
+    try:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    if not cfg.out or Path(cfg.out).is_dir():
+        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
     device = setup(cfg)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     rate = matrix_rate(device)
@@ -1078,7 +1097,7 @@ def bench(argv):
                     runs[name](backward)
                     seconds[name].append(time.perf_counter() - began)
             for name in runs:
-                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=count_gflops(lambda: plain[name](backward, grad=True)) if name in fits else None,
+                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=count_gflops(lambda: plain[name](backward)) if name in fits else None,
                            ms=float(np.median(seconds[name])) * 1e3 if name in fits else None)
                 rows.append(row)
                 text = f"{frames:6d}  {'forward + backward' if backward else 'forward':18s}  {name:15s} "
@@ -1088,14 +1107,13 @@ def bench(argv):
                 text += f"{row['gflops']:9.0f} {row['ms']:8.0f}  {row['ms'] / frames:9.1f} {row['gflops'] / row['ms']:8.2f} {100 * row['gflops'] * 1e12 / row['ms'] / rate:12.0f} %   {row['memory_gb']:5.2f}"
                 if name != "ours" and "ours" in fits:
                     row["faster"] = float(np.median([b / a for a, b in zip(seconds["ours"], seconds[name])]))
-                    row["less_memory"] = row["memory_gb"] / memory["ours"]
+                    row["less_memory"] = row["memory_gb"] / max(memory["ours"], 1e-3)
                     text += f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory"
                 print(text, flush=True)
         if "straightforward" in z:
             worst = ((z["ours"] - z["straightforward"]).abs().max() / z["straightforward"].abs().max()).item()
             print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
             rows.append(dict(frames=frames, difference=worst))
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write_json(cfg.out, dict(dataclasses.asdict(cfg), device=f"{device.type}, {card}", torch=torch.__version__,
                                                             parameters=parameters, tflops_of_the_machine=rate / 1e12, matching_ms=matching, rows=rows))
     print(f"wrote {cfg.out}")
