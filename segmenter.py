@@ -240,7 +240,7 @@ def rotary_table(positions, channels, theta=1e4):
     """e^(i·angle), complex64 (..., 1, channels / 2), of integer positions (...). SPECS 1: the first half of a head's channels
     turns, in adjacent pairs, pair i by position x theta^(-2i / rotated); the other half stays (angle 0).
     Angles in float64: in half precision the 25 216 positions of an 8-frame clip at 224 px collapse to 5 700 values (bf16:
-    1 100), and in float32 those of the millions of points of a ten-minute video are wrong by more than 0.05."""
+    1 100), and in float32 those of the millions of points of a ten-minute video are wrong by more than 0.03."""
     rotated = turned(channels)
     exact = torch.float32 if positions.device.type == "mps" else torch.float64                       # Apple's GPUs have no float64
     frequency = torch.zeros(channels // 2, device=positions.device, dtype=exact)
