@@ -134,7 +134,7 @@ def labelled(folder, name, count=8, side=48, image=False):
         frames[i, 12:28, left:left + 16], mask[i, 12:28, left:left + 16] = 220, 300
     path = folder / f"{name}{'.png' if image else '.mp4'}"
     if image:
-        trajtok.write_png(path, frames[0])
+        data.write_png(path, frames[0])
     else:
         encode(path, frames)
     np.savez_compressed(folder / f"{name}_mask.npz", mask)
@@ -154,7 +154,7 @@ def media(tmp_path_factory):
     for i, count in enumerate((24, 24, 30, 36, 24, 25)):
         numbered(folder / f"clip{i}.mp4", count)
     for i in range(2):
-        trajtok.write_png(folder / f"still{i}.png", np.full((40, 50, 3), 60 + 90 * i, np.uint8))
+        data.write_png(folder / f"still{i}.png", np.full((40, 50, 3), 60 + 90 * i, np.uint8))
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     (folder / "empty.mp4").write_bytes(b"")
     whole = (folder / "clip3.mp4").read_bytes()
@@ -633,10 +633,10 @@ def test_pictures_are_one_frame(tmp_path):
     """Catches: a picture that is refused as a video of no duration; the crop of a wide picture that is not its middle."""
     picture = np.zeros((32, 96, 3), np.uint8)
     picture[:, 32:64] = (250, 100, 50)                           # the central square
-    trajtok.write_png(tmp_path / "wide.png", picture)
+    data.write_png(tmp_path / "wide.png", picture)
     video, times, where = data.decode(tmp_path / "wide.png", 1, 16)
     assert video.shape == (1, 16, 16, 3) and abs(video.astype(int) - (250, 100, 50)).max() <= 2 and times.tolist() == where.tolist() == [0]
-    trajtok.write_png(tmp_path / "tall.png", picture.transpose(1, 0, 2))
+    data.write_png(tmp_path / "tall.png", picture.transpose(1, 0, 2))
     assert abs(data.decode(tmp_path / "tall.png", 1, 16)[0].astype(int) - (250, 100, 50)).max() <= 2
     with pytest.raises(BadVideo, match="fewer than the 2"):
         data.decode(tmp_path / "wide.png", 2, 16)
@@ -662,7 +662,7 @@ def test_files_that_cannot_be_used_are_bad_videos(media, tmp_path):
     """Catches: a traceback, an endless loop, or frames repeated in silence, where a file is damaged; a message without the file's name."""
     long = numbered(tmp_path / "long.mkv", 120).read_bytes()     # a cut MKV opens and plays: only its end tells
     (tmp_path / "cut.mkv").write_bytes(long[:len(long) // 2])
-    trajtok.write_png(tmp_path / "needle.png", np.zeros((1500, 2, 3), np.uint8))
+    data.write_png(tmp_path / "needle.png", np.zeros((1500, 2, 3), np.uint8))
     with av.open(str(tmp_path / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=8000)
         stream.layout = "mono"
@@ -2189,7 +2189,7 @@ def test_configuration_comes_from_defaults_then_size_then_flags():
     sizes = {"nano": {"size": "nano"}, "tiny": {"size": "tiny", "batch": 7, "lr": 0.5}}
 
     def parse(*argv):
-        return trajtok.configure(trajtok.PretrainConfig, sizes, list(argv))
+        return data.configure(trajtok.PretrainConfig, sizes, list(argv))
     assert parse() == trajtok.PretrainConfig()
     assert parse("--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=7, lr=0.5)
     assert parse("--batch", "9", "--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=9, lr=0.5)
@@ -2258,14 +2258,14 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         beside.write_text("half")
         raise OSError("disk full")
     with pytest.raises(BadInput, match="disk full"):
-        trajtok.replace(path, failing)
+        data.replace(path, failing)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     child = os.fork()
     if child == 0:                                               # in another process, which is killed while it writes
-        trajtok.replace(path, lambda beside: (beside.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
+        data.replace(path, lambda beside: (beside.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL and path.read_text() == "old"
-    trajtok.replace(path, lambda beside: beside.write_text("new"))
+    data.replace(path, lambda beside: beside.write_text("new"))
     assert path.read_text() == "new"
 
 
@@ -2344,16 +2344,16 @@ def read_picture(path):
 def test_pictures_are_read_back_as_written(tmp_path):
     """Catches: a PNG that only some readers open, rows or channels in another order."""
     image = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
-    trajtok.write_png(tmp_path / "a.png", image)
+    data.write_png(tmp_path / "a.png", image)
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), image)
-    trajtok.write_png(tmp_path / "b.png", image.transpose(1, 0, 2))              # not contiguous
+    data.write_png(tmp_path / "b.png", image.transpose(1, 0, 2))              # not contiguous
     np.testing.assert_array_equal(read_picture(tmp_path / "b.png"), image.transpose(1, 0, 2))
 
 
 def test_films_are_read_back_as_written(tmp_path):
     """Catches: frames that are lost at the end of the encoder, height and width swapped."""
     frames = np.zeros((5, 32, 48, 3), np.uint8) + np.arange(20, 220, 40, dtype=np.uint8)[:, None, None, None]
-    with trajtok.film(tmp_path / "a.mp4", 8) as add:
+    with data.film(tmp_path / "a.mp4", 8) as add:
         add(frames[:3])
         add(frames[3:])
     with av.open(str(tmp_path / "a.mp4")) as file:
@@ -2373,7 +2373,7 @@ def test_strips_paint_like_trajectories_alike():
     assert (frames == 128).all() and len(np.unique(true.reshape(-1, 3), axis=0)) == 5
     unlabelled = np.full_like(truth, -1)
     np.testing.assert_array_equal(trajtok.strip(video, truth, unlabelled)[16:], np.full((8, 24, 3), 128))
-    assert len(np.unique(trajtok.palette(32), axis=0)) == 32
+    assert len(np.unique(data.palette(32), axis=0)) == 32
     few_to_many, many_to_few = (trajtok.strip(video, a, b) for a, b in ((truth // 2, truth), (truth, truth // 2)))
     assert few_to_many.shape == many_to_few.shape == (24, 24, 3)
 

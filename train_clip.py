@@ -28,10 +28,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 import data
-from data import BadInput
+from data import BadInput, configure, write_json
 from segmenter import segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, configure, count_gflops, evaluate_segmenter, learning_rate, load_weights,
-                     make_optimizer, open_data, peak_memory_gb, precision, run_name, save_pictures, setup, tokenizer_config, write_json,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, learning_rate, load_weights,
+                     make_optimizer, open_data, peak_memory_gb, precision, run_name, save_pictures, setup, tokenizer_config,
                      write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------

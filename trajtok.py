@@ -20,13 +20,8 @@ rate's schedule, checkpoints that survive a kill at any moment, the log, and pic
 """
 from __future__ import annotations
 
-import argparse
-import colorsys
-import contextlib
 import ctypes
 import dataclasses
-import fractions
-import inspect
 import json
 import math
 import os
@@ -45,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 import data
-from data import BadInput
+from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
 from encoder import EncoderConfig, Tokens, TrajectoryEncoder
 from segmenter import (Again, Segmenter, SegmenterConfig, best_overlaps, fit_weights, grid_tubes, hungarian, labels_on_grid, normalise,
                        official_part, official_perceiver, official_segmenter, overlaps, read_weights, rename, rotary_table, rotate,
@@ -270,35 +265,6 @@ def load_weights(module, folder, prefix=""):
 # What every run shares: configuration
 # ---------------------------------------------------------------------------------------------------------------------
 
-def configure(config, sizes, argv, positional=None):
-    """A frozen dataclass -> an instance, from flags. Each field is a flag, the comment beside it its help.
-    Defaults < sizes[--size] < flags; unknown flags and unreadable values: one line, exit code 2."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
-    doc = (config.__doc__ or "").strip().splitlines()[0]
-
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message):
-            raise BadInput(f"{message}; --help lists the flags")
-
-    parser = OneLine(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    if positional:
-        parser.add_argument(positional)
-    for field in dataclasses.fields(config):
-        if field.name == positional:
-            continue
-        flag, text = "--" + field.name.replace("_", "-"), f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
-    flags = vars(parser.parse_args(argv))
-    size = flags.get("size", config.size)
-    if size not in sizes:
-        raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
-    return config(**{**sizes[size], **flags})
-
-
 def check_flags(cfg):
     """What every training asks of its numbers: refused before anything is written."""
     for field in dataclasses.fields(cfg):
@@ -372,32 +338,6 @@ def make_optimizer(model, cfg, scales=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # What every run shares: files. All are written beside and renamed into place
 # ---------------------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is flushed to disk and renamed at the end: a reader, or a kill, sees
-    the old file or the new, never half of one."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        with open(beside, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def replace(path, write):
-    with replacing(path) as beside:
-        write(beside)
-
-
-def write_json(path, value):
-    replace(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
-
 
 def write_weights(path, state):
     replace(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, p))
@@ -571,29 +511,6 @@ def write_text(image, text, top, left, colour=(60, 60, 60), scale=2):
                     image[y:y + scale, x:x + scale] = colour
 
 
-def write_png(path, image):
-    """uint8 (H, W, 3) -> a PNG file. Twelve lines of zlib save an imaging library."""
-    h, w, _ = image.shape
-    raw = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
-
-    def chunk(kind, body):
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    replace(path, lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")))
-
-
-def palette(count):
-    """`count` colours, neighbours far apart: hues by the golden ratio, three brightnesses."""
-    return np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.95, 0.5)[i % 3], (0.95, 0.75, 0.9)[i // 3 % 3])]
-                     for i in range(count)]).round().astype(np.uint8)
-
-
-def paint(video, ids, colours):
-    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W): the frame's light, the trajectory's colour."""
-    grey = video.astype(np.float32).mean(-1, keepdims=True)
-    return np.where(ids[..., None] >= 0, 0.75 * colours[ids] + 0.35 * (grey - 64), grey).clip(0, 255).astype(np.uint8)
-
-
 def strip(video, *rows, scale=1):
     """Frames (t, H, W, 3) in a row, and below them the same frames painted by each of `rows` (t, H, W) of ids.
     The first row's trajectories take the colours of the last row's that they overlap most, so the eye can compare."""
@@ -641,24 +558,6 @@ def plot(path, curves, width=460, height=240):
         panels.append(image)
     panels += [np.full_like(panels[0], 255)] * (-len(panels) % 2)
     write_png(path, np.concatenate([np.concatenate(panels[i:i + 2], 1) for i in range(0, len(panels), 2)], 0))
-
-
-@contextlib.contextmanager
-def film(path, rate):
-    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end."""
-    import av
-    stream = None
-    with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
-        def add(frames):
-            nonlocal stream
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        yield add
-        container.mux(stream.encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
