@@ -933,6 +933,27 @@ def test_convnext_tiny_is_the_published_one():
     assert normed == [False, False, False, True]                 # stages 0-2 leave raw, only the last through the final norm
 
 
+def test_gelu_linear_is_gelu_then_linear_in_less_memory():
+    """Catches: a wrong gradient of the second half of a block's MLP, in float32 or in mixed precision, and gelu(z) kept after all."""
+    torch.manual_seed(0)
+    layer, saved = nn.Linear(12, 5), []
+    for mixed, tolerance in ((False, 1e-6), (True, 3e-2)):
+        results = []
+        for form in (lambda z: segmenter.GeluLinear.apply(z, layer.weight, layer.bias), lambda z: layer(F.gelu(z))):
+            z = torch.linspace(-3, 3, 84).view(7, 12).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+                y = form(z.bfloat16() if mixed else z)
+            results.append((y.float(), *torch.autograd.grad((y.float() * torch.arange(35.0).view(7, 5).cos()).sum(), (z, layer.weight, layer.bias))))
+        for one, two in zip(*results):
+            assert one.dtype == two.dtype
+            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    z = torch.randn(7, 12, requires_grad=True)
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        segmenter.GeluLinear.apply(z, layer.weight, layer.bias)
+    assert {x.data_ptr() for x in saved} == {z.data_ptr(), layer.weight.data_ptr()}
+
+
 @pytest.mark.parametrize("h, w", ((1, 1), (2, 2), (4, 4), (1, 5), (2, 7), (3, 5), (4, 5), (9, 8)))
 def test_small_depthwise_convolutions_are_conv2d(h, w):
     """Catches: a matrix form whose rows and columns are swapped (on square maps too), whose border wraps, or whose gradient is wrong."""
