@@ -307,7 +307,7 @@ def keep_memory():
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # glibc's; musl has none
         if mallopt:
             mallopt(-3, 1 << 30)                                 # M_MMAP_THRESHOLD: below 1 GiB, take memory from the heap
-            mallopt(-1, (1 << 31) - 1)                           # M_TRIM_THRESHOLD: do not give the heap's end back
+            mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: never give the heap's end back
 
 
 def precision(device):
