@@ -2082,12 +2082,23 @@ def test_flops_are_counted_by_hand():
     assert trajtok.count_gflops(lambda: conv(x.detach()).sum().backward()) == pytest.approx(2 * one)
 
 
-def test_what_does_not_fit_is_not_tried(monkeypatch):
-    """Catches: a bench that asks for more memory than there is, and is killed by the system."""
-    cfg = trajtok.BenchConfig(size="nano", repeats=1)
-    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda kind: pytest.fail("it was tried"))
-    for before in ((8, 1e6), (8, None)):
-        assert trajtok.memory_of(cfg, 16, "ours", True, torch.device("cpu"), None, before) is None
+def test_what_does_not_fit_is_not_tried():
+    """Catches: a bench that asks for more memory than there is, and is killed by the system; or that dares nothing."""
+    assert not trajtok.too_large(16, None, free=1.0) and not trajtok.too_large(16, (8, 3.9), free=10.0)
+    assert trajtok.too_large(16, (8, 4.1), free=10.0) and trajtok.too_large(16, (8, None), free=1e6)
+
+
+def test_a_killed_worker_of_the_bench_is_a_row_that_does_not_fit():
+    """Catches: a bench that waits for a process which the system has killed for want of memory, or takes a crash for it."""
+    worker = trajtok.Worker(trajtok.BenchConfig(size="nano", tokens_per_trajectory=1), 1, "ours")
+    assert worker.ask("gflops", False) > 0
+    worker.process.kill()
+    worker.process.join()
+    assert worker.ask("memory", False) is None and worker.ask("seconds", False) is None
+    worker.close()
+    broken = trajtok.Worker(trajtok.BenchConfig(size="nano", tokens_per_trajectory=1), 1, "ours")
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        broken.ask("no such question", False)
 
 
 def test_bench(tmp_path, capsys):
@@ -2095,18 +2106,18 @@ def test_bench(tmp_path, capsys):
     trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path / "o" / "bench-tokenizer.json")])
     result = json.loads((tmp_path / "o" / "bench-tokenizer.json").read_text())
     rows = [(r["frames"], r["backward"], r["name"]) for r in result["rows"] if "name" in r]
-    assert rows == [(2, b, n) for b in (False, True) for n in ("ours", "straightforward")]
+    assert rows == [(2, b, n) for b in (False, True) for n in ("ours", trajtok.PLAIN, trajtok.KEPT)]
     assert all(r["difference"] < 1e-4 for r in result["rows"] if "difference" in r)
     for row in result["rows"]:
         if "name" in row:
             assert row["ms"] > 0 and row["gflops"] > 0 and row["memory_gb"] >= 0
     for row in result["rows"]:
-        if row.get("name") == "straightforward":
+        if row.get("name") in (trajtok.PLAIN, trajtok.KEPT):
             ours = next(r for r in result["rows"] if r.get("name") == "ours" and r["backward"] == row["backward"])
             assert row["less_memory"] == pytest.approx(row["memory_gb"] / max(ours["memory_gb"], 1e-3))
             assert row["faster"] == pytest.approx(row["ms"] / ours["ms"], rel=0.01)      # one repeat: the median is the only one
     by = {(r["backward"], r["name"]): r["gflops"] for r in result["rows"] if "name" in r}
-    assert by[False, "ours"] < by[False, "straightforward"] < by[True, "straightforward"]
+    assert by[False, "ours"] < by[False, trajtok.PLAIN] == by[False, trajtok.KEPT] < by[True, trajtok.PLAIN]
     assert "x as fast" in capsys.readouterr().out
 
 

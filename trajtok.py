@@ -281,8 +281,8 @@ def check_flags(cfg):
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
 
 
-def setup(cfg):
-    """-> torch.device. Seeds, and on a CPU keeps to the cores there are."""
+def setup(cfg, keep=True):
+    """-> torch.device. Seeds, and on a CPU keeps to the cores there are, and (keep) to the memory it once had."""
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +292,8 @@ def setup(cfg):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
     if device.type == "cpu":
-        keep_memory()
+        if keep:
+            keep_memory()
         torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16))
     else:
         torch.set_float32_matmul_precision("high")
@@ -842,6 +843,10 @@ class BenchConfig:
             raise BadInput(f"--frames {self.frames}: at most 100000")
 
 
+# the same formulas by the book: in PyTorch as it comes, and, to tell arithmetic from memory management, under our keep_memory
+PLAIN, KEPT = "straightforward", "straightforward, kept"
+
+
 def straightforward(tokenizer, video, m):
     """tokenizer(video, m) by the book, for comparison: keys and values are projected for all points, attention is a dense
     (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
@@ -879,76 +884,101 @@ def straightforward(tokenizer, video, m):
     return encoder.output_projector(perceive(encoder.perceiver, z, features, visible)), seg.ids
 
 
-def bench_passes(cfg, frames, device):
-    """-> {name: a pass over clips of so many frames; pass(backward) -> z}, ours first, of one tokenizer with random weights."""
+def bench_pass(cfg, frames, name, device, compiled):
+    """run(backward) -> z: a pass of one implementation over the same clips of so many frames, with the same random weights."""
     torch.manual_seed(cfg.seed)
     tokenizer = TrajTok(cfg.size).to(device)
     size, m = tokenizer.cfg.image_size, cfg.tokens_per_trajectory
     video, _ = data.rasterise(data.stack([data.script(data.VALIDATION + i, data.World(size, frames)) for i in range(cfg.batch)]), size, device)
-    functions = {"ours": lambda video: tokenizer(video, m)[0].z}
-    if not cfg.only:
-        functions["straightforward"] = lambda video: straightforward(tokenizer, video, m)[0]
-    if cfg.compile:
-        functions = {name: torch.compile(f, fullgraph=True) for name, f in functions.items()}
+    forward = (lambda: tokenizer(video, m)[0].z) if name == "ours" else lambda: straightforward(tokenizer, video, m)[0]
+    forward = torch.compile(forward, fullgraph=True) if compiled else forward
 
-    def one(f):
-        def run(backward):
-            tokenizer.requires_grad_(backward)                   # off: nothing is kept for a backward pass, and the counter of FLOPs works
-            with precision(device):
-                z = f(video)
-            if backward:
-                tokenizer.zero_grad(set_to_none=True)
-                z.float().square().mean().backward()
-                tokenizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return z.detach()
-        return run
-    return {name: one(f) for name, f in functions.items()}
+    def run(backward):
+        tokenizer.requires_grad_(backward)                       # off: nothing is kept for a backward pass, and the counter of FLOPs works
+        with precision(device):
+            z = forward()
+        if backward:
+            tokenizer.zero_grad(set_to_none=True)
+            z.float().square().mean().backward()
+            tokenizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return z.detach()
+    return run
 
 
-def bench_memory(cfg, frames, name, backward, pipe):
-    """In a process of its own: what the resident memory grew by during one pass, at its peak, in GB."""
-    device = setup(cfg)
-    run = bench_passes(cfg, frames, device)[name]
-    before = 0.0
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)            # what is free already must not hide what the pass takes
-        Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
-        before = peak_memory_gb(device)
-    run(backward)
-    pipe.send(peak_memory_gb(device) - before)
+def bench_worker(cfg, frames, name, pipe):
+    """One implementation in a process of its own, so that how one handles memory is not the other's business. Answers, until it reads None,
+    (what, backward): `memory` GB, or None if the card has no room; `seconds`; `gflops`; `tokens`."""
+    device = setup(cfg, keep=name != PLAIN)
+    run, plain = bench_pass(cfg, frames, name, device, cfg.compile), None
+
+    def seconds(backward):
+        began = time.perf_counter()
+        run(backward)
+        return time.perf_counter() - began
+    while (message := pipe.recv()) is not None:
+        what, backward = message
+        if what == "gflops":                                     # compiled code cannot be counted
+            plain = plain or (bench_pass(cfg, frames, name, device, False) if cfg.compile else run)
+        pipe.send({"memory": lambda: peak_of(lambda: run(backward), device), "seconds": lambda: seconds(backward),
+                   "gflops": lambda: count_gflops(lambda: plain(backward)), "tokens": lambda: run(backward).float().cpu().numpy()}[what]())
 
 
-def memory_of(cfg, frames, name, backward, device, run, before):
-    """Peak memory of one pass in GB, or None if it needs more than there is. before: (frames, GB) of the last, shorter clip, or None:
-    on a CPU nothing is tried that would then need more than is free, since the system kills what asks for too much."""
+def peak_of(run, device):
+    """What memory grew by during run(), at its peak, in GB; None where a card has no room for it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         try:
-            run(backward)
+            run()
         except torch.cuda.OutOfMemoryError:
             return None
         return (torch.cuda.max_memory_allocated() - held) / 2 ** 30
-    free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2 ** 20 if sys.platform == "linux" else math.inf
-    if before and (before[1] is None or before[1] * frames / before[0] > 0.8 * free):
-        return None
-    context = torch.multiprocessing.get_context("spawn")
-    here, there = context.Pipe(False)
-    process = context.Process(target=bench_memory, args=(cfg, frames, name, backward, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode != -9:                               # -9: the system killed it, no memory left
-            raise RuntimeError(f"the process that measures memory ended with code {process.exitcode}") from None
-        return None
-    finally:
-        process.join()
+    before = 0.0
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)            # what is free already must not hide what the pass takes
+        Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
+        before = peak_memory_gb(device)
+    run()
+    return peak_memory_gb(device) - before
+
+
+def free_memory_gb():
+    return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2 ** 20 if sys.platform == "linux" else math.inf
+
+
+def too_large(frames, before, free):
+    """Will a clip of so many frames need more than is free? before: (frames, GB) of the last, shorter clip, GB None = it did not fit; or None.
+    The system kills what asks for too much, so on a CPU it is not tried."""
+    return before is not None and (before[1] is None or before[1] * frames / before[0] > 0.8 * free)
+
+
+class Worker:
+    """bench_worker in a process: ask(what, backward) -> its answer, or None once the system has killed it (no memory left)."""
+
+    def __init__(self, cfg, frames, name):
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=bench_worker, args=(cfg, frames, name, there), daemon=True)
+        self.process.start()
+        there.close()
+
+    def ask(self, what, backward):
+        try:
+            self.pipe.send((what, backward))
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            if self.process.exitcode != -9:
+                raise RuntimeError(f"a process of the benchmark ended with code {self.process.exitcode}") from None
+            return None
+
+    def close(self):
+        if self.process.is_alive():
+            self.pipe.send(None)
+        self.process.join()
 
 
 def bench(argv):
@@ -977,29 +1007,27 @@ def bench(argv):
             times.append(time.perf_counter() - began)
         matching[name] = float(np.median(times)) * 1e3
     print("64 matchings of 40 labels x 128 queries: " + ", ".join(f"{ms:.0f} ms ({name})" for name, ms in matching.items()))
-    print("frames  pass                implementation     GFLOPs      ms   ms/frame  TFLOP/s  of the machine   GB     how much faster, less memory")
+    names = ["ours"] if cfg.only else ["ours", PLAIN] + [KEPT] * (device.type == "cpu")
+    print("frames  pass                implementation              GFLOPs      ms   ms/frame  TFLOP/s  of the machine   GB     how much faster, less memory")
     rows, last = [], {}
     for frames in sorted(map(int, cfg.frames.split(","))):
-        runs = bench_passes(cfg, frames, device)
-        plain = bench_passes(dataclasses.replace(cfg, compile=False), frames, device)        # compiled code cannot be counted
-        z = {}
+        workers, tokens = {name: Worker(cfg, frames, name) for name in names}, {}
         for backward in (False, True) if cfg.backward else (False,):
-            memory = {name: memory_of(cfg, frames, name, backward, device, run, last.get((name, backward))) for name, run in runs.items()}
+            memory = {name: None if device.type == "cpu" and too_large(frames, last.get((name, backward)), free_memory_gb()) else worker.ask("memory", backward)
+                      for name, worker in workers.items()}
             last |= {(name, backward): (frames, gb) for name, gb in memory.items()}
-            fits = [name for name in runs if memory[name] is not None]
-            seconds = {name: [] for name in runs}
-            for name in fits:
-                z[name] = runs[name](backward).float()           # the first run also compiles and warms up
+            fits = [name for name in names if memory[name] is not None]
+            for name in fits:                                    # this run also compiles and warms up
+                tokens[name] = workers[name].ask("tokens", backward)
+            seconds = {name: [] for name in names}
             for _ in range(cfg.repeats):
-                for name in fits:                                # in turn, so that the machine's moods meet both
-                    began = time.perf_counter()
-                    runs[name](backward)
-                    seconds[name].append(time.perf_counter() - began)
-            for name in runs:
-                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=count_gflops(lambda: plain[name](backward)) if name in fits else None,
+                for name in fits:                                # in turn, so that the machine's moods meet all
+                    seconds[name].append(workers[name].ask("seconds", backward))
+            for name in names:
+                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=workers[name].ask("gflops", backward) if name in fits else None,
                            ms=float(np.median(seconds[name])) * 1e3 if name in fits else None)
                 rows.append(row)
-                text = f"{frames:6d}  {'forward + backward' if backward else 'forward':18s}  {name:15s} "
+                text = f"{frames:6d}  {'forward + backward' if backward else 'forward':18s}  {name:24s} "
                 if name not in fits:
                     print(text + "  does not fit into memory")
                     continue
@@ -1009,8 +1037,10 @@ def bench(argv):
                     row["less_memory"] = row["memory_gb"] / max(memory["ours"], 1e-3)
                     text += f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory"
                 print(text, flush=True)
-        if "straightforward" in z:
-            worst = ((z["ours"] - z["straightforward"]).abs().max() / z["straightforward"].abs().max()).item()
+        for worker in workers.values():
+            worker.close()
+        if PLAIN in tokens and "ours" in tokens:
+            worst = float(np.abs(tokens["ours"] - tokens[PLAIN]).max() / np.abs(tokens[PLAIN]).max())
             print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
             rows.append(dict(frames=frames, difference=worst))
     write_json(cfg.out, dict(dataclasses.asdict(cfg), device=f"{device.type}, {card}", torch=torch.__version__,
