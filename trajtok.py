@@ -20,12 +20,16 @@ rate's schedule, checkpoints that survive a kill at any moment, the log, and pic
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import datetime
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -34,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -286,6 +291,8 @@ def setup(cfg, keep=True):
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:            # one of several processes: each has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -294,8 +301,10 @@ def setup(cfg, keep=True):
     if device.type == "cpu":
         if keep:
             keep_memory()
-        torch.set_num_threads(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16), 1))
     else:
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     return device
@@ -311,9 +320,9 @@ def keep_memory():
             mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: never give the heap's end back
 
 
-def precision(device):
-    """Autocast to bfloat16 on a GPU; float32 on a CPU, where bf16 is emulated on most machines."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def precision(device, bf16=None):
+    """Autocast to bfloat16, by default on a GPU; float32 on a CPU, where bf16 is emulated on most machines."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if bf16 is None else bf16)
 
 
 def learning_rate(step, cfg):
@@ -324,8 +333,9 @@ def learning_rate(step, cfg):
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def make_optimizer(model, cfg, scales=None):
-    """AdamW; weight decay on matrices only: on norms, biases and scales it would pull towards a silent network.
+def make_optimizer(model, cfg, scales=None, fused=None):
+    """AdamW (fused: one kernel for all parameters; by default on a GPU); weight decay on matrices only: on norms, biases and scales it
+    would pull towards a silent network.
     scales {prefix of names: factor}: parameters that learn at factor x the learning rate; the loop multiplies lr by group["scale"]."""
     groups = {}
     for name, p in model.named_parameters():
@@ -333,7 +343,110 @@ def make_optimizer(model, cfg, scales=None):
             scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
             groups.setdefault((p.dim() > 1, scale), []).append(p)
     groups = [dict(params=ps, scale=scale, weight_decay=cfg.weight_decay if matrix else 0.0) for (matrix, scale), ps in groups.items()]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=groups[0]["params"][0].device.type == "cuda" or None)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=groups[0]["params"][0].device.type == "cuda" or None if fused is None else fused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every run shares: several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def ranks():
+    """-> (the number of this process, how many train together)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def meet(device):
+    """Under torch.distributed.run: joins the other processes. What is asked of all (a step's totals, gradients) ends with an error if one
+    of them has been away for ten minutes; on one machine torch.distributed.run sees a death at once, and ends the rest."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")                   # one voice is enough; errors are heard from all
+
+
+def total(values, device):
+    """Numbers of this process -> their sums over all processes."""
+    if ranks()[1] == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(x):
+    """Rows (n, ...) of every process, whose n may differ -> the rows of all, in the order of the processes. Gradient flows into this
+    process's own rows only. Every process computes the same loss of all rows, so what reaches the own ones is whole."""
+    rank, world = ranks()
+    if world == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [int(c) for c in counts]
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[:len(x)] = x.detach()
+    rows = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(rows, padded)
+    return torch.cat([x if r == rank else rows[r][:n] for r, n in enumerate(counts)])
+
+
+def sum_gradients(parameters, bucket=2 ** 25):
+    """p.grad becomes its sum over all processes. CHOICE: after the backward pass, in blocks of `bucket` numbers, and not by
+    DistributedDataParallel, which would overlap the two: it wants to know beforehand which parameters a step uses, and here that changes
+    from step to step (pictures without labels, one micro-batch after another). A parameter that no process used keeps no gradient,
+    as in a single process."""
+    if ranks()[1] == 1:
+        return
+    parameters = list(parameters)
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    grads, held = [], 0
+    for p, u in zip(parameters, used.tolist()):
+        if u:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads.append(p.grad)
+            held += p.numel()
+        if grads and (held >= bucket or p is parameters[-1]):
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(part.view_as(g))
+            grads, held = [], 0
+
+
+def start(command):
+    """Run a command to its end -> its exit code. SIGTERM is passed on, and then the answer is 143 (128 + SIGTERM) whatever it says."""
+    told, child = [], subprocess.Popen([str(part) for part in command])
+
+    def pass_on(*_):
+        told.append(True)
+        child.terminate()
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 143 if told else code
+
+
+def launch(script, argv, processes):
+    """The same command again in several processes on this machine, under torch.distributed.run. Returns when all are done."""
+    code = start([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script, *argv])
+    if code == 143:
+        raise SystemExit(143)
+    if code:
+        raise BadInput(f"one of the {processes} processes ended (its own message stands above), and all were ended; "
+                       "what was saved is whole: --resume goes on from it")
+
+
+@contextlib.contextmanager
+def sigterm():
+    """`with sigterm() as asked`: SIGTERM does not end the process; asked() tells whether it came. For loops that save and end themselves."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,11 +469,14 @@ class Run:
     checkpoint and no kill can leave two halves of different age."""
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
-    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips"}
+    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips", "heldout_clips",
+                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames"}
 
     def __init__(self, cfg, name, extra=None):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
         self.state, self.log = self.folder / "state.pt", self.folder / "log.jsonl"
+        if ranks()[0]:
+            return                                               # of several processes the first alone writes; `restore` waits for it
         values = {**dataclasses.asdict(cfg), **(extra or {})}
         config = self.folder / "config.json"
         if cfg.resume and config.exists():
@@ -368,12 +484,8 @@ class Run:
                 old = json.loads(config.read_text())
             except ValueError:
                 raise BadInput(f"{config}: damaged; --overwrite starts the run again") from None
-            new = json.loads(json.dumps(values))
-            differ = [k for k in new if k not in self.VOLATILE and old.get(k) != new[k]]
-            differ = [k for k in differ if not isinstance(new[k], dict)] or differ
-            if differ:
-                raise BadInput(f"--resume: {self.folder} was made with " + ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differ[:4])
-                               + "; give the same flags, or another --name")
+            if differ := self.differences(old, values):
+                raise BadInput(f"--resume: {self.folder} was made with {differ}; give the same flags, or another --name")
         elif cfg.resume:
             raise BadInput(f"--resume: no run in {self.folder}; leave --resume out to start one")
         elif config.exists() and not cfg.overwrite:
@@ -390,37 +502,61 @@ class Run:
         print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
         write_json(config, values)
 
+    @classmethod
+    def differences(cls, old, values):
+        """What a saved configuration and another disagree on, of what a run may not change: text, empty if nothing."""
+        new = json.loads(json.dumps(values))
+        differ = [k for k in new if k not in cls.VOLATILE and old.get(k) != new[k]]
+        differ = [k for k in differ if not isinstance(new[k], dict)] or differ
+        return ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differ[:4])
+
     def restore(self, model, optimizer):
-        """Load state.pt if there is one; drop the log lines after it. -> the step to begin with."""
+        """Load state.pt if there is one; drop the log lines after it. -> the step to begin with. Of several processes each calls it, and
+        sees the same files (several machines: a shared file system)."""
+        rank, world = ranks()
+        if world > 1:
+            dist.barrier()                                       # the first has looked at the folder, and may go on
         kept = []
         if self.cfg.resume and self.state.exists():
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
             except Exception as error:                           # torch.load raises many types on a file that is not its own
                 raise BadInput(f"{self.state}: not a whole checkpoint ({type(error).__name__}); remove it to start again") from None
+            if len(state["rng"]) != world:                       # each step's clips are those of all processes: another number, other steps
+                raise BadInput(f"--resume: {self.state} was made by {len(state['rng'])} process(es), now there are {world}; start as many")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda_rng"])
+            rng, cuda_rng = state["rng"][rank]
+            torch.set_rng_state(rng)
+            if cuda_rng is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda_rng)
             self.start = state["step"]
             kept = [line for line in self.log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < self.start]
             print(f"resumed at step {self.start}")
         elif self.cfg.resume:
             print("no checkpoint was saved yet: starting at step 0")
-        replace(self.log, lambda p: p.write_text("".join(kept)))
-        self.stream = open(self.log, "a")
+        if world > 1:
+            dist.barrier()                                       # all have read the log before the first cuts it
+        if not rank:
+            replace(self.log, lambda p: p.write_text("".join(kept)))
+            self.stream = open(self.log, "a")
         return self.start
 
     def save(self, model, optimizer, step):
-        """The checkpoint before step number `step`."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        replace(self.state, lambda p: torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                                                      rng=torch.get_rng_state(), cuda_rng=cuda), p))
+        """The checkpoint before step number `step`, with the random state of every process (all call it, the first writes)."""
+        rank, world = ranks()
+        rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        rngs = [rng]
+        if world > 1:
+            rngs = [None] * world
+            dist.all_gather_object(rngs, rng)
+        if not rank:
+            replace(self.state, lambda p: torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rng=rngs), p))
 
     def record(self, line):
-        self.stream.write(json.dumps(line) + "\n")
-        self.stream.flush()
+        if not ranks()[0]:
+            self.stream.write(json.dumps(line) + "\n")
+            self.stream.flush()
 
     def history(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -633,11 +769,17 @@ def evaluate_segmenter(segmenter, batches, device, limit):
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}, pictures[:6], bad
 
 
+def world_of(cfg):
+    """The procedural world that a configuration asks for."""
+    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light")
+    return data.World(size=cfg.image_size, **{name: getattr(cfg, name) for name in asked if hasattr(cfg, name)})
+
+
 def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
+        world = world_of(cfg)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
         return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
