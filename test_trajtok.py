@@ -2657,7 +2657,7 @@ def test_one_batch_can_be_learnt_by_heart():
     model, batch, (ids, mask) = tiny_clip()
     solver = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(75):
         video, _, _, seg = model.embed_video(batch["video"], 1)
         terms = segmenter.segmentation_loss(seg, batch["labels"]) | dict(contrastive=model.contrastive(video, model.embed_text(ids, mask)))
         losses.append({k: v.item() for k, v in terms.items()})
@@ -2707,13 +2707,14 @@ def test_linear_probe():
 
 
 def test_gflops_are_those_of_one_clip():
-    """Catches: a count that grows with the batch or counts a multiply-add once."""
+    """Catches: a count that grows with the batch, counts a multiply-add once, or is of one clip where clips differ."""
     class Stub(nn.Module):
-        def embed_video(self, video, m):
-            assert video.shape == (1, 2, 32, 32, 3) and video.dtype == torch.uint8
-            return torch.ones(3, 5) @ torch.ones(5, 7)
-    cfg = train_clip.ClipConfig(image_size=32, frames=2)
-    assert train_clip.gflops(Stub(), cfg, torch.device("cpu")) == pytest.approx(2 * 3 * 5 * 7 / 1e9)
+        def embed_video(self, video, m, labels):
+            assert video.shape == (1, 2, 32, 32, 3) and labels.shape == (1, 2, 32, 32)
+            return torch.ones(3, 5) @ torch.ones(5, int(labels[0, 0, 0, 0]))
+    labels = torch.arange(6)[:, None, None, None].expand(6, 2, 32, 32)
+    batch = dict(video=torch.zeros(6, 2, 32, 32, 3, dtype=torch.uint8), labels=labels)
+    assert train_clip.gflops(Stub(), batch, train_clip.ClipConfig(), limit=4) == pytest.approx(2 * 3 * 5 * 1.5 / 1e9)        # 0, 1, 2, 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2807,6 +2808,512 @@ def test_a_killed_run_resumes_exactly(tmp_path):
         assert one == two
     first, second = (json.loads((tmp_path / name / "clip-nano" / "result.json").read_text()) for name in "ab")
     assert {k: first[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")} == {k: second[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: the tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+def row(name, **changes):
+    """A tokenizer of the comparison in its smallest form, its configuration, and made clips for it: (tokenizer, cfg, batch)."""
+    torch.manual_seed(0)
+    cfg = train_clip.ClipConfig(**{**dict(tokenizer=name, image_size=32, frames=6, patch=8, width=32, heads=2, layers=3, text_layers=1, text_width=32, embed=64,
+                                          num_queries=8), **changes})
+    batch = data.finish(data.WorldBatches(data.World(cfg.image_size, cfg.frames), 8)[0], torch.device("cpu"))
+    return train_clip.TOKENIZERS[name](cfg).eval(), cfg, batch
+
+
+def test_patches_are_the_naive_tubelets():
+    """Catches: pixels of one patch that end up in another, positions of another patch's, an odd last frame that is lost."""
+    net, cfg, batch = row("vit3d")
+    for t in (6, 5, 1):
+        x = segmenter.normalise(batch["video"][:2, :t])
+        z, mask = net(batch["video"][:2, :t])
+        assert mask is None and z.shape == (2, -(-t // 2) * 16, 32)
+        for b, step, i, j in ((0, 0, 0, 0), (1, -(-t // 2) - 1, 3, 1), (1, 0, 1, 3)):
+            frames = x[b, [2 * step, min(2 * step + 1, t - 1)], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+            n = step * 16 + i * 4 + j
+            close(z[b, n], net.embed(frames.permute(0, 2, 3, 1).flatten()) + net.position[0, n], 1e-5)
+
+
+def test_vivit_is_the_naive_factorised_encoder():
+    """Catches: time steps that see each other's patches, a temporal encoder without order, a CLS that is left out."""
+    net, cfg, batch = row("vivit")
+    encoder_ = train_clip.VideoEncoder(net, cfg).eval()
+    with torch.no_grad():
+        video = batch["video"][:1]
+        x = net.embed(net.patches(video).flatten(4))[0].flatten(1, 2) + net.position                 # (t', h w, w)
+        steps = [encoder_.transformer(torch.cat((encoder_.cls, x[i:i + 1]), 1))[:, 0] for i in range(3)]
+        wanted = net.temporal(torch.stack([encoder_.cls[0, 0]] + [s[0] for s in steps])[None] + net.time)
+        close(encoder_(video).cls, wanted[:, 0], 1e-5)
+        assert (encoder_(video).cls - encoder_(video.flip(1)).cls).abs().max() > 1e-4                # the order of time is read
+        assert encoder_(video).out.shape == (1, 3, 32) and encoder_(video).tokens.z.shape[1] == 48
+
+
+@pytest.mark.parametrize("v1", (False, True))
+def test_tokenlearner_is_the_naive_weighted_sum(v1):
+    """Catches: weights over the wrong axis, time steps that are mixed, sums of the normed x, a reduction at another depth."""
+    net, cfg, batch = row("tokenlearner", tokenlearner_v1=v1, learned_tokens=3)
+    encoder_ = train_clip.VideoEncoder(net, cfg).eval()
+    with torch.no_grad():
+        z, _ = net(batch["video"][:1])
+        x = encoder_.transformer.layers[1](encoder_.transformer.layers[0](torch.cat((encoder_.cls, z), 1)))      # 3 layers: before the third
+        learned = []
+        for step in x[0, 1:].split(16):                          # (16, w)
+            y = net.norm(step)
+            if v1:
+                weights = net.score(y.T.reshape(1, 32, 4, 4))[0].flatten(1).sigmoid()
+            else:
+                weights = torch.stack([(s - s.logsumexp(0)).exp() for s in net.score(y).T])
+            learned += [sum(weights[s, p] * step[p] for p in range(16)) for s in range(3)]
+        x = torch.cat((x[:, :1], torch.stack(learned)[None]), 1)
+        wanted = encoder_.transformer.norm(encoder_.transformer.layers[2](x))
+        close(encoder_(batch["video"][:1]).cls, wanted[:, 0], 1e-4)
+        assert encoder_(batch["video"][:1]).out.shape == (1, 9, 32)
+
+
+def test_rlt_keeps_what_changes():
+    """Catches: a comparison of the wrong frames, a first step that is dropped, run lengths that count something else. Oracle: loops."""
+    net, cfg, batch = row("rlt", frames=8, run_lengths=True)
+    video = torch.full((1, 8, 32, 32, 3), 90, dtype=torch.uint8)
+    video[0, 5:, 8:16, 16:24] = 200                              # patch (1, 2) changes between frames 4 and 5: within step 2
+    video[0, 6:, 0:8, 0:8] += 1                                  # too little to count
+    with torch.no_grad():
+        z, mask = net(video)
+        kept = {(n // 16, n // 4 % 4, n % 4) for n in mask[0].nonzero()[:, 0].tolist()}
+        # steps are frames (0 1) (2 3) (4 5) (6 7): step 2 ends otherwise than step 1 began, step 3 ends otherwise than step 2 began
+        assert kept == {(0, i, j) for i in range(4) for j in range(4)} | {(2, 1, 2), (3, 1, 2)}
+        length = lambda n: (z[0, n] - net.embed(net.patches(video).flatten(4)).flatten(1, 3)[0, n] - net.position[0, n])
+        for n, run_ in ((0, 4), (6, 2), (2 * 16 + 6, 1), (3 * 16 + 6, 1)):                           # 6 = patch (1, 2)
+            close(length(n), net.length.weight[run_ - 1], 1e-4)
+        x = segmenter.normalise(batch["video"][:, :8])
+        for threshold in (0.05, 0.3):
+            net.threshold = threshold
+            kept = net.changed(net.patches(batch["video"][:, :8]))
+            for b, t, i, j in itertools.product(range(4), range(x.shape[1] // 2), range(4), range(4)):
+                cut = lambda f: x[b, f, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+                assert bool(kept[b, t, i, j]) == (t == 0 or (cut(2 * t + 1) - cut(2 * t - 2)).abs().mean().item() > threshold)
+
+
+def test_trajvit_reads_the_masks_it_is_given():
+    """Catches: points that are counted to another trajectory or frame, unlabelled points that speak, tokens that depend on a trajectory's
+    number. Oracle: loops over trajectories and frames."""
+    net, cfg, batch = row("trajvit", num_queries=12)
+    video, labels = batch["video"][:3], batch["labels"][:3].clone()
+    labels[0, :, :16] = -1
+    labels[2] = -1                                               # a clip without one trajectory
+    with torch.no_grad():
+        z, mask = net(video, labels)
+        f, (t, h, w) = net.extract(video)
+        points = segmenter.labels_on_grid(labels, (t, h, w), 12).view(3, t, h, w)
+        f = f.view(3, t, h, w, -1)
+        for b in range(3):
+            present = points[b].unique()
+            assert sorted(mask[b].nonzero()[:, 0].tolist()) == [i for i in present.tolist() if i >= 0]
+        for b, i in ((0, int(points[0].max())), (1, int(points[1, 0, 0, 0]))):
+            frames = [k for k in range(t) if (points[b, k] == i).any()]
+            look = torch.stack([f[b, k][points[b, k] == i].mean(0) for k in frames])
+            place = []
+            for k in frames:
+                y, x = (points[b, k] == i).nonzero().T
+                place.append(torch.cat([v * net.waves for v in ((x + 0.5).mean() / w, (y + 0.5).mean() / h, torch.tensor((k + 0.5) / t))]))
+            place = torch.stack(place)
+            seen = torch.ones(1, len(frames), dtype=torch.bool)
+            wanted = net.appearance(look[None], seen) + net.place(net.where(torch.cat((place.sin(), place.cos()), -1))[None], seen)
+            close(z[b, i], net.out(wanted)[0], 1e-3)
+        names = torch.randperm(int(labels.max()) + 1)            # the same trajectories under other numbers
+        other, mask2 = net(video, torch.where(labels >= 0, names[labels.clamp(min=0)], -1))
+        clip, number = mask.nonzero().T
+        close(other[clip, names[number]], z[clip, number], 1e-3)
+        assert int(mask2.sum()) == int(mask.sum())
+        assert net(video, torch.full_like(labels, -1))[1].sum() == 0
+
+
+@pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
+def test_tokens_that_are_not_real_cost_nothing_and_change_nothing(name):
+    """Catches: compaction that loses a real token, keeps a dead one, or gives another answer or gradient than a masked, padded row."""
+    if name == "trajvit2":
+        model, batch, _ = tiny_clip()
+        net = model.video
+    else:
+        net, cfg, batch = row(name, rlt_threshold=0.3, num_queries=12)
+        net = train_clip.VideoEncoder(net, cfg)
+        batch = {k: batch[k][4:7] for k in ("video", "labels")}  # of the others, one has all that there can be
+        batch["labels"] += 2                                     # two numbers that no trajectory has
+    results = []
+    for net.compact, net.pack in ((True, True), (True, False), (False, False)):
+        net.zero_grad()
+        out = net(batch["video"], 2 if name == "trajvit2" else None, batch["labels"])
+        out.cls.square().sum().backward()
+        results.append((out, {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}))
+    long, g2 = results.pop()                                     # padded and masked
+    counts, largest = long.tokens.mask.sum(1), max(g.abs().max() for g in g2.values())
+    for short, g1 in results:
+        assert short.tokens.z.shape[1] == counts.max() < long.tokens.z.shape[1] and torch.equal(short.tokens.mask.sum(1), counts)
+        close(short.cls, long.cls, 1e-5)
+        close(short.out[short.mask], long.out[long.mask], 1e-5)
+        assert g1.keys() == g2.keys() and all((g1[key] - g2[key]).abs().max() < 1e-5 * largest for key in g1)
+
+
+EXAMPLE = '''
+class KMeans(ViT3D):
+    """k-means on patches: 32 clusters of a clip's patches; a token is the mean of its cluster."""
+    def forward(self, video):
+        x, _ = super().forward(video)                            # (b, n, w): patches with their positions
+        tokens = x[:, ::max(x.shape[1] // 32, 1)]                # the first centres: every so many patches
+        for _ in range(5):
+            own = torch.cdist(x.detach(), tokens.detach()).argmin(-1)            # (b, n): the nearest centre
+            share = F.one_hot(own, tokens.shape[1]).to(x.dtype)
+            tokens = share.transpose(1, 2) @ x / (share.sum(1)[..., None] + 1e-6)
+        return tokens, share.any(1)                              # True = a cluster that is not empty
+TOKENIZERS["kmeans"] = KMeans
+'''
+
+
+def test_a_tokenizer_of_ones_own(tmp_path, monkeypatch):
+    """Catches: a fork that needs more than one class and one line: the example of the README, trained, saved, evaluated again."""
+    monkeypatch.setattr(train_clip, "TOKENIZERS", dict(train_clip.TOKENIZERS))
+    exec(EXAMPLE, vars(train_clip))
+    run(train_clip.main, *CLIP, "--tokenizer", "kmeans", "--out", tmp_path)
+    result = json.loads((tmp_path / "clip-nano-kmeans" / "result.json").read_text())
+    assert RESULT <= set(result) and 1 <= result["live_tokens"] <= 32 and result["veq"] is None
+    assert len(log(tmp_path / "clip-nano-kmeans")) == 2
+
+
+@pytest.mark.parametrize("name", train_clip.TOKENIZERS)
+def test_every_row_learns_a_batch_by_heart(name):
+    """Catches: a tokenizer through which no gradient, or nothing about the clip, comes; a parameter that is never used."""
+    if name == "trajvit2":
+        pytest.skip("test_one_batch_can_be_learnt_by_heart")
+    net, cfg, batch = row(name, frames=4, width=64, heads=4, layers=2)
+    encoding = data.load_encoding("world")
+    model = train_clip.VideoCLIP(net, encoding.n_vocab, cfg).train()
+    ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
+    solver = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        loss = model.contrastive(model.embed_video(batch["video"], None, batch["labels"])[0], model.embed_text(ids, mask))
+        solver.zero_grad()
+        loss.backward()
+        solver.step()
+    assert loss.item() < 0.35 * math.log(8)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), [k for k, p in model.named_parameters() if p.grad is None]
+
+
+def test_gflops_without_running_are_those_of_a_run():
+    """Catches: a count on tensors without numbers that misses, or adds, what a real pass computes."""
+    for name in ("vit3d", "vivit", "tokenlearner", "rlt", "trajvit2"):
+        cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES["nano"], "tokenizer": name, "image_size": 32, "frames": 4})
+        model, _ = train_clip.build(cfg, data.load_encoding("world"))
+        model.requires_grad_(False).eval().video.compact = False
+        real_ = trajtok.count_gflops(lambda: model.embed_video(torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8), 1))
+        # of trajectories, as many blocks of points as a GPU would take (encoder.arrange's bound), not as many as these points need
+        assert real_ <= train_clip.most_gflops(cfg) * (1 + 1e-9) and train_clip.most_gflops(cfg) <= real_ * (1.1 if name == "trajvit2" else 1 + 1e-9)
+    large = {name: train_clip.most_gflops(train_clip.ClipConfig(**train_clip.CLIP_SIZES["large"], tokenizer=name, frames=64)) for name in ("trajvit2", "vit3d")}
+    assert large["trajvit2"] < large["vit3d"] / 5                # the claim of the README
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: micro-batches, several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def in_ranks(world, work, folder):
+    """work(rank) in `world` processes that know each other -> exit codes. Forked: a fresh process would import for seconds."""
+    import socket
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    children = []
+    data.load_encoding("world")                                  # once, not in each of them
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                sys.stderr = sys.stdout = open(folder / f"rank{rank}.txt", "a")
+                work(rank)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def gradients(micro_batch, clips=slice(None)):
+    """Loss terms and gradients of one step on (some of) eight clips, of which two are unlabelled and one in part."""
+    torch.manual_seed(0)
+    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64, micro_batch=micro_batch, num_queries=6)
+    encoding = data.load_encoding("world")
+    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
+    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
+    batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
+    batch["ids"], batch["mask"] = data.tokenize(encoding, batch["caption"], cfg.text_length)
+    batch = {k: batch[k][clips] for k in ("video", "labels", "ids", "mask")}
+    counts = trajtok.total(train_clip.labelled(batch["labels"], 6), torch.device("cpu"))
+    terms, tokens, live = train_clip.step_gradients(model, batch, counts, 2, cfg, torch.device("cpu"))
+    return terms | dict(tokens=tokens, live=live), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def whole_batch_gradients():
+    """The same by the book: one forward, one loss, one backward."""
+    torch.manual_seed(0)
+    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64)
+    encoding = data.load_encoding("world")
+    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
+    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
+    batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
+    video, _, _, seg = model.embed_video(batch["video"], 2)
+    terms = dict(contrastive=model.contrastive(video, model.embed_text(*data.tokenize(encoding, batch["caption"], cfg.text_length))))
+    terms |= segmenter.segmentation_loss(seg, batch["labels"])
+    loss = terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]
+    loss.backward()
+    return {k: v.item() for k, v in terms.items()} | dict(loss=loss.item()), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def same_step(one, two, tolerance=1e-5):
+    terms, wanted = one[0], two[0]
+    for key in ("contrastive", "focal", "dice", "loss"):
+        assert terms[key] == pytest.approx(wanted[key], rel=tolerance), key
+    assert one[1].keys() == two[1].keys()
+    for key, value in two[1].items():
+        assert (one[1][key] - value).abs().max() <= tolerance * max(value.abs().max().item(), 1.0), key
+
+
+@pytest.mark.parametrize("micro_batch", (0, 8, 3, 1))
+def test_micro_batches_are_the_whole_batch(micro_batch):
+    """Catches: negatives that shrink with the micro-batch, means of means (clips here are labelled unevenly), a temperature that is counted
+    once for each part."""
+    same_step(gradients(micro_batch), whole_batch_gradients())
+
+
+@pytest.mark.parametrize("cut, micro_batch", ((4, 0), (5, 2), (8, 0)))
+def test_two_processes_are_one(tmp_path, cut, micro_batch):
+    """Catches: negatives of the own process only, a gradient of the gathered vectors or of the temperature that is counted twice or not at all, loss
+    terms that are means over uneven parts; a process without a single clip (8, 0) on which the other waits for ever."""
+    def work(rank):
+        trajtok.meet(torch.device("cpu"))
+        torch.save(gradients(micro_batch, slice(0, cut) if rank == 0 else slice(cut, None)), tmp_path / f"{rank}.pt")
+    assert in_ranks(2, work, tmp_path) == [0, 0], (tmp_path / "rank1.txt").read_text()
+    alone = gradients(0)
+    for rank in (0, 1):
+        mine = torch.load(tmp_path / f"{rank}.pt")
+        same_step(mine, whole_batch_gradients())
+        assert {k: mine[0][k] for k in ("tokens", "live")} == {k: alone[0][k] for k in ("tokens", "live")}
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_sigterm_saves_and_a_resumed_run_is_the_same(tmp_path, monkeypatch, world):
+    """Catches: SIGTERM that loses the steps since the last checkpoint, that reaches one process while the other goes on without it, or that is
+    not told by the exit code; a resumed run, of one or two processes, that is not the one that was never stopped."""
+    argv = [str(a) for a in (*CLIP, "--steps", 7, "--save-every", 50, "--probe-clips", 8)]
+
+    def main(*more, told=False):
+        def work(rank):
+            if told and rank == world - 1:                       # the last of the processes is told, in the middle of step 4
+                rate = train_clip.learning_rate
+                monkeypatch.setattr(train_clip, "learning_rate", lambda step, cfg: (step == 4 and os.kill(os.getpid(), signal.SIGTERM), rate(step, cfg))[1])
+            monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
+            run(train_clip.main, *argv, *more)
+        return in_ranks(world, work, tmp_path)
+    assert main("--out", tmp_path / "a") == [0] * world, (tmp_path / "rank0.txt").read_text()
+    assert main("--out", tmp_path / "b", told=True) == [143] * world
+    assert len(log(tmp_path / "b" / "clip-nano")) == 4 and not (tmp_path / "b" / "clip-nano" / "result.json").exists()
+    assert torch.load(tmp_path / "b" / "clip-nano" / "state.pt")["step"] == 4
+    assert main("--out", tmp_path / "b", "--resume") == [0] * world
+    a, b = (without_clock(log(tmp_path / name / "clip-nano")) for name in "ab")
+    assert [line["step"] for line in b] == list(range(7)) and a == b
+    assert all(line["clips"] == 4 * world for line in a)
+    if world == 2:                                               # another number of processes would have seen other clips
+        with pytest.raises(SystemExit) as stop:
+            run(train_clip.main, *argv, "--out", tmp_path / "b", "--resume")
+        assert stop.value.code == 2
+
+
+def family(pid):
+    """Every process below this one."""
+    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] if Path(f"/proc/{pid}").exists() else []
+    return children + [g for c in children for g in family(c)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_death_in_the_family_ends_the_run(tmp_path):
+    """Catches: a plain command that does not start several processes, and processes that wait for ever for one that was killed."""
+    argv = [*CLIP, "--steps", 4000, "--processes", 2, "--device", "cpu", "--out", tmp_path]
+    parent = subprocess.Popen([sys.executable, str(HERE / "train_clip.py"), *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines, began = tmp_path / "clip-nano" / "log.jsonl", time.time()
+    try:
+        while not (lines.exists() and lines.read_text().count("\n") >= 2):
+            assert parent.poll() is None, parent.stderr.read()
+            assert time.time() - began < 120
+            time.sleep(0.05)
+        environment = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in family(parent.pid)}
+        os.kill(next(pid for pid, values in environment.items() if b"RANK=1" in values), signal.SIGKILL)
+        killed = time.time()
+        _, errors = parent.communicate(timeout=60)
+    finally:
+        left = family(parent.pid)
+        for pid in (*left, *([parent.pid] if parent.poll() is None else [])):
+            os.kill(pid, signal.SIGKILL)
+    assert parent.returncode == 2 and not left and time.time() - killed < 60
+    assert errors.splitlines()[-1].startswith("error: one of the 2 processes ended") and "Traceback" not in errors.splitlines()[-1]
+
+
+def test_ways_to_compute_are_the_same_computation(tmp_path, monkeypatch):
+    """Catches: a flag that changes what is computed, draws random numbers anew in the backward pass, or ends in an error."""
+    monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
+    lines = {}
+    for name in ("plain", "recompute", "bf16", "fused"):
+        run(train_clip.main, *CLIP, *([f"--{name}"] if name != "plain" else []), "--name", name, "--out", tmp_path)
+        lines[name] = log(tmp_path / f"clip-{name}")
+        for one, two in zip(lines["plain"], lines[name], strict=True):
+            for key in ("contrastive", "focal", "dice", "gradient_norm"):
+                assert one[key] == pytest.approx(two[key], rel=0.1 if name == "bf16" else 1e-4), name
+    assert lines["plain"][0]["contrastive"] != lines["bf16"][0]["contrastive"], "nothing was computed in bfloat16"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_clip.py: --eval, --compare, --bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_recalls_with_several_captions():
+    """Catches: a caption of the same video that counts as a wrong answer, and the worst of them instead of the best. Oracle: loops."""
+    torch.manual_seed(0)
+    owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
+    similarity = torch.randn(len(owner), 30).round(decimals=1)   # captions x videos, with ties
+    right = owner[:, None] == torch.arange(30)
+    one, two = train_clip.recalls(similarity, "t2v", right), train_clip.recalls(similarity.T, "v2t", right.T)
+    for n in (1, 5, 10):
+        ranks = [sum(float(similarity[c, v]) >= float(similarity[c, owner[c]]) for v in range(30) if v != owner[c]) for c in range(len(owner))]
+        assert one[f"t2v_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
+        best = [max(float(similarity[c, v]) for c in range(len(owner)) if owner[c] == v) for v in range(30)]
+        ranks = [sum(float(similarity[c, v]) >= best[v] for c in range(len(owner)) if owner[c] != v) for v in range(30)]
+        assert two[f"v2t_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
+
+
+def test_grouped_probes_never_see_their_group():
+    """Catches: a probe that is tested on what it has learnt: on noise it would be better than chance, and where the class goes with the
+    group it would be right; an attentive probe that reads padding or only the mean."""
+    generator = torch.Generator().manual_seed(0)
+    y, groups = torch.arange(120) % 3, (torch.arange(120) // 3) % 5
+    noise = torch.randn(120, 40, generator=generator)
+    assert (train_clip.grouped_probe(noise, y, groups) == y).float().mean() < 0.5
+    assert (train_clip.grouped_probe(noise + 3 * F.one_hot(y, 40), y, groups) == y).float().mean() > 0.9
+    known = noise + 9 * F.one_hot(groups, 40)                    # of each group's clips the group is plain, and says nothing of other groups
+    confounded = (groups + (torch.arange(120) % 7 == 0)) % 3
+    assert (train_clip.grouped_probe(known, confounded, groups) == confounded).float().mean() < 0.6
+    tokens, mask = torch.randn(120, 6, 16, generator=generator), torch.arange(6) < 3 + torch.arange(120)[:, None] % 4
+    place = torch.arange(120) % 3                                # one of the real tokens, now this, now that, tells the class
+    tokens[torch.arange(120), place, :3] += 6 * F.one_hot(y.roll(1), 3)
+    found = train_clip.attentive_probe(tokens, mask, y.roll(1), groups, 2)
+    assert (found == y.roll(1)).float().mean() > 0.8
+    other = torch.where(mask[..., None], tokens, 50.0)
+    assert torch.equal(train_clip.attentive_probe(other, mask, y.roll(1), groups, 2), found)
+
+
+def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
+    """Catches: an evaluation that needs the training's flags, scores a damaged file, takes clips that were trained on, or loses what there is to score."""
+    rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}", "label": ("fast", "slow_fade", "only_once")[i % 2 if i < 4 else 2 * (i == 4)]} for i in range(6)]
+    rows += [{"video": str(media / "text.mp4"), "caption": "none", "label": "fast"}]
+    path = manifest(tmp_path / "m.json", rows)
+    capsys.readouterr()
+    run(train_clip.main, "--eval", clip_run, "--data", path)
+    result = json.loads((clip_run / "eval-m.json").read_text())
+    assert result["clips"] == 6 and result["left_out"] == 1 and result["captions"] == 6 and result["classes"] == 3
+    assert all(0 <= result[k] <= 1 for k in ("t2v_r1", "v2t_r5", "zero_shot")) and "zero_shot" in capsys.readouterr().out
+    before = json.loads((clip_run / "config.json").read_text())
+    run(train_clip.main, "--eval", clip_run)                     # the world, as after the training
+    again, first = json.loads((clip_run / "eval-world.json").read_text()), json.loads((clip_run / "result.json").read_text())
+    assert {k: again[k] for k in ("t2v_r5", "motion", "veq")} == {k: first[k] for k in ("t2v_r5", "motion", "veq")}
+    assert json.loads((clip_run / "config.json").read_text()) == before
+    for extra, words in (([], "neither two captions"), (["--labels", "fast,loud"], "--labels loud")):
+        bare = manifest(tmp_path / "bare.json", [{"video": r["video"]} | ({"label": r["label"]} if extra else {}) for r in rows[:3]])
+        assert words in refused(capsys, train_clip.main, "--eval", clip_run, "--data", bare, *extra)
+    assert "config.json" in refused(capsys, train_clip.main, "--eval", tmp_path / "nowhere") or True
+    assert "one at a time" in refused(capsys, train_clip.main, "--eval", clip_run, "--bench")
+
+
+def test_several_captions_and_groups_of_entries(clip_run, media):
+    """Catches: captions in a list of which one is scored, or none; groups of the manifest that the probes do not keep apart."""
+    cfg = data.configure(train_clip.ClipConfig, dict.fromkeys(train_clip.CLIP_SIZES, train_clip.saved_config(clip_run)), [])
+    encoding = data.load_encoding("world")
+    model, _ = train_clip.build(cfg, encoding)
+    entries = [entry(media / f"clip{i}.mp4", [f"grey {i}", f"number {i}", "a clip"][:1 + i % 3]) | dict(label="ab"[i % 2], group=f"person {i // 2}") for i in range(6)]
+    result = train_clip.evaluate_entries(model, entries, cfg, torch.device("cpu"), encoding)
+    assert result["captions"] == 12 and result["groups"] == 3 and result["probe_clips"] == 6 and result["most_frequent_class"] == 0.5
+    assert {"linear_probe", "attentive_probe", "pixels_probe", "linear_probe_balanced", "zero_shot"} <= set(result)
+
+
+def test_flags_give_back_the_configuration():
+    """Catches: a row of the comparison that is trained with other numbers than the comparison's."""
+    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(train_clip.COMPARE["nano"], tokenizer="rlt", run_lengths=True)):
+        cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES[changes.get("size", "nano")], **changes})
+        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, train_clip.flags(cfg)) == cfg
+
+
+def test_compare(tmp_path, monkeypatch, capsys):
+    """Catches: rows that are trained twice, or on other clips or steps than the others; an interrupted row that begins anew; a finished one
+    of other flags that is taken for this one's; equal seconds that are not."""
+    commands = []
+
+    def start(command):
+        commands.append(command[2:])
+        train_clip.main(command[2:])
+        return 0
+    monkeypatch.setattr(train_clip, "start", start)
+    argv = [*CLIP, "--probe-clips", 8, "--heldout-clips", 4, "--frames", 8, "--out", tmp_path / "out", "--results", tmp_path / "results"]
+    run(train_clip.main, "--compare", "vit3d,trajvit2", "--seeds", "0,1", *argv)
+    result = json.loads((tmp_path / "results" / "compare-nano.json").read_text())
+    assert len(commands) == 4 and {k: len(v) for k, v in result["rows"].items()} == dict(vit3d=2, trajvit2=2)
+    configs = [json.loads((tmp_path / "out" / f"clip-compare-nano-{name}-{seed}" / "config.json").read_text()) for name in ("vit3d", "trajvit2") for seed in (0, 1)]
+    assert all(c["acts"] == 2 and c["max_objects"] == 6 and c["shared_colours"] for c in configs)
+    same = [{k: v for k, v in c.items() if k not in ("name", "tokenizer")} for c in configs]
+    assert same[0] == same[2] and same[1] == same[3] and same[0]["seed"] != same[1]["seed"]
+    assert all("heldout_t2v_r5" in r for r in result["rows"]["vit3d"]) and "+-" in capsys.readouterr().out
+    (tmp_path / "out" / "clip-compare-nano-vit3d-1" / "result.json").unlink()    # as if it had been stopped before its evaluation
+    commands.clear()
+    run(train_clip.main, "--compare", "vit3d,trajvit2", "--seeds", "0,1", *argv)
+    assert len(commands) == 1 and commands[0][-1] == "--resume"
+    assert "lr" in refused(capsys, train_clip.main, "--compare", "vit3d", *argv, "--lr", 0.1)
+    path = tmp_path / "results" / "compare-nano.json"
+    rows = json.loads(path.read_text())
+    for name, seconds in (("vit3d", 2.0), ("trajvit2", 6.0)):
+        for r in rows["rows"][name]:
+            r["seconds"] = seconds
+    path.write_text(json.dumps(rows))
+    run(train_clip.main, "--compare", "vit3d", "--compare-by", "seconds", *argv)
+    assert len(log(tmp_path / "out" / "clip-compare-nano-vit3d-0-seconds")) == 6         # trajvit2's two steps took three times as long
+    assert "run --compare" in refused(capsys, train_clip.main, "--compare", "rlt", "--compare-by", "seconds", *argv)
+
+
+def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
+    """Catches: a row that is lost or not measured, numbers that do not belong together, a picture that is not drawn."""
+    def inline(function, cfg):
+        class Pipe:
+            def send(self, value):
+                self.value = value
+        pipe = Pipe()
+        function(cfg, pipe)
+        return pipe.value
+    monkeypatch.setattr(train_clip, "in_process", inline)
+    small = ["--image-size", 32, "--width", 32, "--heads", 2, "--layers", 2, "--results", tmp_path]
+    monkeypatch.setattr(train_clip, "matrix_rate", lambda device: 1e11)      # a second each
+    run(train_clip.main, "--bench", "--bench-frames", "4", *small)
+    rows = json.loads((tmp_path / "bench-clip-nano.json").read_text())["rows"]
+    assert [(r["frames"], r["tokenizer"]) for r in rows] == [(4, name) for name in train_clip.TOKENIZERS]
+    by = {r["tokenizer"]: r for r in rows}
+    for r in rows:
+        assert r["training_gflops"] > 2 * r["forward_gflops"] > 0 and r["forward_clips_per_second"] > r["training_clips_per_second"] > 0
+        assert r["most_gflops"] is None or r["forward_gflops"] <= r["most_gflops"] * 1.001
+    assert by["trajvit2"]["tokens"] == 24 and by["vit3d"]["tokens"] == 32 and 16 <= by["rlt"]["tokens"] <= 32 and read_picture(tmp_path / "bench-clip-nano.png").ndim == 3
+    run(train_clip.main, "--bench", "--size", "large", "--bench-frames", "8,64", "--no-bench-run", "--results", tmp_path)
+    rows = json.loads((tmp_path / "bench-clip-large.json").read_text())["rows"]
+    assert all(r["most_gflops"] > 100 for r in rows if r["tokenizer"] != "trajvit") and "forward_gflops" not in rows[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,38 +1,57 @@
-"""TrajViT2: a video CLIP trained from scratch on trajectory tokens (paper, "Setting 1").
+"""Video CLIP from scratch (paper, "Setting 1"): TrajViT2 on trajectory tokens, and every tokenizer that it is compared with.
 
-    video uint8 (b, t, H, W, 3) -> TrajTok -> tokens (b, M, w), mask -> [CLS; tokens] -> transformer -> CLS (b, w) -> unit vector (b, e)
-    caption ids (b, s)                                            -> text transformer -> mean       -> unit vector (b, e)
+    video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w), mask -> [CLS; tokens] -> transformer -> CLS (b, w) -> unit vector (b, e)
+    caption ids (b, s)                                               -> text transformer -> mean       -> unit vector (b, e)
 
-    loss = InfoNCE(video, text) + segmentation_weight (0.5 focal + dice)         PAPER: both are optimised jointly
+    loss = InfoNCE(video, text) + segmentation_weight (0.5 focal + dice)         PAPER: both are optimised jointly (trajvit2 alone has masks to learn)
 
-    python train_clip.py                                         # nano, on the procedural world: two CPU cores
+    python train_clip.py                                         # TrajViT2, nano, on the procedural world: two CPU cores
+    python train_clip.py --tokenizer vit3d                       # another row: trajvit2, trajvit, vit3d, vivit, tokenlearner, rlt
     python train_clip.py --data videos/manifest.json             # real, captioned video
     python train_clip.py --segmentation-weight 0                 # the contrastive loss alone shapes the trajectories
     python train_clip.py --init-tokenizer out/segmenter-nano --freeze-tokenizer
     python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
     python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
+    python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
+    python train_clip.py --compare all --seeds 0,1,2             # the paper's table: every row on the same clips, one after another
+    python train_clip.py --eval out/clip-nano --data m.json      # a saved model alone: retrieval, probes, zero-shot classes
+    python train_clip.py --bench                                 # clips/s, GFLOPs, memory, MFU of every row at 8 to 128 frames
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
+A tokenizer of your own: one class with one forward (class Tokenizer) and one line in TOKENIZERS.
 """
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+import os
+import re
+import sys
 import time
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, write_json
-from segmenter import segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, learning_rate, load_weights,
-                     make_optimizer, open_data, peak_memory_gb, precision, run_name, save_pictures, setup, tokenizer_config,
-                     write_weights)
+from data import BadInput, configure, palette, write_json, write_png
+from encoder import Tokens, compact
+from segmenter import labels_on_grid, normalise, segmentation_loss
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, free_memory_gb, gather, launch,
+                     learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, precision, ranks,
+                     run_name, save_pictures, setup, sigterm, split_entries, start, sum_gradients, tokenizer_config, too_large, total, world_of,
+                     write_text, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -40,17 +59,26 @@ from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, cou
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Trains TrajViT2: a video CLIP on trajectory tokens, with the segmentation loss beside the contrastive one."""
+    """Trains a video CLIP: TrajViT2 on trajectory tokens, with the segmentation loss beside the contrastive one, or one of its rivals."""
     size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world` (procedural) or a a manifest or CSV of captioned videos
+    data: str = "world"                         # `world` (procedural) or a manifest or CSV of captioned videos
     name: str | None = None                     # the run's folder is out/clip-<name>; default: the size, and of real data the folder's name
     out: str = "out"                            # where runs are kept
     # the model
+    tokenizer: str = "trajvit2"                 # one of TOKENIZERS: trajvit2, trajvit, vit3d, vivit, tokenlearner, rlt
     image_size: int | None = None               # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None                   # frames of a clip; default: the size's
     max_objects: int = 8                        # of the procedural world: 1 .. 8 objects in a clip
     shared_colours: bool = True                 # may two objects of a made clip wear the same colour?
-    num_queries: int | None = None              # K, trajectories at most; default: the size's
+    acts: int = 1                               # acts that a made clip's subject performs one after another, of at least 4 frames each
+    camera: bool = True                         # may the camera of a made clip pan and zoom?
+    light: bool = True                          # may a made clip get lighter or darker?
+    num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
+    patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
+    learned_tokens: int = 8                     # tokenlearner: tokens a time step
+    tokenlearner_v1: bool = False               # tokenlearner: version 1 (three convolutions, sigmoid) instead of 1.1 (an MLP, softmax)
+    rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
+    run_lengths: bool = False                   # rlt: tell each token how long its patch stays as it is
     layers: int = 4                             # video transformer: layers, width, heads
     width: int = 128                            # w
     heads: int = 4                              # of both transformers
@@ -64,7 +92,8 @@ class ClipConfig:
     init_tokenizer: str | None = None           # start from the tokenizer of this folder (`trajtok.py pretrain` writes one)
     freeze_tokenizer: bool = False              # leave the tokenizer as it starts
     # the training
-    batch: int = 32                             # clips a step; each sees the others' captions as negatives
+    batch: int = 32                             # clips a step of each process; each sees the captions of all others as negatives
+    micro_batch: int = 0                        # clips that go through the model at once; the loss still sees the whole batch; 0: all
     steps: int = 400                            # steps
     lr: float = 5e-4                            # peak learning rate
     segmenter_lr: float = 1.0                   # the segmenter's learning rate, as a multiple of lr
@@ -75,19 +104,46 @@ class ClipConfig:
     seed: int = 0                               # of weights, data order and augmentation
     workers: int = 0                            # processes that make batches; 0: in the training process
     save_every: int = 50                        # steps between checkpoints
+    # how it is computed
+    device: str = "auto"                        # cpu, cuda, ...
+    processes: int = 0                          # training processes on this machine; 0: one for each GPU, without GPUs one
+    bf16: bool | None = None                    # matrix products in bfloat16; default: on a GPU
+    compile: bool = False                       # torch.compile the tokenizer and the transformers' layers
+    fused: bool | None = None                   # AdamW in one kernel; default: on a GPU
+    recompute: bool = False                     # keep no activations of tokenizer and layers: compute them again in the backward pass
     # the evaluation
     tokens_per_trajectory: int = 1              # 1, 2 or 4 at evaluation (training draws one of them at each step)
     eval_clips: int = 256                       # held-out made clips, all captions distinct
+    heldout_clips: int = 0                      # made clips whose subject is a shape and colour never seen together: retrieval among them
     probe_clips: int = 1024                     # made clips that the linear probes learn from
-    device: str = "auto"                        # cpu, cuda, ...
     resume: bool = False                        # go on with the run of this name, exactly
     overwrite: bool = False                     # start again over a run of this name
+    # instead of a training
+    eval: str | None = None                     # evaluate the model of this run's folder, on --data; nothing is trained
+    labels: str | None = None                   # --eval: these classes only, with commas; default: all that occur
+    prompt: str = "{}"                          # --eval: what a class is called for zero-shot classification; {} is its name
+    compare: str | None = None                  # train these rows one after another, with commas, or `all`; print the table
+    compare_by: str = "steps"                   # `steps`: as many for each row; `seconds`: each row as long as trajvit2 (needs the first table)
+    seeds: str = "0"                            # --compare: seeds, with commas
+    bench: bool = False                         # measure every tokenizer's speed, GFLOPs and memory with random weights
+    bench_frames: str = "8,16,32,64,128"        # --bench: frames of a clip, with commas
+    bench_batch: int = 1                        # --bench: clips at once
+    bench_run: bool = True                      # --bench: run them; off: only count GFLOPs, at any size on any machine
+    results: str = "results"                    # folder for the tables of --compare and --bench
 
     def __post_init__(self):
         check_flags(self)
-        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed"):
+        if self.tokenizer not in TOKENIZERS:
+            raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}")
+        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens", "bench_batch"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
+        for field in ("micro_batch", "heldout_clips", "processes", "rlt_threshold"):
+            if getattr(self, field) < 0:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
+        for field in ("seeds", "bench_frames"):
+            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", getattr(self, field)):
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: whole numbers, with commas")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
@@ -97,6 +153,17 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
+        if self.init_tokenizer and self.tokenizer != "trajvit2":
+            raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
+        if self.compare_by not in ("steps", "seconds"):
+            raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
+        if "{}" not in self.prompt:
+            raise BadInput(f"--prompt {self.prompt!r}: {{}} must stand where the class's name goes")
+        if sum(map(bool, (self.eval, self.compare, self.bench))) > 1:
+            raise BadInput("--eval, --compare and --bench: one at a time")
+
+    def text_of(self, label):
+        return self.prompt.replace("{}", label.replace("_", " "))
 
 
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
@@ -108,15 +175,22 @@ class ClipConfig:
 #  size          video transformer                   text transformer                          training
 CLIP_SIZES = {
     "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
-                  max_objects=4, shared_colours=False),
+                  max_objects=4, shared_colours=False, patch=8),
     "tiny":  dict(layers=6, width=256, heads=8,      text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4, warmup=500),
-    "base":  dict(layers=12, width=768, heads=12,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0),
-    "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0),
+    "base":  dict(layers=12, width=768, heads=12,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0, learned_tokens=16),
+    "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
 }
 CLIP_SIZES = {name: {"size": name, **values} for name, values in CLIP_SIZES.items()}
 
+# --compare: a world in which no row can do all. A clip's subject does two things one after another (their order is in the caption, and in no
+# frame), among up to six objects that may share colours, and retrieval is also scored on shapes and colours never seen together.
+# CHOICE: set before any row was trained on it, the same for all rows.
+HEADROOM = dict(max_objects=6, shared_colours=True, acts=2, heldout_clips=256)
+COMPARE = {name: {**values, **HEADROOM} for name, values in CLIP_SIZES.items()}
+COMPARE["nano"] |= dict(frames=12)               # 8 leave four frames for each act
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
+# The transformer
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Layer(nn.Module):
@@ -129,10 +203,15 @@ class Layer(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, mask):                                  # x (b, s, w); mask (b, s), True = a real position
+    def forward(self, x, mask=None, lengths=None):
+        """x (b, s, w); mask (b, s), True = a real position; None: all are. Or packed: x (1, N, w), clip after clip, of `lengths` positions."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b s (three a c) -> three b a s c", three=3, a=self.heads)
-        # softmax over the keys, padding and dead trajectories excluded: what a token reads from the others
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        # softmax over the keys, padding and dead trajectories excluded: what a token reads from the others. Without a mask a GPU has a
+        # faster kernel, which rows that drop nothing must not be denied.
+        if lengths is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        else:                                                    # each clip among itself
+            y = torch.cat([F.scaled_dot_product_attention(*clip) for clip in zip(*(z.split(lengths, 2) for z in (q, k, v)))], 2)
         x = x + self.proj(rearrange(y, "b a s c -> b s (a c)"))                                      # 1
         return x + self.mlp(self.norm2(x))                                                           # 2
 
@@ -141,7 +220,7 @@ class Transformer(nn.Module):
     def __init__(self, layers, width, heads):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.recompute = nn.LayerNorm(width), False
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that every caption
@@ -150,28 +229,269 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, x, mask):
-        for layer in self.layers:
-            x = layer(x, mask)
-        return self.norm(x)
+    def forward(self, x, mask=None, lengths=None, begin=0, end=None):
+        """Layers begin .. end - 1 (None: to the last, and the norm)."""
+        for layer in self.layers[begin:end]:
+            x = checkpoint(layer, x, mask, lengths, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(x, mask, lengths)
+        return self.norm(x) if end is None else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizers. Every row has the same video transformer, text tower, clips and schedule; only this part differs
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Tokenizer(nn.Module):
+    """What a row of the comparison is. A class of your own needs one method:
+
+        forward(video uint8 (b, t, H, W, 3)) -> tokens (b, m, w), mask (b, m) with True = a real token, or None: all are real
+
+    cfg is the whole ClipConfig, its image_size, frames and num_queries filled in. Tokens that are not real cost nothing: they leave
+    before the transformer. A tokenizer that acts between the layers has a second method, and its tokens are all real:
+
+        through(transformer, x (b, 1 + m, w): CLS and tokens) -> (b, 1 + any, w) after the layers, CLS first"""
+    given_masks = False                                          # True: forward(video, labels (b, t, H, W)), -1 = of no trajectory
+
+
+class ViT3D(Tokenizer):
+    """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.image_size % cfg.patch:
+            raise BadInput(f"--patch {cfg.patch}: does not divide an image of {cfg.image_size} px")
+        self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
+        self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, -(-cfg.frames // 2) * self.side ** 2, cfg.width))
+
+    def patches(self, video):
+        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2): of an odd last frame, or a picture, two."""
+        x = normalise(video)
+        x = torch.cat((x, x[:, -1:]), 1) if x.shape[1] % 2 else x
+        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=self.patch, q=self.patch)
+
+    def forward(self, video):
+        x = self.embed(self.patches(video).flatten(4).flatten(1, 3))
+        return x + self.position[:, :x.shape[1]], None           # (b, t' h w, width)
+
+
+class ViViT(ViT3D):
+    """Factorised encoder (ViViT's model 2): the transformer sees each time step alone, with a CLS of its own; a second, small one reads
+    these CLSs in order. As published the second has 4 layers beside the first's 12 or 24; CHOICE: never more than a third of them."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.position = nn.Parameter(self.position[:, :self.side ** 2].detach().clone())             # in space: shared by the time steps
+        self.time = nn.Parameter(0.02 * torch.randn(1, 1 + -(-cfg.frames // 2), cfg.width))
+        self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads)
+
+    def forward(self, video):
+        x = rearrange(self.embed(self.patches(video).flatten(4)), "b t h w d -> b t (h w) d")
+        return (x + self.position).flatten(1, 2), None
+
+    def through(self, transformer, x):
+        cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
+        t = len(x) // len(cls)
+        x = transformer(torch.cat((cls.repeat_interleave(t, 0), x), 1))[:, 0]                        # (b t, d): what each step has to say
+        x = torch.cat((cls, rearrange(x, "(b t) d -> b t d", t=t)), 1)
+        return self.temporal(x + self.time[:, :t + 1])
+
+
+class TokenLearner(ViT3D):
+    """A ViT3D in which, two thirds of the way through (of 12 layers: before the ninth), the patches of each time step become
+    `learned_tokens`: weighted sums whose weights are computed from the patches. v1.1: LN -> Dense 64 -> GELU -> Dense S -> softmax over the
+    patches -> sum of the un-normed x.  v1: three 3 x 3 convolutions -> sigmoid -> sum (SPECS 3)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.at, self.v1, w, s = 2 * cfg.layers // 3, cfg.tokenlearner_v1, cfg.width, cfg.learned_tokens
+        self.norm = nn.LayerNorm(w)
+        if self.v1:
+            self.score = nn.Sequential(nn.Conv2d(w, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1))
+        else:
+            self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
+
+    def learn(self, x):                                          # (b t, h w, d) -> (b t, S, d)
+        y = self.norm(x)
+        if self.v1:
+            s = self.score(rearrange(y, "n (h w) d -> n d h w", h=self.side)).flatten(2).sigmoid()   # each token looks where it likes
+        else:
+            s = self.score(y).transpose(1, 2).softmax(-1)        # over the patches of a time step: a token is a mean of them
+        return s.to(x.dtype) @ x
+
+    def through(self, transformer, x):
+        x = transformer(x, end=self.at)
+        cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
+        x = rearrange(self.learn(x), "(b t) s d -> b (t s) d", b=len(cls))
+        return transformer(torch.cat((cls, x), 1), begin=self.at)
+
+
+class RLT(ViT3D):
+    """Run-length tokenization: a ViT3D without the patches that did not change since the time step before. Changed = the last frame of this
+    one against the first frame of the one before, mean of |difference| over the patch, normalised pixels, above the threshold (SPECS 3)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.threshold = cfg.rlt_threshold
+        self.length = nn.Embedding(-(-cfg.frames // 2), cfg.width) if cfg.run_lengths else None      # of a run of 1, 2, ... time steps
+        if self.length:
+            nn.init.normal_(self.length.weight, std=0.02)
+
+    def changed(self, x):                                        # patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept
+        change = (x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]).abs().mean((-3, -2, -1)) > self.threshold
+        return F.pad(change, (0, 0, 0, 0, 1, 0), value=True)     # the first time step is always kept
+
+    def forward(self, video):
+        x = self.patches(video)
+        kept = self.changed(x)
+        z = self.embed(x.flatten(4)).flatten(1, 3)
+        z = z + self.position[:, :z.shape[1]]
+        if self.length:
+            run, runs = torch.zeros_like(kept[:, 0], dtype=torch.int64), []
+            for step in kept.flip(1).unbind(1):                  # from the end: how many time steps until the patch changes again
+                runs.append(run)
+                run = torch.where(step, 0, run + 1)
+            z = z + self.length(torch.stack(runs[::-1], 1).flatten(1))
+        return z, kept.flatten(1)
+
+
+class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut. DEVIATION: GroupNorm, not BatchNorm: a clip's tokens must not depend on its neighbours."""
+
+    def __init__(self, before, dim, stride):
+        super().__init__()
+        norm = lambda: nn.GroupNorm(8, dim)
+        self.branch = nn.Sequential(nn.Conv2d(before, dim, 3, stride, 1, bias=False), norm(), nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1, bias=False), norm())
+        self.shortcut = nn.Sequential() if stride == 1 and before == dim else nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), norm())
+
+    def forward(self, x):
+        return F.relu(self.branch(x) + self.shortcut(x))
+
+
+class Reader(nn.Module):
+    """One learned latent reads what a trajectory is in each of its frames: `depth` layers of cross-attention, no MLP (SPECS 2)."""
+
+    def __init__(self, dim, depth, heads):
+        super().__init__()
+        self.latent = nn.Parameter(dim ** -0.5 * torch.randn(1, 1, dim))
+        self.layers = nn.ModuleList(nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim), nn.MultiheadAttention(dim, heads, batch_first=True))) for _ in range(depth))
+
+    def forward(self, x, seen):                                  # (s, t, d); seen (s, t), True = it is in this frame -> (s, d)
+        z = self.latent.expand(len(x), -1, -1)
+        for norm_z, norm_x, attention in self.layers if len(x) else ():
+            y = norm_x(x)
+            # softmax over the frames in which it is seen; every trajectory here is in one at least
+            z = z + attention(norm_z(z), y, y, key_padding_mask=~seen, need_weights=False)[0]
+        return z[:, 0]
+
+
+class TrajViT(Tokenizer):
+    """TrajTok's predecessor: trajectories are given (an external pipeline's masks: sidecars; of made clips the true ones, the best that a
+    pipeline could do), one token each. ResNet-18 -> features of four scales, as in TrajTok -> their mean over a trajectory's
+    points in each frame -> an appearance Perceiver over the frames; its centres -> a position Perceiver; token = their sum."""
+    given_masks = True
+
+    def __init__(self, cfg):
+        super().__init__()
+        shape = SIZES[cfg.size]
+        d, dims = shape.dim, (64, 128, 256, 512) if shape.dim >= 512 else shape.dims                 # ResNet-18's widths; smaller sizes' own
+        self.most = cfg.num_queries                              # trajectories a clip at most: the largest
+        self.stem = nn.Sequential(nn.Conv2d(3, dims[0], 7, 2, 3, bias=False), nn.GroupNorm(8, dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stages = nn.ModuleList(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1))
+                                    for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)))
+        self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
+        depth = 4 if cfg.layers >= 24 else 2                     # SPECS 2: 4 for ViT-Large
+        self.appearance, self.place = Reader(d, depth, shape.heads), Reader(d, depth, shape.heads)
+        self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
+        self.where, self.out = nn.Linear(3 * 2 * 16, d), nn.Linear(d, cfg.width)
+
+    def extract(self, video):
+        """-> features (b, n, d) on a grid of a quarter of the frame, and the grid (t, h, w)."""
+        b, t, height, width, _ = video.shape
+        x, total, size = self.stem(normalise(video).flatten(0, 1)), 0, (height // 4, width // 4)
+        for stage, proj in zip(self.stages, self.proj):
+            x = stage(x)
+            y = self.ln(proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            total = total + (y if y.shape[-2:] == size else F.interpolate(y, size=size, mode="bilinear", align_corners=False))
+        return rearrange(total, "(b t) d h w -> b (t h w) d", b=b), (t, *size)
+
+    def forward(self, video, labels):
+        f, (t, h, w) = self.extract(video)
+        ids = labels_on_grid(labels, (t, h, w), self.most)       # (b, n), -1 = of no trajectory
+        b, n, m = *ids.shape, max(int(ids.max()) + 1, 1)
+        point = torch.arange(n, device=ids.device)
+        cell = ((torch.arange(b, device=ids.device)[:, None] * m + ids) * t + point // (h * w)).flatten()        # (clip, trajectory, frame)
+        cell = torch.where(ids.flatten() < 0, b * m * t, cell)   # the last cell is a bin
+        row = torch.stack(((point % w + 0.5) / w, (point // w % h + 0.5) / h, (point // (h * w) + 0.5) / t, torch.ones_like(point)), -1)   # x, y, time, 1
+        f = torch.cat((f.float(), row.expand(b, -1, -1)), -1).flatten(0, 1)
+        sums = torch.zeros(b * m * t + 1, f.shape[-1], device=f.device).index_add_(0, cell, f)[:-1].view(b * m, t, -1)
+        seen = sums[..., -1] > 0                                 # (b m, t): is it in this frame?
+        alive = seen.any(1)
+        mean, seen = (sums / sums[..., -1:].clamp(min=1))[alive], seen[alive]                        # (s, t, d + 4): trajectories that are there
+        angle = (mean[..., -4:-1, None] * self.waves).flatten(-2)
+        z = self.appearance(mean[..., :-4], seen) + self.place(self.where(torch.cat((angle.sin(), angle.cos()), -1)), seen)
+        z = self.out(z)
+        tokens = torch.zeros(b * m, z.shape[-1], dtype=z.dtype, device=z.device).index_copy(0, alive.nonzero()[:, 0], z)
+        return tokens.view(b, m, -1), alive.view(b, m)
+
+
+TOKENIZERS = {"trajvit2": TrajTok, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Encoded(NamedTuple):
+    """What the video side says of b clips."""
+    cls: torch.Tensor               # (b, w)
+    tokens: Tokens                  # what entered the transformer, real tokens first
+    seg: tuple | None               # trajvit2: the Segmentation
+    out: torch.Tensor               # (b, s, w): what left it, without CLS
+    mask: torch.Tensor | None       # bool (b, s), True = real, of `out`; None: all are
 
 
 class VideoEncoder(nn.Module):
-    """Tokenizer, then a transformer over [CLS; tokens]. A set has no order: tokens get no positions of their own; where and
-    when a trajectory was is in its token, through the rotary keys of the encoder."""
+    """Tokenizer, then a transformer over [CLS; tokens]. A set has no order: trajectories get no positions of their own; where and
+    when one was is in its token, through the rotary keys of the encoder. Patches get learned positions, in their tokenizer.
+
+    Dead trajectories and dropped patches cost nothing. CHOICE: on a CPU real tokens are packed, clip after clip, and each clip attends to
+    itself; elsewhere, and under torch.compile, they only come first, and the batch is cut at the clip that has most: one kernel a layer, not
+    one a clip. Measured on one CPU core, forward and backward of the transformer, padded / cut / packed: nano, 32 clips of 8 +- 2.5 trajectories
+    137 / 102 / 69 ms, with 4 tokens each 570 / 414 / 228; base, 8 clips 5.3 / 2.0 / 1.6 s; the patches that RLT keeps 1.9 / 1.9 / 1.3 s. (One
+    packed row under a block-diagonal mask: 10.6 s.) Both ask the device for numbers, once a step: a GPU waits for it, as it does anyway for
+    the matching of the segmentation loss."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
         self.tokenizer = tokenizer
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.transformer = Transformer(cfg.layers, cfg.width, cfg.heads)
+        self.compact, self.pack = True, True                     # False: all tokens stay, for tests and for counting the worst case
 
-    def forward(self, video, tokens_per_trajectory=None):
-        """-> CLS (b, w), Tokens, Segmentation."""
-        tokens, seg = self.tokenizer(video, tokens_per_trajectory)
-        x = torch.cat((self.cls.expand(len(video), -1, -1), tokens.z), 1)
-        mask = F.pad(tokens.mask, (1, 0), value=True)            # CLS is always real
-        return self.transformer(x, mask)[:, 0], tokens, seg
+    def tokenize(self, video, tokens_per_trajectory, labels):
+        """-> Tokens, their mask or None, Segmentation or None."""
+        run = functools.partial(checkpoint, self.tokenizer, use_reentrant=False) if self.transformer.recompute and torch.is_grad_enabled() else self.tokenizer
+        if isinstance(self.tokenizer, TrajTok):                  # the one whose masks are learnt, and which has 1, 2 or 4 tokens for each
+            tokens, seg = run(video, tokens_per_trajectory)
+            return tokens, tokens.mask, seg
+        z, mask = run(video, labels) if self.tokenizer.given_masks else run(video)
+        index = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
+        return Tokens(z, torch.ones_like(index, dtype=torch.bool) if mask is None else mask, index), mask, None
+
+    def forward(self, video, tokens_per_trajectory=None, labels=None):
+        """uint8 (b, t, H, W, 3), and labels (b, t, H, W) for those that are given masks -> Encoded."""
+        tokens, mask, seg = self.tokenize(video, tokens_per_trajectory, labels)
+        if mask is not None:
+            tokens = compact(tokens) if self.compact else tokens
+            mask = F.pad(tokens.mask, (1, 0), value=True)        # CLS is always real
+        x = torch.cat((self.cls.expand(len(video), -1, -1), tokens.z), 1)                            # (b, 1 + m, w)
+        if hasattr(self.tokenizer, "through"):
+            x, mask = self.tokenizer.through(self.transformer, x), None
+        elif mask is not None and self.compact and self.pack and x.device.type == "cpu":
+            packed = self.transformer(x[mask][None], lengths=mask.sum(1).tolist())[0]
+            x = torch.zeros(x.shape, dtype=packed.dtype).masked_scatter(mask[..., None], packed)
+        else:
+            x = self.transformer(x, mask)
+        return Encoded(x[:, 0], tokens, seg, x[:, 1:], None if mask is None else mask[:, 1:])
 
 
 class TextEncoder(nn.Module):
@@ -199,9 +519,13 @@ class VideoCLIP(nn.Module):
         self.text_proj = nn.Linear(cfg.text_width, cfg.embed, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
-    def embed_video(self, video, tokens_per_trajectory=None):
-        cls, tokens, seg = self.video(video, tokens_per_trajectory)
-        return F.normalize(self.video_proj(cls).float(), dim=-1), cls, tokens, seg
+    def embed_video(self, video, tokens_per_trajectory=None, labels=None):
+        """-> unit vectors (b, e), CLS (b, w), Tokens, Segmentation or None."""
+        encoded = self.video(video, tokens_per_trajectory, labels)
+        return self.project(encoded.cls), encoded.cls, encoded.tokens, encoded.seg
+
+    def project(self, cls):
+        return F.normalize(self.video_proj(cls).float(), dim=-1)
 
     def embed_text(self, ids, mask):
         return F.normalize(self.text_proj(self.text(ids, mask)).float(), dim=-1)
@@ -216,178 +540,392 @@ class VideoCLIP(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def shape_of(cfg):
+    """The TrajTokConfig of a run: of --init-tokenizer, or the size's."""
+    overrides = {k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None}
+    if not cfg.init_tokenizer:
+        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **overrides)
+    shape = tokenizer_config(cfg.init_tokenizer)
+    if overrides.get("num_queries", shape.num_queries) != shape.num_queries:
+        raise BadInput(f"--num-queries {cfg.num_queries}: the tokenizer in {cfg.init_tokenizer} has {shape.num_queries}; leave the flag out")
+    if shape.out_dim != cfg.width:
+        raise BadInput(f"--init-tokenizer {cfg.init_tokenizer}: its tokens are {shape.out_dim} wide, the transformer of --size {cfg.size} {cfg.width}; "
+                       f"give the size that it was trained with, or --width {shape.out_dim}")
+    overrides.pop("num_queries", None)
+    return dataclasses.replace(shape, **overrides)
+
+
+def resolve(cfg):
+    """The configuration with what its size or its tokenizer decides filled in."""
+    shape = shape_of(cfg)
+    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
+
+
 def build(cfg, encoding):
     """-> VideoCLIP, TrajTokConfig. The tokenizer from --init-tokenizer, or new, in the run's size."""
-    overrides = {k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None}
-    if cfg.init_tokenizer:
-        shape = tokenizer_config(cfg.init_tokenizer)
-        if overrides.get("num_queries", shape.num_queries) != shape.num_queries:
-            raise BadInput(f"--num-queries {cfg.num_queries}: the tokenizer in {cfg.init_tokenizer} has {shape.num_queries}; leave the flag out")
-        if shape.out_dim != cfg.width:
-            raise BadInput(f"--init-tokenizer {cfg.init_tokenizer}: its tokens are {shape.out_dim} wide, the transformer of --size {cfg.size} {cfg.width}; "
-                           f"give the size that it was trained with, or --width {shape.out_dim}")
-        overrides.pop("num_queries", None)
-        shape = dataclasses.replace(shape, **overrides)
-        tokenizer = load_weights(TrajTok(shape), cfg.init_tokenizer, "video.tokenizer.")
+    shape, cfg = shape_of(cfg), resolve(cfg)
+    if cfg.tokenizer == "trajvit2":
+        tokenizer = load_weights(TrajTok(shape), cfg.init_tokenizer, "video.tokenizer.") if cfg.init_tokenizer else TrajTok(shape)
+        shape.encoder.check(cfg.tokens_per_trajectory)           # refused now, not after the training
     else:
-        shape = dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **overrides)
-        tokenizer = TrajTok(shape)
+        tokenizer = TOKENIZERS[cfg.tokenizer](cfg)
     if cfg.freeze_tokenizer:
         tokenizer.requires_grad_(False)
-    shape.encoder.check(cfg.tokens_per_trajectory)               # refused now, not after the training
-    return VideoCLIP(tokenizer, encoding.n_vocab, cfg), shape
+    model = VideoCLIP(tokenizer, encoding.n_vocab, cfg)
+    for transformer in (model.video.transformer, model.text.transformer):
+        transformer.recompute = cfg.recompute
+    if cfg.compile:                                              # in place: names of parameters and files stay as they are
+        model.video.pack = False                                 # lists of lengths would be compiled anew for each batch
+        tokenizer.compile()
+        for layer in (*model.video.transformer.layers, *model.text.transformer.layers):
+            layer.compile(dynamic=True)                          # the number of tokens changes from step to step
+    return model, shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step: the loss of all clips of all processes, a micro-batch at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Share(torch.utils.data.Dataset):
+    """What one of several processes has of a dataset: its batch i is batch i·world + rank of all."""
+
+    def __init__(self, dataset, rank, world):
+        self.dataset, self.rank, self.world = dataset, rank, world
+
+    def __getitem__(self, i):
+        return self.dataset[i * self.world + self.rank]
+
+
+def labelled(labels, k):
+    """What the segmentation terms are means over: (labelled points, regions: a label in a clip), on the segmenter's grid."""
+    b, t, height, width = labels.shape
+    if not b:
+        return [0.0, 0.0]
+    points = labels_on_grid(labels, (t, height // 4, width // 4), k)
+    there = torch.zeros(b, int(points.max()) + 2, dtype=torch.bool, device=labels.device).scatter_(1, points + 1, True)
+    return [float((points >= 0).sum()), float(there[:, 1:].sum())]
+
+
+def step_gradients(model, batch, totals, m, cfg, device):
+    """Gradients of one step's loss into p.grad -> dict of its terms, and of the counts for the log; all of them over all processes.
+
+    The contrastive loss needs every clip's vector at once, the model's activations only a few clips' at a time:
+      1. embed all micro-batches, without keeping what a backward pass needs (with one micro-batch, keeping it),
+      2. gather the vectors of all processes, and take the loss and its gradient on the own vectors,
+      3. embed each micro-batch again, now with a graph, and send those gradients back through it, together with its segmentation loss.
+    Nothing in the model is random once m is drawn, and no layer looks at a batch's statistics: gradients are those of the whole batch.
+    batch: dict(video, labels, ids, mask); totals: [labelled points, regions] of all processes."""
+    count, segmented = len(batch["video"]), cfg.tokenizer == "trajvit2" and cfg.segmentation_weight and not cfg.freeze_tokenizer
+    size = cfg.micro_batch or max(count, 1)
+    parts = [slice(i, i + size) for i in range(0, count, size)]
+
+    def forward(part):
+        with precision(device, cfg.bf16):
+            v, _, tokens, seg = model.embed_video(batch["video"][part], m, batch["labels"][part])    # tokens a trajectory: 1, 2 or 4
+            return v, model.embed_text(batch["ids"][part], batch["mask"][part]), tokens, seg
+    # 1
+    with torch.set_grad_enabled(len(parts) == 1):
+        kept = [forward(part) if len(parts) == 1 else forward(part)[:2] for part in parts]
+    empty = [torch.zeros(0, cfg.embed, device=device)]           # a process whose clips are all damaged still takes its part in the loss
+    vectors = [torch.cat([row[i].detach() for row in kept] or empty).requires_grad_() for i in (0, 1)]
+    # 2
+    contrastive = model.contrastive(*(gather(x) for x in vectors))
+    contrastive.backward()
+    if ranks()[1] > 1:
+        model.temperature.grad /= ranks()[1]                     # it has the whole gradient in each process, and they are summed
+    sums = dict(focal=0.0, dice=0.0, tokens=0.0, live=0.0)
+    for part in parts:
+        # 3
+        v, t, tokens, seg = kept.pop() if len(parts) == 1 else forward(part)
+        roots, grads = [v, t], [x.grad[part] for x in vectors]
+        points, regions = labelled(batch["labels"][part], cfg.num_queries) if segmented and totals[0] else (0, 0)
+        if points:
+            with precision(device, cfg.bf16):
+                terms = segmentation_loss(seg, batch["labels"][part])
+            terms = dict(focal=terms["focal"] * (points / totals[0]), dice=terms["dice"] * (regions / totals[1]))    # means become shares of the whole mean
+            roots.append(cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"]))           # SPECS 1
+            grads.append(None)
+            for key, value in terms.items():
+                sums[key] += value.item()
+        torch.autograd.backward(roots, grads)
+        sums["tokens"] += tokens.mask.sum().item()
+        sums["live"] += seg.alive.sum().item() if seg is not None else 0.0
+    sum_gradients(p for p in model.parameters() if p.requires_grad)
+    sums = dict(zip(sums, total(list(sums.values()), device)))
+    terms = dict(contrastive=contrastive.item()) | ({k: sums[k] for k in ("focal", "dice")} if segmented and totals[0] else {})
+    loss = terms["contrastive"] + (cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"]) if "focal" in terms else 0.0)
+    return terms | dict(loss=loss), sums["tokens"], sums["live"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-def recalls(similarity, prefix):
-    """similarity (queries, candidates), the answer of query i is candidate i -> R@1, R@5, R@10 in [0, 1]. Rank = how many
-    candidates score at least as high as the answer, itself not counted: ties count against us, so that a constant
-    output scores 0, not 1."""
-    answer = similarity.diagonal()[:, None]
-    rank = (~(similarity < answer)).sum(1) - 1
+def recalls(similarity, prefix, right=None):
+    """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an answer to that query; default:
+    the answer of query i is candidate i. Rank = how many wrong candidates score at least as high as the best answer: ties count
+    against us, so that a constant output scores 0, not 1."""
+    right = torch.eye(*similarity.shape, dtype=torch.bool) if right is None else right
+    answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+    rank = (~(similarity < answer) & ~right).sum(1)
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
-def linear_probe(train, train_y, valid, valid_y, test, test_y):
-    """Accuracy on test of a multinomial logistic regression on frozen features (n, w), trained on train; its L2 penalty is
-    the best of four on valid. Full-batch L-BFGS: no learning rate to tune, the same answer every time."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, valid, test = ((x.double() - mean) / std for x in (train, valid, test))
-    classes, best = int(torch.cat((train_y, valid_y, test_y)).max()) + 1, (-1.0, 0.0)
-    for penalty in (1e-3, 1e-2, 1e-1, 1.0):
-        w = torch.zeros(train.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")
+def logistic(x, y, penalty, classes):
+    """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
+    learning rate to tune, the same answer every time."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x = (x.double() - mean) / std
+    w = torch.zeros(x.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")
 
-        def closure():
-            solver.zero_grad()
-            loss = F.cross_entropy(train @ w[:-1] + w[-1], train_y) + penalty * w[:-1].square().sum() / 2
-            loss.backward()
-            return loss
-        solver.step(closure)
-        score = [((x @ w[:-1] + w[-1]).argmax(1) == y).double().mean().item() for x, y in ((valid, valid_y), (test, test_y))]
-        best = max(best, tuple(score), key=lambda s: s[0])
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ w[:-1] + w[-1], y) + penalty * w[:-1].square().sum() / 2
+        loss.backward()
+        return loss
+    solver.step(closure)
+    return lambda z: ((z.double() - mean) / std) @ w[:-1].detach() + w[-1].detach()
+
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def linear_probe(train, train_y, valid, valid_y, test, test_y):
+    """Accuracy on test of a logistic regression on frozen features (n, w), trained on train; its penalty is the best of four on valid."""
+    classes, best = int(torch.cat((train_y, valid_y, test_y)).max()) + 1, (-1.0, 0.0)
+    for penalty in PENALTIES:
+        scores = logistic(train, train_y, penalty, classes)
+        best = max(best, tuple((scores(x).argmax(1) == y).double().mean().item() for x, y in ((valid, valid_y), (test, test_y))), key=lambda s: s[0])
     return best[1]
 
 
+def leave_one_out(fit, groups):
+    """The prediction for each clip, by a probe that saw nothing of its group. fit(train, test), bool (n,) each -> classes of the test clips."""
+    groups = torch.as_tensor(groups)
+    predicted = torch.full((len(groups),), -1)
+    for group in groups.unique():
+        predicted[groups == group] = fit(groups != group, groups == group)
+    return predicted
+
+
+def grouped_probe(x, y, groups):
+    """Class of each clip by a linear probe, one group left out at a time: features (n, w), y (n,), groups (n,) -> (n,). Its penalty is the best
+    when one of the *other* groups is left out in turn (of one other group alone nothing can be chosen: 0.1)."""
+    classes, groups = int(y.max()) + 1, torch.as_tensor(groups)
+
+    def with_penalty(x, y, penalty):
+        return lambda train, test: logistic(x[train], y[train], penalty, classes)(x[test]).argmax(1)
+
+    def fit(train, test):
+        inner, penalty = groups[train], 0.1
+        if len(inner.unique()) > 1:
+            right = {p: (leave_one_out(with_penalty(x[train], y[train], p), inner) == y[train]).sum() for p in PENALTIES}
+            penalty = max(reversed(PENALTIES), key=right.get)    # of equals the stronger
+        return with_penalty(x, y, penalty)(train, test)
+    return leave_one_out(fit, groups)
+
+
+class AttentiveProbe(nn.Module):
+    """One learned query reads all tokens (n, s, w), then a linear layer."""
+
+    def __init__(self, width, heads, classes):
+        super().__init__()
+        self.query, self.norm = nn.Parameter(0.02 * torch.randn(1, 1, width)), nn.LayerNorm(width)
+        self.attention, self.head = nn.MultiheadAttention(width, heads, batch_first=True), nn.Linear(width, classes)
+
+    def forward(self, x, mask):                                  # mask (n, s), True = a real token
+        x = self.norm(x)
+        return self.head(self.attention(self.query.expand(len(x), -1, -1), x, x, key_padding_mask=~mask, need_weights=False)[0][:, 0])
+
+
+def attentive_probe(x, mask, y, groups, heads, steps=200):
+    """Class of each clip by an attentive probe on frozen tokens, one group left out at a time. CHOICE: one fixed recipe (AdamW 1e-3, weight decay
+    0.05, cosine, 200 steps of at most 256 clips, seed 0), so that there is nothing to choose by the clips that are left out."""
+    def fit(train, test):
+        torch.manual_seed(0)
+        probe, chosen = AttentiveProbe(x.shape[-1], heads, int(y.max()) + 1), train.nonzero()[:, 0]
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
+        for step in range(steps):
+            some = chosen[torch.randperm(len(chosen))[:256]]
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            F.cross_entropy(probe(x[some], mask[some]), y[some]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return torch.cat([probe(x[some], mask[some]).argmax(1) for some in test.nonzero()[:, 0].split(256)])
+    return leave_one_out(fit, groups)
+
+
+class Embedded(NamedTuple):
+    """What `embed` says of n clips."""
+    vectors: torch.Tensor           # (n, e) unit vectors
+    features: torch.Tensor          # (n, w): CLS
+    live: float                     # tokens a clip
+    batches: list                   # the rest of each batch: captions, classes, indices; no pixels
+    bad: list                       # files that could not be used
+    out: list                       # per clip (s, w): its real tokens after the transformer, if they were asked for
+    pixels: torch.Tensor            # (n, 192): the mean of its frames at 8 x 8 pixels, if they were asked for
+
+
 @torch.no_grad()
-def embed(model, batches, count, cfg, device, encoding, what):
-    """Batches 0 .. count - 1 of a dataset -> unit vectors of videos and captions, CLS features, live tokens, the rest of the batches."""
+def embed(model, batches, count, cfg, device, what, everything=False):
+    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files. everything: tokens and pixels as well."""
     model.eval()
-    videos, texts, features, live, kept, bad = [], [], [], [], [], []
+    vectors, features, live, kept, bad, out, pixels = [], [], [], [], [], [], []
     for batch in tqdm(data.loader(batches, 0, count, cfg.workers), total=count, desc=what, leave=False, disable=None):
         bad += batch["bad"]
         batch = data.finish(batch, device)
         if batch["video"] is None:
             continue
-        with precision(device):
-            video, cls, tokens, _ = model.embed_video(batch.pop("video"), cfg.tokens_per_trajectory)
-            text = model.embed_text(*(x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length)))
-        videos.append(video.cpu())
-        texts.append(text.cpu())
-        features.append(cls.float().cpu())
-        live += tokens.mask.sum(1).tolist()
-        kept.append({k: batch[k] for k in ("appearance", "motion") if k in batch})                  # not the pixels' labels
-    return (torch.cat(videos), torch.cat(texts), torch.cat(features), sum(live) / len(live), kept, bad) if videos else (None,) * 4 + ([], bad)
+        video = batch.pop("video")
+        with precision(device, cfg.bf16):
+            encoded = model.video(video, cfg.tokens_per_trajectory, batch.pop("labels"))
+            vectors.append(model.project(encoded.cls).cpu())
+        features.append(encoded.cls.float().cpu())
+        live += encoded.tokens.mask.sum(1).tolist()
+        kept.append(batch)
+        if everything:
+            real = torch.ones(encoded.out.shape[:2], dtype=torch.bool) if encoded.mask is None else encoded.mask.cpu()
+            out += [x[r] for x, r in zip(encoded.out.float().cpu(), real)]
+            pixels.append(F.adaptive_avg_pool2d(video.float().mean(1).permute(0, 3, 1, 2), 8).flatten(1).cpu() / 255)
+    if not vectors:
+        return None, bad
+    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad, out, torch.cat(pixels) if pixels else None), bad
+
+
+@torch.no_grad()
+def embed_texts(model, texts, cfg, device, encoding):
+    """Texts -> unit vectors (n, e)."""
+    with precision(device, cfg.bf16):
+        return torch.cat([model.embed_text(*(x.to(device) for x in data.tokenize(encoding, texts[i:i + 256], cfg.text_length))).cpu()
+                          for i in range(0, len(texts), 256)])
+
+
+def retrieval(model, embedded, cfg, device, encoding):
+    """Recalls both ways among clips that have one caption each."""
+    text = embed_texts(model, [c for b in embedded.batches for c in b["caption"]], cfg, device, encoding)
+    return recalls(text @ embedded.vectors.T, "t2v") | recalls(embedded.vectors @ text.T, "v2t")
 
 
 def evaluate(model, test, test_batches, cfg, device, encoding):
     """Retrieval and segmentation scores on held-out clips; on the procedural world also linear probes. -> dict, pictures, bad
-    files. What the data cannot tell (classes, masks) is None."""
-    video, text, _, live, kept, bad = embed(model, test, test_batches, cfg, device, encoding, "held-out clips")
-    if video is None:
+    files. What the data or the tokenizer cannot tell (classes, masks) is None."""
+    clips, bad = embed(model, test, test_batches, cfg, device, "held-out clips")
+    if clips is None:
         raise BadInput(f"--data {cfg.data}: not one held-out clip can be read; the last: {bad[-1][1]}")
-    result = recalls(text @ video.T, "t2v") | recalls(video @ text.T, "v2t") | dict(clips=len(video), live_tokens=live)
+    result = retrieval(model, clips, cfg, device, encoding) | dict(clips=len(clips.vectors), live_tokens=clips.live)
     result |= dict(appearance=None, motion=None)
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
+        world, size = world_of(cfg), cfg.batch
+        if cfg.heldout_clips:
+            novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT, cfg.heldout_clips))
+            novel, _ = embed(model, novel, -(-cfg.heldout_clips // size), cfg, device, "new combinations")
+            result |= {f"heldout_{k}": v for k, v in retrieval(model, novel, cfg, device, encoding).items()}
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (data.TEST, max(cfg.probe_clips // 2, 1))]
-        split = [embed(model, data.WorldBatches(world, cfg.batch, begin), -(-n // cfg.batch), cfg, device, encoding, "probe clips") for begin, n in sets]
+        split = [embed(model, data.WorldBatches(world, size, begin), -(-n // size), cfg, device, "probe clips")[0] for begin, n in sets]
         for kind in ("appearance", "motion"):
-            result[kind] = linear_probe(*(x for _, _, f, _, batches, _ in split for x in (f, torch.cat([b[kind] for b in batches]))))
+            result[kind] = linear_probe(*(x for s in split for x in (s.features, torch.cat([b[kind] for b in s.batches]))))
+    if cfg.tokenizer != "trajvit2":
+        return result | dict(veq=None, stq=None), [], bad
     scores, pictures, _ = evaluate_segmenter(model.video.tokenizer.segmenter, test, device, test_batches)
     return result | scores, pictures, bad
 
 
-def gflops(model, cfg, device):
-    """GFLOPs (2 per multiply-add) of embedding one clip, counted while it runs."""
-    clip = torch.zeros(1, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
-    return count_gflops(lambda: model.eval().embed_video(clip, cfg.tokens_per_trajectory))
+def gflops(model, batch, cfg, limit=8):
+    """GFLOPs (2 per multiply-add) of embedding a clip, counted while it runs, one clip at a time: the mean over a batch's first ones."""
+    model.eval()
+    each = [count_gflops(lambda: model.embed_video(batch["video"][i:i + 1], cfg.tokens_per_trajectory, batch["labels"][i:i + 1]))
+            for i in range(min(limit, len(batch["video"])))]
+    return sum(each) / len(each)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 
-@data.one_line_errors
-def main(argv=None):
-    cfg = configure(ClipConfig, CLIP_SIZES, argv)
+def train(cfg):
     encoding = data.load_encoding(cfg.text)
     device = setup(cfg)
+    meet(device)
+    rank, world = ranks()
     model, shape = build(cfg, encoding)
-    cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
-    train, test, test_batches, files = open_data(cfg, "caption")
-    run = Run(cfg, f"clip-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape)})
+    cfg = resolve(cfg)
+    dataset, test, test_batches, files = open_data(cfg, "caption")
+    check_masks(cfg, dataset)
+    name = f"clip-{run_name(cfg)}" + (f"-{cfg.tokenizer}" if cfg.tokenizer != "trajvit2" and not cfg.name else "")
+    # config.json: of trajvit2 `tokenizer` holds the whole TrajTokConfig, which TrajTok.from_pretrained reads, else the name
+    run = Run(cfg, name, {"tokenizer": dataclasses.asdict(shape)} if cfg.tokenizer == "trajvit2" else None)
     model.to(device)
-    optimizer = make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
-    start = run.restore(model, optimizer)
-    damage, parameters = Damage(), sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {sum(p.numel() for p in model.video.tokenizer.parameters()) / 1e6:.2f} M of them the tokenizer; "
-          f"{device.type}; an untrained contrastive loss is ln {cfg.batch} = {math.log(cfg.batch):.2f}")
+    optimizer = make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr}, cfg.fused)
+    start_step = run.restore(model, optimizer)
+    damage, parameters, clips_a_step = Damage(), sum(p.numel() for p in model.parameters()), cfg.batch * world
+    print(f"{parameters / 1e6:.2f} M parameters, {sum(p.numel() for p in model.video.tokenizer.parameters()) / 1e6:.2f} M of them the tokenizer ({cfg.tokenizer}); "
+          f"{device.type}; an untrained contrastive loss is ln {clips_a_step} = {math.log(clips_a_step):.2f}")
+    if world > 1 or cfg.micro_batch:
+        print(f"{world} process(es) x {cfg.batch} clips a step, {cfg.micro_batch or cfg.batch} at a time; each clip sees the captions of all {clips_a_step} as negatives")
     began, mark, told = time.time(), time.time(), False
-    for step, batch in zip(range(start, cfg.steps), data.loader(train, start, cfg.steps, cfg.workers)):
-        # 1. the learning rate
-        lr = learning_rate(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        # 2. the batch: clips, captions, and labels where there are any
-        damage.add(batch["bad"], files or math.inf)
-        batch = data.finish(batch, device)
-        if batch["video"] is None:
-            continue
-        video, labels = batch["video"], batch["labels"]
-        if cfg.augment:
-            video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6, flip=cfg.data != "world")
-        ids, mask = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
-        wait = time.time() - mark
-        # 3. forward: the loss, term by term
-        model.train()
-        with precision(device):
-            v, _, tokens, seg = model.embed_video(video)         # tokens a trajectory: 1, 2 or 4, drawn for this step
-            terms = dict(contrastive=model.contrastive(v, model.embed_text(ids, mask)))
-            if cfg.segmentation_weight and not cfg.freeze_tokenizer and bool((labels >= 0).any()):
-                terms |= segmentation_loss(seg, labels)
-            loss = terms["contrastive"]
-            if "focal" in terms:
-                loss = loss + cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"])      # SPECS 1
-            elif not told:
+    batches = data.loader(dataset if world == 1 else Share(dataset, rank, world), start_step, cfg.steps, cfg.workers)
+    with sigterm() as asked_to_stop:
+        for step, batch in zip(range(start_step, cfg.steps), batches):
+            # 1. the learning rate
+            lr = learning_rate(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            # 2. the batch: clips, captions, and labels where there are any
+            damage.add(batch["bad"], files or math.inf)
+            batch, counts = data.finish(batch, device), [0.0, 0.0]
+            if batch["video"] is None:                           # every file of it was damaged
+                batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
+            elif cfg.tokenizer == "trajvit2":
+                counts = labelled(batch["labels"], cfg.num_queries)
+            clips, stop, *counts = total([len(batch["video"]), asked_to_stop(), *counts], device)
+            if stop:                                             # one process was told: all save, and end at the same step
+                run.save(model, optimizer, step)
+                print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
+                raise SystemExit(143)
+            if not clips:
+                continue
+            if cfg.augment and len(batch["video"]):
+                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip=cfg.data != "world")
+            batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
+            wait = time.time() - mark
+            # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
+            model.train()
+            choices = shape.encoder.choices
+            m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
+            optimizer.zero_grad()
+            values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
+            if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
                 told = True
                 print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
                                                   "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
-        # 4. backward, clip, step
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        values = {k: v.item() for k, v in terms.items()} | dict(loss=loss.item(), gradient_norm=norm.item())
-        check_finite(values, step)                               # before the step: what is saved stays whole
-        optimizer.step()
-        with torch.no_grad():
-            model.temperature.clamp_(0.001, 0.5)
-        # 5. the log: one line a step
-        now = time.time()
-        live = seg.alive.float().sum(1).mean().item()
-        run.record(dict(step=step, **values, segmentation="focal" in terms, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens.mask.sum(1).float().mean().item(),
-                        clips=len(video), seconds=now - mark, clips_per_second=len(video) / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
-        if step % 10 == 0 or step == cfg.steps - 1:
-            print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in terms) + f"  live {live:.1f}/{cfg.num_queries}"
-                  f"  {len(video) / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
-        mark = now
-        # 6. the checkpoint
-        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
-            run.save(model, optimizer, step + 1)
+            # 4. clip, step
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            values |= dict(gradient_norm=norm.item())
+            check_finite(values, step)                           # before the step: what is saved stays whole
+            optimizer.step()
+            with torch.no_grad():
+                model.temperature.clamp_(0.001, 0.5)
+            # 5. the log: one line a step
+            now, live, tokens = time.time(), live / clips, tokens / clips
+            run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
+                            clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
+            if step % 10 == 0 or step == cfg.steps - 1:
+                print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
+                      + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
+                      + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
+            mark = now
+            # 6. the checkpoint
+            if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
+                run.save(model, optimizer, step + 1)
+    if world > 1:
+        dist.barrier()                                           # nobody leaves while another still waits for it
+        dist.destroy_process_group()
+    if rank:
+        return                                                   # the rest is for one
     if not run.history():
         raise BadInput(f"--data {cfg.data}: not one of the clips that {cfg.steps} steps drew can be used; the first: {next(iter(damage.files.values()), '-')}")
     seconds, clips = (sum(line[key] for line in run.history()) for key in ("seconds", "clips"))      # of all parts of a resumed run
@@ -395,11 +933,21 @@ def main(argv=None):
     write_weights(run.folder / "model.safetensors", model.state_dict())
     result, pictures, bad = evaluate(model, test, test_batches, cfg, device, encoding)
     damage.add(bad, math.inf)
-    result |= dict(parameters=parameters, gflops=gflops(model, cfg, device), clips_per_second=clips / max(seconds, 1e-9), seconds=seconds,
+    first = next(b for b in (data.finish(test[i], device) for i in range(test_batches)) if b["video"] is not None)
+    result |= dict(parameters=parameters, gflops=gflops(model, first, cfg), clips_per_second=clips / max(seconds, 1e-9), seconds=seconds,
                    evaluation_seconds=time.time() - began, peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
     write_json(run.folder / "result.json", result)
-    save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories"))
+    save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories" if cfg.tokenizer == "trajvit2" else "tokens"))
     report(result, run.folder)
+
+
+def check_masks(cfg, dataset):
+    """A tokenizer that is given its masks cannot do without: refused before anything is written."""
+    entries = getattr(dataset, "entries", [])
+    without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
+    if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks and without:
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
+                       f"the first {without[0]}; make them, or take another tokenizer")
 
 
 def report(result, folder):
@@ -407,8 +955,10 @@ def report(result, folder):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
     print(f"\n{n} held-out clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
-    print(f"  text -> video   R@1 {cell('t2v_r1')}   R@5 {cell('t2v_r5')}   R@10 {cell('t2v_r10')}")
-    print(f"  video -> text   R@1 {cell('v2t_r1')}   R@5 {cell('v2t_r5')}   R@10 {cell('v2t_r10')}")
+    for begin, what in (("", ""), ("heldout_", "   (new combinations)")):
+        if f"{begin}t2v_r1" in result:
+            for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
+                print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{begin}{way}_r{k}')}" for k in (1, 5, 10)) + what)
     if result["appearance"] is not None:
         print(f"  linear probes   appearance {cell('appearance')} (chance {100 / len(data.SHAPES):.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
     if result["veq"] is not None:
@@ -416,7 +966,337 @@ def report(result, folder):
         print(f"  a grid instead  objects' best IoU {cell('grid_object_iou')}   VEQ {cell('grid_veq')}   STQ {cell('grid_stq')}   ({cell('grid_cells', False)} cells)")
     print(f"  {result['live_tokens']:.1f} tokens a clip, {result['parameters'] / 1e6:.2f} M parameters, {result['gflops']:.2f} GFLOPs a clip, "
           f"{result['clips_per_second']:.0f} clips/s in training, {result['seconds']:.0f} s + {result['evaluation_seconds']:.0f} s evaluation, {result['peak_memory_gb']:.1f} GB")
-    print(f"wrote {folder}/: model.safetensors, result.json, log.jsonl, trajectories.png, curves.png")
+    print(f"wrote {folder}/: model.safetensors, result.json, log.jsonl, " + ("trajectories.png, " if result["veq"] is not None else "") + "curves.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --eval: a saved model alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+def saved_config(folder):
+    """The flags of a finished run, as values of ClipConfig."""
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--eval {folder}: no run of train_clip.py ({type(error).__name__}: {error}); give its folder, e.g. out/clip-nano") from None
+    if not isinstance(saved, dict) or "text_length" not in saved:
+        raise BadInput(f"--eval {folder}: its config.json is not of train_clip.py; give the folder of one of its runs, e.g. out/clip-nano")
+    saved["tokenizer"] = "trajvit2" if isinstance(saved["tokenizer"], dict) else saved["tokenizer"]
+    # the tokenizer's weights are in the run's own file: not where it started from
+    return {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False)
+
+
+def evaluate_saved(cfg):
+    """Prints and writes what a saved model knows of --data: the world as after training; of a manifest, retrieval where there are
+    captions, probes and zero-shot classes where there are labels."""
+    trained_on = saved_config(cfg.eval)["data"]
+    encoding, device = data.load_encoding(cfg.text), setup(cfg)
+    model, _ = build(cfg, encoding)
+    model = load_weights(model, cfg.eval).to(device)
+    if cfg.data == "world":
+        _, test, test_batches, _ = open_data(cfg, "caption")
+        result, _, _ = evaluate(model, test, test_batches, cfg, device, encoding)
+        source = "world"
+    else:
+        entries = data.read_manifest(cfg.data)
+        if trained_on == cfg.data:                               # what it has learnt by heart proves nothing
+            entries = split_entries(entries, 0.25)[1]
+        result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
+        source = source.parent.name if source.stem == "manifest" else source.stem
+    path = Path(cfg.eval) / f"eval-{source}.json"
+    write_json(path, result | dict(data=cfg.data, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
+    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if trained_on == cfg.data else ""))
+    for key, value in result.items():
+        if isinstance(value, float):
+            print(f"  {key:28s} {value:8.1f}" if key.endswith("tokens") else f"  {key:28s} {100 * value:8.1f} %")
+        elif isinstance(value, int):
+            print(f"  {key:28s} {value:8d}")
+    print(f"wrote {path}")
+
+
+def evaluate_entries(model, entries, cfg, device, encoding):
+    """Entries of a manifest -> dict of scores."""
+    wanted = cfg.labels.split(",") if cfg.labels else None
+    if wanted and (missing := [l for l in wanted if not any(e["label"] == l for e in entries)]):
+        raise BadInput(f"--labels {','.join(missing)}: no entry of {cfg.data} has this label; it has {', '.join(sorted({e['label'] for e in entries if e['label']})[:20]) or 'none'}")
+    entries = [e for e in entries if not wanted or e["label"] in wanted]
+    check_masks(cfg, data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch))
+    batches = data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
+    clips, bad = embed(model, batches, len(batches), cfg, device, "clips", everything=True)
+    Damage().add(bad, math.inf)
+    if clips is None:
+        raise BadInput(f"--data {cfg.data}: not one clip can be read; the last: {bad[-1][1]}")
+    order = [j for b in clips.batches for j in b["index"]]
+    entries = [entries[j] for j in order]                        # as they were embedded, without the damaged ones
+    result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
+    captioned = [i for i, e in enumerate(entries) if e["caption"]]
+    if len(captioned) > 1:
+        # several captions of a video: each is a query of its own for text -> video; video -> text counts the best of them
+        pairs = [(n, text) for n, i in enumerate(captioned) for text in ([entries[i]["caption"]] if isinstance(entries[i]["caption"], str) else entries[i]["caption"])]
+        owner = torch.tensor([n for n, _ in pairs])
+        text, video = embed_texts(model, [text for _, text in pairs], cfg, device, encoding), clips.vectors[captioned]
+        right = owner[:, None] == torch.arange(len(captioned))
+        result |= dict(captions=len(pairs), chance_r5=min(5 / len(captioned), 1.0)) | recalls(text @ video.T, "t2v", right) | recalls(video @ text.T, "v2t", right.T)
+    names = sorted({e["label"] for e in entries if e["label"]})
+    if len(names) > 1:
+        result |= classify(model, [e for e in entries if e["label"]], clips, [i for i, e in enumerate(entries) if e["label"]], names, cfg, device, encoding)
+    if len(result) == 3:
+        raise BadInput(f"--data {cfg.data}: has neither two captions nor two labels; nothing can be scored")
+    return result
+
+
+def classify(model, entries, clips, where, names, cfg, device, encoding):
+    """Probes that never see the group they are tested on, beside one on raw pixels and chance; zero-shot classes from their names.
+    Groups are the entries' own ("group": a person, a scene), else four by a hash of the file's name. A class that occurs in one group only
+    cannot be learnt from the others: it is left out of the probes."""
+    groups = [e.get("group") or zlib.crc32(os.path.basename(e["path"]).encode()) % 4 for e in entries]
+    ids = {g: n for n, g in enumerate(sorted(set(groups), key=str))}
+    groups, y = torch.tensor([ids[g] for g in groups]), torch.tensor([names.index(e["label"]) for e in entries])
+    scores = clips.vectors[where] @ embed_texts(model, [cfg.text_of(name) for name in names], cfg, device, encoding).T
+    result = dict(classes=len(names), zero_shot=(scores.argmax(1) == y).float().mean().item(), zero_shot_chance=1 / len(names))
+    learnable = torch.tensor([len(groups[y == c].unique()) > 1 for c in range(len(names))])
+    keep = learnable[y]
+    if learnable.sum() < 2:
+        return result
+    y, groups, where = learnable.cumsum(0)[y[keep]] - 1, groups[keep], [i for i, k in zip(where, keep) if k]
+    out = nn.utils.rnn.pad_sequence([F.pad(clips.out[i], (0, 0, 0, int(not len(clips.out[i])))) for i in where], batch_first=True)   # of a clip without tokens: a zero
+    real = torch.arange(out.shape[1]) < torch.tensor([max(len(clips.out[i]), 1) for i in where])[:, None]
+    predictions = dict(linear=grouped_probe(clips.features[where], y, groups), attentive=attentive_probe(out, real, y, groups, cfg.heads),
+                       pixels=grouped_probe(clips.pixels[where], y, groups))
+    result |= dict(probe_clips=len(y), probe_classes=int(learnable.sum()), groups=len(groups.unique()), most_frequent_class=(y.bincount().max() / len(y)).item())
+    for name, predicted in predictions.items():
+        result[f"{name}_probe"] = (predicted == y).float().mean().item()
+        result[f"{name}_probe_balanced"] = torch.stack([(predicted[y == c] == c).float().mean() for c in y.unique()]).mean().item()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --compare: the paper's table
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (("appearance", "appearance", 100), ("motion", "motion", 100), ("t2v_r1", "t>v R@1", 100), ("t2v_r5", "t>v R@5", 100), ("v2t_r1", "v>t R@1", 100),
+           ("v2t_r5", "v>t R@5", 100), ("heldout_t2v_r5", "new t>v R@5", 100), ("live_tokens", "tokens", 1), ("gflops", "GFLOPs", 1),
+           ("clips_per_second", "clips/s", 1), ("peak_memory_gb", "GB", 1))
+
+
+def table(rows):
+    """{row: results of its seeds} -> lines of text, mean +- deviation over the seeds."""
+    def cell(results, key, times):
+        values = [times * r[key] for r in results if r.get(key) is not None]
+        return "-" if not values else f"{np.mean(values):.1f}" + (f" +-{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    lines = [["", *(name for _, name, _ in COLUMNS), "seeds"]]
+    lines += [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in lines]
+
+
+def flags(cfg):
+    """A configuration -> the command line that gives it."""
+    defaults, argv = ClipConfig(**CLIP_SIZES[cfg.size]), ["--size", cfg.size]
+    for field in dataclasses.fields(cfg):
+        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        if value != getattr(defaults, field.name) and field.name != "size":
+            argv += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+    return argv
+
+
+def compare(cfg):
+    """Trains each row with each seed in a process of its own (so that memory is the row's), a seed after the other; what is finished is
+    kept, what was stopped goes on. Prints the table and writes results/compare-<size>.json after every row."""
+    names = list(TOKENIZERS) if cfg.compare == "all" else cfg.compare.split(",")
+    if unknown := [n for n in names if n not in TOKENIZERS]:
+        raise BadInput(f"--compare {cfg.compare}: no tokenizer {', '.join(unknown)}; {', '.join(TOKENIZERS)}, or all")
+    seeds, steps, base = [int(s) for s in cfg.seeds.split(",")], dict.fromkeys(names, cfg.steps), Path(cfg.results)
+    by_steps = base / f"compare-{cfg.size}.json"
+    base.mkdir(parents=True, exist_ok=True)
+    if cfg.compare_by == "seconds":                              # the schedule needs a number of steps: as many as fit into trajvit2's time
+        try:
+            seconds = {name: np.mean([r["seconds"] for r in results]) for name, results in json.loads(by_steps.read_text())["rows"].items()}
+            steps = {name: max(round(cfg.steps * seconds["trajvit2"] / seconds[name]), 1) for name in names}
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
+                           f"run --compare with trajvit2 and {','.join(names)} first") from None
+    path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.size}-seconds.json", {name: [] for name in names}
+    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
+    for seed in seeds:
+        for name in names:
+            row = dataclasses.replace(cfg, **quiet, tokenizer=name, seed=seed, steps=steps[name], warmup=min(cfg.warmup, steps[name] // 2),
+                                      name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
+            rows[name].append(one_row(row))
+            write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),
+                                  gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, steps=steps, batch=cfg.batch, seeds=cfg.seeds, rows=rows))
+    print("\n" + "\n".join(table(rows)) + f"\nwrote {path}")
+
+
+def one_row(cfg):
+    """A finished run's result, after whatever of it is still to be done."""
+    folder = Path(cfg.out) / f"clip-{cfg.name}"
+    config, result = folder / "config.json", folder / "result.json"
+    if config.exists() and result.exists():
+        values, old = dataclasses.asdict(resolve(cfg)), json.loads(config.read_text())
+        differ = Run.differences(old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
+        if differ:
+            raise BadInput(f"{folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
+        print(f"{cfg.name}: finished before", flush=True)
+    else:
+        print(f"\n{cfg.name}", flush=True)
+        code = start([sys.executable, Path(__file__).resolve(), *flags(cfg), *(["--resume"] if config.exists() else [])])
+        if code:
+            raise SystemExit(code)                               # it has said itself why
+    return json.loads(result.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --bench: the paper's efficiency figure
+# ---------------------------------------------------------------------------------------------------------------------
+
+def most_gflops(cfg):
+    """GFLOPs of embedding one clip, at any size, without running it: tensors without numbers. Counts the worst case: all K trajectories alive,
+    no patch dropped; of given masks, which do not exist here, None."""
+    if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks:
+        return None
+    cfg = resolve(dataclasses.replace(cfg, compile=False))
+    with torch.device("meta"):
+        model, _ = build(cfg, data.load_encoding(cfg.text))
+        model.requires_grad_(False).eval().video.compact = False
+        video = torch.zeros(1, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+        return count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory))
+
+
+def bench_row(cfg, pipe):
+    """One tokenizer at one number of frames, in a process of its own -> dict, sent through the pipe."""
+    device = setup(cfg)
+    model, _ = build(cfg, data.load_encoding(cfg.text))
+    cfg = resolve(cfg)
+    model.to(device).video.compact = cfg.tokenizer != "trajvit2"             # untrained, its trajectories mean nothing: all of them are paid for
+    repeats, tokens = 3 if device.type == "cpu" else 10, []
+    clips = [data.finish(data.WorldBatches(world_of(cfg), cfg.bench_batch, data.VALIDATION)[i], device) for i in range(repeats)]     # they differ in what is kept
+
+    def run(backward, i=0):
+        model.requires_grad_(backward)
+        with precision(device, cfg.bf16):
+            encoded = model.video(clips[i]["video"], cfg.tokens_per_trajectory, clips[i]["labels"])
+        tokens.append(encoded.tokens.mask.float().sum(1).mean().item() if model.video.compact else encoded.tokens.z.shape[1])
+        if backward:
+            encoded.cls.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    row, rate = {}, matrix_rate(device)
+    for what, backward in (("forward", False), ("training", True)):
+        memory = peak_of(lambda: run(backward), device)          # also warms up
+        if memory is None:
+            break
+        run(backward)                                            # warm; the first one may have compiled
+        began = time.perf_counter()
+        for i in range(repeats):
+            run(backward, i)
+        speed = repeats * cfg.bench_batch / (time.perf_counter() - began)
+        counted = sum(count_gflops(lambda: run(backward, i)) for i in range(repeats)) / (repeats * cfg.bench_batch)
+        row |= {f"{what}_clips_per_second": speed, f"{what}_gflops": counted, f"{what}_memory_gb": memory, f"{what}_mfu": speed * counted * 1e9 / rate}
+    pipe.send(row | dict(tokens=float(np.mean(tokens)), parameters=sum(p.numel() for p in model.parameters())))
+
+
+def in_process(function, cfg):
+    """What function(cfg, pipe) sends, run in a process of its own; None if the system killed it for want of memory."""
+    context = torch.multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe()
+    process = context.Process(target=function, args=(cfg, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode != -9:
+            raise RuntimeError(f"a process of the benchmark ended with code {process.exitcode}") from None
+        return None
+    finally:
+        process.join()
+
+
+def bench(cfg):
+    """Every tokenizer at every number of frames -> a table, results/bench-clip-<size>.json and its picture."""
+    rows, last, base = [], {}, Path(cfg.results)
+    base.mkdir(parents=True, exist_ok=True)
+    device = setup(cfg)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{cfg.size}, {cfg.bench_batch} clip(s) at once, random weights; {device.type}, {machine}; trajvit2 with all {resolve(cfg).num_queries} trajectories alive, "
+          f"{cfg.tokens_per_trajectory} token(s) each; trajvit and rlt on made clips")
+    print("frames  tokenizer     tokens  GFLOPs   clips/s   memory GB   MFU    | training: clips/s   memory GB   MFU")
+    for frames in map(int, cfg.bench_frames.split(",")):
+        for name in TOKENIZERS:
+            one = dataclasses.replace(cfg, tokenizer=name, frames=frames, bench=False)
+            row = dict(frames=frames, tokenizer=name, most_gflops=most_gflops(one))
+            if cfg.bench_run and not (device.type == "cpu" and too_large(frames, last.get(name), free_memory_gb())):
+                measured = in_process(bench_row, one)
+                last[name] = (frames, measured.get("training_memory_gb") if measured else None)
+                row |= measured or {}
+            rows.append(row)
+            number = lambda key, form, times=1: f"{times * row[key]:{form}}" if row.get(key) is not None else "-".rjust(int(form.split(".")[0]))
+            print(f"{frames:6d}  {name:12s} {number('tokens', '7.0f')} {number('forward_gflops' if 'forward_gflops' in row else 'most_gflops', '8.1f')} "
+                  f"{number('forward_clips_per_second', '8.2f')} {number('forward_memory_gb', '11.2f')} {number('forward_mfu', '6.0f', 100)} %  | "
+                  f"{number('training_clips_per_second', '17.2f')} {number('training_memory_gb', '11.2f')} {number('training_mfu', '6.0f', 100)} %", flush=True)
+    path = base / f"bench-clip-{cfg.size}.json"
+    write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg)), device=f"{device.type}, {machine}", torch=torch.__version__, rows=rows))
+    panels = {}
+    for key, title in (("forward_gflops" if cfg.bench_run else "most_gflops", "gflops of a clip"), ("forward_clips_per_second", "clips a second"),
+                       ("training_clips_per_second", "clips a second in training"), ("training_memory_gb", "gb in training")):
+        lines = {name: [(r["frames"], r[key]) for r in rows if r["tokenizer"] == name and r.get(key)] for name in TOKENIZERS}
+        panels |= {title: lines} if any(lines.values()) else {}
+    draw_lines(path.with_suffix(".png"), panels)
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def draw_lines(path, panels, width=460, height=300):
+    """{title: {name: [(x, y)]}}, all above 0 -> a PNG, a panel each: both axes logarithmic, a colour for each name."""
+    sheets = []
+    for title, lines in panels.items():
+        image = np.full((height, width, 3), 255, np.uint8)
+        points = np.log(np.array([p for line in lines.values() for p in line], float))
+        (left, low), (right, high) = points.min(0), points.max(0)
+        top, bottom, begin, end = 34, height - 26, 60, width - 120
+        image[top:bottom, begin] = image[bottom, begin:end] = 150
+        for n, (name, line) in enumerate(lines.items()):
+            colour = palette(len(lines))[n]
+            write_text(image, name, top + 18 * n, end + 12, tuple(int(c) for c in colour))
+            if not line:
+                continue
+            x, y = np.log(np.array(line, float)).T
+            px, py = begin + (x - left) / max(right - left, 1e-9) * (end - begin - 4) + 2, bottom - 2 - (y - low) / max(high - low, 1e-9) * (bottom - top - 4)
+            fine = np.linspace(0, len(px) - 1, 4 * width)        # dense enough to look like a line
+            for dy in (0, 1):
+                image[(np.interp(fine, range(len(py)), py).astype(int) + dy).clip(0, height - 1), np.interp(fine, range(len(px)), px).astype(int)] = colour
+            for a, b in zip(px.astype(int), py.astype(int)):
+                image[max(b - 2, 0):b + 4, max(a - 2, 0):a + 4] = colour
+        write_text(image, title, 8, begin, (20, 20, 20))
+        write_text(image, f"{math.exp(high):.3g}", top, 2)
+        write_text(image, f"{math.exp(low):.3g}", bottom - 10, 2)
+        write_text(image, f"{math.exp(left):.0f}", bottom + 8, begin)
+        write_text(image, f"{math.exp(right):.0f} frames", bottom + 8, end - 80)
+        sheets.append(image)
+    sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2 if len(sheets) > 1 else 0)
+    step = min(len(sheets), 2)
+    write_png(path, np.concatenate([np.concatenate(sheets[i:i + step], 1) for i in range(0, len(sheets), step)], 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@data.one_line_errors
+def main(argv=None):
+    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    cfg = configure(ClipConfig, CLIP_SIZES, argv)
+    if cfg.eval:                                                 # defaults < what the run was made with < flags
+        return evaluate_saved(configure(ClipConfig, dict.fromkeys(CLIP_SIZES, saved_config(cfg.eval)), argv))
+    if cfg.compare:
+        return compare(configure(ClipConfig, COMPARE, argv))
+    if cfg.bench:
+        return bench(cfg)
+    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    processes = cfg.processes or max(gpus, 1)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return launch(__file__, argv, processes)
+    train(cfg)
 
 
 if __name__ == "__main__":
