@@ -3194,6 +3194,10 @@ def test_recalls_with_several_captions():
         best = [max(float(similarity[c, v]) for c in range(len(owner)) if owner[c] == v) for v in range(30)]
         ranks = [sum(float(similarity[c, v]) >= best[v] for c in range(len(owner)) if owner[c] != v) for v in range(30)]
         assert two[f"v2t_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
+    drawn = torch.stack([train_clip.recalls(torch.rand(37, 30), "x", right)["x_r5"] * torch.ones(1) for _ in range(400)]).mean()
+    assert train_clip.chance(right) == pytest.approx(5 / 30) == pytest.approx(drawn.item(), abs=0.01)
+    drawn = torch.stack([train_clip.recalls(torch.rand(30, 37), "x", right.T)["x_r5"] * torch.ones(1) for _ in range(400)]).mean()
+    assert train_clip.chance(right.T) == pytest.approx(drawn.item(), abs=0.015) and train_clip.chance(torch.eye(3, dtype=torch.bool)) == 1
 
 
 def test_grouped_probes_never_see_their_group():
@@ -3245,7 +3249,7 @@ def test_several_captions_and_groups_of_entries(clip_run, media):
     model, _ = train_clip.build(cfg, encoding)
     entries = [entry(media / f"clip{i}.mp4", [f"grey {i}", f"number {i}", "a clip"][:1 + i % 3]) | dict(label="ab"[i % 2], group=f"person {i // 2}") for i in range(6)]
     result = train_clip.evaluate_entries(model, entries, cfg, torch.device("cpu"), encoding)
-    assert result["captions"] == 12 and result["groups"] == 3 and result["probe_clips"] == 6 and result["most_frequent_class"] == 0.5
+    assert result["captions"] == 11 and result["chance_t2v_r5"] > 5 / 6 and result["groups"] == 3 and result["probe_clips"] == 6 and result["most_frequent_class"] == 0.5
     assert {"linear_probe", "attentive_probe", "pixels_probe", "linear_probe_balanced", "zero_shot"} <= set(result)
 
 
@@ -3326,6 +3330,9 @@ def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
     (["--heads", 3], "heads"), (["--text-length", 1], "--text-length 1"), (["--freeze-tokenizer"], "--init-tokenizer"),
     (["--device", "abacus"], "--device abacus"), (["--text", "nowhere"], "--text nowhere"), (["--num-queries", 0], "quer"),
     (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
+    (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
+    (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--acts", 3], "acts"), (["--compare", "vit3d,magic"], "magic"), (["--seeds", "a"], "--seeds a"),
+    (["--compare-by", "luck"], "steps or seconds"), (["--bench-frames", "8;9"], "--bench-frames"), (["--prompt", "a thing"], "--prompt"),
     (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""
@@ -3344,6 +3351,13 @@ def test_bad_manifests_are_refused(media, tmp_path, capsys, rows, flags, words):
     path = manifest(tmp_path / "m.json", [{"video": str(media / f"{row}.mp4")} | ({"caption": row} if captions else {}) for row in rows])
     assert words in refused(capsys, train_clip.main, *CLIP, *(f for f in flags if f != "captions"), "--data", path, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out/*/model.safetensors"))
+
+
+def test_given_masks_must_be_given(media, tmp_path, capsys):
+    """Catches: TrajViT on videos without sidecars, which would train on no token at all."""
+    path = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey {i}"} for i in range(4)])
+    assert "_mask.npz" in refused(capsys, train_clip.main, *CLIP, "--tokenizer", "trajvit", "--data", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_one_readable_training_clip_is_refused(media, tmp_path, capsys):

@@ -45,13 +45,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, palette, write_json, write_png
+from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, free_memory_gb, gather, launch,
-                     learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, precision, ranks,
-                     run_name, save_pictures, setup, sigterm, split_entries, start, sum_gradients, tokenizer_config, too_large, total, world_of,
-                     write_text, write_weights)
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, free_memory_gb, gather, in_process,
+                     launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
+                     ranks, run_name, save_pictures, setup, sigterm, split_entries, start, sum_gradients, tokenizer_config, too_large, total,
+                     world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -671,6 +671,13 @@ def recalls(similarity, prefix, right=None):
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
+def chance(right, n=5):
+    """R@n of a random order: the mean over queries of P(one of its answers is among n of all candidates)."""
+    count = right.shape[1]
+    n = min(n, count)
+    return float(np.mean([1 - math.comb(count - r, n) / math.comb(count, n) for r in right.sum(1).tolist()]))
+
+
 def logistic(x, y, penalty, classes):
     """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
     learning rate to tune, the same answer every time."""
@@ -885,6 +892,8 @@ def train(cfg):
             if stop:                                             # one process was told: all save, and end at the same step
                 run.save(model, optimizer, step)
                 print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
+                if world > 1:
+                    dist.destroy_process_group()
                 raise SystemExit(143)
             if not clips:
                 continue
@@ -1031,12 +1040,14 @@ def evaluate_entries(model, entries, cfg, device, encoding):
     result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
     captioned = [i for i, e in enumerate(entries) if e["caption"]]
     if len(captioned) > 1:
-        # several captions of a video: each is a query of its own for text -> video; video -> text counts the best of them
-        pairs = [(n, text) for n, i in enumerate(captioned) for text in ([entries[i]["caption"]] if isinstance(entries[i]["caption"], str) else entries[i]["caption"])]
-        owner = torch.tensor([n for n, _ in pairs])
-        text, video = embed_texts(model, [text for _, text in pairs], cfg, device, encoding), clips.vectors[captioned]
-        right = owner[:, None] == torch.arange(len(captioned))
-        result |= dict(captions=len(pairs), chance_r5=min(5 / len(captioned), 1.0)) | recalls(text @ video.T, "t2v", right) | recalls(video @ text.T, "v2t", right.T)
+        # several captions of a video: each is a query of its own, and video -> text counts the best of them. One text that several videos
+        # have (a label spelt out) is one query, and any of these videos answers it: among equals there is no right one to find
+        texts = [[e["caption"]] if isinstance(e["caption"], str) else e["caption"] for e in (entries[i] for i in captioned)]
+        distinct = sorted({text for own in texts for text in own})
+        right = torch.tensor([[text in own for own in texts] for text in distinct])                  # (texts, videos)
+        text, video = embed_texts(model, distinct, cfg, device, encoding), clips.vectors[captioned]
+        result |= dict(captions=len(distinct)) | recalls(text @ video.T, "t2v", right) | recalls(video @ text.T, "v2t", right.T)
+        result |= dict(chance_t2v_r5=chance(right), chance_v2t_r5=chance(right.T))
     names = sorted({e["label"] for e in entries if e["label"]})
     if len(names) > 1:
         result |= classify(model, [e for e in entries if e["label"]], clips, [i for i, e in enumerate(entries) if e["label"]], names, cfg, device, encoding)
@@ -1197,24 +1208,6 @@ def bench_row(cfg, pipe):
     pipe.send(row | dict(tokens=float(np.mean(tokens)), parameters=sum(p.numel() for p in model.parameters())))
 
 
-def in_process(function, cfg):
-    """What function(cfg, pipe) sends, run in a process of its own; None if the system killed it for want of memory."""
-    context = torch.multiprocessing.get_context("spawn")
-    pipe, there = context.Pipe()
-    process = context.Process(target=function, args=(cfg, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        return pipe.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode != -9:
-            raise RuntimeError(f"a process of the benchmark ended with code {process.exitcode}") from None
-        return None
-    finally:
-        process.join()
-
-
 def bench(cfg):
     """Every tokenizer at every number of frames -> a table, results/bench-clip-<size>.json and its picture."""
     rows, last, base = [], {}, Path(cfg.results)
@@ -1228,6 +1221,7 @@ def bench(cfg):
         for name in TOKENIZERS:
             one = dataclasses.replace(cfg, tokenizer=name, frames=frames, bench=False)
             row = dict(frames=frames, tokenizer=name, most_gflops=most_gflops(one))
+            # what would not fit is not tried: the system kills what asks for too much
             if cfg.bench_run and not (device.type == "cpu" and too_large(frames, last.get(name), free_memory_gb())):
                 measured = in_process(bench_row, one)
                 last[name] = (frames, measured.get("training_memory_gb") if measured else None)
@@ -1244,40 +1238,8 @@ def bench(cfg):
                        ("training_clips_per_second", "clips a second in training"), ("training_memory_gb", "gb in training")):
         lines = {name: [(r["frames"], r[key]) for r in rows if r["tokenizer"] == name and r.get(key)] for name in TOKENIZERS}
         panels |= {title: lines} if any(lines.values()) else {}
-    draw_lines(path.with_suffix(".png"), panels)
+    plot_lines(path.with_suffix(".png"), panels)
     print(f"wrote {path} and {path.with_suffix('.png')}")
-
-
-def draw_lines(path, panels, width=460, height=300):
-    """{title: {name: [(x, y)]}}, all above 0 -> a PNG, a panel each: both axes logarithmic, a colour for each name."""
-    sheets = []
-    for title, lines in panels.items():
-        image = np.full((height, width, 3), 255, np.uint8)
-        points = np.log(np.array([p for line in lines.values() for p in line], float))
-        (left, low), (right, high) = points.min(0), points.max(0)
-        top, bottom, begin, end = 34, height - 26, 60, width - 120
-        image[top:bottom, begin] = image[bottom, begin:end] = 150
-        for n, (name, line) in enumerate(lines.items()):
-            colour = palette(len(lines))[n]
-            write_text(image, name, top + 18 * n, end + 12, tuple(int(c) for c in colour))
-            if not line:
-                continue
-            x, y = np.log(np.array(line, float)).T
-            px, py = begin + (x - left) / max(right - left, 1e-9) * (end - begin - 4) + 2, bottom - 2 - (y - low) / max(high - low, 1e-9) * (bottom - top - 4)
-            fine = np.linspace(0, len(px) - 1, 4 * width)        # dense enough to look like a line
-            for dy in (0, 1):
-                image[(np.interp(fine, range(len(py)), py).astype(int) + dy).clip(0, height - 1), np.interp(fine, range(len(px)), px).astype(int)] = colour
-            for a, b in zip(px.astype(int), py.astype(int)):
-                image[max(b - 2, 0):b + 4, max(a - 2, 0):a + 4] = colour
-        write_text(image, title, 8, begin, (20, 20, 20))
-        write_text(image, f"{math.exp(high):.3g}", top, 2)
-        write_text(image, f"{math.exp(low):.3g}", bottom - 10, 2)
-        write_text(image, f"{math.exp(left):.0f}", bottom + 8, begin)
-        write_text(image, f"{math.exp(right):.0f} frames", bottom + 8, end - 80)
-        sheets.append(image)
-    sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2 if len(sheets) > 1 else 0)
-    step = min(len(sheets), 2)
-    write_png(path, np.concatenate([np.concatenate(sheets[i:i + step], 1) for i in range(0, len(sheets), step)], 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

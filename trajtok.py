@@ -697,6 +697,38 @@ def plot(path, curves, width=460, height=240):
     write_png(path, np.concatenate([np.concatenate(panels[i:i + 2], 1) for i in range(0, len(panels), 2)], 0))
 
 
+def plot_lines(path, panels, width=460, height=300):
+    """{title: {name: [(x, y)]}}, all above 0 -> a PNG, a panel each: both axes logarithmic, a colour for each name."""
+    sheets = []
+    for title, lines in panels.items():
+        image = np.full((height, width, 3), 255, np.uint8)
+        points = np.log(np.array([p for line in lines.values() for p in line], float))
+        (left, low), (right, high) = points.min(0), points.max(0)
+        top, bottom, begin, end = 34, height - 26, 60, width - 120
+        image[top:bottom, begin] = image[bottom, begin:end] = 150
+        for n, (name, line) in enumerate(lines.items()):
+            colour = palette(len(lines))[n]
+            write_text(image, name, top + 18 * n, end + 12, tuple(int(c) for c in colour))
+            if not line:
+                continue
+            x, y = np.log(np.array(line, float)).T
+            px, py = begin + (x - left) / max(right - left, 1e-9) * (end - begin - 4) + 2, bottom - 2 - (y - low) / max(high - low, 1e-9) * (bottom - top - 4)
+            fine = np.linspace(0, len(px) - 1, 4 * width)        # dense enough to look like a line
+            for dy in (0, 1):
+                image[(np.interp(fine, range(len(py)), py).astype(int) + dy).clip(0, height - 1), np.interp(fine, range(len(px)), px).astype(int)] = colour
+            for a, b in zip(px.astype(int), py.astype(int)):
+                image[max(b - 2, 0):b + 4, max(a - 2, 0):a + 4] = colour
+        write_text(image, title, 8, begin, (20, 20, 20))
+        for value, y in ((math.exp(high), top), (math.exp(low), bottom - 10)):
+            write_text(image, f"{value:.0f}" if value >= 1000 else f"{value:.3g}", y, 2)
+        write_text(image, f"{math.exp(left):.0f}", bottom + 8, begin)
+        write_text(image, f"{math.exp(right):.0f} frames", bottom + 8, end - 80)
+        sheets.append(image)
+    sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2 if len(sheets) > 1 else 0)
+    step = min(len(sheets), 2)
+    write_png(path, np.concatenate([np.concatenate(sheets[i:i + step], 1) for i in range(0, len(sheets), step)], 0))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # python trajtok.py pretrain
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1121,6 +1153,24 @@ class Worker:
         if self.process.is_alive():
             self.pipe.send(None)
         self.process.join()
+
+
+def in_process(function, cfg):
+    """What function(cfg, pipe) sends, run in a process of its own; None if the system killed it for want of memory."""
+    context = torch.multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe()
+    process = context.Process(target=function, args=(cfg, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode != -9:
+            raise RuntimeError(f"a process of the benchmark ended with code {process.exitcode}") from None
+        return None
+    finally:
+        process.join()
 
 
 def bench(argv):
