@@ -2759,7 +2759,7 @@ def test_a_runs_tokenizer_can_be_taken_out_and_shown(clip_run, tmp_path):
     assert (tmp_path / "world-trajectories.png").exists()
 
 
-def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys):
+def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys, monkeypatch):
     """Catches: a damaged file that ends a run or hides, made-up scores for what real video does not tell."""
     rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(5)] + [{"video": str(media / "text.mp4"), "caption": "none"}]
     run(train_clip.main, *CLIP, "--steps", 3, "--augment", "--data", manifest(tmp_path / "m.json", rows), "--name", "m", "--out", tmp_path / "out")
@@ -2769,6 +2769,10 @@ def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys):
     assert result["appearance"] is None and result["motion"] is None and result["veq"] is None and result["clips"] >= 1
     assert all("contrastive" in line and "focal" not in line for line in log(folder)) and len(log(folder)) == 3
     assert capsys.readouterr().err.count("text.mp4") == 1
+    taken = []                                                   # evaluated alone on the same manifest: only what was held out
+    monkeypatch.setattr(train_clip, "evaluate_entries", lambda model, entries, *_: taken.extend(entries) or dict(clips=len(entries)))
+    run(train_clip.main, "--eval", folder)
+    assert taken == trajtok.split_entries(data.read_manifest(tmp_path / "m.json"), 0.25)[1] and len(taken) < 6
 
 
 def test_pretrained_tokenizers_can_be_frozen(tmp_path):
@@ -3168,10 +3172,13 @@ def test_ways_to_compute_are_the_same_computation(tmp_path, monkeypatch):
     """Catches: a flag that changes what is computed, draws random numbers anew in the backward pass, or ends in an error."""
     monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
     lines = {}
-    for name in ("plain", "recompute", "bf16", "fused"):
-        run(train_clip.main, *CLIP, *([f"--{name}"] if name != "plain" else []), "--name", name, "--out", tmp_path)
+    compile_ = nn.Module.compile                                 # traced, but not translated to C++, which takes minutes
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, backend="eager", dynamic=dynamic))
+    for name in ("plain", "recompute", "bf16", "fused", "compile"):
+        flags = {"plain": [], "compile": ["--compile", "--steps", 1]}.get(name, [f"--{name}"])       # a second step would be traced anew
+        run(train_clip.main, *CLIP, *flags, "--name", name, "--out", tmp_path)
         lines[name] = log(tmp_path / f"clip-{name}")
-        for one, two in zip(lines["plain"], lines[name], strict=True):
+        for one, two in zip(lines["plain"], lines[name]):
             for key in ("contrastive", "focal", "dice", "gradient_norm"):
                 assert one[key] == pytest.approx(two[key], rel=0.1 if name == "bf16" else 1e-4), name
     assert lines["plain"][0]["contrastive"] != lines["bf16"][0]["contrastive"], "nothing was computed in bfloat16"
