@@ -3133,7 +3133,12 @@ def test_sigterm_saves_and_a_resumed_run_is_the_same(tmp_path, monkeypatch, worl
     a, b = (without_clock(log(tmp_path / name / "clip-nano")) for name in "ab")
     assert [line["step"] for line in b] == list(range(7)) and a == b
     assert all(line["clips"] == 4 * world for line in a)
-    if world == 2:                                               # another number of processes would have seen other clips
+    if world == 2:                                               # the same clips as one process with twice the batch, dealt out in turn
+        monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
+        run(train_clip.main, *argv, "--batch", 8, "--name", "alone", "--out", tmp_path)
+        for one, two in zip(a[:3], log(tmp_path / "clip-alone")):
+            assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in ("contrastive", "focal", "dice", "gradient_norm", "tokens"))
+        # another number of processes would have seen other clips
         with pytest.raises(SystemExit) as stop:
             run(train_clip.main, *argv, "--out", tmp_path / "b", "--resume")
         assert stop.value.code == 2
