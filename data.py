@@ -935,6 +935,7 @@ def read_manifest(path):
         for key in ("mask", "graph"):
             given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
             entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
+        entry |= {"group": str(row["group"])} if row.get("group") is not None else {}              # a person, a scene: probes keep them apart
         entries.append(entry)
     return entries
 

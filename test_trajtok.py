@@ -3238,7 +3238,10 @@ def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
     rows += [{"video": str(media / "text.mp4"), "caption": "none", "label": "fast"}]
     path = manifest(tmp_path / "m.json", rows)
     capsys.readouterr()
-    run(train_clip.main, "--eval", clip_run, "--data", path)
+    for row_, group in zip(rows, "aabbcc"):
+        row_["group"] = group
+    run(train_clip.main, "--eval", clip_run, "--data", manifest(path, rows))
+    assert json.loads((clip_run / "eval-m.json").read_text())["groups"] == 3     # the manifest's, not a hash's
     result = json.loads((clip_run / "eval-m.json").read_text())
     assert result["clips"] == 6 and result["left_out"] == 1 and result["captions"] == 6 and result["classes"] == 3
     assert all(0 <= result[k] <= 1 for k in ("t2v_r1", "v2t_r5", "zero_shot")) and "zero_shot" in capsys.readouterr().out

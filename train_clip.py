@@ -681,7 +681,7 @@ def chance(right, n=5):
 def logistic(x, y, penalty, classes):
     """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
     learning rate to tune, the same answer every time."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
+    mean, std = x.mean(0), (x.std(0) if len(x) > 1 else torch.zeros(x.shape[1])) + 1e-6
     x = (x.double() - mean) / std
     w = torch.zeros(x.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")

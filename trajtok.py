@@ -16,7 +16,7 @@
     python trajtok.py bench --size large --frames 8,16           # speed and memory beside the straightforward implementation
 
 The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
-rate's schedule, checkpoints that survive a kill at any moment, the log, and pictures.
+rate's schedule, several processes, checkpoints that survive a kill at any moment, the log, and pictures.
 """
 from __future__ import annotations
 
