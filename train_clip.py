@@ -810,10 +810,19 @@ def embed_texts(model, texts, cfg, device, encoding):
                           for i in range(0, len(texts), 256)])
 
 
-def retrieval(model, embedded, cfg, device, encoding):
-    """Recalls both ways among clips that have one caption each."""
-    text = embed_texts(model, [c for b in embedded.batches for c in b["caption"]], cfg, device, encoding)
-    return recalls(text @ embedded.vectors.T, "t2v") | recalls(embedded.vectors @ text.T, "v2t")
+def captions_of(embedded):
+    """Of each embedded clip its captions, a list: a manifest may have several, of which `caption` is one (`captions`: all)."""
+    return [own for b in embedded.batches for own in b.get("captions") or [[c] for c in b["caption"]]]
+
+
+def retrieval(model, vectors, captions, cfg, device, encoding):
+    """Recalls both ways among n videos: unit vectors (n, e), captions: n lists of texts -> dict, and bool (texts, n), True = an answer. Several
+    captions of a video: each is a query of its own, and video -> text counts the best of them (SPECS 2). One text that several videos
+    have (a label spelt out) is one query, and any of these videos answers it: among equals there is no right one to find."""
+    texts = sorted({text for own in captions for text in own})
+    right = torch.tensor([[text in own for own in captions] for text in texts])
+    text = embed_texts(model, texts, cfg, device, encoding)
+    return recalls(text @ vectors.T, "t2v", right) | recalls(vectors @ text.T, "v2t", right.T), right
 
 
 def evaluate(model, test, test_batches, cfg, device, encoding):
@@ -822,14 +831,14 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     clips, bad = embed(model, test, test_batches, cfg, device, "held-out clips")
     if clips is None:
         raise BadInput(f"--data {cfg.data}: not one held-out clip can be read; the last: {bad[-1][1]}")
-    result = retrieval(model, clips, cfg, device, encoding) | dict(clips=len(clips.vectors), live_tokens=clips.live)
+    result = retrieval(model, clips.vectors, captions_of(clips), cfg, device, encoding)[0] | dict(clips=len(clips.vectors), live_tokens=clips.live)
     result |= dict(appearance=None, motion=None)
     if cfg.data == "world":
         world, size = world_of(cfg), cfg.batch
         if cfg.heldout_clips:
             novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT, cfg.heldout_clips))
             novel, _ = embed(model, novel, -(-cfg.heldout_clips // size), cfg, device, "new combinations")
-            result |= {f"heldout_{k}": v for k, v in retrieval(model, novel, cfg, device, encoding).items()}
+            result |= {f"heldout_{k}": v for k, v in retrieval(model, novel.vectors, captions_of(novel), cfg, device, encoding)[0].items()}
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (data.TEST, max(cfg.probe_clips // 2, 1))]
         split = [embed(model, data.WorldBatches(world, size, begin), -(-n // size), cfg, device, "probe clips")[0] for begin, n in sets]
@@ -1040,13 +1049,9 @@ def evaluate_entries(model, entries, cfg, device, encoding):
     result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
     captioned = [i for i, e in enumerate(entries) if e["caption"]]
     if len(captioned) > 1:
-        # several captions of a video: each is a query of its own, and video -> text counts the best of them. One text that several videos
-        # have (a label spelt out) is one query, and any of these videos answers it: among equals there is no right one to find
-        texts = [[e["caption"]] if isinstance(e["caption"], str) else e["caption"] for e in (entries[i] for i in captioned)]
-        distinct = sorted({text for own in texts for text in own})
-        right = torch.tensor([[text in own for own in texts] for text in distinct])                  # (texts, videos)
-        text, video = embed_texts(model, distinct, cfg, device, encoding), clips.vectors[captioned]
-        result |= dict(captions=len(distinct)) | recalls(text @ video.T, "t2v", right) | recalls(video @ text.T, "v2t", right.T)
+        captions = [[e["caption"]] if isinstance(e["caption"], str) else e["caption"] for e in (entries[i] for i in captioned)]
+        scores, right = retrieval(model, clips.vectors[captioned], captions, cfg, device, encoding)
+        result |= scores | dict(captions=len(right))
         result |= dict(chance_t2v_r5=chance(right), chance_v2t_r5=chance(right.T))
     names = sorted({e["label"] for e in entries if e["label"]})
     if len(names) > 1:
