@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -190,6 +191,13 @@ MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: gr
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
 
+# The skinned world (World.textures). CHOICE: an eighth of its clips stay exactly what the plain world shows; in the others a surface wears a
+# picture three times out of four, and every other object has an irregular outline, the eleventh class of appearance.
+SKINNED_CLIPS, SKINNED_SURFACES, IRREGULAR = 0.875, 0.75, 0.5
+BLOB, BLOBS = len(SHAPES), 118                                   # `shape` 10 .. 127: irregular outlines, "blob" in words
+TEXTURE_SIDE, TEXTURES_MOST, FRAMES_MOST = 256, 256, 4           # pixels of a side; pictures in all; frames of one clip
+DEFORM = 0.15                                                    # largest wobble, in radii
+
 
 def held_out(shape, colour):
     """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape; in the HELDOUT
@@ -207,6 +215,7 @@ class World:
     acts: int = 1                   # acts that the subject performs one after another; more for long clips
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
+    textures: str | None = None     # a folder of pictures and clips that objects and grounds are painted with
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
@@ -221,8 +230,8 @@ class Dice:
     """Random choices for a script. Only raw doubles of PCG64 are used: numpy keeps a bit generator's stream for ever, but
     may change how its higher-level methods consume it. One draw of a block is faster than many draws of one."""
 
-    def __init__(self, index):
-        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, index))))
+    def __init__(self, *index):
+        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, *index))))
         self.block, self.at = self.rng.random(256).tolist(), 0
 
     def __call__(self, low=0.0, high=1.0):
@@ -352,8 +361,10 @@ def script(index, world=World()):
     light (T, 3): gain per colour; place (8, T, 4): x, y, radius, angle of each object on the *screen*, painted in order
     of the first axis (object 0 lies deepest); shape (8,), count: objects that exist; surface (12, 11): texture kind,
     tiles per unit, cos, sin, shading, colour A (3), colour B (3) of grounds 0..3 and objects 4..11.
-    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index."""
+    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index.
+    Of a skinned world also skin and bend: see `dress`."""
     dice = Dice(index)
+    skinner = None if world.textures is None else Dice(index, 1)             # a stream of its own: pictures do not change who does what
     T = world.frames
     tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
 
@@ -376,6 +387,9 @@ def script(index, world=World()):
         taken.add(mark)
         looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
                           r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
+    dressed = skinner is not None and skinner() < SKINNED_CLIPS
+    if dressed:
+        disguise(looks, skinner, subject=index < HELDOUT)
 
     # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
     program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
@@ -463,6 +477,8 @@ def script(index, world=World()):
         light *= np.exp(((tau - 1) if brighter else -tau) * 0.6)[:, None]
         shine = "gets lighter" if brighter else "gets darker"
     light *= 1 + 0.06 * np.array([dice(-1, 1), dice(-1, 1), dice(-1, 1)])    # the tint of the whole clip
+    if dressed and world.camera:
+        film_by_hand(camera, paths[0, :, :2], tau, skinner)
 
     # -- everything onto the screen, in painting order
     place = paths.copy()
@@ -484,13 +500,65 @@ def script(index, world=World()):
         surface[MAX_GROUNDS + slot] = (look["texture"], dice(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
         shape[slot] = look["shape"]
     place[:count] = place[order]
+    skins = dress(looks, order, names, tau, skinner, dressed) if skinner else {}
 
     scene = dict(looks=looks, acts=acts, side=side, names=names, filmed=filmed, shine=shine, paths=paths, place=place,
                  order=order, T=T)
     return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
                 light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
                 surface=surface.astype(np.float32), caption=describe(scene, dice), qa=questions(scene, dice),
-                appearance=looks[0]["shape"], motion=MOTIONS.index(program))
+                appearance=min(looks[0]["shape"], BLOB), motion=MOTIONS.index(program), **skins)
+
+
+def disguise(looks, dice, subject):
+    """Of a skinned clip: which objects wear a picture, and which have an irregular outline (in place). CHOICE: captions stay true. A
+    picture hides the colour, so none is told: "a textured star"; an irregular outline is a "blob", whatever it wears; sizes are not told,
+    since the camera may stand nearer. subject: may the subject change? Not in the HELDOUT range, which asks for its shape and colour."""
+    for j, look in enumerate(looks):
+        skinned, irregular, which = dice() < SKINNED_SURFACES, dice() < IRREGULAR, dice.integer(BLOBS)
+        look["size"] = "medium"
+        if j or subject:
+            look.update(skinned=skinned, shape=BLOB + which if irregular else look["shape"])
+
+
+def film_by_hand(camera, subject, tau, dice):
+    """Of a skinned clip: the camera (T, 3) of real footage, in place: nearer or farther, never quite still, and sometimes after the subject
+    (T, 2), so that the ground moves and the subject does not. Contacts and depths are those of the script: all are filmed alike."""
+    camera[:, 2] *= math.exp(dice(-0.1, 0.45))
+    shake = dice.pick((0.0, 0.006, 0.02))
+    for axis in (0, 1):
+        camera[:, axis] += shake * np.sin(dice(3, 12) * tau + dice(0, 6.3))
+    follow, chosen = dice(0.4, 0.8), dice() < 0.3
+    if chosen:
+        camera[:, :2] += follow * (subject - subject.mean(0))
+
+
+def dress(looks, order, names, tau, dice, dressed):
+    """skin (12, 8) of grounds 0..3 and objects 4..11: which picture, as a fraction of the folder (-1: none, the plain surface), two rows
+    (du, dv, 1) that take the surface's own coordinates to the picture's in [0, 1), and a gain; bend (8, T, 5) of objects: stretch
+    along the own axes, wobble, its frequency and its phase (see `rasterise`). In `names` skinned grounds become "textured ground"."""
+    skin, bend = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 8), np.float32), np.zeros((MAX_OBJECTS, len(tau), 5), np.float32)
+    skin[:, 0], bend[:, :, :2] = -1, 1
+    if not dressed:
+        return dict(skin=skin, bend=bend)
+
+    def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
+        cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
+        return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
+    for i in range(len(names)):                                  # grounds stand nearly upright, as pictures do
+        chosen, worn = dice() < SKINNED_SURFACES, picture(dice(0.6, 1.3), dice(-0.3, 0.3))
+        if chosen:
+            skin[i], names[i] = worn, "textured ground"
+    for slot, j in enumerate(order):
+        worn = picture(math.exp(dice(math.log(0.08), math.log(0.5))), dice(0, 2 * math.pi))
+        free = looks[j]["shape"] >= BLOB                         # named shapes wobble a little: a star remains a star
+        thin, sway, wobble, speed, phase = dice(0.5, 1.0), dice(0, 0.12), dice(0, DEFORM), dice(-4, 4), dice(0, 6.3)
+        breath = sway * np.sin(speed * tau + phase) if free else 0 * tau
+        bend[slot, :, 0], bend[slot, :, 1] = np.exp(breath) * 0.88, np.exp(-breath) * (0.88 * thin if free else 0.88)
+        bend[slot, :, 2], bend[slot, :, 3], bend[slot, :, 4] = wobble if free else 0.3 * wobble, dice(1.5, 4.0), speed * tau + phase
+        if looks[j].get("skinned"):
+            skin[MAX_GROUNDS + slot] = worn
+    return dict(skin=skin, bend=bend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +584,11 @@ def a(phrase):
 
 
 def name_of(look, full=True):
-    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip)."""
+    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip). With a picture on it
+    'textured star', which need not be unique."""
+    if look["shape"] >= BLOB or look.get("skinned"):
+        colour = "textured" if look.get("skinned") else list(COLOURS)[look["colour"]]
+        return f"{colour} {'blob' if look['shape'] >= BLOB else SHAPES[look['shape']]}"
     words = [look["size"] if full and look["size"] != "medium" else "", list(COLOURS)[look["colour"]],
              TEXTURES[look["texture"]] if full and look["texture"] else "", SHAPES[look["shape"]]]
     return " ".join(w for w in words if w)
@@ -535,7 +607,7 @@ def describe(scene, dice):
     doing = " and then ".join(act_words(act, dice, partner if i == 0 else "it") for i, act in enumerate(scene["acts"]))
     if scene["acts"][0][0] in SOLO and any(p not in SOLO for p, _ in scene["acts"]):     # "it" must have been named
         doing = doing.replace(" it", " " + partner, 1)
-    ground = " and ".join(names[:2]) if dice() < 0.8 else names[0]
+    ground = " and ".join(dict.fromkeys(names[:2])) if dice() < 0.8 else names[0]
     where = dice.pick(("on", "over", "against")) + " " + ground
     used = 2 if scene["acts"][0][0] not in SOLO else 1
     rest = looks[used:]
@@ -567,41 +639,51 @@ def visible_side(x):
 
 def questions(scene, dice):
     """Question-answer pairs with one-word (or one-phrase) answers, all decidable from the pixels:
-    what, where, count, first, after, behind."""
+    what, where, count, first, after, behind. Of a skinned clip those whose words or answer a picture hides are left out."""
     looks, acts, place, order = scene["looks"], scene["acts"], scene["place"], scene["order"]
     slot = {j: s for s, j in enumerate(order)}
     qa = []
 
-    def ask(kind, question, answer):
-        qa.append(dict(type=kind, question=question, answer=answer))
+    called = [name_of(look, False) for look in looks]
+    hidden = any(look.get("skinned") for look in looks)          # its colour, that is
+
+    def ask(kind, question, answer, *about):                     # about: the objects that the question names
+        if all(called.count(called[j]) == 1 for j in about):
+            qa.append(dict(type=kind, question=question, answer=answer))
 
     subject = looks[0]
-    colour, shape = list(COLOURS)[subject["colour"]], SHAPES[subject["shape"]]
-    if place[:len(looks), :, 2].mean(1).argmax() == slot[0]:
+    colour, shape = list(COLOURS)[subject["colour"]], (*SHAPES, "blob")[min(subject["shape"], BLOB)]
+    largest = place[:len(looks), :, 2].mean(1).argmax() == slot[0]
+    if largest and not subject.get("skinned"):
         ask("what", "What colour is the largest object?", colour)
-    ask("what", f"What shape is the largest object, the {colour} one?", shape)
-    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0])
-    ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
-    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]))
+    if not hidden:
+        ask("what", f"What shape is the largest object, the {colour} one?", shape)
+    elif largest:
+        ask("what", "What shape is the largest object?", shape)
+    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0], 0)
+    if "textured ground" not in scene["names"]:
+        ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
+    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]), 0)
     ask("count", "How many objects are there?", str(len(looks)))
     counted = dice.pick(tuple(COLOURS))
-    ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
+    if not hidden:
+        ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
     starts = {j: s[0] for j, s in enumerate(scene["side"]) if s}
     starts[0] = 0
     late = [j for j in starts if starts[j] > 0]
     if late:                                                     # the subject moves from the first frame on
         pair = dice.shuffled([0, late[0]])
         ask("first", f"Which moves first, the {name_of(looks[pair[0]], False)} or the {name_of(looks[pair[1]], False)}?",
-            name_of(subject, False))
+            name_of(subject, False), *pair)
     for (before, _), (after, _) in zip(acts, acts[1:]):
-        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after)
+        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after, 0)
         break
     if len(looks) > 1:
         passes = {p for p, _ in acts} & {"behind", "front"}
         way = dice.pick(("behind", "front"))
         word = {"behind": "behind", "front": "in front of"}[way]
         ask("behind", f"Did the {name_of(subject, False)} pass {word} the {name_of(looks[1], False)}?",
-            "yes" if way in passes else "no")
+            "yes" if way in passes else "no", 0, 1)
     return qa
 
 
@@ -637,25 +719,130 @@ def atlas(device):
 
 def stack(scripts):
     """A list of scripts -> one dict of tensors with a leading batch axis (words stay out)."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
-    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys}
+    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface", "skin", "bend")
+    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys if k in scripts[0]}
+
+
+@functools.lru_cache(maxsize=None)
+def outlines(device):
+    """bool (10 + BLOBS, R, R): the ten shapes, then irregular outlines: wavy circles, bodies with limbs, polygons, pairs of shapes. They
+    are what lets a segmenter learn "what moves together" instead of ten silhouettes."""
+    dice, g = Dice(2 ** 40), (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
+    named, found = atlas(torch.device("cpu"))[0].numpy(), []
+
+    def wavy():
+        waves = [(k, dice(0, 0.5) / k, dice(0, 6.3)) for k in range(1, 8)]
+        return lambda x, y: np.hypot(x, y) < 0.6 * (1 + sum(a * np.cos(k * np.arctan2(y, x) + p) for k, a, p in waves))
+
+    def limbs():                                                 # capsules from one point: (angle, length, thickness)
+        some = [(dice(0, 6.3), dice(0.4, 1.2), dice(0.12, 0.3)) for _ in range(2 + dice.integer(5))]
+        body = dice(0.2, 0.45)
+
+        def inside(x, y):
+            hit = np.hypot(x, y) < body
+            for angle, length, thick in some:
+                along = (x * math.cos(angle) + y * math.sin(angle)).clip(0, length)
+                hit |= np.hypot(x - along * math.cos(angle), y - along * math.sin(angle)) < thick
+            return hit
+        return inside
+
+    def polygon():
+        sides = sorted(dice(0, 6.3) for _ in range(3 + dice.integer(4))) + [0.0, 2.1, 4.2]               # the last three close it
+        far = [dice(0.3, 0.9) for _ in sides]
+        return lambda x, y: np.all([x * math.cos(angle) + y * math.sin(angle) < d for angle, d in zip(sides, far)], 0)
+
+    def pair():
+        parts = [(named[dice.integer(len(SHAPES))], dice(-0.3, 0.3), dice(-0.3, 0.3), dice(0.5, 0.9)) for _ in range(2)]
+
+        def inside(x, y):
+            hit = np.zeros(x.shape, bool)
+            for table, cx, cy, r in parts:
+                u, v = (x - cx) / r, (y - cy) / r
+                cell = [((q + 1) * SHAPE_RES / 2).astype(int).clip(0, SHAPE_RES - 1) for q in (v, u)]
+                hit |= (abs(u) < 1) & (abs(v) < 1) & table[cell[0], cell[1]]
+            return hit
+        return inside
+    coarse = np.meshgrid(g[::4] * 2, g[::4] * 2)
+    while len(found) < BLOBS:
+        inside = (wavy, limbs, polygon, pair)[len(found) % 4]()
+        hit = inside(*coarse)
+        if not hit.any():
+            continue
+        cx, cy = (c[hit].mean() for c in coarse)                 # about its own middle, as large as fits
+        far = np.hypot(coarse[0][hit] - cx, coarse[1][hit] - cy).max() + 0.06
+        whole = inside(*np.meshgrid(g * far / 0.95 + cx, g * far / 0.95 + cy))
+        if whole.mean() > 0.2:                                   # no threads
+            found.append(whole)
+    return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
+
+
+@functools.lru_cache(maxsize=4)
+def load_textures(folder):
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, a third more on the
+    device that draws. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
+    many. The central square of each. A function of the folder's content: the same everywhere. What cannot be read is named on
+    stderr and left out; a folder of nothing usable: BadInput."""
+    root, chosen, bad = Path(folder), [], []
+    if not root.is_dir():
+        raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
+    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not f.name.startswith(".")),
+                   key=lambda f: f.relative_to(root).as_posix())
+    if not files:
+        raise BadInput(f"--textures {folder}: no picture and no clip in it; expected files such as {folder}/a.jpg or {folder}/b.mp4")
+    if len(files) > TEXTURES_MOST:
+        files = [files[i * len(files) // TEXTURES_MOST] for i in range(TEXTURES_MOST)]
+    each = max(1, min(FRAMES_MOST, TEXTURES_MOST // len(files)))
+
+    def read(file):
+        frames = 1 if file.suffix.lower() in IMAGE_SUFFIXES else each
+        try:
+            return decode(file, frames, TEXTURE_SIDE)[0]
+        except BadVideo as error:
+            try:                                                 # one frame of a clip that is short, or cut, still is a texture
+                return decode(file, 1, TEXTURE_SIDE)[0]
+            except BadVideo:
+                return str(error)
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for file, got in zip(files, pool.map(read, files)):
+            (bad if isinstance(got, str) else chosen).append(got)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    if not chosen:
+        raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
+    print(f"textures: {sum(map(len, chosen))} pictures from {len(chosen)} files of {folder}" + (f", {len(bad)} left out" if bad else ""))
+    return torch.from_numpy(np.concatenate(chosen))
+
+
+@functools.lru_cache(maxsize=4)
+def pyramid(folder, device):
+    """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
+    objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
+    x = F.pad(load_textures(folder).permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)).float()             # (n, 4, R, R)
+    levels, sides = [], [TEXTURE_SIDE >> i for i in range(5)]
+    for side in sides:
+        levels.append(F.adaptive_avg_pool2d(x, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten())
+    return torch.cat(levels).to(device), sides
 
 
 @torch.no_grad()
-def rasterise(scripts, size, device="cpu", chunk=None):
+def rasterise(scripts, size, device="cpu", chunk=None, textures=None):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
     Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
     that covered it and the surface's own coordinates there, and is coloured once, at the end. `chunk` clips
-    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing."""
+    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
+    textures: of a skinned world, its folder."""
     device = torch.device(device)
+    if "skin" in scripts and textures is None:
+        raise ValueError("scripts of a skinned world are drawn with rasterise(..., textures=world.textures)")
     b = len(scripts["count"])
     chunk = chunk or (16 if device.type == "cpu" else 64)
-    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device) for i in range(0, b, chunk)]
+    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device, textures) for i in range(0, b, chunk)]
     return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
 
 
-def _rasterise(s, size, device):
-    shapes, textures = atlas(device)
+def _rasterise(s, size, device, textures):
+    shapes = outlines(device) if "bend" in s else atlas(device)[0]
+    reach = 1.25 if "bend" in s else 1.0                         # how far from its place an object may be seen, in radii along its axes
     b, t = s["camera"].shape[:2]
     p = (torch.arange(size, device=device) + 0.5) / size
     camera = s["camera"][..., None, None]                                    # (b, t, 3, 1, 1)
@@ -685,8 +872,13 @@ def _rasterise(s, size, device):
         c, n = torch.cos(angle)[..., None] / r[..., None], torch.sin(angle)[..., None] / r[..., None]
         ou, ov = dx * c + dy * n, dy * c - dx * n                            # its own axes, in units of its radius
         visible = ((ix >= 0) & (ix < size) & (s["count"] > j)[:, None, None])[:, :, None] & ((iy >= 0) & (iy < size))[..., None]
-        hit = ((ou.abs() < 1) & (ov.abs() < 1) & visible).flatten().nonzero()[:, 0]
+        hit = ((ou.abs() < reach) & (ov.abs() < reach) & visible).flatten().nonzero()[:, 0]
         fu, fv = ou.flatten().index_select(0, hit), ov.flatten().index_select(0, hit)
+        if "bend" in s:                                          # its outline and its picture give way together
+            across, along, amount, freq, phase = s["bend"][:, j].flatten(0, 1).index_select(0, hit // (w * w)).unbind(1)
+            fu, fv = (fu + amount * torch.sin(freq * fv + phase)) / across, (fv + amount * torch.sin(freq * fu - phase)) / along
+            kept = ((fu.abs() < 1) & (fv.abs() < 1)).nonzero()[:, 0]
+            hit, fu, fv = hit.index_select(0, kept), fu.index_select(0, kept), fv.index_select(0, kept)
         kind = s["shape"][:, j].index_select(0, hit // (t * w * w))
         inside = flat.index_select(0, (kind * SHAPE_RES + (fv * half + half).long()) * SHAPE_RES + (fu * half + half).long())
         where = (frame + iy[..., None] * size + ix[:, :, None]).flatten()[hit[inside]]
@@ -695,20 +887,56 @@ def _rasterise(s, size, device):
     # colour every pixel once: its surface's row of the table, one column after the other. (Measured: index_select on a
     # plane is 4x faster than advanced indexing.)
     row = (ids + torch.arange(b, device=device, dtype=torch.int32)[:, None, None, None] * s["surface"].shape[1]).flatten()
+    u, v = u.flatten(), v.flatten()
+    if "skin" in s:                                              # plain and skinned pixels apart: each kind costs only itself
+        worn = (s["skin"][..., 0] >= 0).flatten().index_select(0, row)
+        planes = torch.empty((3, len(row)), device=device)
+        for which, look in ((~worn, _plain), (worn, functools.partial(_skinned, size=size, textures=textures))):
+            which = which.nonzero()[:, 0]
+            for plane, part in zip(planes, look(s, *(x.index_select(0, which) for x in (row, u, v)))):
+                plane.index_copy_(0, which, part)
+    else:
+        planes = _plain(s, row, u, v)
+    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    for c, plane in enumerate(planes):
+        video[..., c] = plane.view(b, t, size, size).mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+    return video, ids.long()
+
+
+def _plain(s, row, u, v):
+    """Pixels (n,) of these rows of the table, at these coordinates of their surfaces -> an iterator over three planes (n,): R, G, B."""
+    textures = atlas(row.device)[1]
     column = s["surface"].flatten(0, 1).t().contiguous()                     # (11, b·12)
     kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    u, v = u.flatten(), v.flatten()
     tiles *= TEXTURE_RES
     tu = ((u * cos + v * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     tv = ((v * cos - u * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     blend = textures.flatten().index_select(0, (kind.to(torch.int32) * TEXTURE_RES + tv) * TEXTURE_RES + tu)
-    gain = (1 + shade * v).view(b, t, size, size)
-    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    gain = 1 + shade * v
     for c in range(3):
         one, step = column[5 + c].index_select(0, row), (column[8 + c] - column[5 + c]).index_select(0, row)
-        plane = one.addcmul_(step, blend).view(b, t, size, size).mul_(gain)
-        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
-    return video, ids.long()
+        yield one.addcmul_(step, blend).mul_(gain)
+
+
+def _skinned(s, row, u, v, size, textures):
+    """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
+    cells, sides = pyramid(textures, row.device)
+    skin, n = s["skin"], len(load_textures(textures))
+    # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
+    radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
+    crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
+    level = crowd.clamp(min=1e-6).log2().round().clamp(0, len(sides) - 1).int()
+    side = torch.tensor(sides, dtype=torch.int32, device=row.device)[level]
+    begin = torch.tensor([n * sum(q * q for q in sides[:i]) for i in range(len(sides))], dtype=torch.int32, device=row.device)[level]
+    begin += (skin[..., 0] * n).int().clamp(max=n - 1) * side * side
+    begin, side = (x.flatten().index_select(0, row) for x in (begin, side))
+    a, b, c, d, e, f, gain = (x.index_select(0, row) for x in skin[..., 1:].flatten(0, 1).t().contiguous())
+    shade = s["surface"][..., 4].flatten().index_select(0, row)
+    x, y = ((q * side).floor().to(torch.int32) & (2 * side - 1) for q in (c.addcmul_(a, u).addcmul_(b, v), f.addcmul_(d, u).addcmul_(e, v)))
+    x, y = torch.minimum(x, 2 * side - 1 - x), torch.minimum(y, 2 * side - 1 - y)         # beyond its edge a picture is mirrored: no seam
+    rgb = cells.index_select(0, begin + y * side + x).view(torch.uint8).view(-1, 4)
+    gain *= 1 + shade * v
+    return (rgb[:, i] * gain for i in range(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1075,7 +1303,7 @@ class WorldBatches(torch.utils.data.Dataset):
         some = slice(i * self.batch, (i + 1) * self.batch)
         chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
         scripts = [script(j, self.world) for j in chosen]
-        return dict(scripts=stack(scripts), size=self.world.size, caption=[s["caption"] for s in scripts], bad=[],
+        return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
                     appearance=torch.tensor([s["appearance"] for s in scripts]),
                     motion=torch.tensor([s["motion"] for s in scripts]), index=[s["index"] for s in scripts])
 
@@ -1125,7 +1353,7 @@ class VideoBatches(torch.utils.data.Dataset):
 def finish(batch, device):
     """A batch as it left its worker -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64 (b, t, H, W) on the device."""
     if "scripts" in batch:
-        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device)
+        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device, textures=batch["textures"])
     elif batch["video"] is not None:
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)

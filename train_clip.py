@@ -50,6 +50,7 @@ class ClipConfig:
     frames: int | None = None                   # frames of a clip; default: the size's
     max_objects: int = 8                        # of the procedural world: 1 .. 8 objects in a clip
     shared_colours: bool = True                 # may two objects of a made clip wear the same colour?
+    textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most; default: the size's
     layers: int = 4                             # video transformer: layers, width, heads
     width: int = 128                            # w
@@ -302,7 +303,7 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     result = recalls(text @ video.T, "t2v") | recalls(video @ text.T, "v2t") | dict(clips=len(video), live_tokens=live)
     result |= dict(appearance=None, motion=None)
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (data.TEST, max(cfg.probe_clips // 2, 1))]
         split = [embed(model, data.WorldBatches(world, cfg.batch, begin), -(-n // cfg.batch), cfg, device, encoding, "probe clips") for begin, n in sets]

@@ -575,6 +575,7 @@ class PretrainConfig:
     frames: int | None = None           # frames of a clip; default: the size's
     max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
     shared_colours: bool = True         # may two objects of a made clip wear the same colour?
+    textures: str | None = None         # a folder of your pictures or clips: made objects and grounds are painted with them
     batch: int = 32                     # clips a step
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -636,7 +637,9 @@ def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
+        if cfg.textures is not None:
+            data.load_textures(cfg.textures)                     # refused now, or read once for the whole run
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
         return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
