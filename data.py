@@ -813,6 +813,11 @@ def load_textures(folder):
     return torch.from_numpy(np.concatenate(chosen))
 
 
+def textures_crc(folder):
+    """A number that changes when the pictures do (None without a folder): a run that goes on must see the clips it began with."""
+    return None if folder is None else zlib.crc32(load_textures(folder).numpy())
+
+
 @functools.lru_cache(maxsize=4)
 def pyramid(folder, device):
     """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small

@@ -207,9 +207,11 @@ def test_scripts_do_not_depend_on_the_hash_seed():
     assert there.stdout.strip() == repr(eval(f"({FINGERPRINT})"))
 
 
-def paint_naively(s, size):
-    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size)."""
+def paint_naively(s, size, pictures=()):
+    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size).
+    pictures: of a skinned clip, functions of x and y in [0, 1], in the order of the folder."""
     shapes, textures = (x.numpy() for x in data.atlas(torch.device("cpu")))
+    shapes = data.outlines(torch.device("cpu")).numpy() if "bend" in s else shapes
     frames, res, cells = len(s["camera"]), shapes.shape[-1], textures.shape[-1]
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
@@ -224,13 +226,21 @@ def paint_naively(s, size):
             x, y, r, angle = map(float, s["place"][j, f])
             a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
             b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
+            if "bend" in s:
+                across, along, amount, frequency, phase = map(float, s["bend"][j, f])
+                a, b = (a + amount * math.sin(frequency * b + phase)) / across, (b + amount * math.sin(frequency * a - phase)) / along
             if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j], int((b + 1) * res / 2), int((a + 1) * res / 2)]:
                 label, u, v = data.MAX_GROUNDS + j, a, b
         kind, tiles, cos, sin, shade, *colours = map(float, s["surface"][label])
         blend = textures[int(kind), math.floor((v * cos - u * sin) * tiles * cells) % cells, math.floor((u * cos + v * sin) * tiles * cells) % cells]
         one, two = np.array(colours[:3]), np.array(colours[3:])
+        colour = one + (two - one) * blend
+        if "skin" in s and s["skin"][label, 0] >= 0:
+            which, xu, xv, x0, yu, yv, y0, gain = map(float, s["skin"][label])
+            x, y = (1 - abs(1 - q % 2) for q in (xu * u + xv * v + x0, yu * u + yv * v + y0))              # mirrored beyond the edges
+            colour = gain * np.array(pictures[int(which * len(pictures))](x, y))
         labels[f, row, column] = label
-        video[f, row, column] = ((one + (two - one) * blend) * (1 + shade * v) * s["light"][f]).clip(0, 255)
+        video[f, row, column] = (colour * (1 + shade * v) * s["light"][f]).clip(0, 255)
     return video, labels
 
 
@@ -467,6 +477,150 @@ def test_world_batches():
     assert alone[0]["motion"].tolist() == [data.script(i, world)["motion"] for i in alone[0]["index"]]
     chosen = data.WorldBatches(world, 2, indices=[7, 3, 11])
     assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
+
+
+@pytest.fixture(scope="module")
+def skins(tmp_path_factory):
+    """A folder of two pictures whose pixels tell where they are, as functions of x and y: PICTURES."""
+    folder = tmp_path_factory.mktemp("skins")
+    (folder / "b").mkdir()
+    y, x = (np.mgrid[:256, :256] + 0.5) / 256
+    for name, picture in zip(("a.png", "b/one.png"), PICTURES):
+        data.write_png(folder / name, np.stack([np.broadcast_to(c, x.shape) for c in picture(x, y)], -1).round().astype(np.uint8))
+    (folder / "notes.txt").write_text("no picture")
+    return str(folder)
+
+
+PICTURES = (lambda x, y: (240 * x, 240 * y, 40.0)), (lambda x, y: (240 * y, 240 - 240 * x, 200.0))
+
+
+def test_skinned_pixels_and_labels_are_the_naive_painters(skins):
+    """Catches: a picture that stays on the screen while its object moves, turns, grows or bends, or a ground's that does not go with the
+    camera; the picture of another surface; labels that do not follow the outline. Small pictures are read where objects are small: their
+    pixels are up to a sixteenth of the picture wide."""
+    shown = [s for s in scripts(data.VALIDATION, 12, data.World(size=32, frames=3, textures=skins)) if (s["skin"][:, 0] >= 0).any()][:6]
+    seen = {(row < data.MAX_GROUNDS, bool(w >= 0.5)) for s in shown for row, w in enumerate(s["skin"][:, 0]) if w >= 0}
+    assert len(seen) == 4, "grounds and objects, in both pictures"
+    video, labels = data.rasterise(data.stack(shown), 32, textures=skins)
+    for i, s in enumerate(shown):
+        painted, truth = paint_naively(s, 32, PICTURES)
+        assert (labels[i].numpy() != truth).sum() <= 4
+        off = abs(video[i].numpy() - painted).max(-1)
+        worn = np.isin(truth, np.flatnonzero(s["skin"][:, 0] >= 0))
+        assert (off[~worn] > 1.01).sum() <= 6 and (off[worn] > 12).sum() <= 6 and np.median(off[worn]) < 3, (i, np.sort(off[worn])[-12:])
+
+
+def test_a_picture_turns_with_its_object(skins):
+    """Catches: a texture, a shading or a wobble that keeps to the screen's axes: a quarter turn of the object is a quarter turn of its pixels."""
+    base = next(s for s in scripts(data.VALIDATION, 60, data.World(size=64, frames=1, textures=skins)) if s["skin"][data.MAX_GROUNDS, 0] >= 0)
+    shots = []
+    for angle in (0.0, math.pi / 2):
+        s = dict(base, count=1, place=np.tile(np.float32((0.5, 0.5, 0.4, angle)), (data.MAX_OBJECTS, 1, 1)))
+        video, labels = data.rasterise(data.stack([s]), 64, textures=skins)
+        on = (labels[0, 0] >= data.MAX_GROUNDS).numpy()
+        shots.append((on, np.where(on[..., None], video[0, 0].numpy(), 0)))
+    (still, picture), (turned, moved) = shots
+    assert still.sum() > 100 and (np.rot90(still, -1) != turned).sum() <= 8      # a positive angle is clockwise: y grows downwards
+    assert (abs(np.rot90(picture, -1).astype(int) - moved).max(-1) > 12).sum() <= 12 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_a_skinned_clip_is_a_function_of_its_index_and_the_folder(skins, tmp_path):
+    """Catches: pictures that change who moves where, clips that are no longer plain, a picture that depends on the batch, the workers, the
+    order in which files were written, or on the folder's place."""
+    world = data.World(size=24, frames=2, textures=skins)
+    batches = data.WorldBatches(world, 12, begin=data.TEST)
+    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2)]
+    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2, workers=2)]
+    (tmp_path / "b").mkdir()
+    for name in ("b/one.png", "a.png"):                          # the same content, written the other way round
+        shutil.copy(Path(skins) / name, tmp_path / name)
+    bare, plain = 0, data.World(size=24, frames=2, camera=False)
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a["video"], b["video"]) and torch.equal(a["labels"], b["labels"]) and a["caption"] == b["caption"]
+        for j, index in enumerate(a["index"]):
+            s = data.script(index, dataclasses.replace(world, textures=str(tmp_path)))
+            one = data.rasterise(data.stack([s]), 24, textures=str(tmp_path))
+            assert torch.equal(one[0][0], a["video"][j]) and torch.equal(one[1][0], a["labels"][j]) and s["caption"] == a["caption"][j]
+            still, same = (data.script(index, dataclasses.replace(plain, textures=t)) for t in (skins, None))
+            assert all(np.array_equal(still[k], same[k]) for k in ("place", "surface", "seeds", "light", "motion"))
+            if (s["skin"][:, 0] < 0).all() and (s["shape"] < data.BLOB).all():
+                whole = data.script(index, data.World(size=24, frames=2))
+                bare += whole["caption"] == s["caption"] and torch.equal(data.rasterise(data.stack([whole]), 24)[0][0], one[0][0])
+    assert bare >= 1, "not one of 24 clips is left plain"
+    with pytest.raises(ValueError, match="textures="):
+        data.rasterise(data.stack([s]), 24)
+
+
+def test_captions_of_skinned_clips_are_true(skins):
+    """Catches: a caption or a question that tells the colour under a picture, a shape that is not there, a ground that is painted over, or
+    that names two objects by the same words."""
+    told = dict.fromkeys(("blob", "textured", "ground", "what shape", "plain shape"), 0)
+    for begin in (data.TRAIN, data.HELDOUT):
+        for s in scripts(begin, 250, data.World(textures=skins)):
+            worn = s["skin"][data.MAX_GROUNDS:][:s["count"], 0] >= 0
+            kinds = s["shape"][:s["count"]]
+            colours = {list(data.COLOURS)[c] for (_, c), w in zip(looks(s), worn) if not w}
+            shapes = {data.SHAPES[k] if k < data.BLOB else "blob" for k in kinds}
+            text = " ".join([s["caption"], *(q["question"] for q in s["qa"] if not q["question"].startswith("How many"))])
+            words = set(re.findall(r"[a-z]+", text.replace("in a circle", "")))
+            assert words & set(data.COLOURS) <= colours and words & {*data.SHAPES, "blob"} <= shapes, (s["index"], text)
+            grounds = s["skin"][:data.MAX_GROUNDS, 0] >= 0
+            told["ground"] += "textured ground" in s["caption"]
+            assert grounds.any() or "textured ground" not in s["caption"]
+            assert not grounds.any() or not any("ground made" in q["question"] for q in s["qa"])
+            assert not (worn.any() or grounds.any()) or not words & {"small", "large"}
+            told["blob"] += "blob" in words
+            told["textured"] += "textured" in words
+            assert s["appearance"] in np.minimum(kinds, data.BLOB) and (begin == data.TRAIN or s["appearance"] < data.BLOB)
+            for q in s["qa"]:
+                if q["type"] == "first":
+                    one, two = q["question"].removesuffix("?").split(" first, ")[1].split(" or ")
+                    assert one != two
+                elif q["question"] == "What shape is the largest object?":
+                    largest = kinds[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
+                    assert q["answer"] == (*data.SHAPES, "blob")[min(largest, data.BLOB)]
+                    told["what shape"] += 1
+                elif q["question"].startswith("What colour"):
+                    assert not worn[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
+                    told["plain shape"] += 1
+    assert all(n > 20 for n in told.values()), told
+
+
+def test_texture_folders(tmp_path, capsys):
+    """Catches: a folder's order that is the disk's, a damaged file that stops a run or vanishes in silence, a short clip that gives nothing,
+    more pictures than memory was promised for, a folder of nothing that is trained on."""
+    for name, words in (("nowhere", "no such folder"), ("empty", "no picture"), ("broken", "none of its 1 files")):
+        if name != "nowhere":
+            (tmp_path / name).mkdir()
+        if name == "broken":
+            (tmp_path / name / "x.jpg").write_text("no picture")
+        with pytest.raises(BadInput, match=words) as error:
+            data.load_textures(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    assert data.textures_crc(None) is None
+    folder = tmp_path / "mixed"
+    (folder / "a b").mkdir(parents=True)
+    for name, grey in (("z.png", 200), ("a b/é.png", 100), ("c.PNG", 150)):
+        data.write_png(folder / name, np.full((20, 30, 3), grey, np.uint8))
+    encode(folder / "m.mp4", np.repeat(np.uint8((20, 60))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))       # two frames: too few for four
+    encode(folder / "n.mp4", np.repeat(np.uint8(range(10, 250, 30))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))
+    (folder / "bad.mp4").write_text("no video")
+    (folder / ".hidden.png").write_bytes(b"")
+    capsys.readouterr()
+    x = data.load_textures(str(folder))
+    told = capsys.readouterr()
+    assert x.dtype == torch.uint8 and x.shape == (8, 256, 256, 3)
+    assert np.abs(x.float().mean((1, 2, 3)).numpy() - (100, 150, 60, 40, 100, 160, 220, 200)).max() < 4      # é, c, m (its middle), n (four), z
+    assert told.err.count("left out: ") == 1 and "bad.mp4" in told.err and "8 pictures from 5 files" in told.out and "1 left out" in told.out
+
+
+def test_more_textures_than_fit(tmp_path, monkeypatch):
+    """Catches: a folder of thousands of pictures of which only the first ones are ever seen, or that fills the memory."""
+    monkeypatch.setattr(data, "TEXTURES_MOST", 4)
+    for i in range(11):
+        data.write_png(tmp_path / f"{i:02d}.png", np.full((16, 16, 3), 20 * i, np.uint8))
+    assert [round(v / 20) for v in data.load_textures(str(tmp_path)).float().mean((1, 2, 3)).tolist()] == [0, 2, 5, 8]
 
 
 def test_a_loader_leaves_the_random_state_alone():
@@ -2869,6 +3023,7 @@ def test_runs_and_weights_of_another_size_are_refused(clip_run, tokenizer_folder
     (["bench", "--tokens-per-trajectory", 3], "1, 2, 4"), (["bench", "--out", "/dev/null/x.json"], "--out"), (["bench", "--out", ""], "--out"),
     (["bench", "--frames", 10 ** 20], "--frames"), (["show", "CLIP", "--seed", 10 ** 20], "--seed"), (["show", "CLIP", "--seed", -1], "--seed"),
     (["show", "CLIP", "--image-size", 99999999968], "8192"), (["show", "CLIP", "--frames", 10 ** 9], "100000"),
+    (["pretrain", "--textures", "nowhere"], "--textures nowhere"), (["pretrain", "--textures", "x", "--data", "NOMASKS"], "leave one"),
     (["pretrain", "--size", "huge"], "nano, tiny")))
 def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or several lines, for what a person is likely to get wrong."""

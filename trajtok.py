@@ -279,6 +279,8 @@ def check_flags(cfg):
             raise BadInput(f"{flag} {value}: at least 1")
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
+    if cfg.textures is not None and "world" not in cfg.data.split(","):
+        raise BadInput(f"--textures {cfg.textures}: paints the procedural world, but --data is {cfg.data}; leave one of the two out")
 
 
 def setup(cfg):
@@ -638,8 +640,6 @@ def open_data(cfg, need):
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
         world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
-        if cfg.textures is not None:
-            data.load_textures(cfg.textures)                     # refused now, or read once for the whole run
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
         return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
@@ -662,7 +662,7 @@ def pretrain(argv):
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
-    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape)})
+    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.textures_crc(cfg.textures)})
     tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
