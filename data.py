@@ -18,6 +18,7 @@ Everything a run trains on comes through this file, in one form whatever its sou
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
 import concurrent.futures
 import contextlib
@@ -28,9 +29,14 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import sys
+import time
+import traceback
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -39,6 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
@@ -148,9 +155,12 @@ def paint(video, ids, colours):
 
 
 @contextlib.contextmanager
-def film(path, rate):
+def film(path, rate, exact=False):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end."""
+    player opens, renamed into place at the end.
+    exact: colours at full resolution, lossless: no pixel comes back more than 2 of 255 off (a test), for training; browsers do not play it.
+    CHOICE: measured on made clips of 224 px, 16 frames: 207 kB a clip; the usual 4:2:0 at crf 4 takes 156 kB, and is off by up to 147 at the
+    objects' borders, just where the labels change."""
     import av
     stream = None
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
@@ -158,11 +168,86 @@ def film(path, rate):
             nonlocal stream
             if stream is None:
                 stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv444p" if exact else "yuv420p", {"crf": "0" if exact else "18"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         yield add
         container.mux(stream.encode())
+
+
+def serve(connection):
+    """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
+    torch.set_num_threads(1)
+    answer = None, None
+    while True:
+        connection.send(answer)
+        try:
+            work, job = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = work(job), None
+        except BadInput as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
+def in_processes(work, jobs, workers, seconds=math.inf):
+    """work(job) in `workers` processes of their own (0: in this one) -> an iterator over (job, result, failure), in the order in which they
+    are done. A process that dies, or takes more than `seconds` for a job, is not waited for: it is killed, another one takes its place,
+    and `failure` tells in a few words what happened. What `work` raises is raised here, and ends it all."""
+    if not workers:
+        yield from ((job, work(job), None) for job in jobs)
+        return
+    # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
+    context, jobs, pool, starting = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, object()
+
+    def start():
+        if jobs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            pool[ours] = process, starting, math.inf
+
+    def end(ours, process):
+        process.kill()
+        process.join()
+        ours.close()
+    try:
+        for _ in range(min(workers, len(jobs))):
+            start()
+        while pool:
+            patience = min(until for _, _, until in pool.values()) - time.monotonic()
+            ready = multiprocessing.connection.wait(list(pool), None if patience == math.inf else max(patience, 0))
+            for ours in ready or [c for c, (_, _, until) in pool.items() if until <= time.monotonic()]:
+                process, job, _ = pool[ours]
+                try:
+                    result, error = ours.recv() if ready else (None, None)
+                    failure = None if ready else f"not done within {seconds:g} s"
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    result, error, failure = None, None, f"its process died ({signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'})"
+                if job is starting and failure:
+                    raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
+                if failure or error or not jobs:
+                    del pool[ours]
+                    end(ours, process)
+                    if error:
+                        raise error
+                    if failure:
+                        start()
+                else:
+                    pool[ours] = process, jobs.popleft(), time.monotonic() + seconds
+                    with contextlib.suppress(BrokenPipeError):   # it died between two jobs: the next `wait` tells
+                        ours.send((work, pool[ours][1]))
+                if job is not starting:
+                    yield job, result, failure
+    finally:
+        for ours, (process, _, _) in pool.items():
+            end(ours, process)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1083,93 +1168,222 @@ def _to_square(frame, size, path=''):
     return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
 
 
-def load_labels(mask_path, graph_path, where, size):
+def load_labels(mask_path, graph_path, where, size, video=None):
     """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
-    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none.  graph: `tensor` (M, F): id of trajectory m
-    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour."""
-    try:
-        mask = np.load(mask_path, allow_pickle=False)["arr_0"]
-        graph = np.load(graph_path, allow_pickle=False)["tensor"]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadVideo(f"{mask_path}: its labels cannot be read ({error}); remove both sidecars or write them again") from None
-    if mask.dtype.kind not in 'iu' or graph.dtype.kind not in 'iu' or (mask.size and mask.min() < 0):
-        raise BadVideo(f"{mask_path}: labels of type {mask.dtype}; they must be whole numbers from 0 on")
-    if mask.ndim != 3 or graph.ndim != 2 or graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none, any whole numbers.  graph: `tensor` (M, F): id of trajectory m
+    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour.
+
+    An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
+    cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
+    `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
+    mask, graph = sidecars(mask_path, graph_path)
+    if video is not None:
+        check_fit(mask_path, mask.shape, *video_header(str(video))[:3])
     h, w, top, left = fit(*mask.shape[1:], size)
     rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
     columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    labels = np.empty((len(where), size, size), np.int64)
+    labels, strangers = np.empty((len(where), size, size), np.int64), []
     for i, f in enumerate((np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)):
-        table = np.full(max(int(mask[f].max()), int(graph[:, f].max()), 0) + 1, -1, np.int64)
-        present = graph[:, f] > 0
-        table[graph[present, f]] = np.flatnonzero(present)
-        labels[i] = table[mask[f][rows][:, columns]]
+        owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
+        owner, column = owner[column > 0], column[column > 0]
+        twice = np.flatnonzero(column[1:] == column[:-1])
+        if len(twice):
+            raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
+                           "an object belongs to one trajectory")
+        cut = mask[f][rows][:, columns]
+        labels[i] = -1
+        if len(column):
+            at = np.searchsorted(column, cut).clip(max=len(column) - 1)
+            labels[i] = np.where(column[at] == cut, owner[at], -1)
+        strangers.append(bool(len(column)) and mask[f].any() and not np.isin(column, mask[f]).any())
+    if all(strangers):
+        raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
     return labels
+
+
+def sidecars(mask_path, graph_path):
+    """-> mask (F, H, W) and graph (M, F) of whole numbers from 0 on, of their own types. Anything else: BadVideo, which names the file."""
+    for one, other, kind in ((mask_path, graph_path, "graph"), (graph_path, mask_path, "mask")):
+        if one and not other:
+            raise BadVideo(f"{one}: its {kind} is missing; labels are two files, `<video>_mask.npz` and `<video>_graph.npz`: write both or remove both")
+    arrays = []
+    for path, key, axes, form in ((mask_path, "arr_0", 3, "(F, H, W)"), (graph_path, "tensor", 2, "(M, F)")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                x = file[key]
+        except KeyError:
+            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F): see DESIGN") from None
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                           "write both sidecars again, or remove them") from None
+        if x.dtype.kind not in "iub" or x.size and x.min() < 0:
+            raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
+        if x.ndim != axes or not x.size and axes == 3:
+            raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
+        arrays.append(x.view(np.uint8) if x.dtype.kind == "b" else x)
+    mask, graph = arrays
+    if graph.shape[1] != len(mask):
+        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+    return mask, graph
+
+
+@functools.lru_cache(maxsize=65536)
+def video_header(path):
+    """(frames, height, width, seconds) of a video, upright, as its header says; frames 0 where it does not. Nothing is decoded, and each
+    file is opened once."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
+        frames = stream.frames or int(seconds * float(stream.average_rate or 0) + 0.5)
+        return frames, stream.height, stream.width, seconds
+
+
+def check_fit(path, shape, frames, height, width):
+    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, hide the ends
+    of a stream, or know only duration times rate. The size may differ, the shape by one pixel of the mask: labels may be coarser than
+    pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
+    count, h, w = shape
+    if frames and abs(count - frames) > max(2, 0.05 * frames):
+        raise BadVideo(f"{path}: masks of {count} frames, but the video has {frames}; write masks for every frame, or remove both sidecars")
+    if h != w and min(abs(w - h * width / height), abs(w - h * height / width)) > max(1, w / h, 0.01 * w):
+        raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Real video: manifests, folders, CSV files
 # ---------------------------------------------------------------------------------------------------------------------
 
+EXPECTED = 'a JSON list of {"video": path, "caption": text}'
+
+
 def read_manifest(path):
     """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
-    `image` (bool) and, where known, caption, label, mask, graph. Paths are relative to the manifest. Wrong: BadInput."""
+    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph; from `data.py make` also
+    appearance, motion (class ids) and qa. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
+    return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
+
+
+def manifest_rows(path):
+    """-> [(row, where, folder)]: rows as they stand in the file, "line 3" or "entry 2 (line 3)", and what paths are relative to."""
     path = Path(path)
     if not path.exists():
         raise BadInput(f"--data {path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
     if path.is_dir():
         if (path / "manifest.json").exists():
-            return read_manifest(path / "manifest.json")
-        rows = [dict(video=str(f), label=f.parent.name if f.parent != path else None) for f in sorted(path.glob("**/*"))
-                if f.suffix.lower() in VIDEO_SUFFIXES]
-        if not rows:
+            return manifest_rows(path / "manifest.json")
+        files = [f for f in sorted(path.glob("**/*")) if f.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
             raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
-    elif path.suffix == ".csv":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
-        # Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional
-        rows = [next(csv.reader([l], delimiter="," if "," in l else " ")) for l in lines if l.strip()]
-        header = rows.pop(0) if rows and len(rows[0]) > 1 and rows[0][0] in ("path", "video") else None
-        for i, row in enumerate(rows):
-            if len(row) < 2:
-                raise BadInput(f"{path} line {i + 1 + bool(header)}: {','.join(row)!r} is not `path,label` (or `path,caption`, under a header that says so)")
-        second = "caption" if header and "caption" in header[1].strip().lower() else "label"
-        rows = [{"video": r[0], second: r[1]} for r in rows]
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                rows = json.loads(text)
-            else:
-                rows = []
-                for number, line in enumerate(text.splitlines(), 1):
-                    try:
-                        rows += [json.loads(line)] if line.strip() else []
-                    except json.JSONDecodeError as error:
-                        raise BadInput(f"{path} line {number}: not a manifest ({error.msg}); expected a JSON object") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{path}: not a manifest ({error}); expected a JSON list of {{\"video\": path, \"caption\": text}}") from None
+        return [(dict(video=str(f.relative_to(path)), label=f.parent.name if f.parent != path else None), str(f.relative_to(path)), path) for f in files]
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} line {1 + raw[:error.start].count(10)}: not a manifest in UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    read = csv_rows if path.suffix == ".csv" else list_rows if text.lstrip().startswith("[") else line_rows
+    rows = [(row, where, path.parent) for row, where in read(text, path)]
     if not rows:
-        raise BadInput(f"{path}: an empty manifest; expected a JSON list of {{\"video\": path, \"caption\": text}}")
-    folder, entries = (path if path.is_dir() else path.parent), []
-    for i, row in enumerate(rows):
-        source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-        if not isinstance(source, str):
-            raise BadInput(f"{path} entry {i + 1}: {json.dumps(row)[:80]} names neither \"video\" nor \"image\"")
-        for key in ("caption", "label", "mask", "graph"):
-            if row.get(key) is not None and not isinstance(row[key], (str, int) if key == "label" else str):
-                raise BadInput(f"{path} entry {i + 1}: \"{key}\" must be text, not {json.dumps(row[key])[:60]}")
-        file = Path(source) if path.is_dir() else folder / source
-        entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
-                     caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
-        for key in ("mask", "graph"):
-            given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
-            entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
-        entries.append(entry)
-    return entries
+        raise BadInput(f"{path}: an empty manifest; expected {EXPECTED}")
+    return rows
+
+
+def csv_rows(text, path):
+    """Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional, and tells more columns."""
+    header = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = next(csv.reader([line], delimiter="," if "," in line else " ", strict=True))
+        except csv.Error as error:
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` ({error})") from None
+        if header is None:                                       # of the first line
+            header = [cell.strip().lower() for cell in cells]
+            if {"path", "video"} & set(header) and len(header) > 1:
+                header = ["video" if cell == "path" else cell for cell in header]
+                if not {"label", "caption"} & set(header):       # whatever it is called: the second column is the label
+                    header[1] = "label"
+                continue
+            header = ()
+        if len(cells) < 2 or not header and len(cells) > 2 or header and len(cells) > len(header):
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` (or `path,caption`, under a header that says so); "
+                           "quote a path that holds the separator")
+        columns = dict(zip(header or ("video", "label"), cells))
+        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph") and v}, f"line {number}"
+
+
+def line_rows(text, path):
+    for number, line in enumerate(text.split("\n"), 1):          # not splitlines: a JSON text may hold other line separators
+        try:
+            if line.strip():
+                yield json.loads(line), f"line {number}"
+        except ValueError as error:
+            raise BadInput(f"{path} line {number}: not a manifest ({getattr(error, 'msg', error)}); expected {EXPECTED}, or an object a line") from None
+
+
+def list_rows(text, path):
+    """The items of a JSON list, one after the other: so each knows its line."""
+    decoder, at, line, counted, number = json.JSONDecoder(), text.index("[") + 1, 1, 0, 0
+    space = re.compile(r"[ \t\r\n]*")
+
+    def here():
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, at), at
+        return line
+
+    def refuse(message):
+        raise BadInput(f"{path} line {here()}: not a manifest ({message}); expected {EXPECTED}")
+    at = space.match(text, at).end()
+    while text[at:at + 1] != "]" or number:                      # "[]" is whole; "[1,]" is not
+        number += 1
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            at = getattr(error, "pos", at)
+            refuse(getattr(error, "msg", error))
+        yield row, f"entry {number} (line {here()})"
+        at = space.match(text, end).end()
+        if text[at:at + 1] == "]":
+            break
+        if text[at:at + 1] != ",":
+            refuse(f"a comma or ] is missing after entry {number}")
+        at = space.match(text, at + 1).end()
+    at = space.match(text, at + 1).end()
+    if at != len(text):
+        refuse("there is more after the list's end")
+
+
+def to_entry(row, where, folder, path):
+    """A manifest's row -> an entry; what is wrong with it: BadInput, which names the place, the value and what to write instead."""
+    def refuse(message):
+        raise BadInput(f"{path} {where}: {message}")
+
+    def is_text(x):                                              # a lone half of a surrogate pair cannot be written as UTF-8
+        return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff\0]", x)
+
+    def is_class(x):
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
+    if not isinstance(source, str):
+        refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
+                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none of them empty, in UTF-8"),
+                 label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
+                 appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
+                 qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
+                     'a list of {"question": text, "answer": text}'))
+    for key, (fits, form) in kinds.items():
+        if row.get(key) is not None and not fits(row[key]):
+            refuse(f'"{key}" is {json.dumps(row[key])[:60]}; give {form}, or leave it out')
+    file = folder / source
+    entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
+                 caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
+    for key in ("mask", "graph"):
+        given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
+    return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1310,7 +1524,7 @@ class WorldBatches(torch.utils.data.Dataset):
         scripts = [script(j, self.world) for j in chosen]
         return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
                     appearance=torch.tensor([s["appearance"] for s in scripts]),
-                    motion=torch.tensor([s["motion"] for s in scripts]), index=[s["index"] for s in scripts])
+                    motion=torch.tensor([s["motion"] for s in scripts]), qa=[s["qa"] for s in scripts], index=[s["index"] for s in scripts])
 
 
 class VideoBatches(torch.utils.data.Dataset):
@@ -1343,8 +1557,8 @@ class VideoBatches(torch.utils.data.Dataset):
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
                                          *((start, stride) if self.train else (None, None)))
                 label = np.full(video.shape[:3], -1, np.int64)
-                if entry["mask"] and entry["graph"]:
-                    label = load_labels(entry["mask"], entry["graph"], where, self.size)
+                if entry["mask"] or entry["graph"]:
+                    label = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
             except BadVideo as error:
                 bad.append((entry["path"], str(error)))
                 continue
@@ -1352,7 +1566,20 @@ class VideoBatches(torch.utils.data.Dataset):
             labels.append(torch.from_numpy(label))
             kept.append(j)
         return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, caption=[self.entries[j]["caption"] for j in kept], label=[self.entries[j]["label"] for j in kept])
+                    index=kept, caption=[self.caption(j, i) for j in kept], label=[self.entries[j]["label"] for j in kept],
+                    **made_keys([self.entries[j] for j in kept]))
+
+    def caption(self, j, i):
+        """Of several captions one, drawn from (seed, batch, entry); the first where nothing is drawn."""
+        texts = self.entries[j]["caption"]
+        draw = isinstance(texts, list) and self.train and np.random.default_rng((self.seed, 3, i, j)).integers(len(texts))
+        return texts[int(draw)] if isinstance(texts, list) else texts
+
+
+def made_keys(entries):
+    """appearance and motion (b,) and qa, b lists, of a batch of made clips: only where all of them have it."""
+    kept = {key: [e[key] for e in entries] for key in ("appearance", "motion", "qa") if entries and all(key in e for e in entries)}
+    return {key: x if key == "qa" else torch.tensor(x) for key, x in kept.items()}
 
 
 def finish(batch, device):
@@ -1401,3 +1628,140 @@ def augment(video, labels, seed, flip=True):
     x = torch.lerp(x, soft, each(np.where(rng.random(b) < 0.3, rng.uniform(0.3, 1.0, b), 0.0)))     # blur
     return (x.clamp(0, 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous(),
             labels.round().long().view(b, t, h, w) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py make
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """Writes the procedural world as MP4s with label sidecars, captions, questions and a manifest: the same training from disk."""
+    size: str = "nano"                  # one of nano, tiny, base, large: what their clips look like by default
+    clips: int = 1000                   # how many; more later: the same command with another number
+    out: str = "out/world"              # the folder for manifest.json and clips
+    image_size: int = 64                # pixels of a side, an even number
+    frames: int = 8                     # frames of a clip
+    max_objects: int = 8                # 1 .. 8 objects in a clip
+    shared_colours: bool = True         # may two objects of a clip wear the same colour?
+    acts: int = 1                       # acts that the subject performs one after another; more for long clips
+    camera: bool = True                 # pans and zooms
+    light: bool = True                  # the scene gets lighter or darker
+    textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
+    seed: int = 0                       # the clips that a training of this seed sees first
+    begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
+    fps: float = 8.0                    # frames a second
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core
+    overwrite: bool = False             # make clips anew that are there
+
+    def __post_init__(self):
+        for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
+        if not 1 <= self.fps <= 1000:
+            raise BadInput(f"--fps {self.fps}: 1 to 1000")
+        if self.image_size % 2 or not 8 <= self.image_size <= 8192:
+            raise BadInput(f"--image-size {self.image_size}: an even number from 8 to 8192")
+        self.world
+
+    @property
+    def world(self):
+        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures)
+
+    @property
+    def first(self):                                             # seeds as `trajtok.open_data` counts them
+        return TRAIN + self.seed % 49 * 10_000_000 if self.begin is None else self.begin
+
+
+#  size          what `trajtok.py pretrain` and `train_clip.py` train on (a test compares)
+MAKE_SIZES = {"nano": dict(image_size=64, frames=8, max_objects=4, shared_colours=False), "tiny": dict(image_size=128, frames=8),
+              "base": dict(image_size=224, frames=16), "large": dict(image_size=224, frames=16)}
+MAKE_SIZES = {name: {"size": name, **values} for name, values in MAKE_SIZES.items()}
+AT_ONCE = 16                                                     # clips that a worker paints together
+
+
+def make(argv):
+    """The same clips as on the fly, on disk: begin .. begin + clips - 1. What is there whole is kept, so a run that was stopped goes on."""
+    cfg = configure(MakeConfig, MAKE_SIZES, argv)
+    out, began = Path(cfg.out), time.time()
+    # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
+    words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
+    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=textures_crc(cfg.textures))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--out {out}: cannot be used ({error}); give another folder") from None
+    differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
+    if differ:
+        raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
+    write_json(out / "make.json", settings)
+    for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
+        stale.unlink(missing_ok=True)
+    jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
+    rows, kept, size = {}, 0, 0
+    workers = min((os.cpu_count() or 1) if cfg.workers is None else cfg.workers, len(jobs))
+    with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
+        for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
+            if failure:
+                raise BadInput(f"{out}: clips {first} .. {first + count - 1}: {failure}; what is written is whole: give fewer --workers and run it again")
+            rows[first], old, written = done
+            kept, size = kept + old, size + written
+            bar.update(count)
+    lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
+    replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
+    print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
+          + (f"; {kept} of them were there" if kept else ""))
+    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+
+
+def make_some(job):
+    """Clips first .. first + count - 1 in their folder -> their manifest rows, how many were there, bytes of all."""
+    cfg, first, count = job
+    scripts, rows, missing, size = [script(first + i, cfg.world) for i in range(count)], [], [], 0
+    for s in scripts:
+        clip = f"{s['index'] // 1000:07d}/{s['index']:010d}.mp4"             # a thousand clips a folder
+        rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
+    paths = [Path(cfg.out) / row["video"] for row in rows]
+    sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
+    missing = [i for i, p in enumerate(paths) if cfg.overwrite or not all(f.exists() for f in (p, *sidecars[i]))]
+    if missing:
+        videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
+    for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
+        try:
+            paths[i].parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{paths[i].parent}: cannot be made ({error.strerror}); give another --out, or make room") from None
+        # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
+        present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
+        graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
+        write_npz(sidecars[i][0], "arr_0", ids + 1)
+        write_npz(sidecars[i][1], "tensor", graph)
+        with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
+            add(video)
+    return rows, count - len(missing), sum(f.stat().st_size for p, both in zip(paths, sidecars) for f in (p, *both))
+
+
+def write_npz(path, key, array):
+    def write(beside):
+        with open(beside, "wb") as file:                         # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **{key: array})
+    replace(path, write)
+
+
+@one_line_errors
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"make": make}
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"python data.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    import data                                                  # as everybody else knows it: BadInput, and what goes to other processes, exist once
+    data.main()

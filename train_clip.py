@@ -351,7 +351,7 @@ def main(argv=None):
             continue
         video, labels = batch["video"], batch["labels"]
         if cfg.augment:
-            video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6, flip=cfg.data != "world")
+            video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6, flip="motion" not in batch)    # made captions tell left from right
         ids, mask = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
         wait = time.time() - mark
         # 3. forward: the loss, term by term
