@@ -175,6 +175,11 @@ def film(path, rate, exact=False):
         container.mux(stream.encode())
 
 
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def serve(connection):
     """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
@@ -887,7 +892,7 @@ def load_textures(folder):
                 return decode(file, 1, TEXTURE_SIDE)[0]
             except BadVideo:
                 return str(error)
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
         for file, got in zip(files, pool.map(read, files)):
             (bad if isinstance(got, str) else chosen).append(got)
     for reason in bad:
@@ -1195,7 +1200,7 @@ def load_labels(mask_path, graph_path, where, size, video=None):
         if len(column):
             at = np.searchsorted(column, cut).clip(max=len(column) - 1)
             labels[i] = np.where(column[at] == cut, owner[at], -1)
-        strangers.append(bool(len(column)) and mask[f].any() and not np.isin(column, mask[f]).any())
+        strangers.append(len(column) > 0 and (labels[i] < 0).all() and mask[f].any() and not np.isin(column, mask[f]).any())
     if all(strangers):
         raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
     return labels
@@ -1216,7 +1221,7 @@ def sidecars(mask_path, graph_path):
         except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                            "write both sidecars again, or remove them") from None
-        if x.dtype.kind not in "iub" or x.size and x.min() < 0:
+        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
             raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
         if x.ndim != axes or not x.size and axes == 3:
             raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
@@ -1701,7 +1706,7 @@ def make(argv):
         stale.unlink(missing_ok=True)
     jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
     rows, kept, size = {}, 0, 0
-    workers = min((os.cpu_count() or 1) if cfg.workers is None else cfg.workers, len(jobs))
+    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
         for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
             if failure:
@@ -1750,10 +1755,102 @@ def write_npz(path, key, array):
     replace(path, write)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
+    manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
+    size: str = "any"                   # nothing depends on it: every command takes it
+    frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
+    image_size: int = 64                # pixels of a side that frames are decoded to
+    seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
+    workers: int | None = None          # processes, at least 1; default: one for each core
+    seed: int = 0                       # decides nothing here: every command takes it
+
+    def __post_init__(self):
+        for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not 0 < self.seconds < math.inf:
+            raise BadInput(f"--seconds {self.seconds}: more than 0")
+
+
+def check(argv):
+    """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
+    cfg = configure(CheckConfig, {"any": {}}, argv, positional="manifest")
+    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
+    for number, (row, where, folder) in enumerate(rows):
+        try:
+            jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
+        except BadInput as error:
+            problems.append((number, "entry", str(error)))
+    with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
+        for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
+            found[number] = entry, result or dict(seconds=0.0, bytes=0, shape=None, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")], strangers=False)
+            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
+            bar.update()
+    for _, _, text in sorted(problems):
+        print(text)
+    summary(len(rows), list(found.values()), problems)
+    if problems:
+        raise SystemExit(1)
+
+
+def inspect_entry(job):
+    """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
+    strangers: has the mask ids that no trajectory owns?)."""
+    cfg, _, entry = job
+    path, wrong, where, result = entry["path"], [], None, dict(seconds=0.0, bytes=0, shape=None, strangers=False)
+    if not os.path.exists(path):
+        hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
+        return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
+    try:
+        total, height, width, seconds = video_header(path)
+        result |= dict(seconds=0.0 if entry["image"] else seconds, bytes=os.path.getsize(path), shape=(height, width))
+        if not entry["image"] and 0 < total < cfg.frames:
+            wrong.append(("too short", f"{path}: has {total} frames, fewer than the {cfg.frames} of a clip; give --frames {total} or less, or leave it out"))
+        where = decode(path, 1 if entry["image"] else min(cfg.frames, total or cfg.frames), cfg.image_size)[2]
+    except BadVideo as error:
+        wrong.append(("cannot be decoded", str(error)))
+    if entry["mask"] or entry["graph"]:
+        try:
+            mask, graph = sidecars(entry["mask"], entry["graph"])
+            load_labels(entry["mask"], entry["graph"], np.arange(len(mask)) / len(mask), 16, path if where is not None else None)        # every frame
+            if graph.any() and not np.isin(graph[graph > 0], mask).any():
+                wrong.append(("labels", f"{entry['mask']}: shares no object id with {entry['graph']}; do the two belong together?"))
+            result["strangers"] = not np.isin(mask[mask > 0], graph).all()
+        except BadVideo as error:
+            wrong.append(("labels", str(error)))
+    return result | dict(wrong=wrong)
+
+
+def summary(count, found, problems):
+    """The table at the end of `check`."""
+    entries, results = [e for e, _ in found], [r for _, r in found]
+    shapes = collections.Counter(r["shape"] for r in results if r["shape"]).most_common()
+    seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
+    texts = [1 if isinstance(e["caption"], str) else len(e["caption"]) for e in entries if e["caption"]]
+    lines = [("entries", count), ("videos", sum(not e["image"] for e in entries)), ("pictures", sum(e["image"] for e in entries)),
+             ("labelled", sum(bool(e["mask"] and e["graph"]) for e in entries)),
+             ("captioned", f"{len(texts)}" + (f" ({sum(texts)} captions)" if sum(texts) > len(texts) else "")),
+             ("with a class", f"{sum(e['label'] is not None for e in entries)} ({len({e['label'] for e in entries} - {None})} classes)"),
+             ("duration", f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{seconds % 60:04.1f}"), ("size", f"{size / 1e6:.1f} MB"),
+             ("frames", ", ".join(f"{w} x {h} ({n})" for (h, w), n in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""))]
+    if any(r["strangers"] for r in results):
+        lines.append(("unlabelled ids", f"{sum(r['strangers'] for r in results)} masks hold objects that no trajectory owns: left unlabelled"))
+    lines.append(("problems", len(problems)))
+    lines += [(f"  {kind}", n) for kind, n in collections.Counter(kind for _, kind, _ in problems).most_common()]
+    for name, value in lines:
+        print(f"{name:20s} {value}")
+
+
 @one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"make": make}
+    commands = {"make": make, "check": check}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return
