@@ -9,11 +9,16 @@ Everything a run trains on comes through this file, in one form whatever its sou
 1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
    over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
+   same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
+   folder, objects and grounds are painted with its pictures: real texture, exact labels.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
 4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+
+    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
+    python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
+    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
 """
 from __future__ import annotations
 
@@ -868,8 +873,8 @@ def outlines(device):
 
 @functools.lru_cache(maxsize=4)
 def load_textures(folder):
-    """The pictures and clips below a folder -> uint8 (n, R, R, 3), n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, a third more on the
-    device that draws. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, and 90 MB in smaller
+    sizes too (`pyramid`) where it is drawn. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
     many. The central square of each. A function of the folder's content: the same everywhere. What cannot be read is named on
     stderr and left out; a folder of nothing usable: BadInput."""
     root, chosen, bad = Path(folder), [], []
@@ -912,10 +917,9 @@ def textures_crc(folder):
 def pyramid(folder, device):
     """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
     objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
-    x = F.pad(load_textures(folder).permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)).float()             # (n, 4, R, R)
-    levels, sides = [], [TEXTURE_SIDE >> i for i in range(5)]
-    for side in sides:
-        levels.append(F.adaptive_avg_pool2d(x, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten())
+    x, sides = F.pad(load_textures(folder).permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
+    levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
+              for side in sides for some in x.split(16)]
     return torch.cat(levels).to(device), sides
 
 

@@ -1193,7 +1193,7 @@ def test_make_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
 
 def test_a_full_disk_is_one_line(tmp_path):
     """Catches: a disk that fills while a film is written and leaves half of it, or a traceback of the codec's. A limit on the size of files
-    stands for the disk. As a person runs it, with processes: BadInput must not exist twice, once in `__main__` and once in `data`."""
+    stands for the disk; the command runs as a person runs it, with processes of its own."""
     argv = ["data.py", *map(str, MAKE[:-1]), "2", "--clips", "17", "--image-size", "64", "--out", str(tmp_path / "full")]
     code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = {argv!r}; " \
            f"sys.path.insert(0, {str(HERE)!r}); runpy.run_path({str(HERE / 'data.py')!r}, run_name='__main__')"
