@@ -1575,14 +1575,15 @@ class VideoBatches(torch.utils.data.Dataset):
             labels.append(torch.from_numpy(label))
             kept.append(j)
         return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, caption=[self.caption(j, i) for j in kept], label=[self.entries[j]["label"] for j in kept],
+                    index=kept, **self.captions(i, kept), label=[self.entries[j]["label"] for j in kept],
                     **made_keys([self.entries[j] for j in kept]))
 
-    def caption(self, j, i):
-        """Of several captions one, drawn from (seed, batch, entry); the first where nothing is drawn."""
-        texts = self.entries[j]["caption"]
-        draw = isinstance(texts, list) and self.train and np.random.default_rng((self.seed, 3, i, j)).integers(len(texts))
-        return texts[int(draw)] if isinstance(texts, list) else texts
+    def captions(self, i, kept):
+        """Of several captions of a clip one, drawn from (seed, batch, entry); where nothing is drawn the first, and `captions` holds them all."""
+        texts = [e if isinstance(e, list) else [e] for e in (self.entries[j]["caption"] for j in kept)]
+        if not self.train:
+            return dict(caption=[t[0] for t in texts], captions=texts)
+        return dict(caption=[t[0] if len(t) == 1 else t[np.random.default_rng((self.seed, 3, i, j)).integers(len(t))] for j, t in zip(kept, texts)])
 
 
 def made_keys(entries):

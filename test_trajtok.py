@@ -1051,7 +1051,15 @@ def test_one_of_several_captions_is_drawn(media):
         assert one["caption"] == two["caption"] and all(c.startswith(f"clip {j}") for c, j in zip(one["caption"], one["index"]))
         seen |= set(one["caption"])
     assert seen == {"clip 0", *(f"clip {i} {word}" for i in (1, 2) for word in "abc")}
-    assert data.VideoBatches(entries, 1, 8, 3, train=False)[0]["caption"] == ["clip 0", "clip 1 a", "clip 2 a"]
+    whole = data.VideoBatches(entries, 1, 8, 3, train=False)[0]
+    assert whole["caption"] == ["clip 0", "clip 1 a", "clip 2 a"] and whole["captions"] == [["clip 0"], *([f"clip {i} {word}" for word in "abc"] for i in (1, 2))]
+    cfg = train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=16))
+    torch.manual_seed(0)
+    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), data.load_encoding().n_vocab, cfg)           # evaluation reads them all
+    video, text, owner, *_ = train_clip.embed(model, data.VideoBatches(entries, 1, 32, 2, train=False), 2, cfg, torch.device("cpu"), data.load_encoding(), "")
+    assert owner.tolist() == [0, 1, 1, 1, 2, 2, 2] and video.shape == (3, 16)
+    ids, mask = data.tokenize(data.load_encoding(), ["clip 2 b"], cfg.text_length)
+    torch.testing.assert_close(text[5:6], model.embed_text(ids, mask))
     plain = data.VideoBatches([entry(e["path"], "x") for e in entries], 1, 8, 3, seed=5)[4]
     assert torch.equal(plain["video"], data.VideoBatches(entries, 1, 8, 3, seed=5)[4]["video"]), "the draw of captions moves the clips"
 
@@ -3060,6 +3068,11 @@ def test_recalls_are_naive_ranks():
     assert set(train_clip.recalls(torch.ones(40, 40), "v2t").values()) == {0.0}
     assert set(train_clip.recalls(torch.eye(40), "v2t").values()) == {1.0}
     assert set(train_clip.recalls(torch.full((40, 40), math.nan), "v2t").values()) == {0.0}
+    owner = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)         # one, two or three captions a video
+    similarity = torch.randn(40, len(owner), generator=torch.Generator().manual_seed(0)) + 1.5 * (owner == torch.arange(40)[:, None])
+    best = [min(sum(s >= row[c].item() for s, o in zip(row.tolist(), owner.tolist()) if o != i) for c in range(len(owner)) if owner[c] == i)
+            for i, row in enumerate(similarity)]
+    assert train_clip.recalls(similarity, "v2t", owner == torch.arange(40)[:, None]) == pytest.approx({f"v2t_r{n}": sum(rank < n for rank in best) / 40 for n in (1, 5, 10)})
 
 
 def test_linear_probe():
