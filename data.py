@@ -1238,18 +1238,21 @@ def sidecars(mask_path, graph_path):
 
 @functools.lru_cache(maxsize=65536)
 def video_header(path):
-    """(frames, height, width, seconds) of a video, upright, as its header says; frames 0 where it does not. Nothing is decoded, and each
-    file is opened once."""
+    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown, if an edit list hides a
+    part. Where it counts no frames, the packets are counted: the length of a file may be that of its sound. Nothing is decoded, and
+    each file is opened once."""
     with opened(path) as container:
         stream = container.streams.video[0]
         seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
-        frames = stream.frames or int(seconds * float(stream.average_rate or 0) + 0.5)
-        return frames, stream.height, stream.width, seconds
+        frames, shown = stream.frames, seconds * float(stream.average_rate or 0)
+        if "mov" in container.format.name and 0 < shown < frames - 1:
+            frames = round(shown)
+        return frames or sum(1 for packet in container.demux(stream) if packet.size), stream.height, stream.width, seconds
 
 
 def check_fit(path, shape, frames, height, width):
-    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, hide the ends
-    of a stream, or know only duration times rate. The size may differ, the shape by one pixel of the mask: labels may be coarser than
+    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
+    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
     pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
     count, h, w = shape
     if frames and abs(count - frames) > max(2, 0.05 * frames):

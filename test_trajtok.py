@@ -910,13 +910,15 @@ def test_sidecars_that_do_not_fit_are_refused(tmp_path):
     for count in (1, 9, 15, 300):
         with pytest.raises(BadVideo, match=f"masks of {count} frames, but the video has 12"):
             load(np.ones((count, 48, 48), np.uint8), np.ones((1, count), int))
+    for name in ("a.mkv", "b.ts", "c.avi"):                      # of these some headers do not count frames
+        assert data.video_header(str(numbered(tmp_path / name, 40)))[:3] == (40, 48, 64)
     wide = encode(tmp_path / "wide.mp4", np.full((12, 48, 80, 3), 90, np.uint8))
     for h, w in ((48, 80), (24, 40), (13, 21), (80, 48), (96, 160), (30, 30)):
         assert (load(np.ones((12, h, w), np.uint8), graph, wide) == 0).all()
     for h, w in ((48, 64), (80, 46), (10, 80), (48, 83)):
         with pytest.raises(BadVideo, match=f"masks of {w} x {h} px do not have the shape of the video's 80 x 48"):
             load(np.ones((12, h, w), np.uint8), graph, wide)
-    data.check_fit("m", (1040, 48, 80), 1000, 48, 80)            # 5 % of a long one: a length that is only duration times rate
+    data.check_fit("m", (1040, 48, 80), 1000, 48, 80)            # 5 % of a long one
     with pytest.raises(BadVideo):
         data.check_fit("m", (1060, 48, 80), 1000, 48, 80)
     big = 2 ** 40 + 3                                            # far beyond any table, and 3 if it wrapped

@@ -405,10 +405,10 @@ def main(argv=None):
                    evaluation_seconds=time.time() - began, peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
     write_json(run.folder / "result.json", result)
     save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories"))
-    report(result, run.folder)
+    report(result, run.folder, cfg.textures is not None)
 
 
-def report(result, folder):
+def report(result, folder, skinned=False):
     def cell(key, percent=True):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
@@ -416,7 +416,9 @@ def report(result, folder):
     print(f"  text -> video   R@1 {cell('t2v_r1')}   R@5 {cell('t2v_r5')}   R@10 {cell('t2v_r10')}")
     print(f"  video -> text   R@1 {cell('v2t_r1')}   R@5 {cell('v2t_r5')}   R@10 {cell('v2t_r10')}")
     if result["appearance"] is not None:
-        print(f"  linear probes   appearance {cell('appearance')} (chance {100 / len(data.SHAPES):.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
+        # in a skinned world one class, the irregular outlines, is the likely guess
+        chance = max(1 / len(data.SHAPES), data.SKINNED_CLIPS * data.IRREGULAR * skinned)
+        print(f"  linear probes   appearance {cell('appearance')} (chance {100 * chance:.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
     if result["veq"] is not None:
         print(f"  trajectories    objects' best IoU {cell('object_iou')} (at full resolution {cell('object_iou_pixels')})   VEQ {cell('veq')}   STQ {cell('stq')}   ({cell('live_trajectories', False)} live)")
         print(f"  a grid instead  objects' best IoU {cell('grid_object_iou')}   VEQ {cell('grid_veq')}   STQ {cell('grid_stq')}   ({cell('grid_cells', False)} cells)")
