@@ -191,10 +191,10 @@ def serve(connection):
     torch.set_num_threads(1)
     answer = None, None
     while True:
-        connection.send(answer)
         try:
+            connection.send(answer)
             work, job = connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):            # the parent is gone
             return
         try:
             answer = work(job), None
@@ -871,12 +871,11 @@ def outlines(device):
     return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def load_textures(folder):
-    """The pictures and clips below a folder -> uint8 (n, R, R, 3), n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, and 90 MB in smaller
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, and 90 MB in smaller
     sizes too (`pyramid`) where it is drawn. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
-    many. The central square of each. A function of the folder's content: the same everywhere. What cannot be read is named on
-    stderr and left out; a folder of nothing usable: BadInput."""
+    many. The central square of each. A function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
     root, chosen, bad = Path(folder), [], []
     if not root.is_dir():
         raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
@@ -900,24 +899,28 @@ def load_textures(folder):
     with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
         for file, got in zip(files, pool.map(read, files)):
             (bad if isinstance(got, str) else chosen).append(got)
-    for reason in bad:
-        print(f"left out: {reason}", file=sys.stderr)
     if not chosen:
         raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
-    print(f"textures: {sum(map(len, chosen))} pictures from {len(chosen)} files of {folder}" + (f", {len(bad)} left out" if bad else ""))
-    return torch.from_numpy(np.concatenate(chosen))
+    return torch.from_numpy(np.concatenate(chosen)), bad
 
 
-def textures_crc(folder):
-    """A number that changes when the pictures do (None without a folder): a run that goes on must see the clips it began with."""
-    return None if folder is None else zlib.crc32(load_textures(folder).numpy())
+def open_textures(folder):
+    """What a command does first with --textures: read them, name what is left out, tell what there is. -> a number that changes when the
+    pictures do (None without a folder): a run that goes on must see the clips it began with."""
+    if folder is None:
+        return None
+    textures, bad = load_textures(folder)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"textures: {len(textures)} pictures of {folder}" + (f"; {len(bad)} files left out" if bad else ""))
+    return zlib.crc32(textures.numpy())
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def pyramid(folder, device):
     """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
     objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
-    x, sides = F.pad(load_textures(folder).permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
+    x, sides = F.pad(load_textures(folder)[0].permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
     levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
               for side in sides for some in x.split(16)]
     return torch.cat(levels).to(device), sides
@@ -1020,7 +1023,7 @@ def _plain(s, row, u, v):
 def _skinned(s, row, u, v, size, textures):
     """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
     cells, sides = pyramid(textures, row.device)
-    skin, n = s["skin"], len(load_textures(textures))
+    skin, n = s["skin"], len(load_textures(textures)[0])
     # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
     radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
     crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
@@ -1700,7 +1703,7 @@ def make(argv):
     # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
     words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
-    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=textures_crc(cfg.textures))
+    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings

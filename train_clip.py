@@ -336,7 +336,7 @@ def main(argv=None):
     model, shape = build(cfg, encoding)
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
     train, test, test_batches, files = open_data(cfg, "caption")
-    run = Run(cfg, f"clip-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.textures_crc(cfg.textures)})
+    run = Run(cfg, f"clip-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
     model.to(device)
     optimizer = make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     start = run.restore(model, optimizer)
