@@ -239,7 +239,8 @@ def in_processes(work, jobs, workers, seconds=math.inf):
                     failure = None if ready else f"not done within {seconds:g} s"
                 except (EOFError, ConnectionResetError):
                     process.join()
-                    result, error, failure = None, None, f"its process died ({signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'})"
+                    code = process.exitcode
+                    result, error, failure = None, None, f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
                 if job is starting and failure:
                     raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
                 if failure or error or not jobs:
@@ -873,9 +874,9 @@ def outlines(device):
 
 @functools.lru_cache(maxsize=2)
 def load_textures(folder):
-    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, and 90 MB in smaller
-    sizes too (`pyramid`) where it is drawn. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
-    many. The central square of each. A function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
+    R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
+    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
     root, chosen, bad = Path(folder), [], []
     if not root.is_dir():
         raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
@@ -1384,7 +1385,7 @@ def to_entry(row, where, folder, path):
     if not isinstance(source, str):
         refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
     kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
-                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none of them empty, in UTF-8"),
+                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
                  label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
                  appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
                  qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
@@ -1800,7 +1801,8 @@ def check(argv):
             problems.append((number, "entry", str(error)))
     with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
         for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
-            found[number] = entry, result or dict(seconds=0.0, bytes=0, shape=None, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")], strangers=False)
+            hangs = dict(NOTHING, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")])
+            found[number] = entry, result or hangs
             problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
             bar.update()
     for _, _, text in sorted(problems):
@@ -1810,11 +1812,14 @@ def check(argv):
         raise SystemExit(1)
 
 
+NOTHING = dict(seconds=0.0, bytes=0, shape=None, strangers=False)            # what is known of a file that could not be opened
+
+
 def inspect_entry(job):
     """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
     strangers: has the mask ids that no trajectory owns?)."""
     cfg, _, entry = job
-    path, wrong, where, result = entry["path"], [], None, dict(seconds=0.0, bytes=0, shape=None, strangers=False)
+    path, wrong, where, result = entry["path"], [], None, dict(NOTHING)
     if not os.path.exists(path):
         hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
         return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
