@@ -876,7 +876,8 @@ def outlines(device):
 def load_textures(folder):
     """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
     R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
-    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
+    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A
+    function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
     root, chosen, bad = Path(folder), [], []
     if not root.is_dir():
         raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
