@@ -9,16 +9,23 @@ Everything a run trains on comes through this file, in one form whatever its sou
 1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
    over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
+   same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
+   folder, objects and grounds are painted with its pictures: real texture, exact labels.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
 4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+
+    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
+    python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
+    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
 """
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -27,9 +34,14 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import sys
+import time
+import traceback
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -38,6 +50,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
@@ -147,9 +160,12 @@ def paint(video, ids, colours):
 
 
 @contextlib.contextmanager
-def film(path, rate):
+def film(path, rate, exact=False):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end."""
+    player opens, renamed into place at the end.
+    exact: colours at full resolution, lossless: no pixel comes back more than 2 of 255 off (a test), for training; browsers do not play it.
+    CHOICE: measured on made clips of 224 px, 16 frames: 207 kB a clip; the usual 4:2:0 at crf 4 takes 156 kB, and is off by up to 147 at the
+    objects' borders, just where the labels change."""
     import av
     stream = None
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
@@ -157,11 +173,92 @@ def film(path, rate):
             nonlocal stream
             if stream is None:
                 stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv444p" if exact else "yuv420p", {"crf": "0" if exact else "18"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         yield add
         container.mux(stream.encode())
+
+
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve(connection):
+    """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
+    torch.set_num_threads(1)
+    answer = None, None
+    while True:
+        try:
+            connection.send(answer)
+            work, job = connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):            # the parent is gone
+            return
+        try:
+            answer = work(job), None
+        except BadInput as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
+def in_processes(work, jobs, workers, seconds=math.inf):
+    """work(job) in `workers` processes of their own (0: in this one) -> an iterator over (job, result, failure), in the order in which they
+    are done. A process that dies, or takes more than `seconds` for a job, is not waited for: it is killed, another one takes its place,
+    and `failure` tells in a few words what happened. What `work` raises is raised here, and ends it all."""
+    if not workers:
+        yield from ((job, work(job), None) for job in jobs)
+        return
+    # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
+    context, jobs, pool, starting = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, object()
+
+    def start():
+        if jobs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            pool[ours] = process, starting, math.inf
+
+    def end(ours, process):
+        process.kill()
+        process.join()
+        ours.close()
+    try:
+        for _ in range(min(workers, len(jobs))):
+            start()
+        while pool:
+            patience = min(until for _, _, until in pool.values()) - time.monotonic()
+            ready = multiprocessing.connection.wait(list(pool), None if patience == math.inf else max(patience, 0))
+            for ours in ready or [c for c, (_, _, until) in pool.items() if until <= time.monotonic()]:
+                process, job, _ = pool[ours]
+                try:
+                    result, error = ours.recv() if ready else (None, None)
+                    failure = None if ready else f"not done within {seconds:g} s"
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    code = process.exitcode
+                    result, error, failure = None, None, f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+                if job is starting and failure:
+                    raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
+                if failure or error or not jobs:
+                    del pool[ours]
+                    end(ours, process)
+                    if error:
+                        raise error
+                    if failure:
+                        start()
+                else:
+                    pool[ours] = process, jobs.popleft(), time.monotonic() + seconds
+                    with contextlib.suppress(BrokenPipeError):   # it died between two jobs: the next `wait` tells
+                        ours.send((work, pool[ours][1]))
+                if job is not starting:
+                    yield job, result, failure
+    finally:
+        for ours, (process, _, _) in pool.items():
+            end(ours, process)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +287,13 @@ MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: gr
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
 
+# The skinned world (World.textures). CHOICE: an eighth of its clips stay exactly what the plain world shows; in the others a surface wears a
+# picture three times out of four, and every other object has an irregular outline, the eleventh class of appearance.
+SKINNED_CLIPS, SKINNED_SURFACES, IRREGULAR = 0.875, 0.75, 0.5
+BLOB, BLOBS = len(SHAPES), 118                                   # `shape` 10 .. 127: irregular outlines, "blob" in words
+TEXTURE_SIDE, TEXTURES_MOST, FRAMES_MOST = 256, 256, 4           # pixels of a side; pictures in all; frames of one clip
+DEFORM = 0.15                                                    # largest wobble, in radii
+
 
 def held_out(shape, colour):
     """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape; in the HELDOUT
@@ -207,6 +311,7 @@ class World:
     acts: int = 1                   # acts that the subject performs one after another; more for long clips
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
+    textures: str | None = None     # a folder of pictures and clips that objects and grounds are painted with
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
@@ -221,8 +326,8 @@ class Dice:
     """Random choices for a script. Only raw doubles of PCG64 are used: numpy keeps a bit generator's stream for ever, but
     may change how its higher-level methods consume it. One draw of a block is faster than many draws of one."""
 
-    def __init__(self, index):
-        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, index))))
+    def __init__(self, *index):
+        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, *index))))
         self.block, self.at = self.rng.random(256).tolist(), 0
 
     def __call__(self, low=0.0, high=1.0):
@@ -352,8 +457,10 @@ def script(index, world=World()):
     light (T, 3): gain per colour; place (8, T, 4): x, y, radius, angle of each object on the *screen*, painted in order
     of the first axis (object 0 lies deepest); shape (8,), count: objects that exist; surface (12, 11): texture kind,
     tiles per unit, cos, sin, shading, colour A (3), colour B (3) of grounds 0..3 and objects 4..11.
-    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index."""
+    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index.
+    Of a skinned world also skin and bend: see `dress`."""
     dice = Dice(index)
+    skinner = None if world.textures is None else Dice(index, 1)             # a stream of its own: pictures do not change who does what
     T = world.frames
     tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
 
@@ -376,6 +483,9 @@ def script(index, world=World()):
         taken.add(mark)
         looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
                           r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
+    dressed = skinner is not None and skinner() < SKINNED_CLIPS
+    if dressed:
+        disguise(looks, skinner, subject=index < HELDOUT)
 
     # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
     program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
@@ -463,6 +573,8 @@ def script(index, world=World()):
         light *= np.exp(((tau - 1) if brighter else -tau) * 0.6)[:, None]
         shine = "gets lighter" if brighter else "gets darker"
     light *= 1 + 0.06 * np.array([dice(-1, 1), dice(-1, 1), dice(-1, 1)])    # the tint of the whole clip
+    if dressed and world.camera:
+        film_by_hand(camera, paths[0, :, :2], tau, skinner)
 
     # -- everything onto the screen, in painting order
     place = paths.copy()
@@ -484,13 +596,65 @@ def script(index, world=World()):
         surface[MAX_GROUNDS + slot] = (look["texture"], dice(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
         shape[slot] = look["shape"]
     place[:count] = place[order]
+    skins = dress(looks, order, names, tau, skinner, dressed) if skinner else {}
 
     scene = dict(looks=looks, acts=acts, side=side, names=names, filmed=filmed, shine=shine, paths=paths, place=place,
                  order=order, T=T)
     return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
                 light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
                 surface=surface.astype(np.float32), caption=describe(scene, dice), qa=questions(scene, dice),
-                appearance=looks[0]["shape"], motion=MOTIONS.index(program))
+                appearance=min(looks[0]["shape"], BLOB), motion=MOTIONS.index(program), **skins)
+
+
+def disguise(looks, dice, subject):
+    """Of a skinned clip: which objects wear a picture, and which have an irregular outline (in place). CHOICE: captions stay true. A
+    picture hides the colour, so none is told: "a textured star"; an irregular outline is a "blob", whatever it wears; sizes are not told,
+    since the camera may stand nearer. subject: may the subject change? Not in the HELDOUT range, which asks for its shape and colour."""
+    for j, look in enumerate(looks):
+        skinned, irregular, which = dice() < SKINNED_SURFACES, dice() < IRREGULAR, dice.integer(BLOBS)
+        look["size"] = "medium"
+        if j or subject:
+            look.update(skinned=skinned, shape=BLOB + which if irregular else look["shape"])
+
+
+def film_by_hand(camera, subject, tau, dice):
+    """Of a skinned clip: the camera (T, 3) of real footage, in place: nearer or farther, never quite still, and sometimes after the subject
+    (T, 2), so that the ground moves and the subject does not. Contacts and depths are those of the script: all are filmed alike."""
+    camera[:, 2] *= math.exp(dice(-0.1, 0.45))
+    shake = dice.pick((0.0, 0.006, 0.02))
+    for axis in (0, 1):
+        camera[:, axis] += shake * np.sin(dice(3, 12) * tau + dice(0, 6.3))
+    follow, chosen = dice(0.4, 0.8), dice() < 0.3
+    if chosen:
+        camera[:, :2] += follow * (subject - subject.mean(0))
+
+
+def dress(looks, order, names, tau, dice, dressed):
+    """skin (12, 8) of grounds 0..3 and objects 4..11: which picture, as a fraction of the folder (-1: none, the plain surface), two rows
+    (du, dv, 1) that take the surface's own coordinates to the picture's in [0, 1), and a gain; bend (8, T, 5) of objects: stretch
+    along the own axes, wobble, its frequency and its phase (see `rasterise`). In `names` skinned grounds become "textured ground"."""
+    skin, bend = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 8), np.float32), np.zeros((MAX_OBJECTS, len(tau), 5), np.float32)
+    skin[:, 0], bend[:, :, :2] = -1, 1
+    if not dressed:
+        return dict(skin=skin, bend=bend)
+
+    def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
+        cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
+        return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
+    for i in range(len(names)):                                  # grounds stand nearly upright, as pictures do
+        chosen, worn = dice() < SKINNED_SURFACES, picture(dice(0.6, 1.3), dice(-0.3, 0.3))
+        if chosen:
+            skin[i], names[i] = worn, "textured ground"
+    for slot, j in enumerate(order):
+        worn = picture(math.exp(dice(math.log(0.08), math.log(0.5))), dice(0, 2 * math.pi))
+        free = looks[j]["shape"] >= BLOB                         # named shapes wobble a little: a star remains a star
+        thin, sway, wobble, speed, phase = dice(0.5, 1.0), dice(0, 0.12), dice(0, DEFORM), dice(-4, 4), dice(0, 6.3)
+        breath = sway * np.sin(speed * tau + phase) if free else 0 * tau
+        bend[slot, :, 0], bend[slot, :, 1] = np.exp(breath) * 0.88, np.exp(-breath) * (0.88 * thin if free else 0.88)
+        bend[slot, :, 2], bend[slot, :, 3], bend[slot, :, 4] = wobble if free else 0.3 * wobble, dice(1.5, 4.0), speed * tau + phase
+        if looks[j].get("skinned"):
+            skin[MAX_GROUNDS + slot] = worn
+    return dict(skin=skin, bend=bend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +680,11 @@ def a(phrase):
 
 
 def name_of(look, full=True):
-    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip)."""
+    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip). With a picture on it
+    'textured star', which need not be unique."""
+    if look["shape"] >= BLOB or look.get("skinned"):
+        colour = "textured" if look.get("skinned") else list(COLOURS)[look["colour"]]
+        return f"{colour} {'blob' if look['shape'] >= BLOB else SHAPES[look['shape']]}"
     words = [look["size"] if full and look["size"] != "medium" else "", list(COLOURS)[look["colour"]],
              TEXTURES[look["texture"]] if full and look["texture"] else "", SHAPES[look["shape"]]]
     return " ".join(w for w in words if w)
@@ -535,7 +703,7 @@ def describe(scene, dice):
     doing = " and then ".join(act_words(act, dice, partner if i == 0 else "it") for i, act in enumerate(scene["acts"]))
     if scene["acts"][0][0] in SOLO and any(p not in SOLO for p, _ in scene["acts"]):     # "it" must have been named
         doing = doing.replace(" it", " " + partner, 1)
-    ground = " and ".join(names[:2]) if dice() < 0.8 else names[0]
+    ground = " and ".join(dict.fromkeys(names[:2])) if dice() < 0.8 else names[0]
     where = dice.pick(("on", "over", "against")) + " " + ground
     used = 2 if scene["acts"][0][0] not in SOLO else 1
     rest = looks[used:]
@@ -567,41 +735,51 @@ def visible_side(x):
 
 def questions(scene, dice):
     """Question-answer pairs with one-word (or one-phrase) answers, all decidable from the pixels:
-    what, where, count, first, after, behind."""
+    what, where, count, first, after, behind. Of a skinned clip those whose words or answer a picture hides are left out."""
     looks, acts, place, order = scene["looks"], scene["acts"], scene["place"], scene["order"]
     slot = {j: s for s, j in enumerate(order)}
     qa = []
 
-    def ask(kind, question, answer):
-        qa.append(dict(type=kind, question=question, answer=answer))
+    called = [name_of(look, False) for look in looks]
+    hidden = any(look.get("skinned") for look in looks)          # its colour, that is
+
+    def ask(kind, question, answer, *about):                     # about: the objects that the question names
+        if all(called.count(called[j]) == 1 for j in about):
+            qa.append(dict(type=kind, question=question, answer=answer))
 
     subject = looks[0]
-    colour, shape = list(COLOURS)[subject["colour"]], SHAPES[subject["shape"]]
-    if place[:len(looks), :, 2].mean(1).argmax() == slot[0]:
+    colour, shape = list(COLOURS)[subject["colour"]], (*SHAPES, "blob")[min(subject["shape"], BLOB)]
+    largest = place[:len(looks), :, 2].mean(1).argmax() == slot[0]
+    if largest and not subject.get("skinned"):
         ask("what", "What colour is the largest object?", colour)
-    ask("what", f"What shape is the largest object, the {colour} one?", shape)
-    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0])
-    ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
-    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]))
+    if not hidden:
+        ask("what", f"What shape is the largest object, the {colour} one?", shape)
+    elif largest:
+        ask("what", "What shape is the largest object?", shape)
+    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0], 0)
+    if "textured ground" not in scene["names"]:
+        ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
+    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]), 0)
     ask("count", "How many objects are there?", str(len(looks)))
     counted = dice.pick(tuple(COLOURS))
-    ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
+    if not hidden:
+        ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
     starts = {j: s[0] for j, s in enumerate(scene["side"]) if s}
     starts[0] = 0
     late = [j for j in starts if starts[j] > 0]
     if late:                                                     # the subject moves from the first frame on
         pair = dice.shuffled([0, late[0]])
         ask("first", f"Which moves first, the {name_of(looks[pair[0]], False)} or the {name_of(looks[pair[1]], False)}?",
-            name_of(subject, False))
+            name_of(subject, False), *pair)
     for (before, _), (after, _) in zip(acts, acts[1:]):
-        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after)
+        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after, 0)
         break
     if len(looks) > 1:
         passes = {p for p, _ in acts} & {"behind", "front"}
         way = dice.pick(("behind", "front"))
         word = {"behind": "behind", "front": "in front of"}[way]
         ask("behind", f"Did the {name_of(subject, False)} pass {word} the {name_of(looks[1], False)}?",
-            "yes" if way in passes else "no")
+            "yes" if way in passes else "no", 0, 1)
     return qa
 
 
@@ -637,25 +815,138 @@ def atlas(device):
 
 def stack(scripts):
     """A list of scripts -> one dict of tensors with a leading batch axis (words stay out)."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
-    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys}
+    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface", "skin", "bend")
+    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys if k in scripts[0]}
+
+
+@functools.lru_cache(maxsize=None)
+def outlines(device):
+    """bool (10 + BLOBS, R, R): the ten shapes, then irregular outlines: wavy circles, bodies with limbs, polygons, pairs of shapes. They
+    are what lets a segmenter learn "what moves together" instead of ten silhouettes."""
+    dice, g = Dice(2 ** 40), (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
+    named, found = atlas(torch.device("cpu"))[0].numpy(), []
+
+    def wavy():
+        waves = [(k, dice(0, 0.5) / k, dice(0, 6.3)) for k in range(1, 8)]
+        return lambda x, y: np.hypot(x, y) < 0.6 * (1 + sum(a * np.cos(k * np.arctan2(y, x) + p) for k, a, p in waves))
+
+    def limbs():                                                 # capsules from one point: (angle, length, thickness)
+        some = [(dice(0, 6.3), dice(0.4, 1.2), dice(0.12, 0.3)) for _ in range(2 + dice.integer(5))]
+        body = dice(0.2, 0.45)
+
+        def inside(x, y):
+            hit = np.hypot(x, y) < body
+            for angle, length, thick in some:
+                along = (x * math.cos(angle) + y * math.sin(angle)).clip(0, length)
+                hit |= np.hypot(x - along * math.cos(angle), y - along * math.sin(angle)) < thick
+            return hit
+        return inside
+
+    def polygon():
+        sides = sorted(dice(0, 6.3) for _ in range(3 + dice.integer(4))) + [0.0, 2.1, 4.2]               # the last three close it
+        far = [dice(0.3, 0.9) for _ in sides]
+        return lambda x, y: np.all([x * math.cos(angle) + y * math.sin(angle) < d for angle, d in zip(sides, far)], 0)
+
+    def pair():
+        parts = [(named[dice.integer(len(SHAPES))], dice(-0.3, 0.3), dice(-0.3, 0.3), dice(0.5, 0.9)) for _ in range(2)]
+
+        def inside(x, y):
+            hit = np.zeros(x.shape, bool)
+            for table, cx, cy, r in parts:
+                u, v = (x - cx) / r, (y - cy) / r
+                cell = [((q + 1) * SHAPE_RES / 2).astype(int).clip(0, SHAPE_RES - 1) for q in (v, u)]
+                hit |= (abs(u) < 1) & (abs(v) < 1) & table[cell[0], cell[1]]
+            return hit
+        return inside
+    coarse = np.meshgrid(g[::4] * 2, g[::4] * 2)
+    while len(found) < BLOBS:
+        inside = (wavy, limbs, polygon, pair)[len(found) % 4]()
+        hit = inside(*coarse)
+        if not hit.any():
+            continue
+        cx, cy = (c[hit].mean() for c in coarse)                 # about its own middle, as large as fits
+        far = np.hypot(coarse[0][hit] - cx, coarse[1][hit] - cy).max() + 0.06
+        whole = inside(*np.meshgrid(g * far / 0.95 + cx, g * far / 0.95 + cy))
+        if whole.mean() > 0.2:                                   # no threads
+            found.append(whole)
+    return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_textures(folder):
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
+    R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
+    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A
+    function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
+    root, chosen, bad = Path(folder), [], []
+    if not root.is_dir():
+        raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
+    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not f.name.startswith(".")),
+                   key=lambda f: f.relative_to(root).as_posix())
+    if not files:
+        raise BadInput(f"--textures {folder}: no picture and no clip in it; expected files such as {folder}/a.jpg or {folder}/b.mp4")
+    if len(files) > TEXTURES_MOST:
+        files = [files[i * len(files) // TEXTURES_MOST] for i in range(TEXTURES_MOST)]
+    each = max(1, min(FRAMES_MOST, TEXTURES_MOST // len(files)))
+
+    def read(file):
+        frames = 1 if file.suffix.lower() in IMAGE_SUFFIXES else each
+        try:
+            return decode(file, frames, TEXTURE_SIDE)[0]
+        except BadVideo as error:
+            try:                                                 # one frame of a clip that is short, or cut, still is a texture
+                return decode(file, 1, TEXTURE_SIDE)[0]
+            except BadVideo:
+                return str(error)
+    with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
+        for file, got in zip(files, pool.map(read, files)):
+            (bad if isinstance(got, str) else chosen).append(got)
+    if not chosen:
+        raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
+    return torch.from_numpy(np.concatenate(chosen)), bad
+
+
+def open_textures(folder):
+    """What a command does first with --textures: read them, name what is left out, tell what there is. -> a number that changes when the
+    pictures do (None without a folder): a run that goes on must see the clips it began with."""
+    if folder is None:
+        return None
+    textures, bad = load_textures(folder)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"textures: {len(textures)} pictures of {folder}" + (f"; {len(bad)} files left out" if bad else ""))
+    return zlib.crc32(textures.numpy())
+
+
+@functools.lru_cache(maxsize=2)
+def pyramid(folder, device):
+    """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
+    objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
+    x, sides = F.pad(load_textures(folder)[0].permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
+    levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
+              for side in sides for some in x.split(16)]
+    return torch.cat(levels).to(device), sides
 
 
 @torch.no_grad()
-def rasterise(scripts, size, device="cpu", chunk=None):
+def rasterise(scripts, size, device="cpu", chunk=None, textures=None):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
     Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
     that covered it and the surface's own coordinates there, and is coloured once, at the end. `chunk` clips
-    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing."""
+    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
+    textures: of a skinned world, its folder."""
     device = torch.device(device)
+    if "skin" in scripts and textures is None:
+        raise ValueError("scripts of a skinned world are drawn with rasterise(..., textures=world.textures)")
     b = len(scripts["count"])
     chunk = chunk or (16 if device.type == "cpu" else 64)
-    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device) for i in range(0, b, chunk)]
+    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device, textures) for i in range(0, b, chunk)]
     return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
 
 
-def _rasterise(s, size, device):
-    shapes, textures = atlas(device)
+def _rasterise(s, size, device, textures):
+    shapes = outlines(device) if "bend" in s else atlas(device)[0]
+    reach = 1.25 if "bend" in s else 1.0                         # how far from its place an object may be seen, in radii along its axes
     b, t = s["camera"].shape[:2]
     p = (torch.arange(size, device=device) + 0.5) / size
     camera = s["camera"][..., None, None]                                    # (b, t, 3, 1, 1)
@@ -685,8 +976,13 @@ def _rasterise(s, size, device):
         c, n = torch.cos(angle)[..., None] / r[..., None], torch.sin(angle)[..., None] / r[..., None]
         ou, ov = dx * c + dy * n, dy * c - dx * n                            # its own axes, in units of its radius
         visible = ((ix >= 0) & (ix < size) & (s["count"] > j)[:, None, None])[:, :, None] & ((iy >= 0) & (iy < size))[..., None]
-        hit = ((ou.abs() < 1) & (ov.abs() < 1) & visible).flatten().nonzero()[:, 0]
+        hit = ((ou.abs() < reach) & (ov.abs() < reach) & visible).flatten().nonzero()[:, 0]
         fu, fv = ou.flatten().index_select(0, hit), ov.flatten().index_select(0, hit)
+        if "bend" in s:                                          # its outline and its picture give way together
+            across, along, amount, freq, phase = s["bend"][:, j].flatten(0, 1).index_select(0, hit // (w * w)).unbind(1)
+            fu, fv = (fu + amount * torch.sin(freq * fv + phase)) / across, (fv + amount * torch.sin(freq * fu - phase)) / along
+            kept = ((fu.abs() < 1) & (fv.abs() < 1)).nonzero()[:, 0]
+            hit, fu, fv = hit.index_select(0, kept), fu.index_select(0, kept), fv.index_select(0, kept)
         kind = s["shape"][:, j].index_select(0, hit // (t * w * w))
         inside = flat.index_select(0, (kind * SHAPE_RES + (fv * half + half).long()) * SHAPE_RES + (fu * half + half).long())
         where = (frame + iy[..., None] * size + ix[:, :, None]).flatten()[hit[inside]]
@@ -695,20 +991,56 @@ def _rasterise(s, size, device):
     # colour every pixel once: its surface's row of the table, one column after the other. (Measured: index_select on a
     # plane is 4x faster than advanced indexing.)
     row = (ids + torch.arange(b, device=device, dtype=torch.int32)[:, None, None, None] * s["surface"].shape[1]).flatten()
+    u, v = u.flatten(), v.flatten()
+    if "skin" in s:                                              # plain and skinned pixels apart: each kind costs only itself
+        worn = (s["skin"][..., 0] >= 0).flatten().index_select(0, row)
+        planes = torch.empty((3, len(row)), device=device)
+        for which, look in ((~worn, _plain), (worn, functools.partial(_skinned, size=size, textures=textures))):
+            which = which.nonzero()[:, 0]
+            for plane, part in zip(planes, look(s, *(x.index_select(0, which) for x in (row, u, v)))):
+                plane.index_copy_(0, which, part)
+    else:
+        planes = _plain(s, row, u, v)
+    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    for c, plane in enumerate(planes):
+        video[..., c] = plane.view(b, t, size, size).mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+    return video, ids.long()
+
+
+def _plain(s, row, u, v):
+    """Pixels (n,) of these rows of the table, at these coordinates of their surfaces -> an iterator over three planes (n,): R, G, B."""
+    textures = atlas(row.device)[1]
     column = s["surface"].flatten(0, 1).t().contiguous()                     # (11, b·12)
     kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    u, v = u.flatten(), v.flatten()
     tiles *= TEXTURE_RES
     tu = ((u * cos + v * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     tv = ((v * cos - u * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     blend = textures.flatten().index_select(0, (kind.to(torch.int32) * TEXTURE_RES + tv) * TEXTURE_RES + tu)
-    gain = (1 + shade * v).view(b, t, size, size)
-    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    gain = 1 + shade * v
     for c in range(3):
         one, step = column[5 + c].index_select(0, row), (column[8 + c] - column[5 + c]).index_select(0, row)
-        plane = one.addcmul_(step, blend).view(b, t, size, size).mul_(gain)
-        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
-    return video, ids.long()
+        yield one.addcmul_(step, blend).mul_(gain)
+
+
+def _skinned(s, row, u, v, size, textures):
+    """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
+    cells, sides = pyramid(textures, row.device)
+    skin, n = s["skin"], len(load_textures(textures)[0])
+    # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
+    radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
+    crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
+    level = crowd.clamp(min=1e-6).log2().round().clamp(0, len(sides) - 1).int()
+    side = torch.tensor(sides, dtype=torch.int32, device=row.device)[level]
+    begin = torch.tensor([n * sum(q * q for q in sides[:i]) for i in range(len(sides))], dtype=torch.int32, device=row.device)[level]
+    begin += (skin[..., 0] * n).int().clamp(max=n - 1) * side * side
+    begin, side = (x.flatten().index_select(0, row) for x in (begin, side))
+    a, b, c, d, e, f, gain = (x.index_select(0, row) for x in skin[..., 1:].flatten(0, 1).t().contiguous())
+    shade = s["surface"][..., 4].flatten().index_select(0, row)
+    x, y = ((q * side).floor().to(torch.int32) & (2 * side - 1) for q in (c.addcmul_(a, u).addcmul_(b, v), f.addcmul_(d, u).addcmul_(e, v)))
+    x, y = torch.minimum(x, 2 * side - 1 - x), torch.minimum(y, 2 * side - 1 - y)         # beyond its edge a picture is mirrored: no seam
+    rgb = cells.index_select(0, begin + y * side + x).view(torch.uint8).view(-1, 4)
+    gain *= 1 + shade * v
+    return (rgb[:, i] * gain for i in range(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -850,93 +1182,225 @@ def _to_square(frame, size, path=''):
     return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
 
 
-def load_labels(mask_path, graph_path, where, size):
+def load_labels(mask_path, graph_path, where, size, video=None):
     """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
-    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none.  graph: `tensor` (M, F): id of trajectory m
-    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour."""
-    try:
-        mask = np.load(mask_path, allow_pickle=False)["arr_0"]
-        graph = np.load(graph_path, allow_pickle=False)["tensor"]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadVideo(f"{mask_path}: its labels cannot be read ({error}); remove both sidecars or write them again") from None
-    if mask.dtype.kind not in 'iu' or graph.dtype.kind not in 'iu' or (mask.size and mask.min() < 0):
-        raise BadVideo(f"{mask_path}: labels of type {mask.dtype}; they must be whole numbers from 0 on")
-    if mask.ndim != 3 or graph.ndim != 2 or graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none, any whole numbers.  graph: `tensor` (M, F): id of trajectory m
+    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour.
+
+    An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
+    cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
+    `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
+    mask, graph = sidecars(mask_path, graph_path)
+    if video is not None:
+        check_fit(mask_path, mask.shape, *video_header(str(video))[:3])
     h, w, top, left = fit(*mask.shape[1:], size)
     rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
     columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    labels = np.empty((len(where), size, size), np.int64)
+    labels, strangers = np.empty((len(where), size, size), np.int64), []
     for i, f in enumerate((np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)):
-        table = np.full(max(int(mask[f].max()), int(graph[:, f].max()), 0) + 1, -1, np.int64)
-        present = graph[:, f] > 0
-        table[graph[present, f]] = np.flatnonzero(present)
-        labels[i] = table[mask[f][rows][:, columns]]
+        owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
+        owner, column = owner[column > 0], column[column > 0]
+        twice = np.flatnonzero(column[1:] == column[:-1])
+        if len(twice):
+            raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
+                           "an object belongs to one trajectory")
+        cut = mask[f][rows][:, columns]
+        labels[i] = -1
+        if len(column):
+            at = np.searchsorted(column, cut).clip(max=len(column) - 1)
+            labels[i] = np.where(column[at] == cut, owner[at], -1)
+        strangers.append(len(column) > 0 and (labels[i] < 0).all() and mask[f].any() and not np.isin(column, mask[f]).any())
+    if all(strangers):
+        raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
     return labels
+
+
+def sidecars(mask_path, graph_path):
+    """-> mask (F, H, W) and graph (M, F) of whole numbers from 0 on, of their own types. Anything else: BadVideo, which names the file."""
+    for one, other, kind in ((mask_path, graph_path, "graph"), (graph_path, mask_path, "mask")):
+        if one and not other:
+            raise BadVideo(f"{one}: its {kind} is missing; labels are two files, `<video>_mask.npz` and `<video>_graph.npz`: write both or remove both")
+    arrays = []
+    for path, key, axes, form in ((mask_path, "arr_0", 3, "(F, H, W)"), (graph_path, "tensor", 2, "(M, F)")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                x = file[key]
+        except KeyError:
+            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F): see DESIGN") from None
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                           "write both sidecars again, or remove them") from None
+        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
+            raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
+        if x.ndim != axes or not x.size and axes == 3:
+            raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
+        arrays.append(x.view(np.uint8) if x.dtype.kind == "b" else x)
+    mask, graph = arrays
+    if graph.shape[1] != len(mask):
+        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+    return mask, graph
+
+
+@functools.lru_cache(maxsize=65536)
+def video_header(path):
+    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown, if an edit list hides a
+    part. Where it counts no frames, the packets are counted: the length of a file may be that of its sound. Nothing is decoded, and
+    each file is opened once."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
+        frames, shown = stream.frames, seconds * float(stream.average_rate or 0)
+        if "mov" in container.format.name and 0 < shown < frames - 1:
+            frames = round(shown)
+        return frames or sum(1 for packet in container.demux(stream) if packet.size), stream.height, stream.width, seconds
+
+
+def check_fit(path, shape, frames, height, width):
+    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
+    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
+    pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
+    count, h, w = shape
+    if frames and abs(count - frames) > max(2, 0.05 * frames):
+        raise BadVideo(f"{path}: masks of {count} frames, but the video has {frames}; write masks for every frame, or remove both sidecars")
+    if h != w and min(abs(w - h * width / height), abs(w - h * height / width)) > max(1, w / h, 0.01 * w):
+        raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Real video: manifests, folders, CSV files
 # ---------------------------------------------------------------------------------------------------------------------
 
+EXPECTED = 'a JSON list of {"video": path, "caption": text}'
+
+
 def read_manifest(path):
     """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
-    `image` (bool) and, where known, caption, label, mask, graph. Paths are relative to the manifest. Wrong: BadInput."""
+    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph; from `data.py make` also
+    appearance, motion (class ids) and qa. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
+    return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
+
+
+def manifest_rows(path):
+    """-> [(row, where, folder)]: rows as they stand in the file, "line 3" or "entry 2 (line 3)", and what paths are relative to."""
     path = Path(path)
     if not path.exists():
         raise BadInput(f"--data {path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
     if path.is_dir():
         if (path / "manifest.json").exists():
-            return read_manifest(path / "manifest.json")
-        rows = [dict(video=str(f), label=f.parent.name if f.parent != path else None) for f in sorted(path.glob("**/*"))
-                if f.suffix.lower() in VIDEO_SUFFIXES]
-        if not rows:
+            return manifest_rows(path / "manifest.json")
+        files = [f for f in sorted(path.glob("**/*")) if f.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
             raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
-    elif path.suffix == ".csv":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
-        # Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional
-        rows = [next(csv.reader([l], delimiter="," if "," in l else " ")) for l in lines if l.strip()]
-        header = rows.pop(0) if rows and len(rows[0]) > 1 and rows[0][0] in ("path", "video") else None
-        for i, row in enumerate(rows):
-            if len(row) < 2:
-                raise BadInput(f"{path} line {i + 1 + bool(header)}: {','.join(row)!r} is not `path,label` (or `path,caption`, under a header that says so)")
-        second = "caption" if header and "caption" in header[1].strip().lower() else "label"
-        rows = [{"video": r[0], second: r[1]} for r in rows]
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                rows = json.loads(text)
-            else:
-                rows = []
-                for number, line in enumerate(text.splitlines(), 1):
-                    try:
-                        rows += [json.loads(line)] if line.strip() else []
-                    except json.JSONDecodeError as error:
-                        raise BadInput(f"{path} line {number}: not a manifest ({error.msg}); expected a JSON object") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{path}: not a manifest ({error}); expected a JSON list of {{\"video\": path, \"caption\": text}}") from None
+        return [(dict(video=str(f.relative_to(path)), label=f.parent.name if f.parent != path else None), str(f.relative_to(path)), path) for f in files]
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} line {1 + raw[:error.start].count(10)}: not a manifest in UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    read = csv_rows if path.suffix == ".csv" else list_rows if text.lstrip().startswith("[") else line_rows
+    rows = [(row, where, path.parent) for row, where in read(text, path)]
     if not rows:
-        raise BadInput(f"{path}: an empty manifest; expected a JSON list of {{\"video\": path, \"caption\": text}}")
-    folder, entries = (path if path.is_dir() else path.parent), []
-    for i, row in enumerate(rows):
-        source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-        if not isinstance(source, str):
-            raise BadInput(f"{path} entry {i + 1}: {json.dumps(row)[:80]} names neither \"video\" nor \"image\"")
-        for key in ("caption", "label", "mask", "graph"):
-            if row.get(key) is not None and not isinstance(row[key], (str, int) if key == "label" else str):
-                raise BadInput(f"{path} entry {i + 1}: \"{key}\" must be text, not {json.dumps(row[key])[:60]}")
-        file = Path(source) if path.is_dir() else folder / source
-        entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
-                     caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
-        for key in ("mask", "graph"):
-            given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
-            entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
-        entries.append(entry)
-    return entries
+        raise BadInput(f"{path}: an empty manifest; expected {EXPECTED}")
+    return rows
+
+
+def csv_rows(text, path):
+    """Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional, and tells more columns."""
+    header = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = next(csv.reader([line], delimiter="," if "," in line else " ", strict=True))
+        except csv.Error as error:
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` ({error})") from None
+        if header is None:                                       # of the first line
+            header = [cell.strip().lower() for cell in cells]
+            if {"path", "video"} & set(header) and len(header) > 1:
+                header = ["video" if cell == "path" else cell for cell in header]
+                if not {"label", "caption"} & set(header):       # whatever it is called: the second column is the label
+                    header[1] = "label"
+                continue
+            header = ()
+        if len(cells) < 2 or not header and len(cells) > 2 or header and len(cells) > len(header):
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` (or `path,caption`, under a header that says so); "
+                           "quote a path that holds the separator")
+        columns = dict(zip(header or ("video", "label"), cells))
+        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph") and v}, f"line {number}"
+
+
+def line_rows(text, path):
+    for number, line in enumerate(text.split("\n"), 1):          # not splitlines: a JSON text may hold other line separators
+        try:
+            if line.strip():
+                yield json.loads(line), f"line {number}"
+        except ValueError as error:
+            raise BadInput(f"{path} line {number}: not a manifest ({getattr(error, 'msg', error)}); expected {EXPECTED}, or an object a line") from None
+
+
+def list_rows(text, path):
+    """The items of a JSON list, one after the other: so each knows its line."""
+    decoder, at, line, counted, number = json.JSONDecoder(), text.index("[") + 1, 1, 0, 0
+    space = re.compile(r"[ \t\r\n]*")
+
+    def here():
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, at), at
+        return line
+
+    def refuse(message):
+        raise BadInput(f"{path} line {here()}: not a manifest ({message}); expected {EXPECTED}")
+    at = space.match(text, at).end()
+    while text[at:at + 1] != "]" or number:                      # "[]" is whole; "[1,]" is not
+        number += 1
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            at = getattr(error, "pos", at)
+            refuse(getattr(error, "msg", error))
+        yield row, f"entry {number} (line {here()})"
+        at = space.match(text, end).end()
+        if text[at:at + 1] == "]":
+            break
+        if text[at:at + 1] != ",":
+            refuse(f"a comma or ] is missing after entry {number}")
+        at = space.match(text, at + 1).end()
+    at = space.match(text, at + 1).end()
+    if at != len(text):
+        refuse("there is more after the list's end")
+
+
+def to_entry(row, where, folder, path):
+    """A manifest's row -> an entry; what is wrong with it: BadInput, which names the place, the value and what to write instead."""
+    def refuse(message):
+        raise BadInput(f"{path} {where}: {message}")
+
+    def is_text(x):                                              # a lone half of a surrogate pair cannot be written as UTF-8
+        return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff\0]", x)
+
+    def is_class(x):
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
+    if not isinstance(source, str):
+        refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
+                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
+                 label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
+                 appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
+                 qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
+                     'a list of {"question": text, "answer": text}'))
+    for key, (fits, form) in kinds.items():
+        if row.get(key) is not None and not fits(row[key]):
+            refuse(f'"{key}" is {json.dumps(row[key])[:60]}; give {form}, or leave it out')
+    file = folder / source
+    entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
+                 caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
+    for key in ("mask", "graph"):
+        given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
+    return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1075,9 +1539,9 @@ class WorldBatches(torch.utils.data.Dataset):
         some = slice(i * self.batch, (i + 1) * self.batch)
         chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
         scripts = [script(j, self.world) for j in chosen]
-        return dict(scripts=stack(scripts), size=self.world.size, caption=[s["caption"] for s in scripts], bad=[],
+        return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
                     appearance=torch.tensor([s["appearance"] for s in scripts]),
-                    motion=torch.tensor([s["motion"] for s in scripts]), index=[s["index"] for s in scripts])
+                    motion=torch.tensor([s["motion"] for s in scripts]), qa=[s["qa"] for s in scripts], index=[s["index"] for s in scripts])
 
 
 class VideoBatches(torch.utils.data.Dataset):
@@ -1110,8 +1574,8 @@ class VideoBatches(torch.utils.data.Dataset):
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
                                          *((start, stride) if self.train else (None, None)))
                 label = np.full(video.shape[:3], -1, np.int64)
-                if entry["mask"] and entry["graph"]:
-                    label = load_labels(entry["mask"], entry["graph"], where, self.size)
+                if entry["mask"] or entry["graph"]:
+                    label = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
             except BadVideo as error:
                 bad.append((entry["path"], str(error)))
                 continue
@@ -1119,13 +1583,27 @@ class VideoBatches(torch.utils.data.Dataset):
             labels.append(torch.from_numpy(label))
             kept.append(j)
         return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, caption=[self.entries[j]["caption"] for j in kept], label=[self.entries[j]["label"] for j in kept])
+                    index=kept, **self.captions(i, kept), label=[self.entries[j]["label"] for j in kept],
+                    **made_keys([self.entries[j] for j in kept]))
+
+    def captions(self, i, kept):
+        """Of several captions of a clip one, drawn from (seed, batch, entry); where nothing is drawn the first, and `captions` holds them all."""
+        texts = [e if isinstance(e, list) else [e] for e in (self.entries[j]["caption"] for j in kept)]
+        if not self.train:
+            return dict(caption=[t[0] for t in texts], captions=texts)
+        return dict(caption=[t[0] if len(t) == 1 else t[np.random.default_rng((self.seed, 3, i, j)).integers(len(t))] for j, t in zip(kept, texts)])
+
+
+def made_keys(entries):
+    """appearance and motion (b,) and qa, b lists, of a batch of made clips: only where all of them have it."""
+    kept = {key: [e[key] for e in entries] for key in ("appearance", "motion", "qa") if entries and all(key in e for e in entries)}
+    return {key: x if key == "qa" else torch.tensor(x) for key, x in kept.items()}
 
 
 def finish(batch, device):
     """A batch as it left its worker -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64 (b, t, H, W) on the device."""
     if "scripts" in batch:
-        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device)
+        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device, textures=batch["textures"])
     elif batch["video"] is not None:
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)
@@ -1168,3 +1646,236 @@ def augment(video, labels, seed, flip=True):
     x = torch.lerp(x, soft, each(np.where(rng.random(b) < 0.3, rng.uniform(0.3, 1.0, b), 0.0)))     # blur
     return (x.clamp(0, 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous(),
             labels.round().long().view(b, t, h, w) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py make
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """Writes the procedural world as MP4s with label sidecars, captions, questions and a manifest: the same training from disk."""
+    size: str = "nano"                  # one of nano, tiny, base, large: what their clips look like by default
+    clips: int = 1000                   # how many; more later: the same command with another number
+    out: str = "out/world"              # the folder for manifest.json and clips
+    image_size: int = 64                # pixels of a side, an even number
+    frames: int = 8                     # frames of a clip
+    max_objects: int = 8                # 1 .. 8 objects in a clip
+    shared_colours: bool = True         # may two objects of a clip wear the same colour?
+    acts: int = 1                       # acts that the subject performs one after another; more for long clips
+    camera: bool = True                 # pans and zooms
+    light: bool = True                  # the scene gets lighter or darker
+    textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
+    seed: int = 0                       # the clips that a training of this seed sees first
+    begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
+    fps: float = 8.0                    # frames a second
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core
+    overwrite: bool = False             # make clips anew that are there
+
+    def __post_init__(self):
+        for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
+        if not 1 <= self.fps <= 1000:
+            raise BadInput(f"--fps {self.fps}: 1 to 1000")
+        if self.image_size % 2 or not 8 <= self.image_size <= 8192:
+            raise BadInput(f"--image-size {self.image_size}: an even number from 8 to 8192")
+        self.world
+
+    @property
+    def world(self):
+        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures)
+
+    @property
+    def first(self):                                             # seeds as `trajtok.open_data` counts them
+        return TRAIN + self.seed % 49 * 10_000_000 if self.begin is None else self.begin
+
+
+#  size          what `trajtok.py pretrain` and `train_clip.py` train on (a test compares)
+MAKE_SIZES = {"nano": dict(image_size=64, frames=8, max_objects=4, shared_colours=False), "tiny": dict(image_size=128, frames=8),
+              "base": dict(image_size=224, frames=16), "large": dict(image_size=224, frames=16)}
+MAKE_SIZES = {name: {"size": name, **values} for name, values in MAKE_SIZES.items()}
+AT_ONCE = 16                                                     # clips that a worker paints together
+
+
+def make(argv):
+    """The same clips as on the fly, on disk: begin .. begin + clips - 1. What is there whole is kept, so a run that was stopped goes on."""
+    cfg = configure(MakeConfig, MAKE_SIZES, argv)
+    out, began = Path(cfg.out), time.time()
+    # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
+    words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
+    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--out {out}: cannot be used ({error}); give another folder") from None
+    differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
+    if differ:
+        raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
+    write_json(out / "make.json", settings)
+    for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
+        stale.unlink(missing_ok=True)
+    jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
+    rows, kept, size = {}, 0, 0
+    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
+    with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
+        for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
+            if failure:
+                raise BadInput(f"{out}: clips {first} .. {first + count - 1}: {failure}; what is written is whole: give fewer --workers and run it again")
+            rows[first], old, written = done
+            kept, size = kept + old, size + written
+            bar.update(count)
+    lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
+    replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
+    print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
+          + (f"; {kept} of them were there" if kept else ""))
+    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+
+
+def make_some(job):
+    """Clips first .. first + count - 1 in their folder -> their manifest rows, how many were there, bytes of all."""
+    cfg, first, count = job
+    scripts, rows, missing, size = [script(first + i, cfg.world) for i in range(count)], [], [], 0
+    for s in scripts:
+        clip = f"{s['index'] // 1000:07d}/{s['index']:010d}.mp4"             # a thousand clips a folder
+        rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
+    paths = [Path(cfg.out) / row["video"] for row in rows]
+    sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
+    missing = [i for i, p in enumerate(paths) if cfg.overwrite or not all(f.exists() for f in (p, *sidecars[i]))]
+    if missing:
+        videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
+    for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
+        try:
+            paths[i].parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{paths[i].parent}: cannot be made ({error.strerror}); give another --out, or make room") from None
+        # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
+        present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
+        graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
+        write_npz(sidecars[i][0], "arr_0", ids + 1)
+        write_npz(sidecars[i][1], "tensor", graph)
+        with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
+            add(video)
+    return rows, count - len(missing), sum(f.stat().st_size for p, both in zip(paths, sidecars) for f in (p, *both))
+
+
+def write_npz(path, key, array):
+    def write(beside):
+        with open(beside, "wb") as file:                         # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **{key: array})
+    replace(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
+    manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
+    size: str = "any"                   # nothing depends on it: every command takes it
+    frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
+    image_size: int = 64                # pixels of a side that frames are decoded to
+    seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
+    workers: int | None = None          # processes, at least 1; default: one for each core
+    seed: int = 0                       # decides nothing here: every command takes it
+
+    def __post_init__(self):
+        for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not 0 < self.seconds < math.inf:
+            raise BadInput(f"--seconds {self.seconds}: more than 0")
+
+
+def check(argv):
+    """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
+    cfg = configure(CheckConfig, {"any": {}}, argv, positional="manifest")
+    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
+    for number, (row, where, folder) in enumerate(rows):
+        try:
+            jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
+        except BadInput as error:
+            problems.append((number, "entry", str(error)))
+    with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
+        for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
+            hangs = dict(NOTHING, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")])
+            found[number] = entry, result or hangs
+            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
+            bar.update()
+    for _, _, text in sorted(problems):
+        print(text)
+    summary(len(rows), list(found.values()), problems)
+    if problems:
+        raise SystemExit(1)
+
+
+NOTHING = dict(seconds=0.0, bytes=0, shape=None, strangers=False)            # what is known of a file that could not be opened
+
+
+def inspect_entry(job):
+    """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
+    strangers: has the mask ids that no trajectory owns?)."""
+    cfg, _, entry = job
+    path, wrong, where, result = entry["path"], [], None, dict(NOTHING)
+    if not os.path.exists(path):
+        hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
+        return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
+    try:
+        total, height, width, seconds = video_header(path)
+        result |= dict(seconds=0.0 if entry["image"] else seconds, bytes=os.path.getsize(path), shape=(height, width))
+        if not entry["image"] and 0 < total < cfg.frames:
+            wrong.append(("too short", f"{path}: has {total} frames, fewer than the {cfg.frames} of a clip; give --frames {total} or less, or leave it out"))
+        where = decode(path, 1 if entry["image"] else min(cfg.frames, total or cfg.frames), cfg.image_size)[2]
+    except BadVideo as error:
+        wrong.append(("cannot be decoded", str(error)))
+    if entry["mask"] or entry["graph"]:
+        try:
+            mask, graph = sidecars(entry["mask"], entry["graph"])
+            load_labels(entry["mask"], entry["graph"], np.arange(len(mask)) / len(mask), 16, path if where is not None else None)        # every frame
+            if graph.any() and not np.isin(graph[graph > 0], mask).any():
+                wrong.append(("labels", f"{entry['mask']}: shares no object id with {entry['graph']}; do the two belong together?"))
+            result["strangers"] = not np.isin(mask[mask > 0], graph).all()
+        except BadVideo as error:
+            wrong.append(("labels", str(error)))
+    return result | dict(wrong=wrong)
+
+
+def summary(count, found, problems):
+    """The table at the end of `check`."""
+    entries, results = [e for e, _ in found], [r for _, r in found]
+    shapes = collections.Counter(r["shape"] for r in results if r["shape"]).most_common()
+    seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
+    texts = [1 if isinstance(e["caption"], str) else len(e["caption"]) for e in entries if e["caption"]]
+    lines = [("entries", count), ("videos", sum(not e["image"] for e in entries)), ("pictures", sum(e["image"] for e in entries)),
+             ("labelled", sum(bool(e["mask"] and e["graph"]) for e in entries)),
+             ("captioned", f"{len(texts)}" + (f" ({sum(texts)} captions)" if sum(texts) > len(texts) else "")),
+             ("with a class", f"{sum(e['label'] is not None for e in entries)} ({len({e['label'] for e in entries} - {None})} classes)"),
+             ("duration", f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{seconds % 60:04.1f}"), ("size", f"{size / 1e6:.1f} MB"),
+             ("frames", ", ".join(f"{w} x {h} ({n})" for (h, w), n in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""))]
+    if any(r["strangers"] for r in results):
+        lines.append(("unlabelled ids", f"{sum(r['strangers'] for r in results)} masks hold objects that no trajectory owns: left unlabelled"))
+    lines.append(("problems", len(problems)))
+    lines += [(f"  {kind}", n) for kind, n in collections.Counter(kind for _, kind, _ in problems).most_common()]
+    for name, value in lines:
+        print(f"{name:20s} {value}")
+
+
+@one_line_errors
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"make": make, "check": check}
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"python data.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    import data                                                  # as everybody else knows it: BadInput, and what goes to other processes, exist once
+    data.main()

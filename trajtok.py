@@ -279,6 +279,8 @@ def check_flags(cfg):
             raise BadInput(f"{flag} {value}: at least 1")
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
+    if cfg.textures is not None and "world" not in cfg.data.split(","):
+        raise BadInput(f"--textures {cfg.textures}: paints the procedural world, but --data is {cfg.data}; leave one of the two out")
 
 
 def setup(cfg, keep=True):
@@ -576,6 +578,7 @@ class PretrainConfig:
     frames: int | None = None           # frames of a clip; default: the size's
     max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
     shared_colours: bool = True         # may two objects of a made clip wear the same colour?
+    textures: str | None = None         # a folder of your pictures or clips: made objects and grounds are painted with them
     batch: int = 32                     # clips a step
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -637,7 +640,7 @@ def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
     training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
     if cfg.data == "world":
-        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours)
+        world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
         return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
@@ -660,7 +663,7 @@ def pretrain(argv):
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
-    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape)})
+    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
     tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
