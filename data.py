@@ -25,11 +25,15 @@ import dataclasses
 import fractions
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
+import queue
 import re
 import sys
+import threading
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -717,6 +721,7 @@ def _rasterise(s, size, device):
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+FILE_SECONDS = 60.0                                              # what one file may take; the slowest whole clip here takes under one
 
 
 def fit(height, width, size):
@@ -726,16 +731,60 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None):
+def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
-    Without start: the middles of T equal parts of the whole video.  With start (a fraction of the room there is) and
-    stride (in frames, shortened where the video is too short for it): T frames in a row from there.  Each frame is
-    converted straight to the size asked for, by swscale; the central square is kept.  Far targets are reached by
-    seeking to the key frame before them.  A damaged, truncated or empty file, or one of fewer than T frames: BadVideo."""
-    with opened(path) as container:
-        return _decode(container, str(path), frames, size, start, stride)
+    Without start: what is on screen in the middles of T equal parts of the whole video.  With start (a fraction of the room there
+    is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
+    variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
+    by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
+    cannot be had as it was encoded, so is one of fewer than T frames, and one that takes longer than `limit` seconds.
+
+    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0."""
+    if threads is None:
+        threads = 0 if torch.utils.data.get_worker_info() is None else 1
+    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late))
+
+
+STUCK = {}                                                       # file -> the thread that it holds
+
+
+def within(seconds, path, work):
+    """work(late) in a thread of its own -> what it returns; given up after `seconds`: BadVideo.
+
+    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
+    it). A process could be killed as well, but to fork one for each file and bring its frames back costs far more (see the test);
+    a thread that hangs is left behind, one a file, since a file that holds one is not tried again. What is merely slow ends by
+    itself: `late()`, called between packets, raises."""
+    def refusal():
+        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
+    deadline, box = time.monotonic() + seconds, queue.SimpleQueue()
+
+    def late():
+        if time.monotonic() > deadline:
+            raise refusal()
+
+    def run():
+        try:
+            box.put((work(late), None))
+        except BaseException as error:                           # whatever it is, it is raised where the call was made
+            box.put((None, error))
+    if str(path) in STUCK and STUCK[str(path)].is_alive():
+        raise refusal()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
+    except queue.Empty:
+        STUCK[str(path)] = thread
+        raise refusal() from None
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error                                            # else error -> traceback -> this frame -> error holds the file open
+    return result
 
 
 @contextlib.contextmanager
@@ -744,10 +793,14 @@ def opened(path):
     import av                                                    # here: the procedural path needs no av
     if not os.path.exists(path):
         raise BadVideo(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):                                 # a folder; or a pipe, whose opening would wait for ever
+        raise BadVideo(f"{path}: cannot be decoded (not a file); give a video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), timeout=FILE_SECONDS) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
+            # a decoder may paint over what it cannot read, and says so nowhere that PyAV shows: it shall fail instead
+            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             yield container
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
@@ -756,7 +809,7 @@ def opened(path):
 def read_frames(path, size, chunk=8):
     """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
     grow with the video. A file that ends long before its header says, in a damaged part, or holds no frame: BadVideo."""
-    held, count = [], 0
+    held, count, square = [], 0, squarer(path, size)
     with opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -764,7 +817,7 @@ def read_frames(path, size, chunk=8):
         length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         end = base = float((stream.start_time or 0) * stream.time_base)
         for frame in container.decode(stream):
-            held.append(_to_square(frame, size, path))
+            held.append(square(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
             if len(held) == chunk:
@@ -785,69 +838,248 @@ def frame_rate(path):
         return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _decode(container, path, frames, size, start, stride):
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    total = stream.frames
-    if not total and stream.duration and stream.time_base:
-        total = int(float(stream.duration * stream.time_base) * rate + 0.5)
-    if not total and container.duration:
-        total = int(container.duration / 1e6 * rate + 0.5)
-    if not total or total < 2:                                   # the header does not tell: count the packets, undecoded
-        total = sum(1 for packet in container.demux(stream) if packet.size)
+def squarer(path, size):
+    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright.
+
+    CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
+    them: a mask lies on its pixels, whatever the header says of their shape.
+    CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
+    One reformatter for all frames: a new one for each frame would work out the filter anew."""
+    import av
+    convert = av.video.reformatter.VideoReformatter().reformat
+
+    def square(frame):
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
+        h, w, top, left = fit(frame.height, frame.width, size)
+        if max(h, w) > 64 * size:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
+        if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
+            rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
+            white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
+            frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
+        image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
+        return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
+    return square
+
+
+def scan(container, stream):
+    """The times of all frames in ticks, in order: every packet is read, none decoded. Leaves the file at its beginning."""
+    container.seek(0)
+    pts = sorted(p.pts for p in container.demux(stream) if p.size and p.pts is not None and not p.is_discard)
+    container.seek(0)
+    return pts
+
+
+def timeline(container, stream):
+    """(frames, frames a second) of a video, as its header says: what is shown, if an edit list hides a part."""
+    rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
+    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
+        length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
+    length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
+    if length and (not total or total > length * rate + 1):
+        total = int(length * rate + 0.5)
+    if total < 2:                                                # the header does not tell: count the packets
+        pts = scan(container, stream)
+        if len(pts) > 1:
+            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base)
         container.seek(0)
-    if total < frames:
-        raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
-                       "or a longer video")
-    if start is None:
-        targets = (np.arange(frames) + 0.5) * total / frames     # in frames, at a constant rate
-    else:
-        stride = max(1, min(stride or 1, total // frames))
-        targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-    base = float((stream.start_time or 0) * stream.time_base)
-    times = base + np.floor(targets) / rate
-    images, seen, wanted, at, last = [], [], 0, base, None
-    reader, far, back = container.decode(stream), max(48 / rate, 2.0), 0.0
-    while wanted < frames:
-        if times[wanted] - at > far and stream.time_base:        # a long way ahead: jump to the key frame before it
-            container.seek(int((times[wanted] - 0.5 / rate) / stream.time_base), stream=stream)
-            reader, at, back = container.decode(stream), times[wanted], 1.0
-        frame = next(reader, None)
-        if frame is None:
-            break
-        now = frame.time if frame.time is not None else at + 1 / rate
-        if back and now > times[wanted] + 0.5 / rate:            # some formats land behind the target: try further back
-            container.seek(int(max(times[wanted] - back, base) / stream.time_base), stream=stream)
-            reader, back = container.decode(stream), 2 * back if times[wanted] - back > base else 0.0
-            continue
-        at, back = max(at, now), 0.0
-        if now < times[wanted] - 0.75 / rate:
-            continue
-        image, last = _to_square(frame, size, path), now
-        while wanted < frames and times[wanted] - 0.75 / rate <= now:          # a low frame rate: one frame, several targets
-            images.append(image)
+        total = sum(1 for packet in container.demux(stream) if packet.size)  # one frame, or packets without times
+        container.seek(0)
+    return total, rate
+
+
+def packets(container, stream, late):
+    """The packets of a stream that hold something, to its end, or to where the file can be read no further: what is asked for behind
+    that place will be missed by whoever asks."""
+    import av
+    try:
+        for packet in container.demux(stream):
+            late()
+            if packet.size:                                      # the last one is empty, PyAV's sign for the end
+                yield packet
+    except av.error.FFmpegError:
+        return
+
+
+def _decode(path, frames, size, start, stride, threads, late):
+    square = squarer(path, size)
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        total, rate = timeline(container, stream)
+        if total < frames:
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
+                           "or a longer video")
+        if start is None:
+            targets = (np.arange(frames) + 0.5) * total / frames             # in frames, at a constant rate
+        else:
+            stride = max(1, min(stride or 1, total // frames))
+            targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
+        times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
+        found = by_seeking(container, stream, times, square, threads, late)
+    if found is None:
+        with opened(path) as container:
+            found = in_order(container, container.streams.video[0], times, square, rate, late)
+    images, seen, end = found
+    lost = [i for i, image in enumerate(images) if image is None]
+    if len(lost) == frames:
+        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it" if end < math.inf else
+                       f"{path}: the frames asked for are damaged; re-encode or remove it")
+    if lost:
+        raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
+    if times[-1] - 0.5 / rate - end > max(0.5 * total / rate / frames, 2 / rate):      # headers often announce a little too much; of a cut file, a lot
+        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
+    places = np.rint(seen * rate)
+    if abs(seen * rate - places).max() > 0.25:                   # a variable rate: only the list of all frames tells which these are
+        with opened(path) as container:
+            pts, tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
+        places, total = np.searchsorted(pts, np.rint(seen / tick) + (pts[0] if pts else 0)), max(len(pts), 1)
+    return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+
+
+def by_seeking(container, stream, times, square, threads, late):
+    """What is on screen at `times` (T,), ascending, in seconds after the first frame -> (images, times of these frames (T,), end of the
+    last packet if the file was read so far, else infinity). None: the file is damaged, or of a kind that wants the slow way.
+
+    The file tells the times of frames and the key frames before anything is decoded: packets are read until the one after a time has
+    passed; the frame is the last that begins before it. Decoding starts at the last key frame before it and leaves out
+        1. whatever stands between the last frame that is wanted and the next such key frame, and
+        2. frames that no other frame refers to (half of an H.264 stream of ordinary settings), unless one of them is wanted.
+    Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
+    import av
+    codec, tick = stream.codec_context, float(stream.time_base or 0)
+    codec.thread_type, codec.thread_count = "AUTO", threads
+    images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
+    held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
+    base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
+
+    def read(until):                                             # -> can this way go on?
+        nonlocal reached, over, end
+        while reached <= until and not over:
+            packet = next(reader, None)
+            over = packet is None
+            if over:
+                break
+            if packet.pts is None or packet.is_corrupt:
+                return False
+            held.append(packet)
+            reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
+            if not packet.is_discard:                            # what an edit list hides is decoded, not shown
+                known.add(packet.pts)
+        return bool(known)
+
+    def feed(packet):                                            # None: give out what is still inside
+        codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+        for frame in codec.decode(packet):
+            if frame.is_corrupt or frame.pts is None:
+                continue
+            if frame.pts in wanted:
+                images[frame.pts] = square(frame)
+            elif frame.pts > chosen[-1]:
+                ready[frame.pts] = frame
+
+    def drain():
+        nonlocal busy
+        if busy:
+            feed(None)
+            codec.flush_buffers()
+        busy = False
+        ready.clear()
+
+    def jump(target):                                            # to a key frame at or before it
+        nonlocal reader, reached, over
+        drain()
+        back = 0
+        while True:
+            held.clear()
+            known.clear()
+            container.seek(max(target - back, base), stream=stream)
+            reader, reached, over = packets(container, stream, late), -math.inf, False
+            if read(target) and any(p.is_keyframe and p.pts <= target for p in held):
+                return True
+            if target - back <= base:
+                return False
+            back = max(2 * back, round(1 / tick))                # some formats land behind the target
+
+    try:
+        while base is None or (reached < base and not over):     # the first frame to be shown is not always the first in the file
+            if not tick or not read(reached):
+                return None
+            base = min(known)
+        for target in (base + np.floor(times / tick)).astype(int).tolist():
+            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)):
+                return None
+            pts = max((p for p in known if p <= target), default=min(known))
+            chosen.append(pts)
+            known.difference_update([p for p in known if p < pts])
+            for p in [p for p in ready if p < pts]:
+                del ready[p]
+            if pts in wanted:
+                continue
+            wanted.add(pts)
+            if pts in ready:
+                images[pts] = square(ready.pop(pts))
+                continue
+            at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
+            if at is None:
+                return None
+            key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
+            if key is not None:
+                drain()
+            elif not busy:
+                return None
+            for packet in held[key or 0:at + 1]:
+                feed(packet)
+            del held[:at + 1]
+            busy = True
+        drain()
+    except av.error.FFmpegError:
+        return None
+    if not all(pts in images for pts in chosen):
+        return None
+    return [images[pts] for pts in chosen], (np.array(chosen) - base) * tick, (end - base) * tick if over else math.inf
+
+
+def in_order(container, stream, times, square, rate, late):
+    """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
+    An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
+    import av
+    codec, tick = stream.codec_context, float(stream.time_base or 0)
+    codec.thread_count = 1                                       # more of them would tell of damage later than it happens
+    images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
+    fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
+
+    def settle(until):                                           # `shown` is on screen up to `until`
+        while len(images) < len(times) and times[len(images)] < until:
+            at, (now, frame) = times[len(images)], shown or (0.0, None)
+            lost = frame is None or frame.is_corrupt
+            if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
+                lost = hurt if frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
+            images.append(None if lost else square(frame))
             seen.append(now)
-            wanted += 1
-    if not images:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
-    if wanted < frames:                                          # headers often announce a little too much; of a cut file, a lot
-        if times[-1] - last > max(0.5 * total / rate / frames, 3 / rate):
-            raise BadVideo(f"{path}: ends at {last - base:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); "
-                           "re-encode or remove it")
-        images += [images[-1]] * (frames - wanted)
-        seen += [last] * (frames - wanted)
-    seen = np.array(seen) - base
-    return np.stack(images), seen, np.clip(seen * rate / total, 0, 1 - 1e-9)
 
-
-def _to_square(frame, size, path=''):
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4        # phones write the picture lying and a rotation beside it
-    h, w, top, left = fit(frame.height, frame.width, size)
-    if max(h, w) > 64 * size:
-        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
-    image = frame.reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
+    for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
+        stamp = None if packet is None else packet.pts
+        if hurt and packet is not None and packet.is_keyframe:
+            hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
+        if stamp is not None and not packet.is_discard:
+            fed.add(stamp)
+        try:
+            frames = codec.decode(packet)
+        except av.error.FFmpegError:
+            frames, hurt, damaged = [], True, True
+        if stamp is not None and not hurt and stamp >= floor:
+            sound.add(stamp)
+        for frame in frames:
+            if base is None:
+                base = min(fed, default=frame.pts)
+            now = count / rate if frame.pts is None else (frame.pts - base) * tick
+            settle(now)
+            shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
+        if len(images) == len(times):
+            return images, np.array(seen), math.inf
+    settle(math.inf)
+    return images, np.array(seen), end
 
 
 def load_labels(mask_path, graph_path, where, size):
