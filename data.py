@@ -803,7 +803,7 @@ def opened(path):
             container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             yield container
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
+        raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
 
 
 def read_frames(path, size, chunk=8):
@@ -877,7 +877,7 @@ def timeline(container, stream):
     if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
         length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
     length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
-    if length and (not total or total > length * rate + 1):
+    if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
         total = int(length * rate + 0.5)
     if total < 2:                                                # the header does not tell: count the packets
         pts = scan(container, stream)
@@ -1021,8 +1021,8 @@ def by_seeking(container, stream, times, square, threads, late):
                 images[pts] = square(ready.pop(pts))
                 continue
             at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
-            if at is None:
-                return None
+            if at is None:                                       # read and fed on the way to an earlier one: still inside the decoder
+                continue
             key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
             if key is not None:
                 drain()
