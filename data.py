@@ -13,7 +13,10 @@ Everything a run trains on comes through this file, in one form whatever its sou
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
-4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
+
+    python data.py bench                                         # clips a second: the procedural world, and decoding beside a plain loop
+    python data.py bench --data videos/                          # ... of your own files
 """
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ import math
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -1314,10 +1318,12 @@ class WorldBatches(torch.utils.data.Dataset):
 
 class VideoBatches(torch.utils.data.Dataset):
     """Batch i of real clips: epoch i // len, in an order drawn from (seed, epoch); videos and pictures never share a batch
-    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves."""
+    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves.
+    Training takes `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0, and evaluation: frames
+    spread over the whole video."""
 
-    def __init__(self, entries, frames, size, batch, seed=0, train=True):
-        self.entries, self.frames, self.size, self.batch, self.seed, self.train = entries, frames, size, batch, seed, train
+    def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
+        self.entries, self.frames, self.size, self.batch, self.seed, self.train, self.stride = entries, frames, size, batch, seed, train, stride
 
     @functools.lru_cache(maxsize=2)
     def plan(self, epoch):
@@ -1337,10 +1343,10 @@ class VideoBatches(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, 1, i))
         videos, labels, kept, bad = [], [], [], []
         for j in self.plan(i // len(self))[i % len(self)]:
-            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, 9))
+            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, max(self.stride, 1) + 1))
             try:
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
-                                         *((start, stride) if self.train else (None, None)))
+                                         *((start, stride) if self.train and self.stride else (None, None)))
                 label = np.full(video.shape[:3], -1, np.int64)
                 if entry["mask"] and entry["graph"]:
                     label = load_labels(entry["mask"], entry["graph"], where, self.size)
@@ -1364,11 +1370,91 @@ def finish(batch, device):
     return batch
 
 
+class Mixed(torch.utils.data.Dataset):
+    """Batches of several datasets in given shares: batch i is a whole batch of one of them, so that videos, pictures and made clips
+    never share one. Which one, and which of its batches, is a pure function of (seed, i): a resumed run draws on alike.
+
+    The first dataset takes its share of all numbers, evenly: batch i is its own where floor(i share + phase) steps, and that floor
+    counts its batches so far. The numbers that it leaves, counted anew, go to the others in the same way. So among the first i the first
+    dataset has its share to within one batch, and each of the others to within a few (chance would be off by sqrt(i))."""
+
+    def __init__(self, datasets, shares, seed=0):
+        if len(datasets) != len(shares) or not datasets or min(shares) <= 0 or not math.isfinite(sum(shares)):
+            raise BadInput(f"shares {', '.join(map(str, shares))} for {len(datasets)} sets: give each a number above 0")
+        self.datasets = datasets
+        self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]            # ... of what those before it leave: the last 1
+        self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
+
+    def place(self, i):                                          # -> (dataset, number of the batch there)
+        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
+            mine = math.floor(i * share + phase)
+            if math.floor((i + 1) * share + phase) > mine:
+                return j, mine
+            i -= mine
+        raise AssertionError("the last share is 1: it takes every number that is left")
+
+    def __getitem__(self, i):
+        j, n = self.place(i)
+        return self.datasets[j][n]
+
+
+class Shard(torch.utils.data.Dataset):
+    """The part of rank `rank` of `ranks`: every ranks-th batch of a dataset. The parts are disjoint, and each rank's batch i
+    exists, so that none waits for another. Of a mixture, shard each dataset, not the mixture: then at each step all ranks
+    draw from the same one, and their batches have one shape."""
+
+    def __init__(self, dataset, rank, ranks):
+        if not 0 <= rank < ranks:
+            raise BadInput(f"rank {rank} of {ranks}: ranks are counted from 0")
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __getitem__(self, i):
+        return self.dataset[i * self.ranks + self.rank]
+
+
 def loader(dataset, first, last, workers=0):
     """Batches first .. last - 1, in order, made by `workers` processes ahead of time (0: in this one). Order and content do
-    not depend on the number of workers; to resume, begin at another `first`."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
-                                       prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    not depend on the number of workers; to resume, begin at another `first`. A worker that dies ends the run: BadInput."""
+    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
+                                          prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    return watched(batches) if workers else batches
+
+
+def watched(batches):
+    """The batches of a DataLoader with workers. torch notices a dead worker when the system reports it, wherever this process is at that
+    moment, and raises a RuntimeError from the signal's handler: here it becomes one line and exit code 2."""
+    def refusal(error):
+        text = str(error).strip().splitlines()
+        if isinstance(error, BadInput):                          # a worker's own refusal, under the traceback that torch puts above it
+            return BadInput(text[-1].split(": ", 1)[-1])
+        return BadInput(f"a process that makes batches died ({text[0].rstrip('. ')}): if the system killed it, memory ran out; "
+                        "give fewer --workers or a smaller --batch; --resume goes on from the last checkpoint")
+    iterator, main = iter(batches), threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main and hasattr(signal, "SIGCHLD") else None       # torch's: it was set just now
+
+    def told(number, frame):
+        try:
+            before(number, frame)
+        except RuntimeError as error:
+            raise refusal(error) from None
+    if callable(before):
+        signal.signal(signal.SIGCHLD, told)
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):           # an error of ours in a worker: its traceback is wanted
+                    raise
+                raise refusal(error) from None
+            except BadInput as error:
+                raise (refusal(error) if str(error).startswith("Caught") else error) from None
+            yield batch
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGCHLD, before)
 
 
 def augment(video, labels, seed, flip=True):
