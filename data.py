@@ -736,7 +736,7 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS):
+def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
@@ -746,49 +746,59 @@ def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE
     by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
     cannot be had as it was encoded, so is one of fewer than T frames, and one that takes longer than `limit` seconds.
 
-    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0."""
+    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
+    not be exact to the frame, which saves reading a file through whose header does not count its frames."""
     if threads is None:
         threads = 0 if torch.utils.data.get_worker_info() is None else 1
-    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late))
+    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places))
 
 
-STUCK = {}                                                       # file -> the thread that it holds
+HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
+STUCK = {}                                                       # file that was given up -> where its result would arrive
 
 
-def within(seconds, path, work):
-    """work(late) in a thread of its own -> what it returns; given up after `seconds`: BadVideo.
-
-    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
-    it). A process could be killed as well, but to fork one for each file and bring its frames back costs far more (see the test);
-    a thread that hangs is left behind, one a file, since a file that holds one is not tried again. What is merely slow ends by
-    itself: `late()`, called between packets, raises."""
-    def refusal():
-        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
-    deadline, box = time.monotonic() + seconds, queue.SimpleQueue()
-
-    def late():
-        if time.monotonic() > deadline:
-            raise refusal()
-
-    def run():
+def serve(inbox):
+    while (job := inbox.get()) is not None:
+        work, late, box = job
         try:
             box.put((work(late), None))
         except BaseException as error:                           # whatever it is, it is raised where the call was made
             box.put((None, error))
-    if str(path) in STUCK and STUCK[str(path)].is_alive():
+        del job, work, box                                       # else the last frames stay until the next job comes
+
+
+def within(seconds, path, work):
+    """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
+
+    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
+    it). A process could be killed as well, but costs 36 ms a file, a thread 0.04 (on two cores; a small clip takes 1.4 to decode): a
+    thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
+    `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
+    def refusal():
+        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
+    deadline = time.monotonic() + seconds
+
+    def late():
+        if time.monotonic() > deadline:
+            raise refusal()
+    if str(path) in STUCK and STUCK[str(path)].empty():
         raise refusal()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
+        HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
+        threading.Thread(target=serve, args=(HAND.inbox,), daemon=True).start()
+    box = queue.SimpleQueue()
+    HAND.inbox.put((work, late, box))
     try:
         result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
     except queue.Empty:
-        STUCK[str(path)] = thread
+        STUCK[str(path)], HAND.process = box, None
+        HAND.inbox.put(None)                                     # should it come back after all
         raise refusal() from None
     if error is not None:
         try:
             raise error
         finally:
-            del error                                            # else error -> traceback -> this frame -> error holds the file open
+            del error                                            # else error -> traceback -> this frame -> error keeps the file open
     return result
 
 
@@ -907,7 +917,7 @@ def packets(container, stream, late):
         return
 
 
-def _decode(path, frames, size, start, stride, threads, late):
+def _decode(path, frames, size, start, stride, threads, late, exact):
     square = squarer(path, size)
     with opened(path) as container:
         stream = container.streams.video[0]
@@ -920,6 +930,7 @@ def _decode(path, frames, size, start, stride, threads, late):
         else:
             stride = max(1, min(stride or 1, total // frames))
             targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
+        counted = total == stream.frames
         times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
         found = by_seeking(container, stream, times, square, threads, late)
     if found is None:
@@ -935,11 +946,17 @@ def _decode(path, frames, size, start, stride, threads, late):
     if times[-1] - 0.5 / rate - end > max(0.5 * total / rate / frames, 2 / rate):      # headers often announce a little too much; of a cut file, a lot
         raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
     places = np.rint(seen * rate)
-    if abs(seen * rate - places).max() > 0.25:                   # a variable rate: only the list of all frames tells which these are
+    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are
         with opened(path) as container:
             pts, tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
-        places, total = np.searchsorted(pts, np.rint(seen / tick) + (pts[0] if pts else 0)), max(len(pts), 1)
+        if pts:
+            places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
     return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+
+
+def unordered(container, stream):
+    """Does the file tell wrong times? AVI has none: they are counted in the file's order, which is not H.264's and HEVC's order on screen."""
+    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
 
 
 def by_seeking(container, stream, times, square, threads, late):
@@ -953,7 +970,10 @@ def by_seeking(container, stream, times, square, threads, late):
     Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
     import av
     codec, tick = stream.codec_context, float(stream.time_base or 0)
+    if unordered(container, stream):
+        return None
     codec.thread_type, codec.thread_count = "AUTO", threads
+    codec.open(strict=False)                                     # before skip_frame is set: dav1d would take that for all it ever decodes
     images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
     held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
     base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
@@ -1033,8 +1053,10 @@ def by_seeking(container, stream, times, square, threads, late):
                 drain()
             elif not busy:
                 return None
+            first = -math.inf if key is None else held[key].pts
             for packet in held[key or 0:at + 1]:
-                feed(packet)
+                if packet.pts >= first:                          # those shown before the key frame refer to frames before it too
+                    feed(packet)
             del held[:at + 1]
             busy = True
         drain()
@@ -1049,7 +1071,7 @@ def in_order(container, stream, times, square, rate, late):
     """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
     An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
     import av
-    codec, tick = stream.codec_context, float(stream.time_base or 0)
+    codec, tick, counting = stream.codec_context, float(stream.time_base or 0), unordered(container, stream)
     codec.thread_count = 1                                       # more of them would tell of damage later than it happens
     images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
     fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
@@ -1059,12 +1081,12 @@ def in_order(container, stream, times, square, rate, late):
             at, (now, frame) = times[len(images)], shown or (0.0, None)
             lost = frame is None or frame.is_corrupt
             if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
-                lost = hurt if frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
+                lost = hurt if counting or frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
             images.append(None if lost else square(frame))
             seen.append(now)
 
     for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
-        stamp = None if packet is None else packet.pts
+        stamp = None if packet is None or counting else packet.pts
         if hurt and packet is not None and packet.is_keyframe:
             hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
         if stamp is not None and not packet.is_discard:
@@ -1078,7 +1100,7 @@ def in_order(container, stream, times, square, rate, late):
         for frame in frames:
             if base is None:
                 base = min(fed, default=frame.pts)
-            now = count / rate if frame.pts is None else (frame.pts - base) * tick
+            now = count / rate if counting or frame.pts is None else (frame.pts - base) * tick
             settle(now)
             shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
         if len(images) == len(times):
@@ -1347,7 +1369,7 @@ class VideoBatches(torch.utils.data.Dataset):
             entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, max(self.stride, 1) + 1))
             try:
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
-                                         *((start, stride) if self.train and self.stride else (None, None)))
+                                         *((start, stride) if self.train and self.stride else (None, None)), places=bool(entry["mask"] and entry["graph"]))
                 label = np.full(video.shape[:3], -1, np.int64)
                 if entry["mask"] and entry["graph"]:
                     label = load_labels(entry["mask"], entry["graph"], where, self.size)
