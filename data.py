@@ -744,7 +744,8 @@ def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE
     is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
     variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
     by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
-    cannot be had as it was encoded, so is one of fewer than T frames, and one that takes longer than `limit` seconds.
+    cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
+    then seems to stay); so is one of fewer than T frames, and one that takes longer than `limit` seconds.
 
     threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
     not be exact to the frame, which saves reading a file through whose header does not count its frames."""
@@ -886,22 +887,23 @@ def scan(container, stream):
 
 
 def timeline(container, stream):
-    """(frames, frames a second) of a video, as its header says: what is shown, if an edit list hides a part."""
+    """(frames, frames a second, is that of this stream alone?) of a video, as its header says: what is shown, if an edit list hides a part."""
     rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
     length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
     if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
         length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
+    own = bool(length or total)
     length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
     if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
         total = int(length * rate + 0.5)
     if total < 2:                                                # the header does not tell: count the packets
         pts = scan(container, stream)
         if len(pts) > 1:
-            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base)
+            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
         container.seek(0)
         total = sum(1 for packet in container.demux(stream) if packet.size)  # one frame, or packets without times
         container.seek(0)
-    return total, rate
+    return total, rate, own
 
 
 def packets(container, stream, late):
@@ -921,7 +923,7 @@ def _decode(path, frames, size, start, stride, threads, late, exact):
     square = squarer(path, size)
     with opened(path) as container:
         stream = container.streams.video[0]
-        total, rate = timeline(container, stream)
+        total, rate, own = timeline(container, stream)
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
                            "or a longer video")
@@ -943,7 +945,8 @@ def _decode(path, frames, size, start, stride, threads, late, exact):
                        f"{path}: the frames asked for are damaged; re-encode or remove it")
     if lost:
         raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
-    if times[-1] - 0.5 / rate - end > max(0.5 * total / rate / frames, 2 / rate):      # headers often announce a little too much; of a cut file, a lot
+    # headers often announce a frame or two too much, or what the sound lasts; of a cut file, a lot
+    if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
         raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
     places = np.rint(seen * rate)
     if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are

@@ -1004,29 +1004,46 @@ def test_what_an_edit_list_hides_is_not_shown(tmp_path):
     assert numbers(video) == [15 + int((i + 0.5) * 5) for i in range(8)] and np.allclose(times, [int((i + 0.5) * 5) / 10 for i in range(8)])
 
 
-@pytest.mark.parametrize("name", ("a.mp4", "b.mkv", "c.ts"))
-def test_damage_is_never_shown(tmp_path, name):
+@pytest.mark.parametrize("codec", ("libx264", "libx265"))
+def test_damage_is_never_shown(tmp_path, codec):
     """Catches: a picture that the decoder painted over, or one that refers to it, returned as if it were the film's; and whole clips
-    refused because of damage elsewhere in the file."""
-    path = numbered(tmp_path / name, 100)
-    whole = {(frames, start): data.decode(path, frames, 16, start, 1)[0] for frames, start in ((4, None), (5, 0.0), (5, 0.5), (5, 0.9))}
-    raw, rng, outcomes = path.read_bytes(), np.random.default_rng(1), []
+    refused because of damage elsewhere in the file. The oracle: the undamaged file; where a strict decoder goes through the whole damaged
+    one without a complaint (these codecs have no check sums), what it shows."""
+    path, rng, outcomes = tmp_path / "a.mp4", np.random.default_rng(1), []
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.options = {"crf": "20", "g": "12", "bf": "2", "x265-params": "log-level=none:keyint=12"} if codec == "libx265" else {"crf": "20", "g": "12", "bf": "2"}
+        for _ in range(60):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode())
+    asked = ((4, None), (5, 0.0), (5, 0.5), (5, 0.9))
+    whole, raw = {(frames, start): data.decode(path, frames, 16, start, 1)[0] for frames, start in asked}, path.read_bytes()
     with av.open(str(path)) as file:
-        spots = sorted((p.pos, p.size) for p in file.demux(video=0) if p.size)
-    for _ in range(25):
-        begin, size = spots[rng.integers(len(spots))]
-        hurt, at = bytearray(raw), begin + int(rng.integers(size // 2)) + 8
-        hurt[at:at + 12] = rng.bytes(12)
-        (tmp_path / f"hurt-{name}").write_bytes(hurt[:len(raw)])
+        packets = [(p.pos, p.size, p.is_keyframe, p.pts * p.time_base) for p in file.demux(video=0) if p.size]
+    for _ in range(14):
+        begin, size, _, _ = packets[rng.integers(len(packets))]
+        hurt, at = bytearray(raw), begin + int(rng.integers(size // 10, size // 2))
+        hurt[at:at + 40] = rng.bytes(40)
+        (tmp_path / "hurt.mp4").write_bytes(hurt)
+        silent = True
+        with data.opened(tmp_path / "hurt.mp4") as file:
+            file.streams.video[0].codec_context.thread_count, square = 1, data.squarer("", 16)
+            try:
+                shown = [square(frame) for frame in file.decode(video=0)]
+            except av.error.FFmpegError:
+                silent = False
+        group = max(time for pos, _, key, time in packets if key and pos <= begin)           # what is shown before its group is whole
         for (frames, start), expected in whole.items():
             try:
-                same = np.array_equal(data.decode(tmp_path / f"hurt-{name}", frames, 16, start, 1)[0], expected)
+                video, times, _ = data.decode(tmp_path / "hurt.mp4", frames, 16, start, 1)
+                same = np.array_equal(video, expected) or silent and np.array_equal(video, np.stack(shown)[np.rint(times * 10).astype(int)])
                 outcomes.append("whole" if same else "wrong")
             except BadVideo as error:
-                assert f"hurt-{name}" in str(error) and "\n" not in str(error)
-                outcomes.append("refused")
-    print(name, {o: outcomes.count(o) for o in set(outcomes)})
-    assert outcomes.count("wrong") == 0 and outcomes.count("refused") >= 5 and outcomes.count("whole") >= 30
+                assert "hurt.mp4" in str(error) and "\n" not in str(error)
+                outcomes.append("refused" if start != 0 or group < 0.5 else "refused in vain")
+    assert "wrong" not in outcomes and "refused in vain" not in outcomes and outcomes.count("whole") >= 20
+    assert outcomes.count("refused") >= 3 or codec == "libx265"             # whose decoder hardly ever complains
 
 
 def test_pixel_formats(tmp_path):
@@ -1153,6 +1170,7 @@ def test_mixtures_keep_their_shares(shares):
             data.Mixed([Numbers(0), Numbers(1)], wrong)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_mixtures_of_media_have_one_medium_a_batch(media):
     """Catches: videos and pictures, or made clips, in one batch, with or without workers."""
     videos = data.VideoBatches([entry(media / f"clip{i}.mp4") for i in range(4)], 3, 16, 2)
@@ -1179,12 +1197,12 @@ def test_shards_are_disjoint_and_complete():
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_a_dead_worker_ends_the_run(tmp_path, capsys, monkeypatch):
     """Catches: a run that waits for a worker which the system has killed, or ends in a traceback."""
-    before, began = signal.getsignal(signal.SIGCHLD), time.monotonic()
+    began = time.monotonic()
     with pytest.raises(BadInput, match="died.*fewer --workers") as error:
         for _ in data.loader(Numbers("a", deadly=3), 0, 1000, workers=2):
             pass
     assert "\n" not in str(error.value) and time.monotonic() - began < 10
-    assert signal.getsignal(signal.SIGCHLD) in (before, signal.getsignal(signal.SIGCHLD)) and "told" not in repr(signal.getsignal(signal.SIGCHLD))
+    assert "told" not in repr(signal.getsignal(signal.SIGCHLD))  # ours is taken back, torch's may stay
     make = data.WorldBatches.__getitem__
     monkeypatch.setattr(data.WorldBatches, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL) if i == 1 and not self.indices else make(self, i))
     assert "died" in refused(capsys, trajtok.main, "pretrain", "--out", tmp_path, "--eval-clips", 4, "--workers", 1, *SMALL)
@@ -1198,17 +1216,26 @@ def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
     assert all(a == b for a, b in steps) and {a for a, _ in steps} == {1, 2, 3}
 
 
-def test_pretrain_on_a_mixture_and_resume(tmp_path, capsys):
+def test_pretrain_on_a_mixture_and_resume(tmp_path, capsys, monkeypatch):
     """Catches: a mixture that resumes elsewhere, sources that are not drawn, a --mix that does not fit, held-out clips of one source only."""
     for i in range(3):
         labelled(tmp_path, f"v{i}")
     path = manifest(tmp_path / "set.json", [{"video": f"v{i}.mp4"} for i in range(3)])
-    flags = ["pretrain", "--data", f"world,{path}", "--mix", "0.4,0.6", "--eval-clips", 4, "--save-every", 1, *SMALL[:-2]]
-    run(trajtok.main, *flags, "--out", tmp_path / "whole", "--steps", 4)
-    run(trajtok.main, *flags, "--out", tmp_path / "parts", "--steps", 4)
-    whole, parts = (tmp_path / name / "segmenter-nano-world+set" for name in ("whole", "parts"))
-    state = torch.load(whole / "state.pt", weights_only=True)
-    assert state["step"] == 4 and without_clock(log(whole)) == without_clock(log(parts))
+    flags = ["pretrain", "--data", f"world,{path}", "--mix", "0.4,0.6", "--eval-clips", 2, "--save-every", 1, "--image-size", 32, "--frames", 2, "--batch", 2, "--steps", 4]
+    run(trajtok.main, *flags, "--out", tmp_path / "whole")
+    record = trajtok.Run.record
+
+    def interrupted(self, line):
+        record(self, line)
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(trajtok.Run, "record", interrupted)
+    with pytest.raises(SystemExit):
+        run(trajtok.main, *flags, "--out", tmp_path / "parts")
+    monkeypatch.setattr(trajtok.Run, "record", record)
+    run(trajtok.main, *flags, "--out", tmp_path / "parts", "--resume")
+    whole, parts = (without_clock(log(tmp_path / name / "segmenter-nano-world+set")) for name in ("whole", "parts"))
+    assert whole == parts and [line["step"] for line in whole] == [0, 1, 2, 3]
     cfg = dataclasses.replace(trajtok.PretrainConfig(), image_size=32, frames=2, batch=2, data=f"world,{path}", mix="3,1", eval_clips=4)
     train, test, batches, files = trajtok.open_data(cfg, "mask")
     assert ["scripts" in train[i] for i in range(8)].count(True) == 6 and files == 2
