@@ -14,11 +14,13 @@ Everything a run trains on comes through this file, in one form whatever its sou
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
-4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
 
     python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
     python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
     python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
+    python data.py bench                                            # clips a second: the procedural world, and decoding beside a plain loop
+    python data.py bench --data videos/                             # ... of your own files
 """
 from __future__ import annotations
 
@@ -32,14 +34,18 @@ import dataclasses
 import fractions
 import functools
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import re
 import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -1049,6 +1055,7 @@ def _skinned(s, row, u, v, size, textures):
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+FILE_SECONDS = 60.0                                              # what one file may take; the slowest whole clip here takes under one
 
 
 def fit(height, width, size):
@@ -1058,16 +1065,71 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None):
+def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
-    Without start: the middles of T equal parts of the whole video.  With start (a fraction of the room there is) and
-    stride (in frames, shortened where the video is too short for it): T frames in a row from there.  Each frame is
-    converted straight to the size asked for, by swscale; the central square is kept.  Far targets are reached by
-    seeking to the key frame before them.  A damaged, truncated or empty file, or one of fewer than T frames: BadVideo."""
-    with opened(path) as container:
-        return _decode(container, str(path), frames, size, start, stride)
+    Without start: what is on screen in the middles of T equal parts of the whole video.  With start (a fraction of the room there
+    is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
+    variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
+    by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
+    cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
+    then seems to stay); so is one of fewer than T frames, and one that takes longer than `limit` seconds.
+
+    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
+    not be exact to the frame, which saves reading a file through whose header does not count its frames."""
+    if threads is None:
+        threads = 0 if torch.utils.data.get_worker_info() is None else 1
+    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places))
+
+
+HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
+STUCK = {}                                                       # file that was given up -> where its result would arrive
+
+
+def serve(inbox):
+    while (job := inbox.get()) is not None:
+        work, late, box = job
+        try:
+            box.put((work(late), None))
+        except BaseException as error:                           # whatever it is, it is raised where the call was made
+            box.put((None, error))
+        del job, work, box                                       # else the last frames stay until the next job comes
+
+
+def within(seconds, path, work):
+    """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
+
+    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
+    it). A process could be killed as well, but costs 36 ms a file, a thread 0.04 (on two cores; a small clip takes 1.4 to decode): a
+    thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
+    `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
+    def refusal():
+        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
+    deadline = time.monotonic() + seconds
+
+    def late():
+        if time.monotonic() > deadline:
+            raise refusal()
+    if str(path) in STUCK and STUCK[str(path)].empty():
+        raise refusal()
+    if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
+        HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
+        threading.Thread(target=serve, args=(HAND.inbox,), daemon=True).start()
+    box = queue.SimpleQueue()
+    HAND.inbox.put((work, late, box))
+    try:
+        result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
+    except queue.Empty:
+        STUCK[str(path)], HAND.process = box, None
+        HAND.inbox.put(None)                                     # should it come back after all
+        raise refusal() from None
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error                                            # else error -> traceback -> this frame -> error keeps the file open
+    return result
 
 
 @contextlib.contextmanager
@@ -1076,19 +1138,23 @@ def opened(path):
     import av                                                    # here: the procedural path needs no av
     if not os.path.exists(path):
         raise BadVideo(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):                                 # a folder; or a pipe, whose opening would wait for ever
+        raise BadVideo(f"{path}: cannot be decoded (not a file); give a video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), timeout=FILE_SECONDS) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
+            # a decoder may paint over what it cannot read, and says so nowhere that PyAV shows: it shall fail instead
+            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             yield container
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
+        raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
 
 
 def read_frames(path, size, chunk=8):
     """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
     grow with the video. A file that ends long before its header says, in a damaged part, or holds no frame: BadVideo."""
-    held, count = [], 0
+    held, count, square = [], 0, squarer(path, size)
     with opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -1096,7 +1162,7 @@ def read_frames(path, size, chunk=8):
         length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         end = base = float((stream.start_time or 0) * stream.time_base)
         for frame in container.decode(stream):
-            held.append(_to_square(frame, size, path))
+            held.append(square(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
             if len(held) == chunk:
@@ -1117,69 +1183,262 @@ def frame_rate(path):
         return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _decode(container, path, frames, size, start, stride):
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    total = stream.frames
-    if not total and stream.duration and stream.time_base:
-        total = int(float(stream.duration * stream.time_base) * rate + 0.5)
-    if not total and container.duration:
-        total = int(container.duration / 1e6 * rate + 0.5)
-    if not total or total < 2:                                   # the header does not tell: count the packets, undecoded
-        total = sum(1 for packet in container.demux(stream) if packet.size)
+def squarer(path, size):
+    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright.
+
+    CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
+    them: a mask lies on its pixels, whatever the header says of their shape.
+    CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
+    One reformatter for all frames: a new one for each frame would work out the filter anew."""
+    import av
+    convert = av.video.reformatter.VideoReformatter().reformat
+
+    def square(frame):
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
+        h, w, top, left = fit(frame.height, frame.width, size)
+        if max(h, w) > 64 * size:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
+        if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
+            rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
+            white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
+            frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
+        image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
+        return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
+    return square
+
+
+def scan(container, stream):
+    """The times of all frames in ticks, in order: every packet is read, none decoded. Leaves the file at its beginning."""
+    container.seek(0)
+    pts = sorted(p.pts for p in container.demux(stream) if p.size and p.pts is not None and not p.is_discard)
+    container.seek(0)
+    return pts
+
+
+def timeline(container, stream):
+    """(frames, frames a second, is that of this stream alone?) of a video, as its header says: what is shown, if an edit list hides a part."""
+    rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
+    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
+        length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
+    own = bool(length or total)
+    length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
+    if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
+        total = int(length * rate + 0.5)
+    if total < 2:                                                # the header does not tell: count the packets
+        pts = scan(container, stream)
+        if len(pts) > 1:
+            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
         container.seek(0)
-    if total < frames:
-        raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
-                       "or a longer video")
-    if start is None:
-        targets = (np.arange(frames) + 0.5) * total / frames     # in frames, at a constant rate
-    else:
-        stride = max(1, min(stride or 1, total // frames))
-        targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-    base = float((stream.start_time or 0) * stream.time_base)
-    times = base + np.floor(targets) / rate
-    images, seen, wanted, at, last = [], [], 0, base, None
-    reader, far, back = container.decode(stream), max(48 / rate, 2.0), 0.0
-    while wanted < frames:
-        if times[wanted] - at > far and stream.time_base:        # a long way ahead: jump to the key frame before it
-            container.seek(int((times[wanted] - 0.5 / rate) / stream.time_base), stream=stream)
-            reader, at, back = container.decode(stream), times[wanted], 1.0
-        frame = next(reader, None)
-        if frame is None:
-            break
-        now = frame.time if frame.time is not None else at + 1 / rate
-        if back and now > times[wanted] + 0.5 / rate:            # some formats land behind the target: try further back
-            container.seek(int(max(times[wanted] - back, base) / stream.time_base), stream=stream)
-            reader, back = container.decode(stream), 2 * back if times[wanted] - back > base else 0.0
-            continue
-        at, back = max(at, now), 0.0
-        if now < times[wanted] - 0.75 / rate:
-            continue
-        image, last = _to_square(frame, size, path), now
-        while wanted < frames and times[wanted] - 0.75 / rate <= now:          # a low frame rate: one frame, several targets
-            images.append(image)
+        total = sum(1 for packet in container.demux(stream) if packet.size)  # one frame, or packets without times
+        container.seek(0)
+    return total, rate, own
+
+
+def packets(container, stream, late):
+    """The packets of a stream that hold something, to its end, or to where the file can be read no further: what is asked for behind
+    that place will be missed by whoever asks."""
+    import av
+    try:
+        for packet in container.demux(stream):
+            late()
+            if packet.size:                                      # the last one is empty, PyAV's sign for the end
+                yield packet
+    except av.error.FFmpegError:
+        return
+
+
+def _decode(path, frames, size, start, stride, threads, late, exact):
+    square = squarer(path, size)
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        total, rate, own = timeline(container, stream)
+        if total < frames:
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
+                           "or a longer video")
+        if start is None:
+            targets = (np.arange(frames) + 0.5) * total / frames             # in frames, at a constant rate
+        else:
+            stride = max(1, min(stride or 1, total // frames))
+            targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
+        counted = total == stream.frames
+        times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
+        found = by_seeking(container, stream, times, square, threads, late)
+    if found is None:
+        with opened(path) as container:
+            found = in_order(container, container.streams.video[0], times, square, rate, late)
+    images, seen, end = found
+    lost = [i for i, image in enumerate(images) if image is None]
+    if len(lost) == frames:
+        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it" if end < math.inf else
+                       f"{path}: the frames asked for are damaged; re-encode or remove it")
+    if lost:
+        raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
+    # headers often announce a frame or two too much, or what the sound lasts; of a cut file, a lot
+    if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
+        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
+    places = np.rint(seen * rate)
+    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are
+        with opened(path) as container:
+            pts, tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
+        if pts:
+            places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
+    return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+
+
+def unordered(container, stream):
+    """Does the file tell wrong times? AVI has none: they are counted in the file's order, which is not H.264's and HEVC's order on screen."""
+    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+
+
+def by_seeking(container, stream, times, square, threads, late):
+    """What is on screen at `times` (T,), ascending, in seconds after the first frame -> (images, times of these frames (T,), end of the
+    last packet if the file was read so far, else infinity). None: the file is damaged, or of a kind that wants the slow way.
+
+    The file tells the times of frames and the key frames before anything is decoded: packets are read until the one after a time has
+    passed; the frame is the last that begins before it. Decoding starts at the last key frame before it and leaves out
+        1. whatever stands between the last frame that is wanted and the next such key frame, and
+        2. frames that no other frame refers to (half of an H.264 stream of ordinary settings), unless one of them is wanted.
+    Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
+    import av
+    codec, tick = stream.codec_context, float(stream.time_base or 0)
+    if unordered(container, stream):
+        return None
+    codec.thread_type, codec.thread_count = "AUTO", threads
+    codec.open(strict=False)                                     # before skip_frame is set: dav1d would take that for all it ever decodes
+    images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
+    held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
+    base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
+
+    def read(until):                                             # -> can this way go on?
+        nonlocal reached, over, end
+        while reached <= until and not over:
+            packet = next(reader, None)
+            over = packet is None
+            if over:
+                break
+            if packet.pts is None or packet.is_corrupt:
+                return False
+            held.append(packet)
+            reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
+            if not packet.is_discard:                            # what an edit list hides is decoded, not shown
+                known.add(packet.pts)
+        return bool(known)
+
+    def feed(packet):                                            # None: give out what is still inside
+        codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+        for frame in codec.decode(packet):
+            if frame.is_corrupt or frame.pts is None:
+                continue
+            if frame.pts in wanted:
+                images[frame.pts] = square(frame)
+            elif frame.pts > chosen[-1]:
+                ready[frame.pts] = frame
+
+    def drain():
+        nonlocal busy
+        if busy:
+            feed(None)
+            codec.flush_buffers()
+        busy = False
+        ready.clear()
+
+    def jump(target):                                            # to a key frame at or before it
+        nonlocal reader, reached, over
+        drain()
+        back = 0
+        while True:
+            held.clear()
+            known.clear()
+            container.seek(max(target - back, base), stream=stream)
+            reader, reached, over = packets(container, stream, late), -math.inf, False
+            if read(target) and any(p.is_keyframe and p.pts <= target for p in held):
+                return True
+            if target - back <= base:
+                return False
+            back = max(2 * back, round(1 / tick))                # some formats land behind the target
+
+    try:
+        while base is None or (reached < base and not over):     # the first frame to be shown is not always the first in the file
+            if not tick or not read(reached):
+                return None
+            base = min(known)
+        for target in (base + np.floor(times / tick)).astype(int).tolist():
+            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)):
+                return None
+            pts = max((p for p in known if p <= target), default=min(known))
+            chosen.append(pts)
+            known.difference_update([p for p in known if p < pts])
+            for p in [p for p in ready if p < pts]:
+                del ready[p]
+            if pts in wanted:
+                continue
+            wanted.add(pts)
+            if pts in ready:
+                images[pts] = square(ready.pop(pts))
+                continue
+            at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
+            if at is None:                                       # read and fed on the way to an earlier one: still inside the decoder
+                continue
+            key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
+            if key is not None:
+                drain()
+            elif not busy:
+                return None
+            first = -math.inf if key is None else held[key].pts
+            for packet in held[key or 0:at + 1]:
+                if packet.pts >= first:                          # those shown before the key frame refer to frames before it too
+                    feed(packet)
+            del held[:at + 1]
+            busy = True
+        drain()
+    except av.error.FFmpegError:
+        return None
+    if not all(pts in images for pts in chosen):
+        return None
+    return [images[pts] for pts in chosen], (np.array(chosen) - base) * tick, (end - base) * tick if over else math.inf
+
+
+def in_order(container, stream, times, square, rate, late):
+    """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
+    An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
+    import av
+    codec, tick, counting = stream.codec_context, float(stream.time_base or 0), unordered(container, stream)
+    codec.thread_count = 1                                       # more of them would tell of damage later than it happens
+    images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
+    fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
+
+    def settle(until):                                           # `shown` is on screen up to `until`
+        while len(images) < len(times) and times[len(images)] < until:
+            at, (now, frame) = times[len(images)], shown or (0.0, None)
+            lost = frame is None or frame.is_corrupt
+            if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
+                lost = hurt if counting or frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
+            images.append(None if lost else square(frame))
             seen.append(now)
-            wanted += 1
-    if not images:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
-    if wanted < frames:                                          # headers often announce a little too much; of a cut file, a lot
-        if times[-1] - last > max(0.5 * total / rate / frames, 3 / rate):
-            raise BadVideo(f"{path}: ends at {last - base:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); "
-                           "re-encode or remove it")
-        images += [images[-1]] * (frames - wanted)
-        seen += [last] * (frames - wanted)
-    seen = np.array(seen) - base
-    return np.stack(images), seen, np.clip(seen * rate / total, 0, 1 - 1e-9)
 
-
-def _to_square(frame, size, path=''):
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4        # phones write the picture lying and a rotation beside it
-    h, w, top, left = fit(frame.height, frame.width, size)
-    if max(h, w) > 64 * size:
-        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
-    image = frame.reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
+    for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
+        stamp = None if packet is None or counting else packet.pts
+        if hurt and packet is not None and packet.is_keyframe:
+            hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
+        if stamp is not None and not packet.is_discard:
+            fed.add(stamp)
+        try:
+            frames = codec.decode(packet)
+        except av.error.FFmpegError:
+            frames, hurt, damaged = [], True, True
+        if stamp is not None and not hurt and stamp >= floor:
+            sound.add(stamp)
+        for frame in frames:
+            if base is None:
+                base = min(fed, default=frame.pts)
+            now = count / rate if counting or frame.pts is None else (frame.pts - base) * tick
+            settle(now)
+            shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
+        if len(images) == len(times):
+            return images, np.array(seen), math.inf
+    settle(math.inf)
+    return images, np.array(seen), end
 
 
 def load_labels(mask_path, graph_path, where, size, video=None):
@@ -1546,10 +1805,12 @@ class WorldBatches(torch.utils.data.Dataset):
 
 class VideoBatches(torch.utils.data.Dataset):
     """Batch i of real clips: epoch i // len, in an order drawn from (seed, epoch); videos and pictures never share a batch
-    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves."""
+    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves.
+    Training takes `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0, and evaluation: frames
+    spread over the whole video."""
 
-    def __init__(self, entries, frames, size, batch, seed=0, train=True):
-        self.entries, self.frames, self.size, self.batch, self.seed, self.train = entries, frames, size, batch, seed, train
+    def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
+        self.entries, self.frames, self.size, self.batch, self.seed, self.train, self.stride = entries, frames, size, batch, seed, train, stride
 
     @functools.lru_cache(maxsize=2)
     def plan(self, epoch):
@@ -1569,10 +1830,10 @@ class VideoBatches(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, 1, i))
         videos, labels, kept, bad = [], [], [], []
         for j in self.plan(i // len(self))[i % len(self)]:
-            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, 9))
+            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, max(self.stride, 1) + 1))
             try:
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
-                                         *((start, stride) if self.train else (None, None)))
+                                         *((start, stride) if self.train and self.stride else (None, None)), places=bool(entry["mask"] and entry["graph"]))
                 label = np.full(video.shape[:3], -1, np.int64)
                 if entry["mask"] or entry["graph"]:
                     label = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
@@ -1610,11 +1871,91 @@ def finish(batch, device):
     return batch
 
 
+class Mixed(torch.utils.data.Dataset):
+    """Batches of several datasets in given shares: batch i is a whole batch of one of them, so that videos, pictures and made clips
+    never share one. Which one, and which of its batches, is a pure function of (seed, i): a resumed run draws on alike.
+
+    The first dataset takes its share of all numbers, evenly: batch i is its own where floor(i share + phase) steps, and that floor
+    counts its batches so far. The numbers that it leaves, counted anew, go to the others in the same way. So among the first i the first
+    dataset has its share to within one batch, and each of the others to within a few (chance would be off by sqrt(i))."""
+
+    def __init__(self, datasets, shares, seed=0):
+        if len(datasets) != len(shares) or not datasets or min(shares) <= 0 or not math.isfinite(sum(shares)):
+            raise BadInput(f"shares {', '.join(map(str, shares))} for {len(datasets)} sets: give each a number above 0")
+        self.datasets = datasets
+        self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]            # ... of what those before it leave: the last 1
+        self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
+
+    def place(self, i):                                          # -> (dataset, number of the batch there)
+        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
+            mine = math.floor(i * share + phase)
+            if math.floor((i + 1) * share + phase) > mine:
+                return j, mine
+            i -= mine
+        raise AssertionError("the last share is 1: it takes every number that is left")
+
+    def __getitem__(self, i):
+        j, n = self.place(i)
+        return self.datasets[j][n]
+
+
+class Shard(torch.utils.data.Dataset):
+    """The part of rank `rank` of `ranks`: every ranks-th batch of a dataset. The parts are disjoint, and each rank's batch i
+    exists, so that none waits for another. Of a mixture, shard each dataset, not the mixture: then at each step all ranks
+    draw from the same one, and their batches have one shape."""
+
+    def __init__(self, dataset, rank, ranks):
+        if not 0 <= rank < ranks:
+            raise BadInput(f"rank {rank} of {ranks}: ranks are counted from 0")
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __getitem__(self, i):
+        return self.dataset[i * self.ranks + self.rank]
+
+
 def loader(dataset, first, last, workers=0):
     """Batches first .. last - 1, in order, made by `workers` processes ahead of time (0: in this one). Order and content do
-    not depend on the number of workers; to resume, begin at another `first`."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
-                                       prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    not depend on the number of workers; to resume, begin at another `first`. A worker that dies ends the run: BadInput."""
+    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
+                                          prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    return watched(batches) if workers else batches
+
+
+def watched(batches):
+    """The batches of a DataLoader with workers. torch notices a dead worker when the system reports it, wherever this process is at that
+    moment, and raises a RuntimeError from the signal's handler: here it becomes one line and exit code 2."""
+    def refusal(error):
+        text = str(error).strip().splitlines()
+        if isinstance(error, BadInput):                          # a worker's own refusal, under the traceback that torch puts above it
+            return BadInput(text[-1].split(": ", 1)[-1])
+        return BadInput(f"a process that makes batches died ({text[0].rstrip('. ')}): if the system killed it, memory ran out; "
+                        "give fewer --workers or a smaller --batch; --resume goes on from the last checkpoint")
+    iterator, main = iter(batches), threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main and hasattr(signal, "SIGCHLD") else None       # torch's: it was set just now
+
+    def told(number, frame):
+        try:
+            before(number, frame)
+        except RuntimeError as error:
+            raise refusal(error) from None
+    if callable(before):
+        signal.signal(signal.SIGCHLD, told)
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):           # an error of ours in a worker: its traceback is wanted
+                    raise
+                raise refusal(error) from None
+            except BadInput as error:
+                raise (refusal(error) if str(error).startswith("Caught") else error) from None
+            yield batch
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGCHLD, before)
 
 
 def augment(video, labels, seed, flip=True):
@@ -1864,10 +2205,182 @@ def summary(count, found, problems):
         print(f"{name:20s} {value}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Times where clips come from: the procedural world, and the decoding of files beside a loop that decodes everything."""
+    data: str | None = None             # a manifest or folder of videos; default: two clips of 854 x 480 px, made on the spot
+    files: int = 8                      # how many of its videos, at most
+    size: str = "large"                 # clips as these sizes take them: nano (64 px, 8 frames), tiny (128 px, 8), base, large (224 px, 16)
+    image_size: int | None = None       # pixels of a side; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    repeats: int = 5                    # timings of each, taken in turn
+    out: str = "results/bench-data.json"        # file for the figures
+    device: str = "auto"                # what the world is drawn on, beside the CPU: cpu, cuda, ...
+
+    def __post_init__(self):
+        for field in ("files", "repeats", "frames", "image_size"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
+
+
+def bench_films(files, count=300, height=480, width=854):
+    """files {path: encoder's options}: one clip of `count` frames, as a camera would leave it: a long scene of the world, drawn at a third of
+    the size (so that edges come out soft), with a sensor's noise, so that it costs as many bits as a filmed one. H.264, 30 frames a second."""
+    import av
+    noise, small, piece = np.random.default_rng(0), -(-width // 3), 10
+    scene = stack([script(VALIDATION + 7, World(small, count, acts=max(count // 30, 1)))])
+    with contextlib.ExitStack() as stack_of_files:
+        outputs = []
+        for path, options in files.items():
+            file = stack_of_files.enter_context(av.open(str(path), "w"))
+            outputs.append((file, file.add_stream("libx264", rate=30)))
+            outputs[-1][1].height, outputs[-1][1].width, outputs[-1][1].pix_fmt, outputs[-1][1].options = height, width, "yuv420p", options
+        for t in range(count):
+            if t % piece == 0:
+                part = {k: v[:, t:t + piece] if k in ("camera", "light") else v[:, :, t:t + piece] if k == "place" else v for k, v in scene.items()}
+                drawn = rasterise(part, small)[0][0].numpy()
+            frame = av.VideoFrame.from_ndarray(drawn[t % piece], format="rgb24").reformat(width=width, height=width, format="rgb24", interpolation="BICUBIC")
+            big = frame.to_ndarray()[(width - height) // 2:][:height] + noise.integers(-6, 7, (height, width, 3), np.int16)
+            big = av.VideoFrame.from_ndarray(big.clip(0, 255).astype(np.uint8), format="rgb24")
+            for file, stream in outputs:
+                file.mux(stream.encode(big))
+        for file, stream in outputs:
+            file.mux(stream.encode())
+
+
+def decode_everything(path, frames, size, keep):
+    """The plain loop, for comparison: every frame is decoded, then T are chosen. keep: what of each frame is kept until then:
+    `rgb` (all of it as RGB, scaled after the choice: what one writes first), `square` (what a clip needs), `decoded` (as the
+    decoder gave it: only the chosen ones are turned into RGB)."""
+    import av
+    square = squarer(path, size)
+    turn = {"rgb": lambda frame: frame.to_ndarray(format="rgb24"), "square": square, "decoded": lambda frame: frame}[keep]
+    with av.open(str(path)) as container:
+        video = [turn(frame) for frame in container.decode(video=0)]
+        video = [video[int((i + 0.5) * len(video) / frames)] for i in range(frames)]
+        finish = {"rgb": lambda array: square(av.VideoFrame.from_ndarray(array, format="rgb24")), "square": lambda array: array, "decoded": square}[keep]
+        return np.stack([finish(frame) for frame in video])
+
+
+def readers(frames, size):
+    """{name: a function of a path -> (T, ., ., 3) frames}. decord is no part of this project: it is timed where it is installed."""
+    found = {"ours": lambda p: decode(p, frames, size)[0], "ours, one thread": lambda p: decode(p, frames, size, threads=1)[0]}
+    found |= {f"plain loop, keeping {keep}": functools.partial(decode_everything, frames=frames, size=size, keep=keep) for keep in ("rgb", "square", "decoded")}
+    try:
+        import decord
+    except ImportError:
+        return found
+
+    def by_decord(path, threads):
+        with open(path, "rb") as file:
+            h, w, top, left = fit(*decord.VideoReader(file, num_threads=1)[0].shape[:2], size)
+        video = decord.VideoReader(str(path), num_threads=threads, width=w, height=h)
+        return video.get_batch([int((i + 0.5) * len(video) / frames) for i in range(frames)]).asnumpy()[:, top:top + size, left:left + size]
+    return found | {"decord": lambda p: by_decord(p, 0), "decord, one thread": lambda p: by_decord(p, 1)}
+
+
+def in_turn(functions, repeats):
+    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; the first round is not counted."""
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}
+
+
+def bench_world(cfg, device):
+    """-> rows: clips a second of writing scripts, and of drawing them, on each device."""
+    world, rows = World(cfg.image_size, cfg.frames), []
+    batch = max(1, min(32, 2 ** 22 // (cfg.frames * cfg.image_size ** 2)))
+    scripts = stack([script(VALIDATION + i, world) for i in range(batch)])
+
+    def draw(device):
+        rasterise(scripts, cfg.image_size, device)
+        if device != "cpu":
+            torch.cuda.synchronize()
+    functions = {"world, script": lambda: [script(VALIDATION + i, world) for i in range(batch)], "world, drawn on cpu": lambda: draw("cpu")}
+    if device.type != "cpu":
+        functions[f"world, drawn on {device.type}"] = lambda: draw(device)
+    for name, seconds in in_turn(functions, cfg.repeats).items():
+        rows.append(dict(source="world", name=name, clips_per_second=batch / float(np.median(seconds)), batch=batch))
+        print(f"{name:46s} {rows[-1]['clips_per_second']:9.1f} clips/s", flush=True)
+    return rows
+
+
+def bench_file(path, cfg):
+    """-> rows: milliseconds of each reader for one file, and how many times as long as ours it takes (median of the pairs)."""
+    import av
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        what = f"{Path(path).name}, {stream.codec_context.name} {stream.width} x {stream.height}, {timeline(container, stream)[0]} frames"
+    rows, seconds = [], in_turn({name: functools.partial(f, str(path)) for name, f in readers(cfg.frames, cfg.image_size).items()}, cfg.repeats)
+    print(f"{what}: {cfg.frames} frames of {cfg.image_size} px")
+    for name, times in seconds.items():
+        ratio = {base: float(np.median(times / seconds[base])) for base in ("ours", "ours, one thread")}
+        rows.append(dict(source=what, name=name, ms=1e3 * float(np.median(times)), clips_per_second=1 / float(np.median(times)), times_ours=ratio["ours"],
+                         times_ours_one_thread=ratio["ours, one thread"]))
+        print(f"    {name:42s} {rows[-1]['clips_per_second']:9.1f} clips/s  {rows[-1]['ms']:7.0f} ms   {ratio['ours']:5.2f} x ours   "
+              f"{ratio['ours, one thread']:5.2f} x ours with one thread", flush=True)
+    return rows
+
+
+def bench(argv):
+    sizes = {name: dict(size=name, image_size=size, frames=frames) for name, size, frames in
+             (("nano", 64, 8), ("tiny", 128, 8), ("base", 224, 16), ("large", 224, 16))}
+    cfg = configure(BenchConfig, sizes, argv)
+    if not cfg.out or Path(cfg.out).is_dir():
+        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
+    try:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else torch.device(cfg.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
+    entries = [e["path"] for e in read_manifest(cfg.data) if not e["image"]][:cfg.files] if cfg.data else []
+    cores, card = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device.type
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+    print(f"{cores} cores, {torch.get_num_threads()} torch threads, {card}; medians of {cfg.repeats} in turn; clips of {cfg.frames} frames, {cfg.image_size} px")
+    rows, bad = bench_world(cfg, device), []
+    with tempfile.TemporaryDirectory() as folder:
+        if not cfg.data:
+            films = {f"{folder}/gop250.mp4": {}, f"{folder}/gop30.mp4": {"g": "30"}}         # key frames: an encoder's own choice; a streaming site's
+            bench_films(films)
+            entries = list(films)
+        for path in entries:
+            try:
+                decode(path, cfg.frames, cfg.image_size)         # the plain loop would end in a traceback
+                rows += bench_file(path, cfg)
+            except BadVideo as error:
+                bad.append(str(error))
+                print(f"left out: {error}", file=sys.stderr)
+    if len(bad) == len(entries):
+        raise BadInput(f"--data {cfg.data}: none of the {len(entries)} videos can be decoded; the last: {bad[-1] if bad else '-'}")
+    for name in dict.fromkeys(row["name"] for row in rows if "ms" in row):
+        of = [row for row in rows if row["name"] == name]
+        rows.append(dict(source="all files", name=name, clips_per_second=len(of) / sum(row["ms"] for row in of) * 1e3,
+                         times_ours=float(np.median([row["times_ours"] for row in of])), times_ours_one_thread=float(np.median([row["times_ours_one_thread"] for row in of]))))
+        print(f"{f'all {len(of)} files, {name}':46s} {rows[-1]['clips_per_second']:9.1f} clips/s   {rows[-1]['times_ours']:5.2f} x ours   "
+              f"{rows[-1]['times_ours_one_thread']:5.2f} x ours with one thread")
+    import av
+    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=card, cores=cores, torch_threads=torch.get_num_threads(), torch=torch.__version__,
+                             av=av.__version__, left_out=bad, rows=rows))
+    print(f"wrote {cfg.out}")
+
+
 @one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"make": make, "check": check}
+    commands = {"make": make, "check": check, "bench": bench}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return
@@ -1877,5 +2390,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import data                                                  # as everybody else knows it: BadInput, and what goes to other processes, exist once
+    # This file is imported by name as well: run from here, there would be two of each class, and a BadInput of the one would not be
+    # the other's. So the module of that name runs; its processes find their functions there too.
+    import data
     data.main()

@@ -19,8 +19,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -1262,6 +1264,414 @@ def test_check_names_every_problem(media, tmp_path, capsys):
     assert "problems             0" in capsys.readouterr().out
     (tmp_path / "bad.json").write_text('[{"video": "a.mp4"} {"video": "b.mp4"}]')
     assert "comma" in refused(capsys, data.main, "check", tmp_path / "bad.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: decoding the frames asked for and no others
+# ---------------------------------------------------------------------------------------------------------------------
+
+def coded(path, count, codec, pixels="yuv420p", times=None, **options):
+    """A numbered clip of 48 x 64 pixels, 10 frames a second, by any encoder. times: of its frames, in milliseconds."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 48, 64, pixels, {k.replace("_", "-"): str(v) for k, v in options.items()}
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(count):
+            image = np.zeros((48, 64, 3), np.uint8)
+            image[:, :32], image[:, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+# name: (encoder, its options, may the fast way leave it to the slow one?)
+FORMS = {"one.mp4": ("libx264", dict(crf=4, g=250, bf=3, sc_threshold=0), False), "pyramid.mkv": ("libx264", dict(crf=4, g=24, bf=3), False),
+         "open.mp4": ("libx264", dict(crf=4, g=20, bf=3, x264_params="open-gop=1"), True), "refresh.mp4": ("libx264", dict(crf=4, g=24, intra_refresh=1), False),
+         "plain.mp4": ("libx264", dict(crf=4, g=12, bf=0), False), "hevc.mp4": ("libx265", dict(crf=4, x265_params="keyint=20:bframes=3:log-level=none"), False),
+         "vp9.webm": ("libvpx-vp9", dict(crf=4, auto_alt_ref=1, lag_in_frames=16, g=24, deadline="realtime", cpu_used=8), False), "av1.mp4": ("libsvtav1", dict(crf=8, g=24, preset=12), False),
+         "divx.avi": ("mpeg4", dict(qmin=1, qmax=2, g=12, bf=2), False), "h264.avi": ("libx264", dict(crf=4, g=12, bf=2), True), "flash.flv": ("libx264", dict(crf=4, g=12, bf=2), False)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_stream_gives_the_frames_that_it_says(tmp_path, monkeypatch, name):
+    """Catches: frames that were left out although others refer to them, a frame that is taken for its neighbour where the order of
+    decoding is not that of showing, decoding that starts at a key frame after the frame, times or positions of another frame, and
+    a fast way that is never taken. The oracle: the number that each frame shows."""
+    codec, options, slowly = FORMS[name]
+    count, slow, plain = 130, [], data.in_order
+    path = coded(tmp_path / name, count, codec, **options)
+    monkeypatch.setattr(data, "in_order", lambda *args: slow.append(1) or plain(*args))
+    for threads, (frames, start, stride) in itertools.product((1, 2), ((9, None, None), (3, None, None), (6, 0.8, 1), (6, 0.31, 5), (3, 0.999, 1))):
+        video, times, where = data.decode(path, frames, 16, start, stride, threads)
+        seen = numbers(video)
+        np.testing.assert_allclose(np.rint(times * 10), seen)
+        np.testing.assert_allclose(where * count, seen, atol=0.01)
+        room = count - 1 - (frames - 1) * (stride or 0)
+        expected = [int((i + 0.5) * count / frames) if start is None else int(start * room + 0.5) + i * stride for i in range(frames)]
+        # FLV does not tell how many frames it holds, and its length counts from 0, where its first frame is not
+        assert seen == expected or name == "flash.flv" and np.abs(np.array(seen) - expected).max() <= 3
+    assert slowly or not slow
+
+
+def test_only_what_is_needed_is_decoded(tmp_path):
+    """Catches: a fast way that decodes everything after all. Ten groups of 12 frames with half of them referred to by none: two frames, both
+    early in their groups, need a few."""
+    path = numbered(tmp_path / "a.mp4", 120)
+
+    class Counting:                                              # PyAV's codec, and how many frames came out of it
+        count = 0
+
+        def __init__(self, codec):
+            self.__dict__["codec"] = codec
+
+        def __getattr__(self, name):
+            return getattr(self.codec, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.codec, name, value)
+
+        def decode(self, packet):
+            frames = self.codec.decode(packet)
+            Counting.count += len(frames)
+            return frames
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream, self.codec_context = stream, Counting(stream.codec_context)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    class Container:
+        def __init__(self, container):
+            self.container, self.format = container, container.format
+
+        def demux(self, stream):
+            return self.container.demux(stream.stream)
+
+        def seek(self, offset, stream):
+            self.container.seek(offset, stream=stream.stream)
+
+    with data.opened(path) as container:
+        images, seen, _ = data.by_seeking(Container(container), Stream(container.streams.video[0]), np.array([2.55, 8.65]), data.squarer(path, 16), 1, lambda: None)
+    assert numbers(np.stack(images)) == [25, 86] and np.allclose(seen, (2.5, 8.6))
+    assert 2 <= Counting.count <= 8
+
+
+def test_variable_rates_are_read_by_time_stamps(tmp_path):
+    """Catches: frames taken by their number where they stay for different times, or labels of another frame than the one shown. The
+    oracle: the last frame that begins before the middle of each part."""
+    rng = np.random.default_rng(0)
+    for name, options in (("a.mp4", dict(g=24, bf=2)), ("b.mkv", dict(g=250, bf=3)), ("c.mkv", dict(g=12, bf=0))):
+        times = np.cumsum(rng.choice([20, 40, 100, 400], 100)) + 700         # milliseconds; the first is not 0
+        path = coded(tmp_path / name, 100, "libx264", times=times, crf=4, **options)
+        with av.open(str(path)) as file:
+            shown = [frame.time for frame in file.decode(video=0)]
+            rate = float(file.streams.video[0].average_rate)
+            total = data.timeline(file, file.streams.video[0])[0]
+        np.testing.assert_allclose(shown, times / 1000, atol=0.002)
+        video, seen, where = data.decode(path, 12, 16)
+        middles = (np.floor((np.arange(12) + 0.5) * total / 12) + 0.5) / rate
+        expected = [int(np.flatnonzero(np.array(shown) - shown[0] <= middle)[-1]) for middle in middles]
+        assert numbers(video) == expected and len(set(expected)) < 13
+        np.testing.assert_allclose(seen, np.array(shown)[expected] - shown[0], atol=1e-6)
+        np.testing.assert_allclose(where * 100, expected, atol=0.01)
+
+
+def test_what_an_edit_list_hides_is_not_shown(tmp_path):
+    """Catches: frames before the beginning that a file declares. Its edit list is overwritten: it begins 15 frames later, in the middle
+    of a group, and lasts 40 frames."""
+    path = coded(tmp_path / "a.mp4", 70, "libx264", crf=4, g=12, bf=0)
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"elst") + 4
+    with av.open(str(path)) as file:
+        tick = file.streams.video[0].time_base
+    assert raw[at] == 0 and int.from_bytes(raw[at + 4:at + 8], "big") == 1, "one entry of version 0"
+    raw[at + 8:at + 12] = (4000).to_bytes(4, "big")              # in the film's ticks, milliseconds
+    raw[at + 12:at + 16] = int(1.5 / tick).to_bytes(4, "big")    # in the stream's
+    path.write_bytes(raw)
+    video, times, _ = data.decode(path, 8, 16)
+    assert numbers(video) == [15 + int((i + 0.5) * 5) for i in range(8)] and np.allclose(times, [int((i + 0.5) * 5) / 10 for i in range(8)])
+
+
+@pytest.mark.parametrize("codec", ("libx264", "libx265"))
+def test_damage_is_never_shown(tmp_path, codec):
+    """Catches: a picture that the decoder painted over, or one that refers to it, returned as if it were the film's; and whole clips
+    refused because of damage elsewhere in the file. The oracle: the undamaged file; where a strict decoder goes through the whole damaged
+    one without a complaint (these codecs have no check sums), what it shows."""
+    path, rng, outcomes = tmp_path / "a.mp4", np.random.default_rng(1), []
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.options = {"crf": "20", "g": "12", "bf": "2", "x265-params": "log-level=none:keyint=12"} if codec == "libx265" else {"crf": "20", "g": "12", "bf": "2"}
+        for _ in range(60):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode())
+    asked = ((4, None), (5, 0.0), (5, 0.5), (5, 0.9))
+    whole, raw = {(frames, start): data.decode(path, frames, 16, start, 1)[0] for frames, start in asked}, path.read_bytes()
+    with av.open(str(path)) as file:
+        packets = [(p.pos, p.size, p.is_keyframe, p.pts * p.time_base) for p in file.demux(video=0) if p.size]
+    for _ in range(14):
+        begin, size, _, _ = packets[rng.integers(len(packets))]
+        hurt, at = bytearray(raw), begin + int(rng.integers(size // 10, size // 2))
+        hurt[at:at + 40] = rng.bytes(40)
+        (tmp_path / "hurt.mp4").write_bytes(hurt)
+        silent = True
+        with data.opened(tmp_path / "hurt.mp4") as file:
+            file.streams.video[0].codec_context.thread_count, square = 1, data.squarer("", 16)
+            try:
+                shown = [square(frame) for frame in file.decode(video=0)]
+            except av.error.FFmpegError:
+                silent = False
+        group = max(time for pos, _, key, time in packets if key and pos <= begin)           # what is shown before its group is whole
+        for (frames, start), expected in whole.items():
+            try:
+                video, times, _ = data.decode(tmp_path / "hurt.mp4", frames, 16, start, 1)
+                same = np.array_equal(video, expected) or silent and np.array_equal(video, np.stack(shown)[np.rint(times * 10).astype(int)])
+                outcomes.append("whole" if same else "wrong")
+            except BadVideo as error:
+                assert "hurt.mp4" in str(error) and "\n" not in str(error)
+                outcomes.append("refused" if start != 0 or group < 0.5 else "refused in vain")
+    assert "wrong" not in outcomes and "refused in vain" not in outcomes and outcomes.count("whole") >= 20
+    assert outcomes.count("refused") >= 3 or codec == "libx265"             # whose decoder hardly ever complains
+
+
+def test_pixel_formats(tmp_path):
+    """Catches: ten bits read as eight, grey or full-range video that comes out too dark, colours that change places, and what shines
+    through transparent pixels."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:16], image[16:] = (200, 60, 20), (10, 90, 240)
+    for codec, pixels, suffix in (("ffv1", "yuv444p10le", "mkv"), ("ffv1", "gray", "mkv"), ("ffv1", "gray16le", "mkv"), ("ffv1", "bgr0", "mkv"), ("ffv1", "yuv411p", "mkv"),
+                                  ("mjpeg", "yuvj444p", "mov"), ("libx264", "yuv420p10le", "mp4"), ("libx264rgb", "bgr24", "mp4"), ("png", "rgb48be", "mov"), ("qtrle", "rgb24", "mov")):
+        path = tmp_path / f"{codec}-{pixels}.{suffix}"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream(codec, rate=10)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
+            stream.options = {"crf": "1"} if codec.startswith("libx264") else {"qmin": "1", "qmax": "1"} if codec == "mjpeg" else {}
+            for _ in range(3):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            file.mux(stream.encode())
+        video = data.decode(path, 2, 16)[0].astype(int)
+        grey = (image @ (0.299, 0.587, 0.114))[..., None].repeat(3, 2)
+        expected = (grey if pixels.startswith("gray") else image)[::2, ::2]
+        error = np.abs(video - expected)[:, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]].max()            # away from the edge
+        assert error <= 6, (pixels, error)
+    clear = np.zeros((32, 32, 4), np.uint8)
+    clear[:, :16] = (200, 60, 20, 255)                           # left: opaque; right: transparent black, half of it blue at a quarter
+    clear[16:, 16:] = (0, 0, 255, 64)
+    for codec, pixels, suffix in (("png", "rgba", "mov"), ("ffv1", "bgra", "mkv")):
+        path = tmp_path / f"clear.{suffix}"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream(codec, rate=10)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
+            for _ in range(2):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(clear, format="rgba")))
+            file.mux(stream.encode())
+        image = data.decode(path, 1, 16)[0][0].astype(int)
+        for part, colour in ((image[:, :6], (200, 60, 20)), (image[:6, 10:], (255, 255, 255)), (image[10:, 10:], (191, 191, 255))):
+            assert abs(part - colour).max() <= 2, (codec, colour)
+
+
+def test_a_file_that_hangs_is_given_up(media, tmp_path, monkeypatch):
+    """Catches: a run that waits for ever for one file: a decoder that never returns, one that is slow, a pipe that nobody writes to."""
+    hang, release = str(media / "clip0.mp4"), threading.Event()
+    plain, calls = data.opened, []
+
+    def opened(path):
+        if str(path) == hang:
+            calls.append(1)
+            release.wait()                                       # as in a call into C: it comes back when it likes, and lets others run
+        return plain(path)
+    monkeypatch.setattr(data, "opened", opened)
+    try:
+        began = time.monotonic()
+        with pytest.raises(BadVideo, match="clip0.mp4: not decoded within 0.1 s"):
+            data.decode(hang, 2, 16, limit=0.1)
+        assert 0.1 <= time.monotonic() - began < 3
+        began = time.monotonic()
+        batch = data.VideoBatches([entry(media / f"clip{i}.mp4") for i in range(3)], 2, 16, 3, train=False)[0]
+        assert time.monotonic() - began < 3 and batch["index"] == [1, 2] and [path for path, _ in batch["bad"]] == [hang] and len(calls) == 1
+    finally:
+        release.set()
+    for _ in range(100):                                         # it came back: the file may be tried again
+        if not data.STUCK[hang].empty():
+            break
+        time.sleep(0.05)
+    assert len(data.decode(hang, 2, 16)[0]) == 2
+    with pytest.raises(BadVideo, match="clip1.mp4: not decoded within 0 s"):     # slow, not stuck: it ends by itself, at the next packet
+        data.decode(media / "clip1.mp4", 2, 16, limit=0)
+    assert str(media / "clip1.mp4") not in data.STUCK
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.mp4")
+        with pytest.raises(BadVideo, match="not a file"):
+            data.decode(tmp_path / "pipe.mp4", 2, 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_decoding_holds_on_to_nothing(media, tmp_path):
+    """Catches: files, threads or memory that stay behind after each file, whole or refused."""
+    (tmp_path / "cut.mp4").write_bytes((media / "clip3.mp4").read_bytes()[:3000])
+
+    def some(n):
+        for i in range(n):
+            try:
+                data.decode((media / "clip0.mp4", media / "text.mp4", tmp_path / "cut.mp4", media / "still0.png")[i % 4], 1, 16, threads=1)
+            except BadVideo:
+                pass
+        memory = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), memory
+    before, after = some(100), some(400)
+    assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 4000             # 400 frames of 48 x 64 alone would be 3.6 MB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: several sets, shards, workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Numbers(torch.utils.data.Dataset):
+    """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
+
+    def __init__(self, name, deadly=None):
+        self.name, self.deadly = name, deadly
+
+    def __getitem__(self, i):
+        if i == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.name, i
+
+
+@pytest.mark.parametrize("shares", ((1,), (1, 1), (0.7, 0.3), (3, 1, 1), (0.05, 0.6, 0.3, 0.05), (1e-3, 1)))
+def test_mixtures_keep_their_shares(shares):
+    """Catches: a share that drifts, a set whose batches are repeated or left out, a batch that depends on what was asked for before."""
+    n, total, starts = 3000, sum(shares), set()
+    for seed in range(4):
+        mixed, counts = data.Mixed([Numbers(j) for j in range(len(shares))], shares, seed), [0] * len(shares)
+        drawn = [mixed[i] for i in range(n)]
+        starts.add(tuple(j for j, _ in drawn[:12]))
+        for i, (j, number) in enumerate(drawn):
+            assert number == counts[j]                           # the next of that set, none repeated, none left out
+            counts[j] += 1
+            assert all(abs(count - (i + 1) * share / total) < len(shares) for count, share in zip(counts, shares))
+        fresh = data.Mixed([Numbers(j) for j in range(len(shares))], shares, seed)
+        assert all(fresh[i] == drawn[i] for i in (2999, 0, 17, 1234))
+    assert len(starts) > 1 or len(shares) == 1 or min(shares) < 0.01         # the seed decides who begins
+    for wrong in ((), (0, 1), (-1, 2), (1, math.nan), (1, math.inf)):
+        with pytest.raises(BadInput, match="shares"):
+            data.Mixed([Numbers(0), Numbers(1)], wrong)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_mixtures_of_media_have_one_medium_a_batch(media):
+    """Catches: videos and pictures, or made clips, in one batch, with or without workers."""
+    videos = data.VideoBatches([entry(media / f"clip{i}.mp4") for i in range(4)], 3, 16, 2)
+    pictures = data.VideoBatches([entry(media / f"still{i}.png") for i in range(2)], 3, 16, 2)
+    mixed = data.Mixed([videos, pictures, data.WorldBatches(data.World(16, 3), 2)], (2, 1, 1), seed=3)
+    alone, helped = (list(data.loader(mixed, 2, 10, workers)) for workers in (0, 2))
+    kinds = ["world" if "scripts" in b else b["video"].shape[1] for b in alone]
+    assert sorted(map(str, kinds)) == ["1"] * 2 + ["3"] * 4 + ["world"] * 2
+    for a, b in zip(alone, helped):
+        assert a["index"] == b["index"] and a.keys() == b.keys() and ("scripts" in a or torch.equal(a["video"], b["video"]))
+
+
+def test_shards_are_disjoint_and_complete():
+    """Catches: ranks that see the same batches, or of which one has fewer and leaves the others waiting."""
+    for ranks in (1, 2, 3, 8):
+        parts = [[data.Shard(Numbers("a"), rank, ranks)[i] for i in range(20)] for rank in range(ranks)]
+        assert sorted(sum(parts, [])) == [("a", i) for i in range(20 * ranks)]
+    shards = [data.Mixed([data.Shard(Numbers(j), rank, 2) for j in range(3)], (1, 2, 3), seed=1) for rank in range(2)]
+    assert all(a[0] == b[0] and a != b for a, b in ((shards[0][i], shards[1][i]) for i in range(50)))            # one medium at a time, everywhere
+    with pytest.raises(BadInput, match="rank 2 of 2"):
+        data.Shard(Numbers("a"), 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_a_dead_worker_ends_the_run(tmp_path, capsys, monkeypatch):
+    """Catches: a run that waits for a worker which the system has killed, or ends in a traceback."""
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="died.*fewer --workers") as error:
+        for _ in data.loader(Numbers("a", deadly=3), 0, 1000, workers=2):
+            pass
+    assert "\n" not in str(error.value) and time.monotonic() - began < 10
+    assert "told" not in repr(signal.getsignal(signal.SIGCHLD))  # ours is taken back, torch's may stay
+    make = data.WorldBatches.__getitem__
+    monkeypatch.setattr(data.WorldBatches, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL) if i == 1 and not self.indices else make(self, i))
+    assert "died" in refused(capsys, trajtok.main, "pretrain", "--out", tmp_path, "--eval-clips", 4, "--workers", 1, *SMALL)
+
+
+def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
+    """Catches: a flag that does nothing: long videos of which training only ever sees a window."""
+    entries = [entry(media / "clip3.mp4")]
+    assert numbers(data.VideoBatches(entries, 3, 16, 1, stride=0)[0]["video"][0].numpy()) == [6, 18, 30]
+    steps = [np.diff(numbers(data.VideoBatches(entries, 3, 16, 1, stride=3)[i]["video"][0].numpy())).tolist() for i in range(30)]
+    assert all(a == b for a, b in steps) and {a for a, _ in steps} == {1, 2, 3}
+
+
+def test_pretrain_on_a_mixture_and_resume(tmp_path, capsys, monkeypatch):
+    """Catches: a mixture that resumes elsewhere, sources that are not drawn, a --mix that does not fit, held-out clips of one source only."""
+    for i in range(3):
+        labelled(tmp_path, f"v{i}")
+    path = manifest(tmp_path / "set.json", [{"video": f"v{i}.mp4"} for i in range(3)])
+    flags = ["pretrain", "--data", f"world,{path}", "--mix", "0.4,0.6", "--eval-clips", 2, "--save-every", 1, "--image-size", 32, "--frames", 2, "--batch", 2, "--steps", 4]
+    run(trajtok.main, *flags, "--out", tmp_path / "whole")
+    record = trajtok.Run.record
+
+    def interrupted(self, line):
+        record(self, line)
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(trajtok.Run, "record", interrupted)
+    with pytest.raises(SystemExit):
+        run(trajtok.main, *flags, "--out", tmp_path / "parts")
+    monkeypatch.setattr(trajtok.Run, "record", record)
+    run(trajtok.main, *flags, "--out", tmp_path / "parts", "--resume")
+    whole, parts = (without_clock(log(tmp_path / name / "segmenter-nano-world+set")) for name in ("whole", "parts"))
+    assert whole == parts and [line["step"] for line in whole] == [0, 1, 2, 3]
+    cfg = dataclasses.replace(trajtok.PretrainConfig(), image_size=32, frames=2, batch=2, data=f"world,{path}", mix="3,1", eval_clips=4)
+    train, test, batches, files = trajtok.open_data(cfg, "mask")
+    assert ["scripts" in train[i] for i in range(8)].count(True) == 6 and files == 2
+    assert ["scripts" in test[i] for i in range(batches)] == [True, True, False]
+    for wrong in ("0.5", "1,2,3", "a,b", "0,1", "1,inf"):
+        assert "--mix" in refused(capsys, trajtok.main, *flags, "--mix", wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: its commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_bench_of_data(media, tmp_path, capsys, monkeypatch):
+    """Catches: a command that fails, readers that do not give the same frames, a damaged file that stops it, figures that are not in the file."""
+    monkeypatch.setitem(sys.modules, "decord", None)             # it is no part of this project
+    for path in [tmp_path / "a.mp4", tmp_path / "b.mp4"]:
+        data.bench_films({path: {"g": "5"}}, count=10, height=48, width=64)
+        readers = data.readers(4, 32)
+        frames = {name: reader(str(path)).astype(int) for name, reader in readers.items()}
+        assert frames["ours"].shape == (4, 32, 32, 3) and frames["ours"].std() > 10 and len(readers) == 5
+        assert all(np.array_equal(frames["ours"], frames[name]) for name in ("ours, one thread", "plain loop, keeping square", "plain loop, keeping decoded"))
+        assert abs(frames["ours"] - frames["plain loop, keeping rgb"]).mean() < 2
+    (tmp_path / "text.mp4").write_text("no video")
+    run(data.main, "bench", "--data", tmp_path, "--frames", 4, "--image-size", 32, "--repeats", 1, "--out", tmp_path / "out" / "bench.json")
+    told, result = capsys.readouterr(), json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert "left out" in told.err and len(result["left_out"]) == 1 and "text.mp4" in result["left_out"][0]
+    assert sum(row["source"] == "world" for row in result["rows"]) >= 2 and sum("ms" in row for row in result["rows"]) == 2 * 5
+    assert all(row["clips_per_second"] > 0 for row in result["rows"]) and all(row["times_ours"] == 1 for row in result["rows"] if row["name"] == "ours")
+
+
+@pytest.mark.parametrize("argv, words", (
+    ([], "bench"), (["sing"], "bench"), (["bench", "--repeats", "0"], "--repeats 0"), (["bench", "--data", "/nowhere"], "no such file"),
+    (["bench", "--device", "warp"], "--device"), (["bench", "--out", "/"], "--out"), (["bench", "--colour"], "--help")))
+def test_bad_commands_of_data_are_refused(capsys, argv, words):
+    """Catches: a traceback for a mistyped command or flag."""
+    assert words in refused(capsys, data.main, *argv)
+
+
+def test_data_runs_as_a_script(tmp_path):
+    """Catches: run as a script the file is two modules, and the refusals of the one are not those of the other."""
+    done = subprocess.run([sys.executable, HERE / "data.py", "bench", "--data", "nothing.json", "--out", tmp_path / "b.json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: --data nothing.json") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

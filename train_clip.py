@@ -42,7 +42,9 @@ from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, cou
 class ClipConfig:
     """Trains TrajViT2: a video CLIP on trajectory tokens, with the segmentation loss beside the contrastive one."""
     size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world` (procedural) or a a manifest or CSV of captioned videos
+    data: str = "world"                         # `world` (procedural) or a manifest or CSV of captioned videos; several with commas
+    mix: str | None = None                      # shares of several sets, with commas: 0.5,0.5; default: equal
+    stride: int = 8                             # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
     name: str | None = None                     # the run's folder is out/clip-<name>; default: the size, and of real data the folder's name
     out: str = "out"                            # where runs are kept
     # the model

@@ -273,13 +273,14 @@ def check_flags(cfg):
             raise BadInput(f"{flag} {value}: give a finite number")
         if name in ("lr", "clip") and value <= 0:
             raise BadInput(f"{flag} {value}: give a number above 0")
-        if name in ("warmup", "workers", "weight_decay", "segmentation_weight", "segmenter_lr") and value < 0:
+        if name in ("warmup", "workers", "weight_decay", "segmentation_weight", "segmenter_lr", "stride") and value < 0:
             raise BadInput(f"{flag} {value}: at least 0")
         if name in ("batch", "steps", "save_every", "eval_clips", "probe_clips") and value < 1:
             raise BadInput(f"{flag} {value}: at least 1")
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
-    if cfg.textures is not None and "world" not in cfg.data.split(","):
+    sources(cfg)                                                 # refuses a --mix that does not fit --data
+    if cfg.textures is not None and "world" not in sources(cfg)[0]:
         raise BadInput(f"--textures {cfg.textures}: paints the procedural world, but --data is {cfg.data}; leave one of the two out")
 
 
@@ -348,8 +349,10 @@ def write_weights(path, state):
 
 def run_name(cfg):
     """The name given, or the size; of real data also where it came from, so that runs on several sets stand side by side."""
-    source = Path(cfg.data).resolve()
-    return cfg.name or (cfg.size if cfg.data == "world" else f"{cfg.size}-{source.parent.name if source.stem == 'manifest' else source.stem}")
+    def short(name):
+        source = Path(name).resolve()
+        return name if name == "world" else source.parent.name if source.stem == "manifest" else source.stem
+    return cfg.name or (cfg.size if cfg.data == "world" else f"{cfg.size}-{'+'.join(map(short, sources(cfg)[0]))}")
 
 
 class Run:
@@ -571,7 +574,9 @@ def plot(path, curves, width=460, height=240):
 class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world` (procedural) or a manifest / folder whose videos have mask sidecars
+    data: str = "world"                 # `world` (procedural) or a manifest / folder whose videos have mask sidecars; several with commas
+    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
+    stride: int = 8                     # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
     name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size, and of real data the folder's name
     out: str = "out"                    # where runs are kept
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
@@ -636,9 +641,27 @@ def evaluate_segmenter(segmenter, batches, device, limit):
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}, pictures[:6], bad
 
 
+def sources(cfg):
+    """--data a,b,... and --mix -> (the names of the sets, their shares). A comma may stand in a path: what exists is one set."""
+    names = [cfg.data] if os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
+    try:
+        shares = [1.0] * len(names) if cfg.mix is None else [float(share) for share in cfg.mix.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+        raise BadInput(f"--mix {cfg.mix}: give a number above 0 for each of the {len(names)} sets of --data {cfg.data}, with commas")
+    return names, shares
+
+
 def open_data(cfg, need):
     """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
-    training cannot do without ("mask", "caption"); entries without it are refused, not skipped."""
+    training cannot do without ("mask", "caption"); entries without it are refused, not skipped. Of several sets: whole batches of
+    one set at a time, in the shares of --mix; held out are the held-out clips of all."""
+    names, shares = sources(cfg)
+    if len(names) > 1:
+        train, tests, counts, files = zip(*(open_data(dataclasses.replace(cfg, data=name, mix=None), need) for name in names))
+        held_out = torch.utils.data.ConcatDataset([torch.utils.data.Subset(test, range(n)) for test, n in zip(tests, counts)])
+        return data.Mixed(train, shares, cfg.seed), held_out, sum(counts), sum(n or 0 for n in files) or None
     if cfg.data == "world":
         world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
@@ -653,7 +676,7 @@ def open_data(cfg, need):
         raise BadInput(f"--data {cfg.data}: {len(entries)} entry; training and held-out clips need at least 2")
     train, test = split_entries(entries, 0.25)
     test = data.VideoBatches(test, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
-    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed), test, len(test), len(train)
+    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, stride=cfg.stride), test, len(test), len(train)
 
 
 def pretrain(argv):
