@@ -1389,6 +1389,41 @@ def to_entry(row, where, folder, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: the DAVIS layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_davis(folder):
+    """JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png -> a list of dict(name, frames, masks): paths, one mask a frame, by name."""
+    images, annotations = (Path(folder) / kind / "480p" for kind in ("JPEGImages", "Annotations"))
+    for part in (images, annotations):
+        if not part.is_dir():
+            raise BadInput(f"{folder}: no folder {part}; expected the DAVIS layout, JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png")
+    sequences = []
+    for one in sorted(p for p in images.iterdir() if p.is_dir()):
+        frames, masks = sorted(one.glob("*.jpg")), sorted((annotations / one.name).glob("*.png"))
+        if not frames or [p.stem for p in frames] != [p.stem for p in masks]:
+            alone = sorted({p.stem for p in frames} ^ {p.stem for p in masks})
+            raise BadInput(f"{one}: {len(frames)} frames, {len(masks)} masks in {annotations / one.name}" + (f"; {alone[0]} is one without the other" if alone else "")
+                           + "; each frame needs its mask, of the same name")
+        sequences.append(dict(name=one.name, frames=[str(p) for p in frames], masks=[str(p) for p in masks]))
+    if not sequences:
+        raise BadInput(f"{images}: holds no sequence; expected {images}/<name>/*.jpg")
+    return sequences
+
+
+def read_mask(path, size):
+    """A label picture -> uint8 (size, size), cut as `decode` cuts: the palette's numbers where it has one, else its grey values."""
+    with opened(path) as container:
+        frame = next(container.decode(container.streams.video[0]), None)
+    if frame is None or frame.format.name not in ("pal8", "gray", "monob", "monow"):
+        raise BadVideo(f"{path}: not a label picture ({'empty' if frame is None else frame.format.name}); give a PNG of one channel or with a palette")
+    ids = frame.to_ndarray()[0] if frame.format.name == "pal8" else frame.reformat(format="gray").to_ndarray()
+    h, w, top, left = fit(*ids.shape, size)
+    rows, columns = (((np.arange(size) + begin + 0.5) * n / scaled).astype(int) for begin, n, scaled in ((top, ids.shape[0], h), (left, ids.shape[1], w)))
+    return ids[rows][:, columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 2. Real video: dense motion
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1766,7 +1801,8 @@ def classic_track(frames, where, ids):
     where = torch.as_tensor(where)
     nearest = (torch.arange(t)[:, None] - where).abs().argmin(1)
     out = ids[nearest].clone()
-    for some in (where[nearest] != torch.arange(t)).nonzero()[:, 0].split(8):
+    rest = (where[nearest] != torch.arange(t)).nonzero()[:, 0]
+    for some in rest.split(8) if len(rest) else ():
         flow, _ = dense_motion(opponent(frames[some]), opponent(frames[where[nearest[some]]]))
         x, y = (positions(height, width) + grown(flow, height, width)).round().long().unbind(1)
         out[some] = ids[nearest[some][:, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
@@ -1784,6 +1820,114 @@ def classic_labels(frames):
     """One stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W): `classic` without key frames, for few frames or one short take."""
     where = anchors(len(frames))
     return classic_track(frames, where, classic_segment(frames[where]))
+
+
+# `sam2`: automatic masks of the key frame, then video propagation, by the optional package `transformers` and a folder that holds a published
+# SAM2. Its image processors want two more packages; what they do is three lines (`sam2_pixels`).
+SAM2_POINTS, SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 32, 0.8, 0.95, 0.7     # prompts a side; a mask's own estimate; steadiness; duplicates
+SAM2_MASKS = 128                                                 # trajectories of a stretch, at most (SPECS 2)
+
+
+@functools.lru_cache(maxsize=1)
+def sam2_models(folder):
+    """The picture model and the video model of one folder, strictly loaded, nothing downloaded; on a GPU if there is one."""
+    try:
+        import transformers
+        from transformers import Sam2Model, Sam2VideoModel
+    except ImportError as error:
+        raise BadInput(f"--method sam2 needs the package transformers with SAM2 ({error}); pip install transformers, or use --method classic") from None
+    if not (Path(folder) / "config.json").is_file():
+        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2 (config.json and model.safetensors)")
+    device, models = "cuda" if torch.cuda.is_available() else "cpu", []
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()                   # the picture model leaves out the memory's weights, and would list them
+    transformers.logging.disable_progress_bar()
+    try:
+        for kind in (Sam2Model, Sam2VideoModel):
+            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise BadInput(f"--sam2 {folder}: not a whole SAM2 with memory: {sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:3]} are missing "
+                               "or of another shape")
+            models.append(model.eval().to(device))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise error if isinstance(error, BadInput) else BadInput(f"--sam2 {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    return models
+
+
+def sam2_pixels(frames, model):
+    """uint8 (t, H, W, 3) -> (t, 3, S, S) as SAM2 reads them: the whole frame squeezed into its square, normalised."""
+    size = model.config.prompt_encoder_config.image_size
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float() / 255, size=(size, size), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((x - mean) / std).to(model.device)
+
+
+def distinct_masks(logits, scores):
+    """logits (n, h, w) of proposed masks, scores (n,) -> indices of those to keep, best first: sure (SAM2_IOU), steady (the mask above +1 and
+    the mask above -1 overlap by SAM2_STABILITY), and none that overlaps a better one by more than SAM2_OVERLAP; SAM2_MASKS at most."""
+    masks = (logits > 0).flatten(1)
+    steady = (logits > 1).flatten(1).sum(1) / (logits > -1).flatten(1).sum(1).clamp(min=1)
+    good = (scores >= SAM2_IOU) & (steady >= SAM2_STABILITY) & masks.any(1)
+    kept, area = [], masks.sum(1)
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if good[i] and len(kept) < SAM2_MASKS:
+            both = (masks[kept] & masks[i]).sum(1)
+            if not (both / (area[kept] + area[i] - both) > SAM2_OVERLAP).any():
+                kept.append(i)
+    return kept
+
+
+def sam2_method(folder):
+    """-> segment, track (see `method_of`)."""
+    picture, film_model = sam2_models(folder)
+
+    @torch.inference_mode()
+    def segment(frames):
+        size, (h, w) = picture.config.prompt_encoder_config.image_size, frames.shape[1:3]
+        side = (torch.arange(SAM2_POINTS) + 0.5) * size / SAM2_POINTS
+        points = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(1, -1, 1, 2).to(picture.device)
+        ids = torch.full((len(frames), h, w), -1)
+        for i, pixels in enumerate(sam2_pixels(frames, picture)):
+            embeddings, logits, scores = picture.get_image_embeddings(pixels[None]), [], []
+            for some in points.split(64, 1):                     # 64 prompts at a time: memory
+                out = picture(image_embeddings=embeddings, input_points=some, input_labels=torch.ones_like(some[..., 0], dtype=torch.int64), multimask_output=True)
+                logits.append(out.pred_masks.flatten(0, 2).cpu())
+                scores.append(out.iou_scores.flatten().cpu())
+            logits, scores = torch.cat(logits), torch.cat(scores)
+            kept = distinct_masks(logits, scores)
+            if kept:
+                masks = F.interpolate(logits[kept][:, None], size=(h, w), mode="bilinear")[:, 0] > 0
+                order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
+                for number, j in enumerate(order.tolist()):      # small things lie on large ones
+                    ids[i][masks[j]] = number
+        return ids
+
+    @torch.inference_mode()
+    def track(frames, where, ids):
+        from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+        if where.tolist() != [0]:
+            raise ValueError("SAM2 is asked for the key frame alone, and tracks from it")
+        h, w = frames.shape[1:3]
+        pixels, objects = sam2_pixels(frames, film_model), sorted(set(ids[0].flatten().tolist()) - {-1})
+        out = torch.full(frames.shape[:3], -1)
+        out[0] = ids[0]
+        if not objects or len(frames) == 1:
+            return out
+        session = Sam2VideoInferenceSession(video=pixels, video_height=h, video_width=w, inference_device=film_model.device,
+                                            inference_state_device=film_model.device, video_storage_device=film_model.device, dtype=torch.float32)
+        for number in objects:
+            mask = F.interpolate((ids[:1, None] == number).float(), size=pixels.shape[-2:], mode="bilinear", antialias=True) >= 0.5
+            session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
+        session.obj_with_new_inputs = objects
+        for result in film_model.propagate_in_video_iterator(session, start_frame_idx=0):
+            if result.frame_idx:
+                logits, owner = F.interpolate(result.pred_masks.float().cpu(), size=(h, w), mode="bilinear")[:, 0].max(0)
+                out[result.frame_idx] = torch.where(logits > 0, torch.tensor(result.object_ids or objects)[owner], -1)
+        return out
+    return segment, track
 
 
 def method_of(cfg):
@@ -2278,7 +2422,7 @@ class LabelConfig:
     out: str | None = None              # folder for labels and manifest; default: beside the videos, the manifest in the folder given
     image_size: int = 224               # short side of the masks in pixels
     stretch: int = 48                   # the next frame is a key frame after so many at the latest
-    workers: int | None = None          # processes; 0: none but this one; default: one for each core
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core, of sam2 one
     overwrite: bool = False             # make labels anew that are there
 
     def __post_init__(self):
@@ -2340,7 +2484,8 @@ def label(argv):
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written to ({error.strerror}); give another folder") from None
     made, frames = [], 0
-    workers = min((os.cpu_count() or 1) if cfg.workers is None else cfg.workers, len(jobs))
+    cores = 1 if cfg.method == "sam2" else os.cpu_count() or 1 # each process holds a model of its own
+    workers = min(cores if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
         for (_, path, *_), result, failure in in_processes(label_video, list(jobs.values()), workers):
             if failure or isinstance(result, str):
