@@ -110,6 +110,8 @@ def configure(config, sizes, argv, positional=None):
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
     flags = vars(parser.parse_args(argv))
+    if sizes is None:                                            # a command without sizes
+        return config(**flags)
     size = flags.get("size", config.size)
     if size not in sizes:
         raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
@@ -1151,10 +1153,11 @@ def opened(path):
         raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
 
 
-def read_frames(path, size, chunk=8):
-    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
-    grow with the video. A file that ends long before its header says, in a damaged part, or holds no frame: BadVideo."""
-    held, count, square = [], 0, squarer(path, size)
+def read_frames(path, size, chunk=8, whole=False):
+    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
+    the short side `size`. Memory does not grow with the video. A file that ends long before its header says, in a damaged part, or
+    holds no frame: BadVideo."""
+    held, count, upright = [], 0, framer(path, size, whole)
     with opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -1162,7 +1165,7 @@ def read_frames(path, size, chunk=8):
         length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         end = base = float((stream.start_time or 0) * stream.time_base)
         for frame in container.decode(stream):
-            held.append(square(frame))
+            held.append(upright(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
             if len(held) == chunk:
@@ -1183,28 +1186,28 @@ def frame_rate(path):
         return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def squarer(path, size):
-    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright.
+def framer(path, size, whole=False):
+    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright; whole: (h, w, 3), all of it, its short side `size`.
 
     CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
     them: a mask lies on its pixels, whatever the header says of their shape.
     CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
     One reformatter for all frames: a new one for each frame would work out the filter anew."""
     import av
-    convert = av.video.reformatter.VideoReformatter().reformat
+    convert, most = av.video.reformatter.VideoReformatter().reformat, 4 if whole else 64
 
-    def square(frame):
+    def upright(frame):
         turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
         h, w, top, left = fit(frame.height, frame.width, size)
-        if max(h, w) > 64 * size:
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
+        if max(h, w) > most * size:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow: its sides may differ {most} times; crop it")
         if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
             rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
             white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
             frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
         image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
-        return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
-    return square
+        return np.ascontiguousarray(np.rot90(image if whole else image[top:top + size, left:left + size], turns))
+    return upright
 
 
 def scan(container, stream):
@@ -1249,7 +1252,7 @@ def packets(container, stream, late):
 
 
 def _decode(path, frames, size, start, stride, threads, late, exact):
-    square = squarer(path, size)
+    square = framer(path, size)
     with opened(path) as container:
         stream = container.streams.video[0]
         total, rate, own = timeline(container, stream)
@@ -1660,6 +1663,654 @@ def to_entry(row, where, folder, path):
         given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
     return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: the DAVIS layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_davis(folder):
+    """JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png -> a list of dict(name, frames, masks): paths, one mask a frame, by name."""
+    images, annotations = (Path(folder) / kind / "480p" for kind in ("JPEGImages", "Annotations"))
+    for part in (images, annotations):
+        if not part.is_dir():
+            raise BadInput(f"{folder}: no folder {part}; expected the DAVIS layout, JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png")
+    sequences = []
+    for one in sorted(p for p in images.iterdir() if p.is_dir()):
+        frames, masks = sorted(one.glob("*.jpg")), sorted((annotations / one.name).glob("*.png"))
+        if not frames or [p.stem for p in frames] != [p.stem for p in masks]:
+            alone = sorted({p.stem for p in frames} ^ {p.stem for p in masks})
+            raise BadInput(f"{one}: {len(frames)} frames, {len(masks)} masks in {annotations / one.name}" + (f"; {alone[0]} is one without the other" if alone else "")
+                           + "; each frame needs its mask, of the same name")
+        sequences.append(dict(name=one.name, frames=[str(p) for p in frames], masks=[str(p) for p in masks]))
+    if not sequences:
+        raise BadInput(f"{images}: holds no sequence; expected {images}/<name>/*.jpg")
+    return sequences
+
+
+def read_mask(path, size):
+    """A label picture -> uint8 (size, size), cut as `decode` cuts: the palette's numbers where it has one, else its grey values."""
+    with opened(path) as container:
+        frame = next(container.decode(container.streams.video[0]), None)
+    if frame is None or frame.format.name not in ("pal8", "gray", "monob", "monow"):
+        raise BadVideo(f"{path}: not a label picture ({'empty' if frame is None else frame.format.name}); give a PNG of one channel or with a palette")
+    ids = frame.to_ndarray()[0] if frame.format.name == "pal8" else frame.reformat(format="gray").to_ndarray()
+    h, w, top, left = fit(*ids.shape, size)
+    rows, columns = (((np.arange(size) + begin + 0.5) * n / scaled).astype(int) for begin, n, scaled in ((top, ids.shape[0], h), (left, ids.shape[1], w)))
+    return ids[rows][:, columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: dense motion
+# ---------------------------------------------------------------------------------------------------------------------
+
+def opponent(frames):
+    """uint8 (t, H, W, 3) -> float (t, 3, H, W): light, red against green, both against blue. Distances in it see hue where grey does not."""
+    r, g, b = (torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 255).unbind(1)
+    return torch.stack([(r + g + b) / 3, (r - g) / 2, (r + g - 2 * b) / 4], 1)
+
+
+def box(x, radius):
+    """The mean over the (2 radius + 1) square about each pixel; at the border, over what there is of it."""
+    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+
+def positions(h, w):
+    """Pixel numbers, x and y: (2, h, w)."""
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float32), torch.arange(w, dtype=torch.float32), indexing="ij")
+    return torch.stack([x, y])
+
+
+def warped(x, flow):
+    """x (n, c, h, w) read at each pixel's own place + flow (n, 2, h, w; x and y in pixels); outside, the nearest pixel of the border."""
+    h, w = x.shape[-2:]
+    at = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1) * 2 - 1
+    return F.grid_sample(x, at.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
+def slopes(x):
+    """Differences to the right and lower neighbour (n, c, h, w) each, 0 at the border."""
+    return F.pad(x[..., 1:] - x[..., :-1], (0, 1)), F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
+
+
+def grown(flow, h, w):
+    """A flow field at another resolution, in the pixels of that resolution."""
+    scale = torch.tensor([w / flow.shape[-1], h / flow.shape[-2]]).view(2, 1, 1)
+    return F.interpolate(flow, size=(h, w), mode="bilinear") * scale
+
+
+def searched_motion(a, b, h, w):
+    """The coarsest level, by trying everything: each of h x w cells of a against each of b, on patches of 3 x 3 cells of colours and slopes
+    at twice that resolution. A far match costs a little more, else plain ground jumps anywhere.
+    -> flow (n, 2, h, w) in cells, confidence (n, 1, h, w): near 1 where the way back from b leads home."""
+    n = len(a)
+
+    def patches(x):                                              # (n, patch, cells)
+        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w))
+        right, down = slopes(x[:, :1])
+        x = torch.cat([x * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1), 2 * right, 2 * down], 1)
+        return F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 6, stride=2)
+    p, q = patches(a), patches(b)
+    place = positions(h, w).flatten(1).T                         # (cells, 2)
+    far, there, back = 0.08 * torch.cdist(place, place), [], []
+    for i in range(n):                                           # one pair at a time: cells x cells numbers each
+        distance = (p[i].square().sum(0)[:, None] + q[i].square().sum(0) - 2 * p[i].T @ q[i]).clamp(min=0)
+        cost = distance / (distance.amin(1).median() + 1e-3) + far
+        there.append((place[cost.argmin(1)] - place).T.reshape(2, h, w))
+        back.append((place[cost.argmin(0)] - place).T.reshape(2, h, w))
+    flow = torch.stack(there)
+    home = (flow + warped(torch.stack(back), flow)).norm(dim=1, keepdim=True)
+    return flow, torch.exp(-(home / 1.5) ** 2) + 1e-3
+
+
+def refined_motion(a, b, flow, steps=3):
+    """Lucas and Kanade: each step solves, in a window of 5 x 5 pixels, for the shift that explains what still differs; a step of at most a
+    pixel, taken only where it helps; then the field is smoothed, and plain places follow those that have structure."""
+    gx, gy = ((x + F.pad(x, pad)[..., :x.shape[-2], :x.shape[-1]]) / 2 for x, pad in zip(slopes(a), ((1, 0), (0, 0, 1, 0))))
+    xx, xy, yy = (box(g.sum(1, keepdim=True), 2) for g in (gx * gx, gx * gy, gy * gy))
+    xx, yy = xx + 1e-4, yy + 1e-4
+    determinant = xx * yy - xy * xy
+    weight = determinant / (xx + yy) + 1e-5                      # large where there are edges of two directions
+    for _ in range(steps):
+        error = warped(b, flow) - a
+        ex, ey = (box((g * error).sum(1, keepdim=True), 2) for g in (gx, gy))
+        step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
+        new = flow + step.clamp(-1, 1)
+        helps = box((warped(b, new) - a).abs().sum(1, keepdim=True), 2) < box(error.abs().sum(1, keepdim=True), 2)
+        flow = torch.where(helps, new, flow)
+        flow = box(flow * weight, 1) / box(weight, 1)
+    return flow
+
+
+def camera_motion(flow, weight, rounds=15):
+    """What the camera did, as the motion of a plane: u = p0 + p1 x + p2 y + (p6 x + p7 y) x, v likewise: 8 numbers, fitted by re-weighted
+    least squares, so that what moves by itself counts less and less. Its scale begins wide and ends at the median of what is left.
+    CHOICE: the border of the frame counts ten times as much as the middle: things that a camera follows stand in the middle, and a bus
+    that fills a third of the frame was taken for the ground without it.
+    flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w): the camera's part."""
+    def basis(h, w):                                             # (8, 2 h w): u of every pixel, then v
+        x, y = (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) * 2 - 1
+        one, none = torch.ones_like(x), torch.zeros_like(x)
+        return torch.cat([torch.stack([one, x, y, none, none, none, x * x, x * y]), torch.stack([none, none, none, one, x, y, x * y, y * y])], 1), x, y
+    n, (h, w) = len(flow), flow.shape[-2:]
+    few = min(h, 28), min(w, round(28 * max(w / h, 1)))          # 8 numbers need no more places than these
+    rows, x, y = basis(*few)
+    target, start = F.adaptive_avg_pool2d(flow, few).flatten(1), F.adaptive_avg_pool2d(weight, few).flatten(1) * (0.1 + torch.maximum(x.abs(), y.abs()) ** 2)
+    little = torch.tensor([1e-6, 1e-3, 1e-3, 1e-6, 1e-3, 1e-3, 3e-2, 3e-2]).diag() * len(x)          # nothing to see: no motion
+    now = start
+    for i in range(rounds):
+        weighted = rows * now.repeat(1, 2)[:, None]              # (n, 8, 2 h w)
+        p = torch.linalg.solve(weighted @ rows.T + little, weighted @ target[..., None])[..., 0]
+        left = (target - p @ rows).view(n, 2, -1).square().sum(1)
+        scale = left.median(1, keepdim=True)[0].clamp(min=0.1) * max(2.5 * 0.8 ** i, 1.0) ** 2
+        now = start * torch.exp(-left / scale / 2) if i > 3 else start / (left.sqrt() + 0.3)
+    return (p @ basis(h, w)[0]).view(n, 2, h, w)
+
+
+def dense_motion(a, b):
+    """Where each pixel of a is in b, from scratch. a, b (n, 3, H, W) of `opponent` -> flow and the camera's part of it, both (n, 2, H/2, W/2)
+    in pixels of that half resolution. Three levels: an eighth, where every displacement is tried; a quarter and a half, refined."""
+    h, w = a.shape[-2:]
+    flow, weight = searched_motion(a, b, -(-h // 8), -(-w // 8))
+    camera = camera_motion(flow, weight)
+    flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
+    for s in (4, 2):
+        size = -(-h // s), -(-w // s)
+        p, q = F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
+        flow, camera = grown(flow, *size), grown(camera, *size)
+        wrong, wrong_camera = (box((warped(q, f) - p).abs().sum(1, keepdim=True), 2) for f in (flow, camera))
+        flow = refined_motion(p, q, torch.where(wrong_camera <= wrong + 0.01, camera, flow))         # the ground moves with the camera
+        camera = camera_motion(flow, torch.exp(-10 * box((warped(q, flow) - p).abs().sum(1, keepdim=True), 2)))
+    return flow, camera
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: labels without another model
+# ---------------------------------------------------------------------------------------------------------------------
+
+# TrajViT's pipeline (SPECS 2): key frames by three votes -> segment -> track to the next key frame -> link by IoU >= 0.5 -> graph. Two functions
+# make a method, `segment` and `track` (METHODS, below); everything else is the same for all.
+#
+# `classic` needs nothing but torch. Its segment sees a few frames of the stretch between two key frames together:
+#   1. superpixels: each frame in patches of one colour, some 14 pixels wide;
+#   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion differs from the camera's;
+#   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
+#      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
+#      looks like them says no;
+#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are grouped by colour,
+#      texture and place.
+
+PATCH = 14                                                       # pixels of a superpixel's side
+REGIONS = 40                                                     # trajectories of a stretch, at most
+
+
+def superpixels(x, rounds=4):
+    """x (t, 3, H, W) -> (t, H, W): superpixel of each pixel, numbered through all frames, and how many there are to a frame. SLIC: k-means on
+    colour and place, each pixel looking at the nine nearest centres; half the resolution until the last round."""
+    t, _, height, width = x.shape
+    rows, columns = max(height // PATCH, 1), max(width // PATCH, 1)
+    n = rows * columns
+
+    def points(h, w):                                            # (t, 5, h, w): colour, then place in patches
+        place = (positions(h, w) + 0.5) / torch.tensor([w / columns, h / rows]).view(2, 1, 1)
+        return torch.cat([F.adaptive_avg_pool2d(x, (h, w)) / 0.06, place.expand(t, 2, h, w)], 1)
+
+    def nearest(f, centres):
+        h, w = f.shape[-2:]
+        r, c = (torch.arange(h) * rows // h)[:, None], (torch.arange(w) * columns // w)[None]
+        best, owner = torch.full((t, h, w), math.inf), torch.zeros((t, h, w), dtype=torch.int64)
+        for dr, dc in ((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
+            index = (r + dr).clamp(0, rows - 1) * columns + (c + dc).clamp(0, columns - 1)
+            distance = (f - centres[:, :, index.flatten()].view(f.shape)).square().sum(1)
+            owner = torch.where(distance < best, index, owner)
+            best = torch.minimum(best, distance)
+        return owner + n * torch.arange(t).view(t, 1, 1)
+    f = points(max(height // 2, 1), max(width // 2, 1))
+    centres = F.adaptive_avg_pool2d(f, (rows, columns)).flatten(2)
+    for _ in range(rounds):
+        owner = nearest(f, centres)
+        mean, size = means(f, owner, t * n)
+        centres = torch.where(size.view(t, 1, n) > 0, mean.view(t, n, 5).transpose(1, 2), centres)
+    return nearest(points(height, width), centres), n
+
+
+def means(values, owner, n):
+    """values (t, c, H, W) averaged over the pixels of each of n owners (t, H, W) -> (n, c), and the pixels of each (n,)."""
+    c, owner = values.shape[1], owner.flatten()
+    total = torch.zeros(n, c).index_add_(0, owner, values.movedim(1, -1).reshape(-1, c))
+    size = torch.bincount(owner, minlength=n).float()
+    return total / size.clamp(min=1)[:, None], size
+
+
+def neighbours(owner, n):
+    """Superpixels that touch -> i, j (edges,) and the length of their border in pixels."""
+    sides = [(owner[..., 1:], owner[..., :-1]), (owner[:, 1:], owner[:, :-1])]
+    p, q = (torch.cat([side[k].flatten() for side in sides]) for k in (0, 1))
+    key, length = (torch.minimum(p, q) * n + torch.maximum(p, q))[p != q].unique(return_counts=True)
+    return key // n, key % n, length.float()
+
+
+def followers(owner, flow, n):
+    """Superpixels that lie on one another when a frame is moved onto the next. owner (t, H, W), flow (t - 1, 2, h, w) -> i, j, and the share
+    of i that lies on j."""
+    t, h, w = owner.shape
+    x, y = (positions(h, w) + grown(flow, h, w)).round().long().unbind(1)
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    frame = torch.arange(1, t).view(-1, 1, 1).expand_as(x)
+    key, count = (owner[:-1][inside] * n + owner[frame[inside], y[inside], x[inside]]).unique(return_counts=True)
+    return key // n, key % n, count / torch.bincount(owner.flatten(), minlength=n)[key // n]
+
+
+def unlike_the_ground(x):
+    """x (t, 3, H, W) -> how much each pixel differs from both neighbouring frames after the camera's motion is undone, how much its motion
+    differs from the camera's (both (t, 1, h, w), half resolution, inf where neither neighbour shows the place), and the flow to the next
+    frame (t - 1, 2, h, w). Of the two neighbours the smaller difference counts: ground that a thing uncovers is seen in the other."""
+    t = len(x)
+    flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
+    h, w = flow.shape[-2:]
+    a, b = (F.adaptive_avg_pool2d(y, (h, w)) for y in (torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]])))
+    error = torch.full_like(flow[:, :1], math.inf)
+    for dx, dy in ((i, j) for i in (-0.7, 0, 0.7) for j in (-0.7, 0, 0.7)):  # the camera's model is a plane: the world may be half a pixel off
+        shifted = warped(b, camera + torch.tensor([dx, dy]).view(2, 1, 1))
+        error = torch.minimum(error, box((shifted - a).abs().sum(1, keepdim=True), 1))
+    own = (flow - camera).norm(dim=1, keepdim=True)
+    to = positions(h, w) + camera
+    outside = ((to < 0) | (to > torch.tensor([w - 1, h - 1]).view(2, 1, 1))).any(1, keepdim=True)
+
+    def smaller(values):
+        values, none = values.masked_fill(outside, math.inf), torch.full((1, 1, h, w), math.inf)
+        return torch.minimum(torch.cat([values[:t - 1], none]), torch.cat([none, values[t - 1:]]))
+    return smaller(error), smaller(own), flow[:t - 1]
+
+
+def stands_out(values, seen, frame, t):
+    """How far values (n,) stand out, 0 .. 1: the median of their frame is 0, nine times the usual deviation from it (of the frame, and of all
+    frames) is 1. Where the camera's motion was not found, everything deviates and nothing stands out."""
+    def middle(v):
+        return v.median(), (v - v.median()).abs().median() + 1e-3
+    out = torch.zeros_like(values)
+    if not seen.any():
+        return out
+    usual = middle(values[seen])[1]
+    for i in range(t):
+        here = seen & (frame == i)
+        if here.any():
+            centre, deviation = middle(values[here])
+            out[here] = ((values[here] - centre) / (9 * torch.maximum(deviation, usual))).clamp(0, 1)
+    return out
+
+
+def votes(looks, size, frame, start, t, nearest=6, rounds=5):
+    """start (n,), what each superpixel shows by itself -> (n,): the mean over those that look like it, `nearest` of every frame, repeated."""
+    index, distance = [], []
+    for i in range(t):
+        here = ((frame == i) & (size > 0)).nonzero()[:, 0]
+        d, j = torch.cdist(looks, looks[here]).topk(min(nearest, len(here)), largest=False)
+        index.append(here[j])
+        distance.append(d)
+    index, distance = torch.cat(index, 1), torch.cat(distance, 1)
+    weight = torch.exp(-2 * (distance / (distance.median() + 1e-6)) ** 2) * size[index]
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    for _ in range(rounds):
+        start = (weight * start[index]).sum(1)
+    return start
+
+
+def smoothed(values, size, likeness, edges, rounds=60):
+    """The values (n,) that are near the given ones and near their neighbours', where no strong edge lies between: Jacobi's iteration of
+    sum of size (u - v)^2 + sum over borders of length · exp(-15 difference) (u_i - u_j)^2."""
+    i, j, length = edges
+    weight = length * torch.exp(-15 * (likeness[i] - likeness[j]).abs().sum(1))
+    own = size / PATCH
+    total = (own.clone().index_add_(0, i, weight).index_add_(0, j, weight)).clamp(min=1e-6)
+    u = values
+    for _ in range(rounds):
+        u = (own * values).index_add_(0, i, weight * u[j]).index_add_(0, j, weight * u[i]) / total
+    return u
+
+
+def two_kinds(values, weight, bins=64):
+    """Otsu: the threshold that parts values (n,) into the two most different kinds, and the share of their variance that it explains."""
+    low, high = values.min(), values.max()
+    if high - low < 1e-6:
+        return high, 0.0
+    at = ((values - low) / (high - low) * (bins - 1)).long()
+    mass = torch.zeros(bins).index_add_(0, at, weight)
+    level = torch.arange(bins).float()
+    below, first = mass.cumsum(0), (mass * level).cumsum(0)
+    above = (below[-1] - below).clamp(min=1e-9)
+    between = below * above * (first / below.clamp(min=1e-9) - (first[-1] - first) / above) ** 2
+    cut = between[:-1].argmax()
+    variance = (mass * (level - first[-1] / below[-1]) ** 2).sum() * below[-1]
+    return low + (cut + 0.5) / (bins - 1) * (high - low), (between[cut] / variance.clamp(min=1e-9)).item()
+
+
+def pieces_of(chosen, links):
+    """Connected pieces of the chosen (n,) over links (i, j) -> (n,) the piece's number, its smallest member; of others, their own."""
+    parent = list(range(len(chosen)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+    i, j = links
+    both = chosen[i] & chosen[j]
+    for p, q in zip(i[both].tolist(), j[both].tolist()):
+        p, q = root(p), root(q)
+        parent[max(p, q)] = min(p, q)
+    return torch.tensor([root(i) for i in range(len(chosen))])
+
+
+def clusters(points, weight, k, rounds=15):
+    """k-means of points (n, c), the first centres drawn far apart with a fixed seed -> (n,) in 0 .. k - 1."""
+    generator = torch.Generator().manual_seed(0)
+    centres = points[torch.multinomial(weight, 1, generator=generator)]
+    far = (points - centres).square().sum(1)
+    for _ in range(min(k, len(points)) - 1):
+        centres = torch.cat([centres, points[torch.multinomial(far * weight + 1e-12, 1, generator=generator)]])
+        far = torch.minimum(far, (points - centres[-1]).square().sum(1))
+    for _ in range(rounds):
+        owner = torch.cdist(points, centres).argmin(1)
+        mass = torch.zeros(len(centres)).index_add_(0, owner, weight)
+        mean = torch.zeros_like(centres).index_add_(0, owner, points * weight[:, None]) / mass.clamp(min=1e-9)[:, None]
+        centres = torch.where(mass[:, None] > 0, mean, centres)
+    return torch.cdist(points, centres).argmin(1)
+
+
+@torch.no_grad()
+def classic_segment(frames):
+    """A few frames of one stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W), every pixel in one of at most REGIONS trajectories."""
+    x = opponent(frames)
+    t, _, height, width = x.shape
+    owner, per_frame = superpixels(x)
+    n = t * per_frame
+    frame = torch.arange(t).repeat_interleave(per_frame)
+    right, down = slopes(x[:, :1])
+    texture = torch.cat([right.abs(), down.abs(), 0.7 * (right + down).abs(), 0.7 * (right - down).abs()], 1)
+    looks, size = means(box(torch.cat([x, texture], 1), 1), owner, n)
+    place = means(((positions(height, width) + 0.5) / min(height, width)).expand(t, -1, -1, -1), owner, n)[0]
+    described = torch.cat([looks * torch.tensor([1.0, 2, 2, 2, 2, 2, 2]), 0.25 * place], 1)
+    edges, weight = neighbours(owner, n), size + 1e-6
+    moving, links = torch.zeros(n), edges[:2]
+    if t > 1:
+        error, own, flow = (F.interpolate(v, size=(height, width)) if v.shape[1] == 1 else v for v in unlike_the_ground(x))
+        seen = torch.isfinite(error)
+        sums = means(torch.cat([error.nan_to_num(posinf=0), own.nan_to_num(posinf=0), seen.float()], 1), owner, n)[0]
+        share = sums[:, 2].clamp(min=1e-3)
+        known = (share > 0.3) & (size > 0)
+        # a small misfit differs much where there is texture: by how much more than its slopes explain?
+        differs = stands_out(sums[:, 0] / share / (looks[:, 3:].sum(1) + 0.06), known, frame, t)
+        moves = stands_out(sums[:, 1] / share, known, frame, t)
+        centre = place - torch.tensor([width, height]) / (2 * min(height, width))
+        start = (differs + moves) / 2 * torch.exp(-centre.square().sum(1) / (2 * 0.35 ** 2))         # what is filmed is mostly near the middle
+        moving = votes(described, size, frame, start, t)
+        order = moving.argsort()
+        top = moving[order][(size[order].cumsum(0) < 0.98 * size.sum()).sum().clamp(max=n - 1)]      # a few bright spots must not set the scale
+        moving = smoothed((moving / top.clamp(min=1e-6)).clamp(max=1), size, looks, edges)
+        i, j, lies = followers(owner, flow, n)
+        links = torch.cat([torch.stack(edges[:2])[:, edges[2] >= 4], torch.stack([i, j])[:, lies >= 0.25]], 1)
+    threshold, clear = two_kinds(moving, weight)
+    chosen, ids, count = moving > threshold, torch.full((n,), -1), 0
+    # CHOICE: where the two kinds are not clearly two, or most of the picture would move, nothing is put together: pieces by colour do less harm
+    if clear > 0.68 and size[chosen].sum() < 0.4 * size.sum():
+        piece = pieces_of(chosen, links)
+        area = torch.zeros(n).index_add_(0, piece[chosen], size[chosen])
+        for p in area.argsort(descending=True)[:REGIONS // 2].tolist():
+            if area[p] >= 0.08 * area.sum():
+                ids[chosen & (piece == p)] = count
+                count += 1
+    rest = ids < 0
+    if rest.any():
+        ground = torch.cat([described[:, :7], 0.35 * place, 0.25 * (moving / threshold.clamp(min=1e-6)).clamp(max=1)[:, None]], 1)
+        ids[rest] = count + clusters(ground[rest], weight[rest], REGIONS - 2 - count)
+    return ids[owner].unique(return_inverse=True)[1]
+
+
+ANCHORS = 8                                                      # frames of a stretch that `classic_segment` sees together
+
+
+@torch.no_grad()
+def classic_track(frames, where, ids):
+    """Masks of the frames at `where` onto all: frames uint8 (t, H, W, 3), where (s,), ids int64 (s, H, W) -> (t, H, W). Each pixel looks up the
+    nearest of those frames, at the place where dense motion finds it there."""
+    t, height, width, _ = frames.shape
+    where = torch.as_tensor(where)
+    nearest = (torch.arange(t)[:, None] - where).abs().argmin(1)
+    out = ids[nearest].clone()
+    rest = (where[nearest] != torch.arange(t)).nonzero()[:, 0]
+    for some in rest.split(8) if len(rest) else ():
+        flow, _ = dense_motion(opponent(frames[some]), opponent(frames[where[nearest[some]]]))
+        x, y = (positions(height, width) + grown(flow, height, width)).round().long().unbind(1)
+        out[some] = ids[nearest[some][:, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
+    return out
+
+
+def anchors(t):
+    """The frames of a stretch of t that `classic` segments together: the middles of ANCHORS equal parts. CHOICE: not the key frame alone. What
+    moves shows only beside other frames, and from a middle no frame is far."""
+    s = min(t, ANCHORS)
+    return ((torch.arange(s) + 0.5) * t / s).long()
+
+
+def classic_labels(frames):
+    """One stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W): `classic` without key frames, for few frames or one short take."""
+    where = anchors(len(frames))
+    return classic_track(frames, where, classic_segment(frames[where]))
+
+
+# `sam2`: automatic masks of the key frame, then video propagation, by the optional package `transformers` and a folder that holds a published
+# SAM2. Its image processors want two more packages; what they do is three lines (`sam2_pixels`).
+SAM2_POINTS, SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 32, 0.8, 0.95, 0.7     # prompts a side; a mask's own estimate; steadiness; duplicates
+SAM2_MASKS = 128                                                 # trajectories of a stretch, at most (SPECS 2)
+
+
+@functools.lru_cache(maxsize=1)
+def sam2_models(folder):
+    """The picture model and the video model of one folder, strictly loaded, nothing downloaded; on a GPU if there is one."""
+    try:
+        import transformers
+        from transformers import Sam2Model, Sam2VideoModel
+    except ImportError as error:
+        raise BadInput(f"--method sam2 needs the package transformers with SAM2 ({error}); pip install transformers, or use --method classic") from None
+    if not (Path(folder) / "config.json").is_file():
+        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2 (config.json and model.safetensors)")
+    device, models = "cuda" if torch.cuda.is_available() else "cpu", []
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()                   # the picture model leaves out the memory's weights, and would list them
+    transformers.logging.disable_progress_bar()
+    try:
+        for kind in (Sam2Model, Sam2VideoModel):
+            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise BadInput(f"--sam2 {folder}: not a whole SAM2 with memory: {sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:3]} are missing "
+                               "or of another shape")
+            models.append(model.eval().to(device))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise error if isinstance(error, BadInput) else BadInput(f"--sam2 {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    return models
+
+
+def sam2_pixels(frames, model):
+    """uint8 (t, H, W, 3) -> (t, 3, S, S) as SAM2 reads them: the whole frame squeezed into its square, normalised."""
+    size = model.config.prompt_encoder_config.image_size
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float() / 255, size=(size, size), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((x - mean) / std).to(model.device)
+
+
+def distinct_masks(logits, scores):
+    """logits (n, h, w) of proposed masks, scores (n,) -> indices of those to keep, best first: sure (SAM2_IOU), steady (the mask above +1 and
+    the mask above -1 overlap by SAM2_STABILITY), and none that overlaps a better one by more than SAM2_OVERLAP; SAM2_MASKS at most."""
+    masks = (logits > 0).flatten(1)
+    steady = (logits > 1).flatten(1).sum(1) / (logits > -1).flatten(1).sum(1).clamp(min=1)
+    good = (scores >= SAM2_IOU) & (steady >= SAM2_STABILITY) & masks.any(1)
+    kept, area = [], masks.sum(1)
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if good[i] and len(kept) < SAM2_MASKS:
+            both = (masks[kept] & masks[i]).sum(1)
+            if not (both / (area[kept] + area[i] - both) > SAM2_OVERLAP).any():
+                kept.append(i)
+    return kept
+
+
+def sam2_method(folder):
+    """-> segment, track (see `method_of`)."""
+    picture, film_model = sam2_models(folder)
+
+    @torch.inference_mode()
+    def segment(frames):
+        size, (h, w) = picture.config.prompt_encoder_config.image_size, frames.shape[1:3]
+        side = (torch.arange(SAM2_POINTS) + 0.5) * size / SAM2_POINTS
+        points = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(1, -1, 1, 2).to(picture.device)
+        ids = torch.full((len(frames), h, w), -1)
+        for i, pixels in enumerate(sam2_pixels(frames, picture)):
+            embeddings, logits, scores = picture.get_image_embeddings(pixels[None]), [], []
+            for some in points.split(64, 1):                     # 64 prompts at a time: memory
+                out = picture(image_embeddings=embeddings, input_points=some, input_labels=torch.ones_like(some[..., 0], dtype=torch.int64), multimask_output=True)
+                logits.append(out.pred_masks.flatten(0, 2).cpu())
+                scores.append(out.iou_scores.flatten().cpu())
+            logits, scores = torch.cat(logits), torch.cat(scores)
+            kept = distinct_masks(logits, scores)
+            if kept:
+                masks = F.interpolate(logits[kept][:, None], size=(h, w), mode="bilinear")[:, 0] > 0
+                order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
+                for number, j in enumerate(order.tolist()):      # small things lie on large ones
+                    ids[i][masks[j]] = number
+        return ids
+
+    @torch.inference_mode()
+    def track(frames, where, ids):
+        from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+        if where.tolist() != [0]:
+            raise ValueError("SAM2 is asked for the key frame alone, and tracks from it")
+        h, w = frames.shape[1:3]
+        pixels, objects = sam2_pixels(frames, film_model), sorted(set(ids[0].flatten().tolist()) - {-1})
+        out = torch.full(frames.shape[:3], -1)
+        out[0] = ids[0]
+        if not objects or len(frames) == 1:
+            return out
+        session = Sam2VideoInferenceSession(video=pixels, video_height=h, video_width=w, inference_device=film_model.device,
+                                            inference_state_device=film_model.device, video_storage_device=film_model.device, dtype=torch.float32)
+        for number in objects:
+            mask = F.interpolate((ids[:1, None] == number).float(), size=pixels.shape[-2:], mode="bilinear", antialias=True) >= 0.5
+            session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
+        session.obj_with_new_inputs = objects
+        for result in film_model.propagate_in_video_iterator(session, start_frame_idx=0):
+            if result.frame_idx:
+                logits, owner = F.interpolate(result.pred_masks.float().cpu(), size=(h, w), mode="bilinear")[:, 0].max(0)
+                out[result.frame_idx] = torch.where(logits > 0, torch.tensor(result.object_ids or objects)[owner], -1)
+        return out
+    return segment, track
+
+
+def method_of(cfg):
+    """-> anchors(t): which frames of a stretch of t are segmented; segment(frames uint8 (s, H, W, 3)) -> ids int64 (s, H, W), -1 = none;
+    track(frames (t, H, W, 3), where (s,), ids (s, H, W)) -> ids (t, H, W). A method of your own is these three functions."""
+    if cfg.method == "classic":
+        return anchors, classic_segment, classic_track
+    return (lambda t: torch.zeros(1, dtype=torch.int64)), *sam2_method(cfg.sam2)
+
+
+def hsv(frames):
+    """uint8 (..., 3) -> float32 hue 0 .. 180, saturation and value 0 .. 255, the scales of the detectors whose thresholds `is_key` takes."""
+    r, g, b = np.moveaxis(frames.astype(np.float32), -1, 0)
+    top = np.maximum(np.maximum(r, g), b)
+    span = top - np.minimum(np.minimum(r, g), b)
+    safe = np.maximum(span, 1e-6)
+    hue = np.where(top == r, (g - b) / safe % 6, np.where(top == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 30
+    return np.stack([np.where(span > 0, hue, 0), 255 * span / np.maximum(top, 1e-6), top], -1)
+
+
+def changes(before, after):
+    """Of two frames uint8 (H, W, 3): the mean change of hue, saturation and value, and how much the correlation of their histograms of light
+    falls short of 1."""
+    step = np.abs(hsv(before) - hsv(after))
+    step[..., 0] = np.minimum(step[..., 0], 180 - step[..., 0])              # hue is a circle
+    p, q = (np.histogram(f @ np.array([0.299, 0.587, 0.114]), 64, (0, 256))[0].astype(float) for f in (before, after))
+    p, q = p - p.mean(), q - q.mean()
+    return float(step.mean()), float(1 - p @ q / max(np.sqrt((p @ p) * (q @ q)), 1e-9))
+
+
+def is_key(change, drop, recent):
+    """Two of three votes (SPECS 2): much change, much more than in the frames just before (`recent`, their changes), other light.
+    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame."""
+    return (change > 27) + (change > max(3 * float(np.mean(recent)) if len(recent) else 0.0, 15)) + (drop > 0.15) >= 2
+
+
+def stretches(pieces, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (t, H, W, 3), each from a key frame to the next one, which it
+    holds as its last frame too, and whether it does (the last stretch does not). CHOICE: after `longest` frames the next is a key frame
+    whatever the votes say: memory stays small, and what was not there at first is found."""
+    held, recent = [], collections.deque(maxlen=8)
+    for frame in (f for piece in pieces for f in piece):
+        if held:
+            change, drop = changes(held[-1][::2, ::2], frame[::2, ::2])
+            if is_key(change, drop, recent) or len(held) == longest:
+                yield np.stack([*held, frame]), True
+                held = []
+                recent.clear()
+            else:
+                recent.append(change)
+        held.append(frame)
+    if held:
+        yield np.stack(held), False
+
+
+def linked(before, after, least=0.5):
+    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU >= least, one to one, best first."""
+    p, q = int(before.max()) + 1, int(after.max()) + 1
+    both = torch.bincount(((before + 1) * (q + 1) + after + 1).flatten(), minlength=(p + 1) * (q + 1)).view(p + 1, q + 1)
+    iou = (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp(min=1))[1:, 1:]
+    found, taken = {}, set()
+    i, j = (iou >= least).nonzero(as_tuple=True)
+    for k in iou[i, j].argsort(descending=True, stable=True).tolist():       # at IoU 0.5 exactly, two may claim one
+        if int(j[k]) not in found and int(i[k]) not in taken:
+            found[int(j[k])] = int(i[k])
+            taken.add(int(i[k]))
+    return found
+
+
+def label_frames(pieces, method, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int64 (T, H, W), -1 = none: numbered through the whole video."""
+    choose, segment, track = method
+    out, count, at_key = [], 0, None
+    for frames, more in stretches(pieces, longest):
+        frames = torch.from_numpy(frames)
+        where = choose(len(frames) - more)
+        ids = track(frames, where, segment(frames[where]))
+        old = {} if at_key is None else linked(at_key, ids[0])
+        table = torch.tensor([old.get(i, -2) for i in range(int(ids.max()) + 1)] + [-1])             # the last: of id -1
+        new = table == -2
+        table[new] = count + torch.arange(int(new.sum()))
+        count += int(new.sum())
+        ids = table[ids]
+        at_key = ids[-1] if more else None
+        out.append(ids[:len(ids) - more].to(torch.int32))        # at_key: ids[-1] as tracked; the next stretch segments it anew
+    return torch.cat(out).long().unique(return_inverse=True)[1] - int((torch.cat(out) < 0).any())
+
+
+def write_labels(mask_path, graph_path, ids):
+    """Trajectories int64 (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
+    ids = np.asarray(ids)
+    count = int(ids.max()) + 1
+    if count > 65535:
+        raise BadVideo(f"{mask_path}: {count} trajectories, more than the 65535 that a mask can name; cut the video into parts")
+    mask = (ids + 1).astype(np.uint8 if count <= 255 else np.uint16)
+    graph = np.zeros((count, len(ids)), np.int64)
+    for t, frame in enumerate(ids):
+        present = np.unique(frame[frame >= 0])
+        graph[present, t] = present + 1
+    try:
+        write_npz(graph_path, "tensor", graph)
+        write_npz(mask_path, "arr_0", mask)
+    except BaseException:
+        graph_path.unlink(missing_ok=True)                       # half of a pair is worse than none
+        raise
+    return count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2257,7 +2908,7 @@ def decode_everything(path, frames, size, keep):
     `rgb` (all of it as RGB, scaled after the choice: what one writes first), `square` (what a clip needs), `decoded` (as the
     decoder gave it: only the chosen ones are turned into RGB)."""
     import av
-    square = squarer(path, size)
+    square = framer(path, size)
     turn = {"rgb": lambda frame: frame.to_ndarray(format="rgb24"), "square": square, "decoded": lambda frame: frame}[keep]
     with av.open(str(path)) as container:
         video = [turn(frame) for frame in container.decode(video=0)]
@@ -2377,10 +3028,112 @@ def bench(argv):
     print(f"wrote {cfg.out}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py label
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Makes trajectory labels for real video: `_mask.npz` and `_graph.npz` beside each file, and a manifest of them, labelled.json."""
+    source: str = ""                    # a folder of videos, a manifest or a CSV
+    method: str = "classic"             # classic (nothing else needed) or sam2
+    sam2: str | None = None             # folder of a published SAM2 (config.json, model.safetensors), for --method sam2
+    out: str | None = None              # folder for labels and manifest; default: beside the videos, the manifest in the folder given
+    image_size: int = 224               # short side of the masks in pixels
+    stretch: int = 48                   # the next frame is a key frame after so many at the latest
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core, of sam2 one
+    overwrite: bool = False             # make labels anew that are there
+
+    def __post_init__(self):
+        if self.method not in ("classic", "sam2"):
+            raise BadInput(f"--method {self.method}: classic or sam2")
+        if (self.method == "sam2") != bool(self.sam2):
+            raise BadInput(f"--method {self.method} --sam2 {self.sam2}: --sam2 FOLDER goes with --method sam2, and sam2 cannot do without")
+        if not 32 <= self.image_size <= 2048 or self.stretch < 1 or (self.workers or 0) < 0:
+            raise BadInput(f"--image-size {self.image_size} --stretch {self.stretch} --workers {self.workers}: 32 to 2048, at least 1, at least 0")
+
+
+def label_video(job):
+    """One file in a worker -> (trajectories, frames), or why it cannot be labelled."""
+    cfg, path, mask, graph = job
+    try:
+        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method_of(cfg), cfg.stretch)
+        return write_labels(Path(mask), Path(graph), ids), len(ids)
+    except BadVideo as error:
+        return str(error)
+
+
+def whole_labels(mask, graph):
+    try:
+        return bool(mask and graph) and os.path.exists(mask) and os.path.exists(graph) and len(sidecars(mask, graph)) == 2
+    except BadVideo:
+        return False
+
+
+def label(argv):
+    cfg = configure(LabelConfig, None, argv, positional="source")
+    try:
+        entries = read_manifest(cfg.source)
+    except BadVideo:
+        raise
+    except BadInput as error:
+        raise BadInput(str(error).removeprefix("--data ")) from None
+    source = Path(cfg.source) if Path(cfg.source).is_dir() else Path(cfg.source).parent
+    out, began, jobs, owners, bad = Path(cfg.out) if cfg.out else source, time.time(), {}, {}, {}
+    method_of(cfg)                                               # a missing package or folder is told now, not by a worker
+    for entry in entries:
+        path = Path(entry["path"])
+        inside = os.path.relpath(path, source)
+        base = out / inside if cfg.out and not inside.startswith("..") else out / path.name if cfg.out else path
+        target = [str(base.with_name(f"{base.stem}_{kind}.npz")) for kind in ("mask", "graph")]
+        if owners.setdefault(target[0], str(path)) != str(path):
+            bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
+        elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
+            pass                                                 # of another's making, or ours beside the video
+        elif not cfg.overwrite and whole_labels(*target):
+            entry["mask"], entry["graph"] = target
+        else:
+            entry["mask"], entry["graph"] = target
+            jobs[str(path)] = cfg, str(path), *target
+    try:
+        for folder in {Path(job[2]).parent for job in jobs.values()} | {out}:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in (*folder.glob(".*_mask.npz.[0-9]*"), *folder.glob(".*_graph.npz.[0-9]*")):
+                stale.unlink(missing_ok=True)                    # what a kill in the middle of a file left
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written to ({error.strerror}); give another folder") from None
+    made, frames = [], 0
+    cores = 1 if cfg.method == "sam2" else os.cpu_count() or 1 # each process holds a model of its own
+    workers = min(cores if cfg.workers is None else cfg.workers, len(jobs))
+    with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
+        for (_, path, *_), result, failure in in_processes(label_video, list(jobs.values()), workers):
+            if failure or isinstance(result, str):
+                bad[path] = result or f"{path}: {failure} while it was labelled; run it again, with fewer --workers"
+                tqdm.write(f"left out: {bad[path]}", file=sys.stderr)
+            else:
+                made.append(result[0])
+                frames += result[1]
+            bar.update()
+    paths = {e["path"] for e in entries}
+    if paths <= bad.keys():
+        raise BadInput(f"{cfg.source}: none of the {len(paths)} files can be labelled; the last: {list(bad.values())[-1]}")
+    rows = []
+    for entry in (e for e in entries if e["path"] not in bad):
+        kept = {k: v for k, v in entry.items() if k not in ("path", "image", "mask", "graph") and v is not None}
+        files = {"image" if entry["image"] else "video": entry["path"], "mask": entry["mask"], "graph": entry["graph"]}
+        rows.append({k: Path(os.path.relpath(v, out)).as_posix() for k, v in files.items()} | kept)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    replace(out / "labelled.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))
+    seconds = time.time() - began
+    print(f"{len(paths)} files: {len(made)} labelled, {len(paths) - len(made) - len(bad)} had labels, {len(bad)} left out"
+          + (f"; {frames} frames, {np.mean(made):.1f} trajectories a file, {frames / seconds:.1f} frames a second" if made else ""))
+    print(f"wrote {out / 'labelled.json'}; train on it with --data {out / 'labelled.json'}")
+
+
 @one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"make": make, "check": check, "bench": bench}
+    commands = {"label": label, "make": make, "check": check, "bench": bench}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return

@@ -1357,7 +1357,7 @@ def test_only_what_is_needed_is_decoded(tmp_path):
             self.container.seek(offset, stream=stream.stream)
 
     with data.opened(path) as container:
-        images, seen, _ = data.by_seeking(Container(container), Stream(container.streams.video[0]), np.array([2.55, 8.65]), data.squarer(path, 16), 1, lambda: None)
+        images, seen, _ = data.by_seeking(Container(container), Stream(container.streams.video[0]), np.array([2.55, 8.65]), data.framer(path, 16), 1, lambda: None)
     assert numbers(np.stack(images)) == [25, 86] and np.allclose(seen, (2.5, 8.6))
     assert 2 <= Counting.count <= 8
 
@@ -1422,7 +1422,7 @@ def test_damage_is_never_shown(tmp_path, codec):
         (tmp_path / "hurt.mp4").write_bytes(hurt)
         silent = True
         with data.opened(tmp_path / "hurt.mp4") as file:
-            file.streams.video[0].codec_context.thread_count, square = 1, data.squarer("", 16)
+            file.streams.video[0].codec_context.thread_count, square = 1, data.framer("", 16)
             try:
                 shown = [square(frame) for frame in file.decode(video=0)]
             except av.error.FFmpegError:

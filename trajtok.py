@@ -20,6 +20,7 @@ rate's schedule, checkpoints that survive a kill at any moment, the log, and pic
 """
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import json
@@ -43,7 +44,7 @@ import data
 from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
 from encoder import EncoderConfig, Tokens, TrajectoryEncoder
 from segmenter import (Again, Segmenter, SegmenterConfig, best_overlaps, fit_weights, grid_tubes, hungarian, labels_on_grid, normalise,
-                       official_part, official_perceiver, official_segmenter, overlaps, read_weights, rename, rotary_table, rotate,
+                       object_scores, official_part, official_perceiver, official_segmenter, overlaps, read_weights, rename, rotary_table, rotate,
                        segmentation_loss, video_metrics)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1087,10 +1088,152 @@ def matrix_rate(device, side=None):
     return 2 * side ** 3 / float(np.median(times[2:]))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python trajtok.py score
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Scores trajectories on real sequences with foreground masks: labels made without a model, trained segmenters, two baselines."""
+    folder: str = ""                    # a folder in the DAVIS layout
+    weights: str = ""                   # folders of trained tokenizers, with commas
+    method: str = "classic"             # labels of `data.py label`: classic, sam2, or none
+    sam2: str | None = None             # folder of a published SAM2, for --method sam2
+    frames: int = 8                     # frames of a sequence, the middles of equal parts
+    image_size: int = 224               # the central square that is scored, in pixels
+    whole: bool = False                 # label every frame of the sequence, as `data.py label` does, and score those frames
+    names: str = ""                     # only these sequences, with commas
+    out: str = "results/labels-davis.json"   # file for the figures; the picture lies beside it
+    seed: int = 0                       # of k-means
+    device: str = "auto"                # of the segmenters: cpu, cuda, ...
+
+    def __post_init__(self):
+        if self.method not in ("classic", "sam2", "none") or (self.method == "sam2") != bool(self.sam2):
+            raise BadInput(f"--method {self.method} --sam2 {self.sam2}: classic, none, or sam2 together with --sam2 FOLDER")
+        if self.frames < 1 or not 32 <= self.image_size <= 2048:
+            raise BadInput(f"--frames {self.frames} --image-size {self.image_size}: at least 1; 32 to 2048")
+
+
+def k_means_tubes(video, k, seed=0, rounds=10):
+    """The other baseline: k-means of the pixels' colour and place (of 1 a frame's side). uint8 (t, H, W, 3) -> int64 ids (t, H, W)."""
+    t, h, w, _ = video.shape
+    y, x = torch.meshgrid(torch.arange(h) / h, torch.arange(w) / h, indexing="ij")
+    points = torch.cat([video.float() / 255, torch.stack([y, x], -1).expand(t, h, w, 2)], -1).flatten(0, 2)
+    centres = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:k]]
+
+    def nearest():
+        return torch.cat([torch.cdist(part, centres).argmin(1) for part in points.split(1 << 16)])
+    for _ in range(rounds):
+        owner = nearest()
+        count = torch.bincount(owner, minlength=k)[:, None]
+        centres = torch.where(count > 0, torch.zeros(k, 5).index_add_(0, owner, points) / count.clamp(min=1), centres)
+    return nearest().view(t, h, w)
+
+
+def read_sequence(cfg, sequence):
+    """-> frames uint8 (T, H, W, 3) of which `at` (t,) are scored, and the object bool (t, H, W)."""
+    count = len(sequence["frames"])
+    if count < cfg.frames:
+        raise BadInput(f"{sequence['name']}: {count} frames, fewer than --frames {cfg.frames}; give less")
+    at = ((np.arange(cfg.frames) + 0.5) * count / cfg.frames).astype(int)
+    wanted = range(count) if cfg.whole else at
+    frames = np.concatenate([next(data.read_frames(sequence["frames"][i], cfg.image_size)) for i in wanted])
+    truth = np.stack([data.read_mask(sequence["masks"][i], cfg.image_size) for i in at]) > 0
+    return torch.from_numpy(frames), torch.from_numpy(at) if cfg.whole else torch.arange(cfg.frames), torch.from_numpy(truth)
+
+
+def segmenter_ids(folder, device, size):
+    """-> a function: video uint8 (t, H, W, 3) -> ids (t, H, W) of a trained segmenter, which sees it at its own size."""
+    tokenizer = TrajTok.from_pretrained(folder).to(device).eval()
+    own = tokenizer.cfg.image_size
+
+    @torch.no_grad()
+    def ids(video):
+        x = torch.nn.functional.interpolate(video.permute(0, 3, 1, 2).float(), size=(own, own), mode="bilinear", antialias=True)
+        x = x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        with precision(device):
+            return tokenizer.segmenter(x[None].to(device)).masks((size, size))[0].cpu()
+    return ids
+
+
+def score(argv):
+    cfg = configure(ScoreConfig, None, argv, positional="folder")
+    sequences, device = data.read_davis(cfg.folder), setup(cfg)
+    if cfg.names:
+        unknown = set(cfg.names.split(",")) - {s["name"] for s in sequences}
+        if unknown:
+            raise BadInput(f"--names {','.join(sorted(unknown))}: not in {cfg.folder}, which holds {', '.join(s['name'] for s in sequences)}")
+        sequences = [s for s in sequences if s["name"] in cfg.names.split(",")]
+    try:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    methods = {"6 x 6 grid": lambda video: grid_tubes((1, *video.shape[:3]), 6, 6)[0],
+               "k-means 36": lambda video: k_means_tubes(video, 36, cfg.seed), "k-means 121": lambda video: k_means_tubes(video, 121, cfg.seed)}
+    if cfg.method != "none":
+        choose, segment, track = method = data.method_of(cfg)
+
+        def labels(video):
+            if cfg.whole:
+                return data.label_frames([video.numpy()], method, 48)
+            where = choose(len(video))                           # one stretch, whatever the key-frame votes would say
+            return track(video, where, segment(video[where]))
+        methods[f"{cfg.method} labels"] = labels
+    methods |= {f"{Path(folder).name}": segmenter_ids(folder, device, cfg.image_size) for folder in cfg.weights.split(",") if folder}
+    clips = [read_sequence(cfg, s) for s in tqdm(sequences, desc="read", leave=False, disable=None)]
+    # one thread to a sequence, as many sequences at once as there are cores: twice as fast as two threads that share one (small tensors)
+    cores, rows, kept = torch.get_num_threads(), [], {}
+    for name, ids_of in methods.items():
+        few = name.endswith("labels") and cfg.whole              # the others see the scored frames alone
+        alone = device.type == "cuda" or name == "sam2 labels"
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(1 if alone else cores, initializer=torch.set_num_threads, initargs=(cores if alone else 1,)) as pool:
+            done = list(tqdm(pool.map(lambda clip: ids_of(clip[0] if few else clip[0][clip[1]]), clips), desc=name, total=len(clips), leave=False, disable=None))
+        seconds = time.perf_counter() - began
+        done = [ids[clip[1]] if few else ids for ids, clip in zip(done, clips)]
+        scores = []
+        for s, ids, (_, _, truth) in zip(sequences, done, clips):
+            best, union = object_scores(ids, truth)
+            metrics = video_metrics(ids[None], torch.where(truth, 0, -1)[None])
+            scores.append(dict(name=s["name"], best=best, union=union, veq=metrics["veq"], stq=metrics["stq"], tubes=len(set(ids.unique().tolist()) - {-1})))
+        frames = sum(len(c[0]) if few else cfg.frames for c in clips)
+        rows.append({"method": name} | {k: mean_of([s[k] for s in scores]) for k in ("best", "union", "veq", "stq", "tubes")}
+                    | dict(frames_per_second=frames / seconds, sequences=scores))
+        kept[name] = done
+    print(f"{len(clips)} sequences, {cfg.frames} frames of {cfg.image_size} px" + (" (labels: of every frame)" if cfg.whole else "") + f", {device.type}, {cores} cores")
+    print(f"{'':24s}  best  union    VEQ    STQ   tubes  frames/s")
+    for r in rows:
+        print(f"{r['method'][:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}  {r['veq']:5.3f}  {r['stq']:5.3f}  {r['tubes']:6.1f}  {r['frames_per_second']:8.1f}")
+    write_json(cfg.out, dict(dataclasses.asdict(cfg), cores=cores, torch=torch.__version__, rows=rows))
+    picture = Path(cfg.out).with_suffix(".png")
+    write_png(picture, score_picture(sequences, clips, kept))
+    print(f"wrote {cfg.out} and {picture}")
+
+
+def score_picture(sequences, clips, kept):
+    """Six sequences, evenly from the list: four frames, and below them the object, then what each method makes of them, last the baselines."""
+    sheets = []
+    order = [n for n in list(kept)[::-1]]
+    for i in np.linspace(0, len(clips) - 1, min(6, len(clips))).round().astype(int):
+        frames, at, truth = clips[i]
+        some = np.linspace(0, len(at) - 1, min(4, len(at))).round().astype(int)
+        thin = lambda x: np.ascontiguousarray(np.asarray(x)[some][:, ::2, ::2])
+        rows = [thin(torch.where(truth, 0, -1)), *(thin(kept[name][i]) for name in order)]
+        sheet = strip(thin(frames[at]), *rows)
+        sheet = np.pad(sheet, ((18, 4), (4, 4), (0, 0)), constant_values=255)
+        write_text(sheet, sequences[i]["name"], 4, 6)
+        height = (len(sheet) - 22) // (len(rows) + 1)
+        for j, name in enumerate(["object", *order], 1):
+            write_text(sheet, name, 18 + j * height + 3, 8, (255, 255, 255))
+        sheets.append(sheet)
+    sheets += [np.full_like(sheets[0], 255)] * (-len(sheets) % 3)
+    return np.concatenate([np.concatenate(sheets[j:j + 3], 1) for j in range(0, len(sheets), 3)], 0)
+
+
 @data.one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"pretrain": pretrain, "show": show, "bench": bench}
+    commands = {"pretrain": pretrain, "show": show, "bench": bench, "score": score}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return
