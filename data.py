@@ -1089,7 +1089,7 @@ HAND = threading.local()                                         # of each threa
 STUCK = {}                                                       # file that was given up -> where its result would arrive
 
 
-def serve(inbox):
+def decode_for_others(inbox):
     while (job := inbox.get()) is not None:
         work, late, box = job
         try:
@@ -1117,7 +1117,7 @@ def within(seconds, path, work):
         raise refusal()
     if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
         HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
-        threading.Thread(target=serve, args=(HAND.inbox,), daemon=True).start()
+        threading.Thread(target=decode_for_others, args=(HAND.inbox,), daemon=True).start()
     box = queue.SimpleQueue()
     HAND.inbox.put((work, late, box))
     try:
