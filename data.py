@@ -649,8 +649,8 @@ def dress(looks, order, names, tau, dice, dressed):
     def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
         cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
         return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
-    for i in range(len(names)):                                  # grounds stand nearly upright, as pictures do
-        chosen, worn = dice() < SKINNED_SURFACES, picture(dice(0.6, 1.3), dice(-0.3, 0.3))
+    for i in range(len(names)):                                  # from a detail, all one stuff, to a whole scene, upright as pictures are
+        chosen, worn = dice() < SKINNED_SURFACES, picture(math.exp(dice(math.log(0.15), math.log(1.2))), dice(-0.3, 0.3))
         if chosen:
             skin[i], names[i] = worn, "textured ground"
     for slot, j in enumerate(order):
