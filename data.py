@@ -900,10 +900,10 @@ def load_textures(folder):
     def read(file):
         frames = 1 if file.suffix.lower() in IMAGE_SUFFIXES else each
         try:
-            return decode(file, frames, TEXTURE_SIDE)[0]
+            return decode(file, frames, TEXTURE_SIDE, threads=1)[0]
         except BadVideo as error:
             try:                                                 # one frame of a clip that is short, or cut, still is a texture
-                return decode(file, 1, TEXTURE_SIDE)[0]
+                return decode(file, 1, TEXTURE_SIDE, threads=1)[0]
             except BadVideo:
                 return str(error)
     with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
@@ -1505,16 +1505,12 @@ def sidecars(mask_path, graph_path):
 
 @functools.lru_cache(maxsize=65536)
 def video_header(path):
-    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown, if an edit list hides a
-    part. Where it counts no frames, the packets are counted: the length of a file may be that of its sound. Nothing is decoded, and
+    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown. Nothing is decoded, and
     each file is opened once."""
     with opened(path) as container:
         stream = container.streams.video[0]
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
-        frames, shown = stream.frames, seconds * float(stream.average_rate or 0)
-        if "mov" in container.format.name and 0 < shown < frames - 1:
-            frames = round(shown)
-        return frames or sum(1 for packet in container.demux(stream) if packet.size), stream.height, stream.width, seconds
+        total, rate, _ = timeline(container, stream)
+        return total, stream.height, stream.width, total / rate
 
 
 def check_fit(path, shape, frames, height, width):
