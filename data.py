@@ -1452,29 +1452,49 @@ def load_labels(mask_path, graph_path, where, size, video=None):
     An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
     cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
     `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
-    mask, graph = sidecars(mask_path, graph_path)
+    mask, graph, shape = cut_masks(mask_path, graph_path, size)
     if video is not None:
-        check_fit(mask_path, mask.shape, *video_header(str(video))[:3])
-    h, w, top, left = fit(*mask.shape[1:], size)
-    rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
-    columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    labels, strangers = np.empty((len(where), size, size), np.int64), []
-    for i, f in enumerate((np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)):
+        check_fit(mask_path, shape, *video_header(str(video))[:3])
+    labels, frames = np.empty((len(where), size, size), np.int64), (np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)
+    for i, f in enumerate(frames):
         owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
         owner, column = owner[column > 0], column[column > 0]
         twice = np.flatnonzero(column[1:] == column[:-1])
         if len(twice):
             raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
                            "an object belongs to one trajectory")
-        cut = mask[f][rows][:, columns]
         labels[i] = -1
         if len(column):
-            at = np.searchsorted(column, cut).clip(max=len(column) - 1)
-            labels[i] = np.where(column[at] == cut, owner[at], -1)
-        strangers.append(len(column) > 0 and (labels[i] < 0).all() and mask[f].any() and not np.isin(column, mask[f]).any())
-    if all(strangers):
+            at = np.searchsorted(column, mask[f]).clip(max=len(column) - 1)
+            labels[i] = np.where(column[at] == mask[f], owner[at], -1)
+    if (labels < 0).all() and strangers(*sidecars(mask_path, graph_path), frames):
         raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
     return labels
+
+
+def strangers(mask, graph, frames):
+    """Has each of these frames masks and trajectories, and none of the latter is among the former?"""
+    return all(graph[:, f].any() and mask[f].any() and not np.isin(graph[graph[:, f] > 0, f], mask[f]).any() for f in frames)
+
+
+KEPT, KEPT_BYTES = collections.OrderedDict(), 2 ** 28            # the last masks that `cut_masks` made: 256 MB in a process
+
+
+def cut_masks(mask_path, graph_path, size):
+    """-> masks (F, size, size), the central square by nearest neighbour; graph (M, F); shape of the whole masks. Kept for the next time:
+    to unpack 147 frames of 292 x 224 takes some 80 ms, and a clip needs eight of them."""
+    key = (str(mask_path), str(graph_path), size, *(os.stat(p).st_mtime_ns for p in (mask_path, graph_path) if p and os.path.exists(p)))
+    if key in KEPT:
+        KEPT.move_to_end(key)
+        return KEPT[key]
+    mask, graph = sidecars(mask_path, graph_path)
+    h, w, top, left = fit(*mask.shape[1:], size)
+    rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
+    columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
+    KEPT[key] = np.ascontiguousarray(mask[:, rows[:, None], columns]), graph, mask.shape
+    while len(KEPT) > 1 and sum(kept[0].nbytes for kept in KEPT.values()) > KEPT_BYTES:
+        KEPT.popitem(last=False)
+    return KEPT[key]
 
 
 def sidecars(mask_path, graph_path):

@@ -1638,6 +1638,42 @@ def test_pretrain_on_a_mixture_and_resume(tmp_path, capsys, monkeypatch):
         assert "--mix" in refused(capsys, trajtok.main, *flags, "--mix", wrong)
 
 
+def test_pretrain_on_skinned_plain_and_real_clips_from_a_start(tmp_path, capsys, skins):
+    """Catches: --textures that refuse to stand beside a manifest, or that paint the plain world too; a start (--init) that is not used."""
+    for i in range(2):
+        labelled(tmp_path, f"v{i}")
+    path = manifest(tmp_path / "set.json", [{"video": f"v{i}.mp4"} for i in range(2)])
+    flags = ["pretrain", "--eval-clips", 2, "--image-size", 32, "--frames", 2, "--batch", 2, "--num-queries", 7, "--out", tmp_path]
+    run(trajtok.main, *flags, "--steps", 1, "--name", "start")
+    run(trajtok.main, *flags, "--steps", 1, "--lr", 1e-12, "--name", "on", "--init", tmp_path / "segmenter-start", "--data", f"world,plain,{path}", "--textures", skins)
+    start, on = (trajtok.TrajTok.from_pretrained(tmp_path / f"segmenter-{name}").segmenter.state_dict() for name in ("start", "on"))
+    assert len(start["latents"]) == 7 and all(torch.allclose(start[k], on[k], atol=1e-9) for k in start)
+    assert log(tmp_path / "segmenter-on")[0]["live_trajectories"] >= 1
+    cfg = dataclasses.replace(trajtok.PretrainConfig(), image_size=32, frames=2, batch=2, data=f"world,plain,{path}", eval_clips=2, textures=skins)
+    train, test, _, _ = trajtok.open_data(cfg, "mask")
+    assert [d.world.textures if hasattr(d, "world") else "real" for d in train.datasets] == [skins, None, "real"]
+    assert "--textures" in refused(capsys, trajtok.main, *flags, "--data", "plain", "--textures", skins)
+
+
+def test_masks_are_unpacked_once_and_again_when_they_change(tmp_path, monkeypatch):
+    """Catches: labels of another size, or of files that have been written anew since; masks kept without end."""
+    np.savez(tmp_path / "m.npz", arr_0=np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % 5)
+    np.savez(tmp_path / "g.npz", tensor=np.arange(1, 5)[:, None])
+    data.KEPT.clear()
+    first = data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "sidecars", lambda *_: pytest.fail("unpacked again"))
+        assert (data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8) == first).all()
+    assert data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 4).shape == (1, 4, 4)
+    np.savez(tmp_path / "m.npz", arr_0=np.full((1, 8, 8), 3, np.uint8))
+    os.utime(tmp_path / "m.npz", (0, 0))
+    assert (data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8) == 2).all()
+    monkeypatch.setattr(data, "KEPT_BYTES", 100)
+    for size in (8, 5, 4):
+        data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], size)
+    assert [key[2] for key in data.KEPT] == [5, 4]               # 25 + 16 bytes; 64 more would be too many
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: its commands
 # ---------------------------------------------------------------------------------------------------------------------

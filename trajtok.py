@@ -352,7 +352,7 @@ def run_name(cfg):
     """The name given, or the size; of real data also where it came from, so that runs on several sets stand side by side."""
     def short(name):
         source = Path(name).resolve()
-        return name if name == "world" else source.parent.name if source.stem == "manifest" else source.stem
+        return name if name in ("world", "plain") else source.parent.name if source.stem == "manifest" else source.stem
     return cfg.name or (cfg.size if cfg.data == "world" else f"{cfg.size}-{'+'.join(map(short, sources(cfg)[0]))}")
 
 
@@ -575,13 +575,15 @@ def plot(path, curves, width=460, height=240):
 class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world` (procedural) or a manifest / folder whose videos have mask sidecars; several with commas
+    data: str = "world"                 # `world` (procedural; `plain`: without --textures) or a manifest / folder whose videos have mask sidecars; several with commas
     mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
     stride: int = 8                     # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
     name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size, and of real data the folder's name
     out: str = "out"                    # where runs are kept
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
+    num_queries: int | None = None      # K, trajectories at most; default: the size's
+    init: str | None = None             # start from the segmenter of this folder: another run of `pretrain` or of train_clip.py
     max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
     shared_colours: bool = True         # may two objects of a made clip wear the same colour?
     textures: str | None = None         # a folder of your pictures or clips: made objects and grounds are painted with them
@@ -660,10 +662,11 @@ def open_data(cfg, need):
     one set at a time, in the shares of --mix; held out are the held-out clips of all."""
     names, shares = sources(cfg)
     if len(names) > 1:
-        train, tests, counts, files = zip(*(open_data(dataclasses.replace(cfg, data=name, mix=None), need) for name in names))
+        one = lambda name: dataclasses.replace(cfg, data=name, mix=None, textures=cfg.textures if name == "world" else None)
+        train, tests, counts, files = zip(*(open_data(one(name), need) for name in names))
         held_out = torch.utils.data.ConcatDataset([torch.utils.data.Subset(test, range(n)) for test, n in zip(tests, counts)])
         return data.Mixed(train, shares, cfg.seed), held_out, sum(counts), sum(n or 0 for n in files) or None
-    if cfg.data == "world":
+    if cfg.data in ("world", "plain"):
         world = data.World(cfg.image_size, cfg.frames, cfg.max_objects, cfg.shared_colours, textures=cfg.textures)
         held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, data.TEST, cfg.eval_clips))
         # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
@@ -683,12 +686,14 @@ def open_data(cfg, need):
 def pretrain(argv):
     sizes = {name: {"size": name} for name in SIZES} | {"nano": dict(size="nano", max_objects=4, shared_colours=False)}      # why: train_clip.py
     cfg = configure(PretrainConfig, sizes, argv)
-    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames") if getattr(cfg, k) is not None})
-    cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
+    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None})
+    cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
     run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
     tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
+    if cfg.init:
+        load_weights(tokenizer, cfg.init, "video.tokenizer.")
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
     start = run.restore(segmenter, optimizer)
@@ -704,16 +709,18 @@ def pretrain(argv):
         if cfg.augment:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         with precision(device):
-            loss = segmentation_loss(segmenter(video), labels)
+            seg = segmenter(video)
+            loss = segmentation_loss(seg, labels)
         optimizer.zero_grad()
         (loss["focal"] + 2 * loss["dice"]).backward()            # SPECS 1: the segmenter alone
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         line = {k: v.item() for k, v in loss.items()} | dict(lr=learning_rate(step, cfg), gradient_norm=norm.item())
         check_finite(line, step)                                 # before the step: what is saved stays whole
         optimizer.step()
-        run.record(dict(step=step, **line, seconds=round(time.time() - began, 2)))
+        live = seg.alive.float().sum(1).mean().item()            # few of many: the queries collapse
+        run.record(dict(step=step, **line, live_trajectories=live, seconds=round(time.time() - began, 2)))
         if step % 10 == 0 or step == cfg.steps - 1:
-            print(f"step {step:5d}/{cfg.steps}  focal {line['focal']:.3f}  dice {line['dice']:.3f}  {time.time() - began:.0f} s", flush=True)
+            print(f"step {step:5d}/{cfg.steps}  focal {line['focal']:.3f}  dice {line['dice']:.3f}  live {live:.1f}/{cfg.num_queries}  {time.time() - began:.0f} s", flush=True)
         if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
             run.save(segmenter, optimizer, step + 1)
     write_weights(run.folder / "model.safetensors", tokenizer.state_dict())
