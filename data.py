@@ -994,7 +994,7 @@ def by_seeking(container, stream, times, square, threads, late):
             reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
             if not packet.is_discard:                            # what an edit list hides is decoded, not shown
                 known.add(packet.pts)
-        return bool(known)
+        return True
 
     def feed(packet):                                            # None: give out what is still inside
         codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
@@ -1030,12 +1030,14 @@ def by_seeking(container, stream, times, square, threads, late):
             back = max(2 * back, round(1 / tick))                # some formats land behind the target
 
     try:
-        while base is None or (reached < base and not over):     # the first frame to be shown is not always the first in the file
-            if not tick or not read(reached):
+        while not over and (not known or reached < min(known)):  # the first frame to be shown is not always the first in the file
+            if not read(reached):
                 return None
-            base = min(known)
+        if not known or not tick:
+            return None
+        base = min(known)
         for target in (base + np.floor(times / tick)).astype(int).tolist():
-            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)):
+            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)) or not known:
                 return None
             pts = max((p for p in known if p <= target), default=min(known))
             chosen.append(pts)
@@ -1056,10 +1058,8 @@ def by_seeking(container, stream, times, square, threads, late):
                 drain()
             elif not busy:
                 return None
-            first = -math.inf if key is None else held[key].pts
             for packet in held[key or 0:at + 1]:
-                if packet.pts >= first:                          # those shown before the key frame refer to frames before it too
-                    feed(packet)
+                feed(packet)
             del held[:at + 1]
             busy = True
         drain()
