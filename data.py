@@ -1592,15 +1592,16 @@ def readers(frames, size):
     return found | {"decord": lambda p: by_decord(p, 0), "decord, one thread": lambda p: by_decord(p, 1)}
 
 
-def in_turn(functions, repeats):
-    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; the first round is not counted."""
+def in_turn(functions, repeats, first=0):
+    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; `first` rounds more, to begin
+    with, are not counted."""
     seconds = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+    for _ in range(first + repeats):
         for name, function in functions.items():
             began = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(times[1:]) for name, times in seconds.items()}
+    return {name: np.array(times[first:]) for name, times in seconds.items()}
 
 
 def bench_world(cfg, device):
@@ -1616,7 +1617,7 @@ def bench_world(cfg, device):
     functions = {"world, script": lambda: [script(VALIDATION + i, world) for i in range(batch)], "world, drawn on cpu": lambda: draw("cpu")}
     if device.type != "cpu":
         functions[f"world, drawn on {device.type}"] = lambda: draw(device)
-    for name, seconds in in_turn(functions, cfg.repeats).items():
+    for name, seconds in in_turn(functions, cfg.repeats, first=1).items():
         rows.append(dict(source="world", name=name, clips_per_second=batch / float(np.median(seconds)), batch=batch))
         print(f"{name:46s} {rows[-1]['clips_per_second']:9.1f} clips/s", flush=True)
     return rows
