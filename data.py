@@ -726,7 +726,7 @@ def _rasterise(s, size, device):
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-FILE_SECONDS = 60.0                                              # what one file may take; the slowest whole clip here takes under one
+FILE_SECONDS = 60.0                                              # seconds that one file may take
 
 
 def fit(height, width, size):
@@ -772,7 +772,7 @@ def within(seconds, path, work):
     """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
 
     CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
-    it). A process could be killed as well, but costs 36 ms a file, a thread 0.04 (on two cores; a small clip takes 1.4 to decode): a
+    it). A process could be killed as well, but costs 36 ms a file, a thread 0.03 (on two cores; a small clip takes 1.4 to decode): a
     thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
     `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
     def refusal():
