@@ -1057,7 +1057,7 @@ def _skinned(s, row, u, v, size, textures):
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-FILE_SECONDS = 60.0                                              # what one file may take; the slowest whole clip here takes under one
+FILE_SECONDS = 60.0                                              # seconds that one file may take
 
 
 def fit(height, width, size):
@@ -1103,7 +1103,7 @@ def within(seconds, path, work):
     """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
 
     CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
-    it). A process could be killed as well, but costs 36 ms a file, a thread 0.04 (on two cores; a small clip takes 1.4 to decode): a
+    it). A process could be killed as well, but costs 36 ms a file, a thread 0.03 (on two cores; a small clip takes 1.4 to decode): a
     thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
     `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
     def refusal():
@@ -1326,7 +1326,7 @@ def by_seeking(container, stream, times, square, threads, late):
             reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
             if not packet.is_discard:                            # what an edit list hides is decoded, not shown
                 known.add(packet.pts)
-        return bool(known)
+        return True
 
     def feed(packet):                                            # None: give out what is still inside
         codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
@@ -1362,12 +1362,14 @@ def by_seeking(container, stream, times, square, threads, late):
             back = max(2 * back, round(1 / tick))                # some formats land behind the target
 
     try:
-        while base is None or (reached < base and not over):     # the first frame to be shown is not always the first in the file
-            if not tick or not read(reached):
+        while not over and (not known or reached < min(known)):  # the first frame to be shown is not always the first in the file
+            if not read(reached):
                 return None
-            base = min(known)
+        if not known or not tick:
+            return None
+        base = min(known)
         for target in (base + np.floor(times / tick)).astype(int).tolist():
-            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)):
+            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)) or not known:
                 return None
             pts = max((p for p in known if p <= target), default=min(known))
             chosen.append(pts)
@@ -1388,10 +1390,8 @@ def by_seeking(container, stream, times, square, threads, late):
                 drain()
             elif not busy:
                 return None
-            first = -math.inf if key is None else held[key].pts
             for packet in held[key or 0:at + 1]:
-                if packet.pts >= first:                          # those shown before the key frame refer to frames before it too
-                    feed(packet)
+                feed(packet)
             del held[:at + 1]
             busy = True
         drain()
@@ -2950,15 +2950,16 @@ def readers(frames, size):
     return found | {"decord": lambda p: by_decord(p, 0), "decord, one thread": lambda p: by_decord(p, 1)}
 
 
-def in_turn(functions, repeats):
-    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; the first round is not counted."""
+def in_turn(functions, repeats, first=0):
+    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; `first` rounds more, to begin
+    with, are not counted."""
     seconds = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+    for _ in range(first + repeats):
         for name, function in functions.items():
             began = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(times[1:]) for name, times in seconds.items()}
+    return {name: np.array(times[first:]) for name, times in seconds.items()}
 
 
 def bench_world(cfg, device):
@@ -2974,7 +2975,7 @@ def bench_world(cfg, device):
     functions = {"world, script": lambda: [script(VALIDATION + i, world) for i in range(batch)], "world, drawn on cpu": lambda: draw("cpu")}
     if device.type != "cpu":
         functions[f"world, drawn on {device.type}"] = lambda: draw(device)
-    for name, seconds in in_turn(functions, cfg.repeats).items():
+    for name, seconds in in_turn(functions, cfg.repeats, first=1).items():
         rows.append(dict(source="world", name=name, clips_per_second=batch / float(np.median(seconds)), batch=batch))
         print(f"{name:46s} {rows[-1]['clips_per_second']:9.1f} clips/s", flush=True)
     return rows
