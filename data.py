@@ -1555,7 +1555,7 @@ def dense_motion(a, b):
 # make a method, `segment` and `track` (METHODS, below); everything else is the same for all.
 #
 # `classic` needs nothing but torch. Its segment sees a few frames of the stretch between two key frames together:
-#   1. superpixels: each frame in patches of one colour, some 14 pixels wide;
+#   1. superpixels: each frame in patches of one colour, some 10 pixels wide;
 #   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion differs from the camera's;
 #   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
 #      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
@@ -1563,7 +1563,7 @@ def dense_motion(a, b):
 #   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are grouped by colour,
 #      texture and place.
 
-PATCH = 14                                                       # pixels of a superpixel's side
+PATCH = 10                                                       # pixels of a superpixel's side
 REGIONS = 40                                                     # trajectories of a stretch, at most
 
 
@@ -1725,20 +1725,46 @@ def pieces_of(chosen, links):
     return torch.tensor([root(i) for i in range(len(chosen))])
 
 
-def clusters(points, weight, k, rounds=15):
-    """k-means of points (n, c), the first centres drawn far apart with a fixed seed -> (n,) in 0 .. k - 1."""
-    generator = torch.Generator().manual_seed(0)
-    centres = points[torch.multinomial(weight, 1, generator=generator)]
-    far = (points - centres).square().sum(1)
-    for _ in range(min(k, len(points)) - 1):
-        centres = torch.cat([centres, points[torch.multinomial(far * weight + 1e-12, 1, generator=generator)]])
-        far = torch.minimum(far, (points - centres[-1]).square().sum(1))
-    for _ in range(rounds):
-        owner = torch.cdist(points, centres).argmin(1)
-        mass = torch.zeros(len(centres)).index_add_(0, owner, weight)
-        mean = torch.zeros_like(centres).index_add_(0, owner, points * weight[:, None]) / mass.clamp(min=1e-9)[:, None]
-        centres = torch.where(mass[:, None] > 0, mean, centres)
-    return torch.cdist(points, centres).argmin(1)
+def merged(points, weight, links, k):
+    """Ward's region merging: points (n, c) of weights (n,), neighbours in links (2, edges) -> (n,) region numbers, at most k of them.
+    Each merger is the one that adds least to the squared distances from the regions' means. In rounds: of all pairs that are one another's
+    best neighbours, the cheapest half merges at once (such a merger never makes another one cheaper). Regions without neighbours, when nothing else is
+    left, may join any other."""
+    n = len(points)
+    owner, total, mass = torch.arange(n), points * weight[:, None], weight.clone()
+    alive = torch.ones(n, dtype=torch.bool)
+    i, j = links
+    while int(alive.sum()) > k:
+        low, high = torch.minimum(i, j), torch.maximum(i, j)
+        key = (low * n + high)[low != high].unique()
+        if not len(key):                                         # islands: from here on all are neighbours
+            left = alive.nonzero()[:, 0]
+            key = (left[:, None] * n + left)[left[:, None] < left]
+        i, j = key // n, key % n
+        centre = total / mass.clamp(min=1e-9)[:, None]
+        cost = mass[i] * mass[j] / (mass[i] + mass[j]).clamp(min=1e-9) * (centre[i] - centre[j]).square().sum(1)
+        rank = torch.empty_like(key)
+        rank[cost.argsort(stable=True)] = torch.arange(len(key))
+        best = torch.full((n,), len(key)).scatter_reduce_(0, torch.cat([i, j]), torch.cat([rank, rank]), "amin")
+        mutual = ((best[i] == rank) & (best[j] == rank)).nonzero()[:, 0]
+        mutual = mutual[rank[mutual].argsort()][:max(1, min(len(mutual) // 2, int(alive.sum()) - k))]
+        p, q = i[mutual], j[mutual]                              # pairs: nobody is in two
+        total[p] += total[q]
+        mass[p] += mass[q]
+        alive[q] = False
+        to = torch.arange(n)
+        to[q] = p
+        owner, i, j = to[owner], to[i], to[j]
+    return owner.unique(return_inverse=True)[1]
+
+
+def tidied(ids, radius):
+    """ids (t, H, W) -> in each pixel the id that most pixels of the square about it have: specks go, borders stay."""
+    out = torch.empty_like(ids)
+    for t, frame in enumerate(ids):
+        present, index = frame.unique(return_inverse=True)
+        out[t] = present[box(F.one_hot(index).movedim(-1, 0)[:, None].float(), radius).argmax(0)[0]]
+    return out
 
 
 @torch.no_grad()
@@ -1755,7 +1781,7 @@ def classic_segment(frames):
     place = means(((positions(height, width) + 0.5) / min(height, width)).expand(t, -1, -1, -1), owner, n)[0]
     described = torch.cat([looks * torch.tensor([1.0, 2, 2, 2, 2, 2, 2]), 0.25 * place], 1)
     edges, weight = neighbours(owner, n), size + 1e-6
-    moving, links = torch.zeros(n), edges[:2]
+    moving, links = torch.zeros(n), torch.stack(edges[:2])
     if t > 1:
         error, own, flow = (F.interpolate(v, size=(height, width)) if v.shape[1] == 1 else v for v in unlike_the_ground(x))
         seen = torch.isfinite(error)
@@ -1786,8 +1812,10 @@ def classic_segment(frames):
     rest = ids < 0
     if rest.any():
         ground = torch.cat([described[:, :7], 0.35 * place, 0.25 * (moving / threshold.clamp(min=1e-6)).clamp(max=1)[:, None]], 1)
-        ids[rest] = count + clusters(ground[rest], weight[rest], REGIONS - 2 - count)
-    return ids[owner].unique(return_inverse=True)[1]
+        inside = rest[links].all(0)
+        number = rest.cumsum(0) - 1
+        ids[rest] = count + merged(ground[rest], weight[rest], number[links[:, inside]], REGIONS - 2 - count)
+    return tidied(ids[owner], 2).unique(return_inverse=True)[1]
 
 
 ANCHORS = 8                                                      # frames of a stretch that `classic_segment` sees together
