@@ -2497,6 +2497,7 @@ def label(argv):
         target = [str(base.with_name(f"{base.stem}_{kind}.npz")) for kind in ("mask", "graph")]
         if owners.setdefault(target[0], str(path)) != str(path):
             bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
+            print(f"left out: {bad[str(path)]}", file=sys.stderr)
         elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
             pass                                                 # of another's making, or ours beside the video
         elif not cfg.overwrite and whole_labels(*target):
