@@ -1461,6 +1461,126 @@ def test_a_killed_worker_is_reported_and_a_killed_run_goes_on(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# data.py label: SAM2
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sam2(tmp_path_factory):
+    """A folder with a SAM2 of the published shape, tiny and random."""
+    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
+    backbone = dict(model_type="sam2_hiera_det_model", hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+                    num_attention_heads_per_stage=[1, 1, 2, 4], window_size_per_stage=[8, 4, 4, 4], global_attention_blocks=[3],
+                    window_positional_embedding_background_size=[2, 2])
+    vision = dict(model_type="sam2_vision_model", backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8],
+                  backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=128)
+    config = transformers.Sam2VideoConfig(
+        vision_config=vision, prompt_encoder_config=dict(hidden_size=128, image_size=64, mask_input_channels=4), image_size=64,
+        mask_decoder_config=dict(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16), memory_attention_hidden_size=128,
+        memory_attention_num_layers=1, memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[4, 4],
+        memory_encoder_hidden_size=128, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128, memory_fuser_intermediate_dim=32)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam2")
+    transformers.Sam2VideoModel(config).save_pretrained(folder)
+    return folder
+
+
+def permissive(monkeypatch):
+    """Random masks are neither sure nor steady."""
+    for name, value in (("SAM2_IOU", -9.0), ("SAM2_STABILITY", -9.0), ("SAM2_POINTS", 4)):
+        monkeypatch.setattr(data, name, value)
+
+
+def test_sam2_segments_like_the_published_implementation(sam2, monkeypatch):
+    """Catches: prompts in other coordinates or with rows and columns swapped, masks and their scores that are mixed up, small things under large ones."""
+    from transformers import Sam2Model
+    permissive(monkeypatch)
+    segment, _ = data.sam2_method(str(sam2))
+    frame = texture(48, 72)
+    ids = segment(frame[None])
+    assert ids.shape == (1, 48, 72) and ids.dtype == torch.int64
+    model = Sam2Model.from_pretrained(sam2).eval()
+    pixels = F.interpolate(frame.permute(2, 0, 1)[None] / 255, size=(64, 64), mode="bilinear", antialias=True)
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    logits, scores = [], []
+    with torch.no_grad():
+        for y, x in itertools.product(range(8, 64, 16), range(8, 64, 16)):           # one prompt at a time
+            out = model(pixel_values=pixels, input_points=torch.tensor([[[[float(x), float(y)]]]]), input_labels=torch.ones(1, 1, 1, dtype=torch.int64))
+            logits.append(out.pred_masks[0, 0])
+            scores.append(out.iou_scores[0, 0])
+    logits, scores = torch.cat(logits), torch.cat(scores)
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        mask = logits[i] > 0
+        if mask.any() and all((mask & (logits[j] > 0)).sum() / (mask | (logits[j] > 0)).sum() <= 0.7 for j in kept):
+            kept.append(i)
+    masks = sorted((F.interpolate(logits[i][None, None], size=(48, 72), mode="bilinear")[0, 0] > 0 for i in kept), key=lambda m: -int(m.sum()))
+    painted = torch.full((48, 72), -1)
+    for number, mask in enumerate(masks):
+        painted[mask] = number
+    assert 2 < len(kept) < len(scores) and (ids[0] == painted).float().mean() > 0.98         # one prompt or 64 at a time: other rounding
+
+
+def test_sam2_tracks_like_the_published_implementation(sam2):
+    """Catches: objects that swap their numbers, masks of another frame, a key frame that is not kept, -1 that becomes an object."""
+    from transformers import Sam2VideoModel
+    from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+    _, track = data.sam2_method(str(sam2))
+    frames = torch.stack([texture(48, 72, i, 8) for i in range(4)])
+    key = torch.full((1, 48, 72), -1)
+    key[0, 4:30, 5:30], key[0, 20:44, 40:70], key[0, 30:44, 5:25] = 7, 2, 4
+    ids = track(frames, torch.zeros(1, dtype=torch.int64), key)
+    assert torch.equal(ids[:1], key) and set(ids.unique().tolist()) <= {-1, 2, 4, 7}
+    model, logits = Sam2VideoModel.from_pretrained(sam2).eval(), {}
+    for number in (2, 4, 7):                                     # each object in a session of its own
+        session = Sam2VideoInferenceSession(video=data.sam2_pixels(frames, model), video_height=48, video_width=72, dtype=torch.float32)
+        mask = F.interpolate((key[None] == number).float(), size=(64, 64), mode="bilinear", antialias=True) >= 0.5
+        session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
+        session.obj_with_new_inputs = [number]
+        logits[number] = [F.interpolate(out.pred_masks, size=(48, 72), mode="bilinear")[0, 0] for out in model.propagate_in_video_iterator(session, 0)]
+    for i in range(1, 4):
+        value, at = torch.stack([logits[n][i] for n in (2, 4, 7)]).max(0)
+        assert (torch.where(value > 0, torch.tensor([2, 4, 7])[at], -1) == ids[i]).float().mean() > 0.98
+    assert len(ids[1:].unique()) > 1
+    nothing = torch.full((1, 48, 72), -1)
+    assert (track(frames, torch.zeros(1, dtype=torch.int64), nothing) == -1).all()
+
+
+def test_label_with_the_published_implementation_of_sam2(sam2, tmp_path, capsys, monkeypatch):
+    """Catches: a method that works by itself and not in the command; folders that are not whole and are loaded all the same."""
+    permissive(monkeypatch)
+    wide(tmp_path / "a.mp4", 6)
+    flags = [tmp_path, "--method", "sam2", "--sam2", sam2, "--image-size", 48, "--stretch", 4, "--workers", 0]
+    run(data.main, "label", *flags)
+    assert "1 labelled" in capsys.readouterr().out and arrays(tmp_path)["a_mask.npz"].shape == (6, 48, 80)
+    broken = shutil.copytree(sam2, tmp_path / "broken")
+    weights = segmenter.read_weights(broken / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "memory_encoder" not in k}, broken / "model.safetensors", metadata={"format": "pt"})
+    for folder, words in ((broken, "memory_encoder"), (tmp_path / "none", "config.json")):
+        data.sam2_models.cache_clear()
+        assert words in refused(capsys, data.main, "label", tmp_path, "--method", "sam2", "--sam2", folder, "--overwrite", "--workers", 0)
+
+
+def test_sam2_without_its_package(tmp_path, capsys, monkeypatch):
+    """Catches: a traceback, or a run that starts, where the optional package is missing."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    data.sam2_models.cache_clear()
+    wide(tmp_path / "a.mp4", 3)
+    assert "pip install transformers" in refused(capsys, data.main, "label", tmp_path, "--method", "sam2", "--sam2", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_distinct_masks_by_hand():
+    """Catches: unsure, unsteady, empty or double masks that are kept; the better of two that is dropped."""
+    logits = torch.full((6, 10, 10), -5.0)
+    logits[0, :5] = 5                                            # sure, steady
+    logits[1, :6] = 5                                            # IoU 5/6 with the first, but better
+    logits[2, 5:] = 5                                            # IoU 1/11 with the second
+    logits[3, :, :3] = 5                                         # not sure
+    logits[4, :, 5:], logits[4, :, 3:5] = 5, 0.5                 # not steady: 50 of 70 pixels
+    assert data.distinct_masks(logits, torch.tensor([0.9, 0.95, 0.85, 0.5, 0.99, 0.97])) == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # segmenter.py: the backbone and the Perceiver
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3095,6 +3215,89 @@ def test_pretrain_on_videos_and_pictures(tmp_path):
     manifest(tmp_path / "m.json", [{"image" if path.suffix == ".png" else "video": path.name} for path in paths])
     run(trajtok.main, "pretrain", *SMALL, "--data", tmp_path / "m.json", "--name", "m", "--out", tmp_path / "out")
     assert (tmp_path / "out" / "segmenter-m" / "trajectories.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trajtok.py score
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_object_scores_are_naive():
+    """Catches: a tube with exactly half of its pixels inside that counts, unlabelled pixels that are a tube, an empty object that divides by 0."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        gt = rng.random((2, 3, 4)) < 0.4
+        pred = np.where(rng.random(gt.shape) < 0.4, rng.integers(-1, 5, gt.shape), gt * 2)
+        tubes = [pred == i for i in range(5) if (pred == i).any()]
+        best = max((tube & gt).sum() / (tube | gt).sum() for tube in tubes)
+        mostly = np.any([tube for tube in tubes if 2 * (tube & gt).sum() > tube.sum()] + [np.zeros_like(gt)], 0)
+        assert segmenter.object_scores(torch.from_numpy(pred), torch.from_numpy(gt)) == pytest.approx((best, (mostly & gt).sum() / (mostly | gt).sum()), abs=1e-6)
+    half = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[True, False, False, False]]])
+    assert segmenter.object_scores(*half) == (0.5, 0.0)
+    assert segmenter.object_scores(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).bool()) == (0.0, 0.0)
+    assert segmenter.object_scores(torch.full((1, 2, 2), -1), torch.ones(1, 2, 2).bool()) == (0.0, 0.0)
+
+
+def test_k_means_tubes_are_a_fixed_point():
+    """Catches: a baseline that is worse than it has to be: pixels that another centre would fit better, clusters that are not used."""
+    video = panned_square(2, 32, 12, 4)[0]
+    ids = trajtok.k_means_tubes(video, 9, rounds=200)
+    y, x = torch.meshgrid(torch.arange(32) / 32, torch.arange(32) / 32, indexing="ij")
+    points = torch.cat([video / 255, torch.stack([y, x], -1).expand(2, 32, 32, 2)], -1).flatten(0, 2)
+    centres = torch.stack([points[ids.flatten() == k].mean(0) for k in range(9)])
+    assert (torch.cdist(points, centres).argmin(1) == ids.flatten()).float().mean() > 0.99
+
+
+def davis(folder, names=("a", "b"), count=9):
+    """A folder in the DAVIS layout: the square of `panned_square`, its masks as grey pictures with id 1."""
+    def grey_png(path, ids):
+        with av.open(str(path), "w", format="image2") as file:
+            stream = file.add_stream("png", rate=1)
+            stream.height, stream.width, stream.pix_fmt = *ids.shape, "gray"
+            for packet in (*stream.encode(av.VideoFrame.from_ndarray(ids, format="gray")), *stream.encode()):
+                file.mux(packet)
+    for name in names:
+        frames, object_ = panned_square(count, 64, 24, 3)
+        for kind in ("JPEGImages", "Annotations"):
+            (folder / kind / "480p" / name).mkdir(parents=True)
+        for i in range(count):
+            with av.open(str(folder / "JPEGImages" / "480p" / name / f"{i:05d}.jpg"), "w", format="image2") as file:
+                stream = file.add_stream("mjpeg", rate=1)
+                stream.height, stream.width, stream.pix_fmt, stream.options = 64, 64, "yuvj444p", {"qmin": "1", "qmax": "2"}
+                for packet in (*stream.encode(av.VideoFrame.from_ndarray(frames[i].numpy(), format="rgb24")), *stream.encode()):
+                    file.mux(packet)
+            grey_png(folder / "Annotations" / "480p" / name / f"{i:05d}.png", object_[i].numpy().astype(np.uint8))
+    return folder
+
+
+def test_score(tmp_path, tokenizer_folder, capsys):
+    """Catches: masks of other frames or another crop than the frames, methods that share a row, a table that is not what the file holds."""
+    davis(tmp_path / "d")
+    for extra in ([], ["--whole"]):
+        run(trajtok.main, "score", tmp_path / "d", "--frames", 4, "--image-size", 64, "--weights", tokenizer_folder, "--out", tmp_path / "r" / "s.json", *extra)
+        out, result = capsys.readouterr().out, json.loads((tmp_path / "r" / "s.json").read_text())
+        rows = {r["method"]: r for r in result["rows"]}
+        assert list(rows) == ["6 x 6 grid", "k-means 36", "k-means 121", "classic labels", tokenizer_folder.name]
+        for name, r in rows.items():
+            assert f"{name[:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}" in out and len(r["sequences"]) == 2 and r["frames_per_second"] > 0
+            assert r["best"] == pytest.approx(sum(s["best"] for s in r["sequences"]) / 2)
+        assert rows["classic labels"]["best"] > 0.5 and rows["6 x 6 grid"]["best"] < 0.3 and rows["6 x 6 grid"]["tubes"] == 36
+        assert read_picture(tmp_path / "r" / "s.png").shape[2] == 3
+    assert segmenter.object_scores(segmenter.grid_tubes((1, 4, 64, 64), 6, 6)[0], panned_square(9, 64, 24, 3)[1][[1, 3, 5, 7]])[0] == pytest.approx(rows["6 x 6 grid"]["best"])
+
+
+def test_score_refuses(tmp_path, capsys):
+    """Catches: a folder of another layout, a frame without its mask, a sequence too short or misnamed, colour pictures as masks: a traceback, or a score all the same."""
+    score = functools.partial(refused, capsys, trajtok.main, "score")
+    assert "JPEGImages" in score(tmp_path / "none")
+    davis(tmp_path / "d", ("a",), 3)
+    assert "fewer than --frames 8" in score(tmp_path / "d", "--out", tmp_path / "s.json")
+    assert "--names z" in score(tmp_path / "d", "--names", "z", "--out", tmp_path / "s.json")
+    assert "--method sam2" in score(tmp_path / "d", "--method", "sam2") and "--frames 0" in score(tmp_path / "d", "--frames", 0)
+    data.write_png(tmp_path / "d" / "Annotations" / "480p" / "a" / "00002.png", np.zeros((64, 64, 3), np.uint8))
+    assert "not a label picture" in score(tmp_path / "d", "--frames", 3, "--out", tmp_path / "s.json")
+    (tmp_path / "d" / "Annotations" / "480p" / "a" / "00002.png").unlink()
+    assert "00002" in score(tmp_path / "d")
+    assert not (tmp_path / "s.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
