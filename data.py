@@ -11,9 +11,13 @@ Everything a run trains on comes through this file, in one form whatever its sou
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
    same clip on every machine, with any number of workers, so a run's position in its data is one integer.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
-   manifests, class folders and CSV files that people have.
+   manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
+   `classic_track` (or SAM2's), joined by `label_frames`.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
 4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+
+    python data.py label videos/                                 # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
+    python data.py label manifest.json --method sam2 --sam2 FOLDER           # the same with a published SAM2
 """
 from __future__ import annotations
 
@@ -1560,8 +1564,9 @@ def dense_motion(a, b):
 #   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
 #      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
 #      looks like them says no;
-#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are grouped by colour,
-#      texture and place.
+#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are merged with what they touch,
+#      in space and along the motion, as colour, texture and place tell.
+# Measured by `python trajtok.py score` (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
 
 PATCH = 10                                                       # pixels of a superpixel's side
 REGIONS = 40                                                     # trajectories of a stretch, at most
@@ -2026,7 +2031,7 @@ def linked(before, after, least=0.5):
 
 
 def label_frames(pieces, method, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int64 (T, H, W), -1 = none: numbered through the whole video."""
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none: numbered through the whole video."""
     choose, segment, track = method
     out, count, at_key = [], 0, None
     for frames, more in stretches(pieces, longest):
@@ -2041,7 +2046,11 @@ def label_frames(pieces, method, longest):
         ids = table[ids]
         at_key = ids[-1] if more else None
         out.append(ids[:len(ids) - more].to(torch.int32))        # at_key: ids[-1] as tracked; the next stretch segments it anew
-    return torch.cat(out).long().unique(return_inverse=True)[1] - int((torch.cat(out) < 0).any())
+    # a number that lived only in the key frame, as tracked, is seen nowhere now: no gaps
+    used = torch.cat([ids.unique() for ids in out]).unique()
+    table = torch.full((count + 1,), -1, dtype=torch.int32)      # the last: of id -1
+    table[used[used >= 0]] = torch.arange(int((used >= 0).sum()), dtype=torch.int32)
+    return torch.cat([table[ids] for ids in out])
 
 
 def whole_frame(frame, size, path=""):
@@ -2054,7 +2063,7 @@ def whole_frame(frame, size, path=""):
 
 
 def write_labels(mask_path, graph_path, ids):
-    """Trajectories int64 (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
+    """Trajectories (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
     ids = np.asarray(ids)
     count = int(ids.max()) + 1
     if count > 65535:

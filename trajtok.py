@@ -14,6 +14,7 @@
     python trajtok.py show world                                 # the same on a made clip, the true trajectories below
     python trajtok.py show film.mp4 --frames 0                   # every frame, at any length, in memory that does not grow
     python trajtok.py bench --size large --frames 8,16           # speed and memory beside the straightforward implementation
+    python trajtok.py score DAVIS --weights out/segmenter-nano   # labels and segmenters on real sequences with masks, beside baselines
 
 The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
 rate's schedule, checkpoints that survive a kill at any moment, the log, and pictures.
@@ -1122,7 +1123,7 @@ def score(argv):
 
         def labels(video):
             if cfg.whole:
-                return data.label_frames([video.numpy()], method, 48)
+                return data.label_frames([video.numpy()], method, 48).long()
             where = choose(len(video))                           # one stretch, whatever the key-frame votes would say
             return track(video, where, segment(video[where]))
         methods[f"{cfg.method} labels"] = labels
