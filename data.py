@@ -1993,8 +1993,8 @@ def changes(before, after):
 
 def is_key(change, drop, recent):
     """Two of three votes (SPECS 2): much change, much more than in the frames just before (`recent`, their changes), other light.
-    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame."""
-    return (change > 27) + (change > max(3 * float(np.mean(recent)) if len(recent) else 0.0, 15)) + (drop > 0.15) >= 2
+    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame; with nothing before, no vote."""
+    return (change > 27) + (len(recent) > 0 and change > max(3 * float(np.mean(recent)), 15)) + (drop > 0.15) >= 2
 
 
 def stretches(pieces, longest):
@@ -2005,12 +2005,12 @@ def stretches(pieces, longest):
     for frame in (f for piece in pieces for f in piece):
         if held:
             change, drop = changes(held[-1][::2, ::2], frame[::2, ::2])
-            if is_key(change, drop, recent) or len(held) == longest:
+            cut = is_key(change, drop, recent)
+            if not cut:
+                recent.append(change)                            # a cut says nothing of how much moves
+            if cut or len(held) == longest:
                 yield np.stack([*held, frame]), True
                 held = []
-                recent.clear()
-            else:
-                recent.append(change)
         held.append(frame)
     if held:
         yield np.stack(held), False
