@@ -12,10 +12,13 @@ Everything a run trains on comes through this file, in one form whatever its sou
    same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
    folder, objects and grounds are painted with its pictures: real texture, exact labels.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
-   manifests, class folders and CSV files that people have.
+   manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
+   `classic_track` (or SAM2's), joined by `label_frames`.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
 4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
 
+    python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
+    python data.py label manifest.json --method sam2 --sam2 FOLDER  # the same with a published SAM2
     python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
     python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
     python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
@@ -1848,15 +1851,16 @@ def dense_motion(a, b):
 # make a method, `segment` and `track` (METHODS, below); everything else is the same for all.
 #
 # `classic` needs nothing but torch. Its segment sees a few frames of the stretch between two key frames together:
-#   1. superpixels: each frame in patches of one colour, some 14 pixels wide;
+#   1. superpixels: each frame in patches of one colour, some 10 pixels wide;
 #   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion differs from the camera's;
 #   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
 #      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
 #      looks like them says no;
-#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are grouped by colour,
-#      texture and place.
+#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are merged with what they touch,
+#      in space and along the motion, as colour, texture and place tell.
+# Measured by `python trajtok.py score` (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
 
-PATCH = 14                                                       # pixels of a superpixel's side
+PATCH = 10                                                       # pixels of a superpixel's side
 REGIONS = 40                                                     # trajectories of a stretch, at most
 
 
@@ -2018,20 +2022,46 @@ def pieces_of(chosen, links):
     return torch.tensor([root(i) for i in range(len(chosen))])
 
 
-def clusters(points, weight, k, rounds=15):
-    """k-means of points (n, c), the first centres drawn far apart with a fixed seed -> (n,) in 0 .. k - 1."""
-    generator = torch.Generator().manual_seed(0)
-    centres = points[torch.multinomial(weight, 1, generator=generator)]
-    far = (points - centres).square().sum(1)
-    for _ in range(min(k, len(points)) - 1):
-        centres = torch.cat([centres, points[torch.multinomial(far * weight + 1e-12, 1, generator=generator)]])
-        far = torch.minimum(far, (points - centres[-1]).square().sum(1))
-    for _ in range(rounds):
-        owner = torch.cdist(points, centres).argmin(1)
-        mass = torch.zeros(len(centres)).index_add_(0, owner, weight)
-        mean = torch.zeros_like(centres).index_add_(0, owner, points * weight[:, None]) / mass.clamp(min=1e-9)[:, None]
-        centres = torch.where(mass[:, None] > 0, mean, centres)
-    return torch.cdist(points, centres).argmin(1)
+def merged(points, weight, links, k):
+    """Ward's region merging: points (n, c) of weights (n,), neighbours in links (2, edges) -> (n,) region numbers, at most k of them.
+    Each merger is the one that adds least to the squared distances from the regions' means. In rounds: of all pairs that are one another's
+    best neighbours, the cheapest half merges at once (such a merger never makes another one cheaper). Regions without neighbours, when nothing else is
+    left, may join any other."""
+    n = len(points)
+    owner, total, mass = torch.arange(n), points * weight[:, None], weight.clone()
+    alive = torch.ones(n, dtype=torch.bool)
+    i, j = links
+    while int(alive.sum()) > k:
+        low, high = torch.minimum(i, j), torch.maximum(i, j)
+        key = (low * n + high)[low != high].unique()
+        if not len(key):                                         # islands: from here on all are neighbours
+            left = alive.nonzero()[:, 0]
+            key = (left[:, None] * n + left)[left[:, None] < left]
+        i, j = key // n, key % n
+        centre = total / mass.clamp(min=1e-9)[:, None]
+        cost = mass[i] * mass[j] / (mass[i] + mass[j]).clamp(min=1e-9) * (centre[i] - centre[j]).square().sum(1)
+        rank = torch.empty_like(key)
+        rank[cost.argsort(stable=True)] = torch.arange(len(key))
+        best = torch.full((n,), len(key)).scatter_reduce_(0, torch.cat([i, j]), torch.cat([rank, rank]), "amin")
+        mutual = ((best[i] == rank) & (best[j] == rank)).nonzero()[:, 0]
+        mutual = mutual[rank[mutual].argsort()][:max(1, min(len(mutual) // 2, int(alive.sum()) - k))]
+        p, q = i[mutual], j[mutual]                              # pairs: nobody is in two
+        total[p] += total[q]
+        mass[p] += mass[q]
+        alive[q] = False
+        to = torch.arange(n)
+        to[q] = p
+        owner, i, j = to[owner], to[i], to[j]
+    return owner.unique(return_inverse=True)[1]
+
+
+def tidied(ids, radius):
+    """ids (t, H, W) -> in each pixel the id that most pixels of the square about it have: specks go, borders stay."""
+    out = torch.empty_like(ids)
+    for t, frame in enumerate(ids):
+        present, index = frame.unique(return_inverse=True)
+        out[t] = present[box(F.one_hot(index).movedim(-1, 0)[:, None].float(), radius).argmax(0)[0]]
+    return out
 
 
 @torch.no_grad()
@@ -2048,7 +2078,7 @@ def classic_segment(frames):
     place = means(((positions(height, width) + 0.5) / min(height, width)).expand(t, -1, -1, -1), owner, n)[0]
     described = torch.cat([looks * torch.tensor([1.0, 2, 2, 2, 2, 2, 2]), 0.25 * place], 1)
     edges, weight = neighbours(owner, n), size + 1e-6
-    moving, links = torch.zeros(n), edges[:2]
+    moving, links = torch.zeros(n), torch.stack(edges[:2])
     if t > 1:
         error, own, flow = (F.interpolate(v, size=(height, width)) if v.shape[1] == 1 else v for v in unlike_the_ground(x))
         seen = torch.isfinite(error)
@@ -2079,8 +2109,10 @@ def classic_segment(frames):
     rest = ids < 0
     if rest.any():
         ground = torch.cat([described[:, :7], 0.35 * place, 0.25 * (moving / threshold.clamp(min=1e-6)).clamp(max=1)[:, None]], 1)
-        ids[rest] = count + clusters(ground[rest], weight[rest], REGIONS - 2 - count)
-    return ids[owner].unique(return_inverse=True)[1]
+        inside = rest[links].all(0)
+        number = rest.cumsum(0) - 1
+        ids[rest] = count + merged(ground[rest], weight[rest], number[links[:, inside]], REGIONS - 2 - count)
+    return tidied(ids[owner], 2).unique(return_inverse=True)[1]
 
 
 ANCHORS = 8                                                      # frames of a stretch that `classic_segment` sees together
@@ -2253,8 +2285,8 @@ def changes(before, after):
 
 def is_key(change, drop, recent):
     """Two of three votes (SPECS 2): much change, much more than in the frames just before (`recent`, their changes), other light.
-    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame."""
-    return (change > 27) + (change > max(3 * float(np.mean(recent)) if len(recent) else 0.0, 15)) + (drop > 0.15) >= 2
+    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame; with nothing before, no vote."""
+    return (change > 27) + (len(recent) > 0 and change > max(3 * float(np.mean(recent)), 15)) + (drop > 0.15) >= 2
 
 
 def stretches(pieces, longest):
@@ -2265,12 +2297,12 @@ def stretches(pieces, longest):
     for frame in (f for piece in pieces for f in piece):
         if held:
             change, drop = changes(held[-1][::2, ::2], frame[::2, ::2])
-            if is_key(change, drop, recent) or len(held) == longest:
+            cut = is_key(change, drop, recent)
+            if not cut:
+                recent.append(change)                            # a cut says nothing of how much moves
+            if cut or len(held) == longest:
                 yield np.stack([*held, frame]), True
                 held = []
-                recent.clear()
-            else:
-                recent.append(change)
         held.append(frame)
     if held:
         yield np.stack(held), False
@@ -2291,7 +2323,7 @@ def linked(before, after, least=0.5):
 
 
 def label_frames(pieces, method, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int64 (T, H, W), -1 = none: numbered through the whole video."""
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none: numbered through the whole video."""
     choose, segment, track = method
     out, count, at_key = [], 0, None
     for frames, more in stretches(pieces, longest):
@@ -2306,11 +2338,15 @@ def label_frames(pieces, method, longest):
         ids = table[ids]
         at_key = ids[-1] if more else None
         out.append(ids[:len(ids) - more].to(torch.int32))        # at_key: ids[-1] as tracked; the next stretch segments it anew
-    return torch.cat(out).long().unique(return_inverse=True)[1] - int((torch.cat(out) < 0).any())
+    # a number that lived only in the key frame, as tracked, is seen nowhere now: no gaps
+    used = torch.cat([ids.unique() for ids in out]).unique()
+    table = torch.full((count + 1,), -1, dtype=torch.int32)      # the last: of id -1
+    table[used[used >= 0]] = torch.arange(int((used >= 0).sum()), dtype=torch.int32)
+    return torch.cat([table[ids] for ids in out])
 
 
 def write_labels(mask_path, graph_path, ids):
-    """Trajectories int64 (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
+    """Trajectories (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
     ids = np.asarray(ids)
     count = int(ids.max()) + 1
     if count > 65535:
@@ -3105,6 +3141,7 @@ def label(argv):
         target = [str(base.with_name(f"{base.stem}_{kind}.npz")) for kind in ("mask", "graph")]
         if owners.setdefault(target[0], str(path)) != str(path):
             bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
+            print(f"left out: {bad[str(path)]}", file=sys.stderr)
         elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
             pass                                                 # of another's making, or ours beside the video
         elif not cfg.overwrite and whole_labels(*target):

@@ -14,6 +14,7 @@
     python trajtok.py show world                                 # the same on a made clip, the true trajectories below
     python trajtok.py show film.mp4 --frames 0                   # every frame, at any length, in memory that does not grow
     python trajtok.py bench --size large --frames 8,16           # speed and memory beside the straightforward implementation
+    python trajtok.py score DAVIS --weights out/segmenter-nano   # labels and segmenters on real sequences with masks, beside baselines
 
 The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
 rate's schedule, checkpoints that survive a kill at any moment, the log, and pictures.
@@ -1182,7 +1183,7 @@ def score(argv):
 
         def labels(video):
             if cfg.whole:
-                return data.label_frames([video.numpy()], method, 48)
+                return data.label_frames([video.numpy()], method, 48).long()
             where = choose(len(video))                           # one stretch, whatever the key-frame votes would say
             return track(video, where, segment(video[where]))
         methods[f"{cfg.method} labels"] = labels
@@ -1193,10 +1194,10 @@ def score(argv):
     for name, ids_of in methods.items():
         few = name.endswith("labels") and cfg.whole              # the others see the scored frames alone
         alone = device.type == "cuda" or name == "sam2 labels"
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         with concurrent.futures.ThreadPoolExecutor(1 if alone else cores, initializer=torch.set_num_threads, initargs=(cores if alone else 1,)) as pool:
             done = list(tqdm(pool.map(lambda clip: ids_of(clip[0] if few else clip[0][clip[1]]), clips), desc=name, total=len(clips), leave=False, disable=None))
-        seconds = time.perf_counter() - began
+        seconds, spent = time.perf_counter() - began, time.process_time() - spent
         done = [ids[clip[1]] if few else ids for ids, clip in zip(done, clips)]
         scores = []
         for s, ids, (_, _, truth) in zip(sequences, done, clips):
@@ -1205,12 +1206,12 @@ def score(argv):
             scores.append(dict(name=s["name"], best=best, union=union, veq=metrics["veq"], stq=metrics["stq"], tubes=len(set(ids.unique().tolist()) - {-1})))
         frames = sum(len(c[0]) if few else cfg.frames for c in clips)
         rows.append({"method": name} | {k: mean_of([s[k] for s in scores]) for k in ("best", "union", "veq", "stq", "tubes")}
-                    | dict(frames_per_second=frames / seconds, sequences=scores))
+                    | dict(frames_per_second=frames / seconds, frames_per_cpu_second=frames / max(spent, 1e-9), sequences=scores))
         kept[name] = done
     print(f"{len(clips)} sequences, {cfg.frames} frames of {cfg.image_size} px" + (" (labels: of every frame)" if cfg.whole else "") + f", {device.type}, {cores} cores")
-    print(f"{'':24s}  best  union    VEQ    STQ   tubes  frames/s")
+    print(f"{'':24s}  best  union    VEQ    STQ   tubes  frames/s  per CPU s")
     for r in rows:
-        print(f"{r['method'][:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}  {r['veq']:5.3f}  {r['stq']:5.3f}  {r['tubes']:6.1f}  {r['frames_per_second']:8.1f}")
+        print(f"{r['method'][:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}  {r['veq']:5.3f}  {r['stq']:5.3f}  {r['tubes']:6.1f}  {r['frames_per_second']:8.1f}  {r['frames_per_cpu_second']:9.1f}")
     write_json(cfg.out, dict(dataclasses.asdict(cfg), cores=cores, torch=torch.__version__, rows=rows))
     picture = Path(cfg.out).with_suffix(".png")
     write_png(picture, score_picture(sequences, clips, kept))
