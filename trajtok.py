@@ -595,7 +595,7 @@ class PretrainConfig:
     weight_decay: float = 0.02          # on matrices
     clip: float = 1.0                   # largest gradient norm
     eval_clips: int = 64                # held-out clips for VEQ and STQ
-    augment: bool = False               # the same random crop, flip, colours for all frames of a clip
+    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames of a clip
     seed: int = 0                       # of weights and data order
     workers: int = 0                    # processes that make batches; 0: in the training process
     save_every: int = 100               # steps between checkpoints
@@ -707,7 +707,7 @@ def pretrain(argv):
         if batch["video"] is None:
             continue
         video, labels = batch["video"], batch["labels"]
-        if cfg.augment:
+        if cfg.augment and "motion" not in batch:                # made clips differ enough as they are
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         with precision(device):
             seg = segmenter(video)
