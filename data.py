@@ -9,7 +9,8 @@ Everything a run trains on comes through this file, in one form whatever its sou
 1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
    over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
+   same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
+   folder, objects and grounds are painted with its pictures: real texture, exact labels.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
    `classic_track` (or SAM2's), joined by `label_frames`.
@@ -18,6 +19,9 @@ Everything a run trains on comes through this file, in one form whatever its sou
 
     python data.py label videos/                                 # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
     python data.py label manifest.json --method sam2 --sam2 FOLDER           # the same with a published SAM2
+    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
+    python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
+    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
 """
 from __future__ import annotations
 
@@ -181,16 +185,21 @@ def film(path, rate, exact=False):
         container.mux(stream.encode())
 
 
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def serve(connection):
     """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
     torch.set_num_threads(1)
     answer = None, None
     while True:
-        connection.send(answer)
         try:
+            connection.send(answer)
             work, job = connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):            # the parent is gone
             return
         try:
             answer = work(job), None
@@ -235,7 +244,8 @@ def in_processes(work, jobs, workers, seconds=math.inf):
                     failure = None if ready else f"not done within {seconds:g} s"
                 except (EOFError, ConnectionResetError):
                     process.join()
-                    result, error, failure = None, None, f"its process died ({signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'})"
+                    code = process.exitcode
+                    result, error, failure = None, None, f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
                 if job is starting and failure:
                     raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
                 if failure or error or not jobs:
@@ -636,8 +646,8 @@ def dress(looks, order, names, tau, dice, dressed):
     def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
         cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
         return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
-    for i in range(len(names)):                                  # grounds stand nearly upright, as pictures do
-        chosen, worn = dice() < SKINNED_SURFACES, picture(dice(0.6, 1.3), dice(-0.3, 0.3))
+    for i in range(len(names)):                                  # from a detail, all one stuff, to a whole scene, upright as pictures are
+        chosen, worn = dice() < SKINNED_SURFACES, picture(math.exp(dice(math.log(0.15), math.log(1.2))), dice(-0.3, 0.3))
         if chosen:
             skin[i], names[i] = worn, "textured ground"
     for slot, j in enumerate(order):
@@ -867,12 +877,12 @@ def outlines(device):
     return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def load_textures(folder):
-    """The pictures and clips below a folder -> uint8 (n, R, R, 3), n <= TEXTURES_MOST, R = TEXTURE_SIDE: at most 50 MB, a third more on the
-    device that draws. Files in the order of their paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so
-    many. The central square of each. A function of the folder's content: the same everywhere. What cannot be read is named on
-    stderr and left out; a folder of nothing usable: BadInput."""
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
+    R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
+    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A
+    function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
     root, chosen, bad = Path(folder), [], []
     if not root.is_dir():
         raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
@@ -893,30 +903,33 @@ def load_textures(folder):
                 return decode(file, 1, TEXTURE_SIDE)[0]
             except BadVideo:
                 return str(error)
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
         for file, got in zip(files, pool.map(read, files)):
             (bad if isinstance(got, str) else chosen).append(got)
-    for reason in bad:
-        print(f"left out: {reason}", file=sys.stderr)
     if not chosen:
         raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
-    print(f"textures: {sum(map(len, chosen))} pictures from {len(chosen)} files of {folder}" + (f", {len(bad)} left out" if bad else ""))
-    return torch.from_numpy(np.concatenate(chosen))
+    return torch.from_numpy(np.concatenate(chosen)), bad
 
 
-def textures_crc(folder):
-    """A number that changes when the pictures do (None without a folder): a run that goes on must see the clips it began with."""
-    return None if folder is None else zlib.crc32(load_textures(folder).numpy())
+def open_textures(folder):
+    """What a command does first with --textures: read them, name what is left out, tell what there is. -> a number that changes when the
+    pictures do (None without a folder): a run that goes on must see the clips it began with."""
+    if folder is None:
+        return None
+    textures, bad = load_textures(folder)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"textures: {len(textures)} pictures of {folder}" + (f"; {len(bad)} files left out" if bad else ""))
+    return zlib.crc32(textures.numpy())
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def pyramid(folder, device):
     """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
     objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
-    x = F.pad(load_textures(folder).permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)).float()             # (n, 4, R, R)
-    levels, sides = [], [TEXTURE_SIDE >> i for i in range(5)]
-    for side in sides:
-        levels.append(F.adaptive_avg_pool2d(x, side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten())
+    x, sides = F.pad(load_textures(folder)[0].permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
+    levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
+              for side in sides for some in x.split(16)]
     return torch.cat(levels).to(device), sides
 
 
@@ -1017,7 +1030,7 @@ def _plain(s, row, u, v):
 def _skinned(s, row, u, v, size, textures):
     """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
     cells, sides = pyramid(textures, row.device)
-    skin, n = s["skin"], len(load_textures(textures))
+    skin, n = s["skin"], len(load_textures(textures)[0])
     # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
     radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
     crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
@@ -1201,7 +1214,7 @@ def load_labels(mask_path, graph_path, where, size, video=None):
         if len(column):
             at = np.searchsorted(column, cut).clip(max=len(column) - 1)
             labels[i] = np.where(column[at] == cut, owner[at], -1)
-        strangers.append(bool(len(column)) and mask[f].any() and not np.isin(column, mask[f]).any())
+        strangers.append(len(column) > 0 and (labels[i] < 0).all() and mask[f].any() and not np.isin(column, mask[f]).any())
     if all(strangers):
         raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
     return labels
@@ -1222,7 +1235,7 @@ def sidecars(mask_path, graph_path):
         except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                            "write both sidecars again, or remove them") from None
-        if x.dtype.kind not in "iub" or x.size and x.min() < 0:
+        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
             raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
         if x.ndim != axes or not x.size and axes == 3:
             raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
@@ -1235,18 +1248,21 @@ def sidecars(mask_path, graph_path):
 
 @functools.lru_cache(maxsize=65536)
 def video_header(path):
-    """(frames, height, width, seconds) of a video, upright, as its header says; frames 0 where it does not. Nothing is decoded, and each
-    file is opened once."""
+    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown, if an edit list hides a
+    part. Where it counts no frames, the packets are counted: the length of a file may be that of its sound. Nothing is decoded, and
+    each file is opened once."""
     with opened(path) as container:
         stream = container.streams.video[0]
         seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
-        frames = stream.frames or int(seconds * float(stream.average_rate or 0) + 0.5)
-        return frames, stream.height, stream.width, seconds
+        frames, shown = stream.frames, seconds * float(stream.average_rate or 0)
+        if "mov" in container.format.name and 0 < shown < frames - 1:
+            frames = round(shown)
+        return frames or sum(1 for packet in container.demux(stream) if packet.size), stream.height, stream.width, seconds
 
 
 def check_fit(path, shape, frames, height, width):
-    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, hide the ends
-    of a stream, or know only duration times rate. The size may differ, the shape by one pixel of the mask: labels may be coarser than
+    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
+    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
     pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
     count, h, w = shape
     if frames and abs(count - frames) > max(2, 0.05 * frames):
@@ -1375,7 +1391,7 @@ def to_entry(row, where, folder, path):
     if not isinstance(source, str):
         refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
     kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
-                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none of them empty, in UTF-8"),
+                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
                  label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
                  appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
                  qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
@@ -2262,14 +2278,15 @@ class VideoBatches(torch.utils.data.Dataset):
             labels.append(torch.from_numpy(label))
             kept.append(j)
         return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, caption=[self.caption(j, i) for j in kept], label=[self.entries[j]["label"] for j in kept],
+                    index=kept, **self.captions(i, kept), label=[self.entries[j]["label"] for j in kept],
                     **made_keys([self.entries[j] for j in kept]))
 
-    def caption(self, j, i):
-        """Of several captions one, drawn from (seed, batch, entry); the first where nothing is drawn."""
-        texts = self.entries[j]["caption"]
-        draw = isinstance(texts, list) and self.train and np.random.default_rng((self.seed, 3, i, j)).integers(len(texts))
-        return texts[int(draw)] if isinstance(texts, list) else texts
+    def captions(self, i, kept):
+        """Of several captions of a clip one, drawn from (seed, batch, entry); where nothing is drawn the first, and `captions` holds them all."""
+        texts = [e if isinstance(e, list) else [e] for e in (self.entries[j]["caption"] for j in kept)]
+        if not self.train:
+            return dict(caption=[t[0] for t in texts], captions=texts)
+        return dict(caption=[t[0] if len(t) == 1 else t[np.random.default_rng((self.seed, 3, i, j)).integers(len(t))] for j, t in zip(kept, texts)])
 
 
 def made_keys(entries):
@@ -2383,7 +2400,7 @@ def make(argv):
     # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
     words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
-    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=textures_crc(cfg.textures))
+    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
     try:
         out.mkdir(parents=True, exist_ok=True)
         old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
@@ -2397,7 +2414,7 @@ def make(argv):
         stale.unlink(missing_ok=True)
     jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
     rows, kept, size = {}, 0, 0
-    workers = min((os.cpu_count() or 1) if cfg.workers is None else cfg.workers, len(jobs))
+    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
         for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
             if failure:
@@ -2549,10 +2566,106 @@ def label(argv):
     print(f"wrote {out / 'labelled.json'}; train on it with --data {out / 'labelled.json'}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
+    manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
+    size: str = "any"                   # nothing depends on it: every command takes it
+    frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
+    image_size: int = 64                # pixels of a side that frames are decoded to
+    seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
+    workers: int | None = None          # processes, at least 1; default: one for each core
+    seed: int = 0                       # decides nothing here: every command takes it
+
+    def __post_init__(self):
+        for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not 0 < self.seconds < math.inf:
+            raise BadInput(f"--seconds {self.seconds}: more than 0")
+
+
+def check(argv):
+    """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
+    cfg = configure(CheckConfig, {"any": {}}, argv, positional="manifest")
+    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
+    for number, (row, where, folder) in enumerate(rows):
+        try:
+            jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
+        except BadInput as error:
+            problems.append((number, "entry", str(error)))
+    with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
+        for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
+            hangs = dict(NOTHING, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")])
+            found[number] = entry, result or hangs
+            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
+            bar.update()
+    for _, _, text in sorted(problems):
+        print(text)
+    summary(len(rows), list(found.values()), problems)
+    if problems:
+        raise SystemExit(1)
+
+
+NOTHING = dict(seconds=0.0, bytes=0, shape=None, strangers=False)            # what is known of a file that could not be opened
+
+
+def inspect_entry(job):
+    """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
+    strangers: has the mask ids that no trajectory owns?)."""
+    cfg, _, entry = job
+    path, wrong, where, result = entry["path"], [], None, dict(NOTHING)
+    if not os.path.exists(path):
+        hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
+        return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
+    try:
+        total, height, width, seconds = video_header(path)
+        result |= dict(seconds=0.0 if entry["image"] else seconds, bytes=os.path.getsize(path), shape=(height, width))
+        if not entry["image"] and 0 < total < cfg.frames:
+            wrong.append(("too short", f"{path}: has {total} frames, fewer than the {cfg.frames} of a clip; give --frames {total} or less, or leave it out"))
+        where = decode(path, 1 if entry["image"] else min(cfg.frames, total or cfg.frames), cfg.image_size)[2]
+    except BadVideo as error:
+        wrong.append(("cannot be decoded", str(error)))
+    if entry["mask"] or entry["graph"]:
+        try:
+            mask, graph = sidecars(entry["mask"], entry["graph"])
+            load_labels(entry["mask"], entry["graph"], np.arange(len(mask)) / len(mask), 16, path if where is not None else None)        # every frame
+            if graph.any() and not np.isin(graph[graph > 0], mask).any():
+                wrong.append(("labels", f"{entry['mask']}: shares no object id with {entry['graph']}; do the two belong together?"))
+            result["strangers"] = not np.isin(mask[mask > 0], graph).all()
+        except BadVideo as error:
+            wrong.append(("labels", str(error)))
+    return result | dict(wrong=wrong)
+
+
+def summary(count, found, problems):
+    """The table at the end of `check`."""
+    entries, results = [e for e, _ in found], [r for _, r in found]
+    shapes = collections.Counter(r["shape"] for r in results if r["shape"]).most_common()
+    seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
+    texts = [1 if isinstance(e["caption"], str) else len(e["caption"]) for e in entries if e["caption"]]
+    lines = [("entries", count), ("videos", sum(not e["image"] for e in entries)), ("pictures", sum(e["image"] for e in entries)),
+             ("labelled", sum(bool(e["mask"] and e["graph"]) for e in entries)),
+             ("captioned", f"{len(texts)}" + (f" ({sum(texts)} captions)" if sum(texts) > len(texts) else "")),
+             ("with a class", f"{sum(e['label'] is not None for e in entries)} ({len({e['label'] for e in entries} - {None})} classes)"),
+             ("duration", f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{seconds % 60:04.1f}"), ("size", f"{size / 1e6:.1f} MB"),
+             ("frames", ", ".join(f"{w} x {h} ({n})" for (h, w), n in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""))]
+    if any(r["strangers"] for r in results):
+        lines.append(("unlabelled ids", f"{sum(r['strangers'] for r in results)} masks hold objects that no trajectory owns: left unlabelled"))
+    lines.append(("problems", len(problems)))
+    lines += [(f"  {kind}", n) for kind, n in collections.Counter(kind for _, kind, _ in problems).most_common()]
+    for name, value in lines:
+        print(f"{name:20s} {value}")
+
+
 @one_line_errors
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"label": label, "make": make}
+    commands = {"label": label, "make": make, "check": check}
     if argv in (["-h"], ["--help"]):
         print(__doc__)
         return

@@ -599,7 +599,7 @@ def test_texture_folders(tmp_path, capsys):
         with pytest.raises(BadInput, match=words) as error:
             data.load_textures(str(tmp_path / name))
         assert "\n" not in str(error.value)
-    assert data.textures_crc(None) is None
+    assert data.open_textures(None) is None
     folder = tmp_path / "mixed"
     (folder / "a b").mkdir(parents=True)
     for name, grey in (("z.png", 200), ("a b/é.png", 100), ("c.PNG", 150)):
@@ -609,11 +609,11 @@ def test_texture_folders(tmp_path, capsys):
     (folder / "bad.mp4").write_text("no video")
     (folder / ".hidden.png").write_bytes(b"")
     capsys.readouterr()
-    x = data.load_textures(str(folder))
-    told = capsys.readouterr()
+    data.open_textures(str(folder))
+    told, x = capsys.readouterr(), data.load_textures(str(folder))[0]
     assert x.dtype == torch.uint8 and x.shape == (8, 256, 256, 3)
     assert np.abs(x.float().mean((1, 2, 3)).numpy() - (100, 150, 60, 40, 100, 160, 220, 200)).max() < 4      # é, c, m (its middle), n (four), z
-    assert told.err.count("left out: ") == 1 and "bad.mp4" in told.err and "8 pictures from 5 files" in told.out and "1 left out" in told.out
+    assert told.err.count("left out: ") == 1 and "bad.mp4" in told.err and "8 pictures" in told.out and "1 files left out" in told.out
 
 
 def test_more_textures_than_fit(tmp_path, monkeypatch):
@@ -621,7 +621,7 @@ def test_more_textures_than_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "TEXTURES_MOST", 4)
     for i in range(11):
         data.write_png(tmp_path / f"{i:02d}.png", np.full((16, 16, 3), 20 * i, np.uint8))
-    assert [round(v / 20) for v in data.load_textures(str(tmp_path)).float().mean((1, 2, 3)).tolist()] == [0, 2, 5, 8]
+    assert [round(v / 20) for v in data.load_textures(str(tmp_path))[0].float().mean((1, 2, 3)).tolist()] == [0, 2, 5, 8]
 
 
 def test_a_loader_leaves_the_random_state_alone():
@@ -882,8 +882,9 @@ def test_damaged_sidecars_are_bad_videos(tmp_path):
     np.save(tmp_path / "bare.npy", mask)
     os.replace(tmp_path / "bare.npy", tmp_path / "bare.npz")
     assert (data.load_labels(tmp_path / "mask.npz", tmp_path / "graph.npz", [0, 0.5], 8) == 0).all()
+    np.savez(tmp_path / "huge.npz", np.zeros((0, 8, 8), np.uint8))
     wrong = {}
-    for name in ("absent", "key", "flat", "long", "text", "empty", "half", "bare", "float", "negative"):
+    for name in ("huge", "absent", "key", "flat", "long", "text", "empty", "half", "bare", "float", "negative"):
         try:
             data.load_labels(tmp_path / f"{name}.npz", tmp_path / "graph.npz", [0, 0.5], 8)
             wrong[name] = "accepted"
@@ -892,6 +893,52 @@ def test_damaged_sidecars_are_bad_videos(tmp_path):
         except Exception as error:
             wrong[name] = repr(error)
     assert not wrong
+
+
+def test_sidecars_that_do_not_fit_are_refused(tmp_path):
+    """Catches: labels of another video, of other frames or of another shape that are laid over the pixels without a word; a header's small
+    error, a coarser mask, a lying video or a square cut that is refused; half a pair of sidecars that is not noticed; ids that wrap."""
+    video = labelled(tmp_path, "square", count=12, side=48)
+    mask, graph = np.ones((12, 48, 48), np.uint8), np.ones((1, 12), np.int64)
+
+    def load(mask, graph, video=video, where=(0.1, 0.6), masks="m.npz", graphs="g.npz"):
+        np.savez(tmp_path / "m.npz", mask)
+        np.savez(tmp_path / "g.npz", tensor=graph)
+        return data.load_labels(masks and tmp_path / masks, graphs and tmp_path / graphs, where, 8, video)
+    for count in (10, 11, 12, 13, 14):                           # two frames more or less: headers
+        assert (load(np.ones((count, 48, 48), np.uint8), np.ones((1, count), int)) == 0).all()
+    assert (load(np.ones((12, 20, 20), bool), graph) == 0).all() and (load(np.ones((15, 48, 48), int), np.ones((1, 15), int), video=None) == 0).all()
+    for count in (1, 9, 15, 300):
+        with pytest.raises(BadVideo, match=f"masks of {count} frames, but the video has 12"):
+            load(np.ones((count, 48, 48), np.uint8), np.ones((1, count), int))
+    for name in ("a.mkv", "b.ts", "c.avi"):                      # of these some headers do not count frames
+        assert data.video_header(str(numbered(tmp_path / name, 40)))[:3] == (40, 48, 64)
+    wide = encode(tmp_path / "wide.mp4", np.full((12, 48, 80, 3), 90, np.uint8))
+    for h, w in ((48, 80), (24, 40), (13, 21), (80, 48), (96, 160), (30, 30)):
+        assert (load(np.ones((12, h, w), np.uint8), graph, wide) == 0).all()
+    for h, w in ((48, 64), (80, 46), (10, 80), (48, 83)):
+        with pytest.raises(BadVideo, match=f"masks of {w} x {h} px do not have the shape of the video's 80 x 48"):
+            load(np.ones((12, h, w), np.uint8), graph, wide)
+    data.check_fit("m", (1040, 48, 80), 1000, 48, 80)            # 5 % of a long one
+    with pytest.raises(BadVideo):
+        data.check_fit("m", (1060, 48, 80), 1000, 48, 80)
+    big = 2 ** 40 + 3                                            # far beyond any table, and 3 if it wrapped
+    labels = load(np.where(np.arange(48) < 24, big, 3) + 0 * mask.astype(np.int64), np.repeat([[3], [big]], 12, 1))
+    assert (labels[:, :, :4] == 1).all() and (labels[:, :, 4:] == 0).all()
+    labels = load(np.where(np.arange(48) < 24, 9, 1).astype(np.uint8) * mask, graph)                 # 9: nobody's, unlabelled
+    assert (labels[:, :, :4] == -1).all() and (labels[:, :, 4:] == 0).all()
+    with pytest.raises(BadVideo, match="shares no object id"):
+        load(9 * mask, graph)
+    assert (load(0 * mask, graph) == -1).all() and (load(9 * mask, 0 * graph) == -1).all()           # nobody in view is nothing wrong
+    with pytest.raises(BadVideo, match="trajectories 0 and 2 both are object 1 in frame 7"):
+        load(mask, np.stack([graph[0], 0 * graph[0], np.arange(12) == 7]).astype(int))
+    with pytest.raises(BadVideo, match="its graph is missing"):
+        load(mask, graph, graphs=None)
+    with pytest.raises(BadVideo, match="its mask is missing"):
+        load(mask, graph, masks=None)
+    (tmp_path / "square_graph.npz").unlink()                     # and in a batch: left out, named, not trained on without labels
+    batch = data.VideoBatches(data.read_manifest(manifest(tmp_path / "m.json", [{"video": "square.mp4"}])), 3, 16, 1)[0]
+    assert batch["video"] is None and "its graph is missing" in batch["bad"][0][1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -926,6 +973,18 @@ def test_manifests_of_every_kind(tmp_path):
         assert [(e["path"], e["label"]) for e in entries] == [(str(here / "run/a.mp4"), "run"), (str(here / "sit/c.webm"), "sit")], text
     (here / "set.csv").write_text('"a, b.mp4",run\n')
     assert data.read_manifest(here / "set.csv")[0]["path"] == str(here / "a, b.mp4")
+    (here / "set.csv").write_text('"my run/b c.mp4" run\n')
+    assert data.read_manifest(here / "set.csv")[0]["path"] == str(here / "my run/b c.mp4")
+    (here / "set.csv").write_text("label,path,caption,mask\nrun,run/é.mp4,somebody runs,\nsit,sit/c.webm,\"sits, then stands\",e_own.npz\n", encoding="utf-8")
+    one, two = data.read_manifest(here / "set.csv")              # columns by their names, in any order
+    assert (one["path"], one["label"], one["caption"], one["mask"]) == (str(here / "run/é.mp4"), "run", "somebody runs", None)
+    assert two["caption"] == "sits, then stands" and two["mask"] == str(here / "e_own.npz")
+    qa = [{"type": "what", "question": "What?", "answer": "that"}]
+    manifest(here / "list.json", [{"video": "a.mp4", "caption": ["one", "zwei \u2028 Zeilen"], "appearance": 0, "motion": 3, "qa": qa}])
+    (here / "lines.jsonl").write_text("\ufeff" + json.dumps(json.loads((here / "list.json").read_text())[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
+    for name in ("list.json", "lines.jsonl"):                    # a mark at the beginning, other line ends, and a separator inside a text
+        made, = data.read_manifest(here / name)
+        assert (made["caption"], made["appearance"], made["motion"], made["qa"]) == (["one", "zwei \u2028 Zeilen"], 0, 3, qa)
     manifest(here / "manifest.json", rows[:1])
     assert len(data.read_manifest(here)) == 1                    # a folder's own manifest goes first
 
@@ -935,7 +994,16 @@ def test_manifests_of_every_kind(tmp_path):
     ("m.json", '[{"caption": "x"}]', "entry 1"), ("m.json", '[{"video": ["a.mp4"]}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "caption": 3}]', "caption"),
     ("m.json", '[{"video": "a.mp4", "mask": 3}]', "mask"), ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
     ("m.mp4", b"\0\xff\xfe\x81", "not a manifest"), ("m.csv", "a.mp4,1\nb.mp4\n", "line 2"), ("m.csv", "path,label\na.mp4\n", "line 2"),
-    ("m.csv", "", "empty"), ("m.csv", b"caf\xe9.mp4,1\n", "m.csv")))
+    ("m.csv", "", "empty"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "line 2: .*0xe9.*UTF-8"), ("m.csv", "a.mp4 30 1\n", "line 1.*quote"), ("m.csv", "a, b.mp4,1\n", "line 1.*quote"),
+    ("m.csv", "a.mp4,\n", "line 1.*label"), ("m.csv", 'path,caption\na.mp4,x\nb.mp4," "\n', "line 3.*caption"), ("m.csv", '"a.mp4,1\n', "line 1"), ("m.csv", "path,label\na,b,c\n", "line 2"),
+    ("m.json", '[\n{"video": "a.mp4"},\n\n{"video": "b.mp4", "caption": ""}]', r"entry 2 \(line 4\).*caption"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
+    ("m.json", '[{"video": "a.mp4"}\n{"video": "b.mp4"}]', "line 2: not a manifest.*comma"), ("m.json", '[{"video": "a.mp4"}', "not a manifest"), ("m.json", '[{"video": "a.mp4"}] x', "not a manifest.*end"),
+    ("m.json", '[{"video": "a.mp4", "caption": []}]', "entry 1.*list of texts"), ("m.json", '[{"video": "a.mp4", "caption": ["x", ""]}]', "entry 1.*list of texts"),
+    ("m.json", '[{"video": "a.mp4", "caption": {"en": "x"}}]', "entry 1.*list of texts"), ("m.json", '[{"video": "a.mp4", "caption": "\\ud800"}]', "entry 1.*UTF-8"),
+    ("m.json", '[{"video": "a\\u0000.mp4"}]', "entry 1.*path"), ("m.json", '[{"video": "a.mp4", "label": true}]', "entry 1.*label"), ("m.json", '[{"video": "a.mp4", "motion": -1}]', "entry 1.*motion"),
+    ("m.json", '[{"video": "a.mp4", "qa": [{"question": "x"}]}]', "entry 1.*qa"), ("m.json", '{"videos": [\n"a.mp4"]}', "line 1: not a manifest"), ("m.jsonl", '["a.mp4"]', "entry 1"),
+    ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4", "caption": 3}\n', "line 2.*caption"), ("m.json", '[{"video": "a.mp4", "caption": "caf\xe9"}]'.encode("latin-1"), "line 1: .*UTF-8"),
+    ("m.json", '[{"video": "a.mp4"}]'.encode("utf-16"), "UTF-8")))
 def test_wrong_manifests_are_refused(tmp_path, name, content, words):
     """Catches: a traceback, or a message that does not tell the line and what is wrong with it."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -975,6 +1043,28 @@ def test_video_batches_are_a_function_of_seed_and_number(media):
     held_out = data.VideoBatches(entries, 3, 16, 4, train=False)
     assert [held_out[i]["index"] for i in range(3)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
     assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]               # clip2 has 30 frames
+
+
+def test_one_of_several_captions_is_drawn(media):
+    """Catches: a caption that stays a list and breaks the text tokenizer, captions that are never drawn, or differ when a run is resumed."""
+    entries = [entry(media / f"clip{i}.mp4", [f"clip {i} {word}" for word in "abc"] if i else "clip 0") for i in range(3)]
+    seen = set()
+    for i in range(12):
+        one, two = (data.VideoBatches(entries, 1, 8, 3, seed=5)[i] for _ in range(2))
+        assert one["caption"] == two["caption"] and all(c.startswith(f"clip {j}") for c, j in zip(one["caption"], one["index"]))
+        seen |= set(one["caption"])
+    assert seen == {"clip 0", *(f"clip {i} {word}" for i in (1, 2) for word in "abc")}
+    whole = data.VideoBatches(entries, 1, 8, 3, train=False)[0]
+    assert whole["caption"] == ["clip 0", "clip 1 a", "clip 2 a"] and whole["captions"] == [["clip 0"], *([f"clip {i} {word}" for word in "abc"] for i in (1, 2))]
+    cfg = train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=16))
+    torch.manual_seed(0)
+    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), data.load_encoding().n_vocab, cfg)           # evaluation reads them all
+    video, text, owner, *_ = train_clip.embed(model, data.VideoBatches(entries, 1, 32, 2, train=False), 2, cfg, torch.device("cpu"), data.load_encoding(), "")
+    assert owner.tolist() == [0, 1, 1, 1, 2, 2, 2] and video.shape == (3, 16)
+    ids, mask = data.tokenize(data.load_encoding(), ["clip 2 b"], cfg.text_length)
+    torch.testing.assert_close(text[5:6], model.embed_text(ids, mask))
+    plain = data.VideoBatches([entry(e["path"], "x") for e in entries], 1, 8, 3, seed=5)[4]
+    assert torch.equal(plain["video"], data.VideoBatches(entries, 1, 8, 3, seed=5)[4]["video"]), "the draw of captions moves the clips"
 
 
 def test_a_damaged_file_is_named_and_nothing_else_moves(media):
@@ -1023,6 +1113,156 @@ def test_augment_changes_all_frames_alike_and_labels_with_them():
     _, unflipped = data.augment(video, labels, seed=5, flip=False)
     ids = torch.where(unflipped < 0, 3, unflipped)
     assert not ((ids[..., 0] % 2) > (ids[..., -1] % 2)).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: make and check
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_work_in_processes_outlives_what_kills_it():
+    """Catches: a job that hangs or dies and is waited for, or takes the others with it; an error of ours that is swallowed."""
+    die, hang, done, began = "__import__('os').kill(__import__('os').getpid(), 9)", "__import__('time').sleep(1000)", {}, time.monotonic()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        for job, result, failure in data.in_processes(eval, [die, "6 * 7", hang, "1 / 0", "8"], 1, seconds=1):
+            done[job] = result, failure
+    assert done == {die: (None, "its process died (SIGKILL)"), "6 * 7": (42, None), hang: (None, "not done within 1 s")}
+    assert time.monotonic() - began < 100
+    assert list(data.in_processes(eval, ["2", "3"], 0)) == [("2", 2, None), ("3", 3, None)]
+
+
+MAKE = ["make", "--image-size", 32, "--frames", 4, "--workers", 0]
+
+
+def test_a_made_folder_trains_as_the_world_does(skins, tmp_path, capsys):
+    """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions, classes or questions of another clip, a
+    seed that makes other clips than a training of that seed sees; defaults that are not those of the sizes."""
+    out = tmp_path / "wörld with spaces"
+    run(data.main, *MAKE, "--clips", 6, "--out", out, "--textures", skins, "--seed", 3)
+    entries = data.read_manifest(out)
+    world = data.World(32, 4, 4, False, textures=skins)
+    for i in range(2):
+        made = data.finish(data.VideoBatches(entries, 4, 32, 3, train=False)[i], torch.device("cpu"))
+        live = data.finish(data.WorldBatches(world, 3, begin=30_000_000)[i], torch.device("cpu"))
+        assert not made["bad"] and torch.equal(made["labels"], live["labels"]) and made["labels"].min() >= 0
+        assert (made["video"].int() - live["video"].int()).abs().max() <= 2
+        for key in ("caption", "qa"):
+            assert made[key] == live[key]
+        assert torch.equal(made["appearance"], live["appearance"]) and torch.equal(made["motion"], live["motion"])
+        assert made["label"] == [data.MOTIONS[m] for m in live["motion"]]
+    drawn = data.VideoBatches(entries, 4, 32, 6, seed=1)[0]      # in training too: a clip of T frames gives just these T frames
+    live = data.rasterise(data.stack([data.script(30_000_000 + j, world) for j in drawn["index"]]), 32, textures=skins)
+    assert torch.equal(drawn["labels"], live[1])
+    for name, values in data.MAKE_SIZES.items():
+        cfg = data.MakeConfig(**values)
+        shape, training = trajtok.SIZES[name], train_clip.CLIP_SIZES[name]
+        assert (cfg.image_size, cfg.frames) == (shape.image_size, shape.frames)
+        assert (cfg.max_objects, cfg.shared_colours) == (training.get("max_objects", 8), training.get("shared_colours", True))
+    mixed = data.VideoBatches([*entries[:2], {k: v for k, v in entries[2].items() if k != "motion"}], 4, 32, 3, train=False)[0]
+    assert "motion" not in mixed and len(mixed["appearance"]) == 3
+    capsys.readouterr()
+    run(trajtok.main, "pretrain", *SMALL, "--data", out / "manifest.json", "--out", tmp_path / "out")
+    run(train_clip.main, *CLIP, "--data", out / "manifest.json", "--out", tmp_path / "out", "--augment")
+    result = json.loads(next(tmp_path.glob("out/clip-*/result.json")).read_text())
+    assert result["left_out"] == 0 and result["veq"] is not None
+
+
+def test_make_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    """Catches: a stopped run whose half of a clip is taken for a whole one, clips that are made again though they are there, a folder that
+    ends up with two kinds of clips, a full disk that ends in a traceback or leaves parts of files."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(data.main, *MAKE, "--clips", 5, "--out", whole)
+    film, calls = data.film, []
+
+    def full(path, rate, exact):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return film(path, rate, exact)
+    monkeypatch.setattr(data, "film", full)
+    with pytest.raises(OSError):
+        run(data.main, *MAKE, "--clips", 5, "--out", broken)
+    monkeypatch.setattr(data, "film", film)
+    clips = sorted(broken.glob("*/*.mp4"))
+    assert len(clips) == 2 and not (broken / "manifest.json").exists()
+    (clips[0].parent / ".0000000002.mp4.4711").write_bytes(b"half of a film, left by a kill")
+    before = {p: p.stat().st_mtime_ns for p in clips}
+    capsys.readouterr()
+    run(data.main, *MAKE, "--clips", 5, "--out", broken)
+    assert "2 of them were there" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in clips}
+    files = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
+    assert files == sorted(str(p.relative_to(broken)) for p in broken.rglob("*") if p.is_file()) and len(files) == 17
+    assert (whole / "manifest.json").read_bytes() == (broken / "manifest.json").read_bytes()
+    one, two = (data.VideoBatches(data.read_manifest(folder), 4, 32, 5, train=False)[0] for folder in (whole, broken))
+    assert torch.equal(one["video"], two["video"]) and torch.equal(one["labels"], two["labels"])
+    assert "frames 4 (now 5)" in refused(capsys, data.main, *MAKE, "--clips", 5, "--frames", 5, "--out", broken)
+    assert "first 0 (now 7)" in refused(capsys, data.main, *MAKE, "--clips", 5, "--begin", 7, "--out", broken)
+    run(data.main, *MAKE, "--clips", 6, "--out", broken)         # more of the same
+    assert len(data.read_manifest(broken)) == 6 and "5 of them were there" in capsys.readouterr().out
+    run(data.main, *MAKE, "--clips", 2, "--begin", 7, "--out", broken, "--overwrite")
+    assert [Path(e["path"]).stem for e in data.read_manifest(broken)] == ["0000000007", "0000000008"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Catches: a disk that fills while a film is written and leaves half of it, or a traceback of the codec's. A limit on the size of files
+    stands for the disk; the command runs as a person runs it, with processes of its own."""
+    argv = ["data.py", *map(str, MAKE[:-1]), "2", "--clips", "17", "--image-size", "64", "--out", str(tmp_path / "full")]
+    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = {argv!r}; " \
+           f"sys.path.insert(0, {str(HERE)!r}); runpy.run_path({str(HERE / 'data.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and ".mp4: cannot be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr and not [p for p in tmp_path.rglob("*") if p.suffix == ".mp4" or p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("argv, words", (
+    ([], "make, check"), (["fly"], "make, check"), (["make", "--clips", 0], "--clips 0"), (["make", "--image-size", 33], "even"), (["make", "--fps", 0], "--fps"),
+    (["make", "--frames", 0], "frames"), (["make", "--max-objects", 9], "max_objects"), (["make", "--acts", 3], "acts"), (["make", "--begin", -1], "--begin"),
+    (["make", "--textures", "nowhere"], "nowhere"), (["make", "--size", "huge"], "nano, tiny"), (["make", "--out", "/dev/null/x"], "--out"),
+    (["check"], "manifest"), (["check", "nothing.json"], "no such file"), (["check", "x.json", "--frames", 0], "--frames 0"), (["check", "x.json", "--seconds", 0], "--seconds")))
+def test_bad_data_commands_are_refused(tmp_path, capsys, monkeypatch, argv, words):
+    """Catches: a traceback, several lines, or files written, for what a person is likely to get wrong."""
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, data.main, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_names_every_problem(media, tmp_path, capsys):
+    """Catches: a problem that is not found, is found for a good entry, has the wrong line, or stops the check; an exit code that says the
+    opposite. A pipe that nobody writes to stands for a file that hangs."""
+    name = "ein Ordner/größe 1.mp4"
+    (tmp_path / "ein Ordner").mkdir()
+    shutil.copy(media / "clip0.mp4", tmp_path / name)
+    square = labelled(tmp_path, "square", 12)
+    for other in ("swapped", "longer", "pipe"):
+        shutil.copy(square, tmp_path / f"{other}.mp4")
+        shutil.copy(tmp_path / "square_graph.npz", tmp_path / f"{other}_graph.npz")
+    np.savez(tmp_path / "swapped_mask.npz", np.full((12, 48, 48), 7, np.uint8))
+    np.savez(tmp_path / "longer_mask.npz", np.ones((30, 48, 48), np.uint8))
+    np.savez(tmp_path / "longer_graph.npz", tensor=np.ones((1, 30), int))
+    os.mkfifo(tmp_path / "pipe_mask.npz")
+    shutil.copy(square, tmp_path / "lonely.mp4")
+    shutil.copy(tmp_path / "square_mask.npz", tmp_path / "lonely_mask.npz")
+    rows = [({"video": name, "caption": ["one", "two"]}, ""), ({"video": "square.mp4", "label": "x"}, ""), ({"video": str(media / "text.mp4")}, "cannot be decoded"),
+            ({"video": "nowhere.mp4"}, "no such file"), ({"video": str(media / "half.mp4"), "caption": "a"}, "cannot be decoded"), ({"video": "a.mp4", "caption": " "}, '"caption"'),
+            ({"video": "swapped.mp4"}, "shares no object id"), ({"video": "longer.mp4"}, "masks of 30 frames, but the video has 12"), ({"video": "a\\b.mp4"}, "write /"),
+            ({"image": str(media / "still0.png")}, ""), (7, "names neither"), ({"video": "lonely.mp4"}, "graph is missing"), ({"video": "pipe.mp4"}, "not done within 3 s")]
+    (tmp_path / "m.json").write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row, _ in rows) + "\n]", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run(data.main, "check", tmp_path / "m.json", "--workers", 1, "--seconds", 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1
+    named = [line for line in lines if line.startswith(str(tmp_path))]
+    expected = [(f"entry {i} (line {i + 1}): ", words) for i, (_, words) in enumerate(rows, 1) if words]
+    assert len(named) == len(expected)
+    for line, (where, words) in zip(named, expected):
+        assert where in line and words in line, (where, words, line)
+    table = {line[:20].strip(): line[20:].strip() for line in lines[len(named):]}
+    assert (table["entries"], table["videos"], table["pictures"], table["problems"]) == ("13", "10", "1", "10")
+    assert table["captioned"] == "2 (3 captions)" and table["labels"] == "3" and table["hangs"] == "1" and table["duration"] == "0:00:07.2"
+    manifest(tmp_path / "good.json", [{"video": name}, {"video": "square.mp4"}])
+    run(data.main, "check", tmp_path / "good.json", "--workers", 1)
+    assert "problems             0" in capsys.readouterr().out
+    (tmp_path / "bad.json").write_text('[{"video": "a.mp4"} {"video": "b.mp4"}]')
+    assert "comma" in refused(capsys, data.main, "check", tmp_path / "bad.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3429,6 +3669,11 @@ def test_recalls_are_naive_ranks():
     assert set(train_clip.recalls(torch.ones(40, 40), "v2t").values()) == {0.0}
     assert set(train_clip.recalls(torch.eye(40), "v2t").values()) == {1.0}
     assert set(train_clip.recalls(torch.full((40, 40), math.nan), "v2t").values()) == {0.0}
+    owner = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)         # one, two or three captions a video
+    similarity = torch.randn(40, len(owner), generator=torch.Generator().manual_seed(0)) + 1.5 * (owner == torch.arange(40)[:, None])
+    best = [min(sum(s >= row[c].item() for s, o in zip(row.tolist(), owner.tolist()) if o != i) for c in range(len(owner)) if owner[c] == i)
+            for i, row in enumerate(similarity)]
+    assert train_clip.recalls(similarity, "v2t", owner == torch.arange(40)[:, None]) == pytest.approx({f"v2t_r{n}": sum(rank < n for rank in best) / 40 for n in (1, 5, 10)})
 
 
 def test_linear_probe():

@@ -664,7 +664,7 @@ def pretrain(argv):
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
-    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.textures_crc(cfg.textures)})
+    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
     tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
