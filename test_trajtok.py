@@ -1808,13 +1808,13 @@ def test_dense_motion_finds_known_motion():
 
 
 def test_the_camera_is_the_grounds_motion():
-    """Catches: a thing of a third of the frame that is taken for the ground, or that bends the camera's motion."""
-    frames, object_ = panned_square(2, 128, 72, 5)
+    """Catches: a thing of half of the frame that is taken for the ground, or that bends the camera's motion."""
+    frames, object_ = panned_square(2, 128, 92, 5)
     x = data.opponent(frames)
     flow, camera = (data.grown(f, 128, 128) for f in data.dense_motion(x[:1], x[1:]))
     inner = F.avg_pool2d(object_[:1].float(), 9, 1, 4)[0] == 1
-    assert object_[0].float().mean() > 0.3
-    assert (camera[0] - torch.tensor([-4.0, 0.0]).view(2, 1, 1)).norm(dim=0).max() < 1
+    assert object_[0].float().mean() > 0.5
+    assert (camera[0] - torch.tensor([-4.0, 0.0]).view(2, 1, 1)).norm(dim=0).max() < 1.5
     assert (flow[0] - torch.tensor([5.0, 0.0]).view(2, 1, 1)).norm(dim=0)[inner].median() < 0.5
 
 
@@ -1947,6 +1947,7 @@ def test_key_frames():
             for (frames, more), begin, end in zip(found, starts, [*starts[1:], len(film)], strict=True):
                 np.testing.assert_array_equal(frames, film[begin:end + more])
                 assert more == (end < len(film))
+    assert data.changes(*(np.full((9, 9, 3), c, np.uint8) for c in ((255, 0, 4), (255, 4, 0))))[0] < 1        # hues 359 and 1
     votes = [data.is_key(*case) for case in ((30, 0.2, [30] * 8), (30, 0.0, [2] * 8), (20, 0.2, [2] * 8), (14, 0.2, [1] * 8), (30, 0.0, [29] * 8), (30, 0.1, []))]
     assert votes == [True, True, True, False, False, False]      # by hand: two votes of three; nothing before, no second vote
 
@@ -1981,7 +1982,7 @@ def test_trajectories_go_on_through_key_frames():
     film = np.zeros((11, 8, 12, 3), np.uint8)
     for i in range(11):
         film[i, 2:6, i // 2:i // 2 + 4] = 200
-        film[i, 6:, 8:] = 90 if i >= 4 else 0                    # comes with the second stretch
+        film[i, 6:, 8:] = 90 if i >= 5 else 0                    # comes in the second stretch
 
     def segment(frames):                                         # background: none
         light = frames[..., 0].long()
@@ -2069,6 +2070,12 @@ def test_label_a_folder(tmp_path, capsys):
     run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out", "--overwrite")                # a folder; labels elsewhere, its tree kept
     assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("**/*.npz")} == {
         "a_mask.npz", "a_graph.npz", "ü b/c d_mask.npz", "ü b/c d_graph.npz"}
+    run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out2", "--overwrite")
+    for p in folder.glob("**/*.npz"):
+        p.unlink()
+    capsys.readouterr()
+    run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out2")                             # what is there is found there
+    assert "0 labelled, 2 had labels, 1 left out" in capsys.readouterr().out
     assert all(Path(e["path"]).exists() and e["mask"].startswith(str(tmp_path / "out")) for e in data.read_manifest(tmp_path / "out" / "labelled.json"))
 
 

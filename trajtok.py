@@ -1212,7 +1212,7 @@ def score(argv):
     print(f"{'':24s}  best  union    VEQ    STQ   tubes  frames/s  per CPU s")
     for r in rows:
         print(f"{r['method'][:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}  {r['veq']:5.3f}  {r['stq']:5.3f}  {r['tubes']:6.1f}  {r['frames_per_second']:8.1f}  {r['frames_per_cpu_second']:9.1f}")
-    write_json(cfg.out, dict(dataclasses.asdict(cfg), cores=cores, torch=torch.__version__, rows=rows))
+    write_json(cfg.out, dict(dataclasses.asdict(cfg), folder=Path(cfg.folder).name, cores=cores, torch=torch.__version__, rows=rows))
     picture = Path(cfg.out).with_suffix(".png")
     write_png(picture, score_picture(sequences, clips, kept))
     print(f"wrote {cfg.out} and {picture}")
