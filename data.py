@@ -9,27 +9,48 @@ Everything a run trains on comes through this file, in one form whatever its sou
 1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
    over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
+   same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
+   folder, objects and grounds are painted with its pictures: real texture, exact labels.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
-   manifests, class folders and CSV files that people have.
+   manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
+   `classic_track` (or SAM2's), joined by `label_frames`.
 3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
-4. Batches.  `WorldBatches` and `VideoBatches`: batch number i is a pure function of (seed, i).
+4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
+
+    python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
+    python data.py label manifest.json --method sam2 --sam2 FOLDER  # the same with a published SAM2
+    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
+    python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
+    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
+    python data.py bench                                            # clips a second: the procedural world, and decoding beside a plain loop
+    python data.py bench --data videos/                             # ... of your own files
 """
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import fractions
 import functools
 import inspect
+import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
+import queue
 import re
+import signal
 import sys
+import tempfile
+import threading
+import time
+import traceback
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -38,6 +59,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
@@ -91,6 +113,8 @@ def configure(config, sizes, argv, positional=None):
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
     flags = vars(parser.parse_args(argv))
+    if sizes is None:                                            # a command without sizes
+        return config(**flags)
     size = flags.get("size", config.size)
     if size not in sizes:
         raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
@@ -147,9 +171,12 @@ def paint(video, ids, colours):
 
 
 @contextlib.contextmanager
-def film(path, rate):
+def film(path, rate, exact=False):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end."""
+    player opens, renamed into place at the end.
+    exact: colours at full resolution, lossless: no pixel comes back more than 2 of 255 off (a test), for training; browsers do not play it.
+    CHOICE: measured on made clips of 224 px, 16 frames: 207 kB a clip; the usual 4:2:0 at crf 4 takes 156 kB, and is off by up to 147 at the
+    objects' borders, just where the labels change."""
     import av
     stream = None
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
@@ -157,11 +184,92 @@ def film(path, rate):
             nonlocal stream
             if stream is None:
                 stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv420p", {"crf": "18"}
+                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv444p" if exact else "yuv420p", {"crf": "0" if exact else "18"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         yield add
         container.mux(stream.encode())
+
+
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve(connection):
+    """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
+    torch.set_num_threads(1)
+    answer = None, None
+    while True:
+        try:
+            connection.send(answer)
+            work, job = connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):            # the parent is gone
+            return
+        try:
+            answer = work(job), None
+        except BadInput as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
+def in_processes(work, jobs, workers, seconds=math.inf):
+    """work(job) in `workers` processes of their own (0: in this one) -> an iterator over (job, result, failure), in the order in which they
+    are done. A process that dies, or takes more than `seconds` for a job, is not waited for: it is killed, another one takes its place,
+    and `failure` tells in a few words what happened. What `work` raises is raised here, and ends it all."""
+    if not workers:
+        yield from ((job, work(job), None) for job in jobs)
+        return
+    # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
+    context, jobs, pool, starting = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, object()
+
+    def start():
+        if jobs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            pool[ours] = process, starting, math.inf
+
+    def end(ours, process):
+        process.kill()
+        process.join()
+        ours.close()
+    try:
+        for _ in range(min(workers, len(jobs))):
+            start()
+        while pool:
+            patience = min(until for _, _, until in pool.values()) - time.monotonic()
+            ready = multiprocessing.connection.wait(list(pool), None if patience == math.inf else max(patience, 0))
+            for ours in ready or [c for c, (_, _, until) in pool.items() if until <= time.monotonic()]:
+                process, job, _ = pool[ours]
+                try:
+                    result, error = ours.recv() if ready else (None, None)
+                    failure = None if ready else f"not done within {seconds:g} s"
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    code = process.exitcode
+                    result, error, failure = None, None, f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+                if job is starting and failure:
+                    raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
+                if failure or error or not jobs:
+                    del pool[ours]
+                    end(ours, process)
+                    if error:
+                        raise error
+                    if failure:
+                        start()
+                else:
+                    pool[ours] = process, jobs.popleft(), time.monotonic() + seconds
+                    with contextlib.suppress(BrokenPipeError):   # it died between two jobs: the next `wait` tells
+                        ours.send((work, pool[ours][1]))
+                if job is not starting:
+                    yield job, result, failure
+    finally:
+        for ours, (process, _, _) in pool.items():
+            end(ours, process)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +298,13 @@ MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: gr
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
 
+# The skinned world (World.textures). CHOICE: an eighth of its clips stay exactly what the plain world shows; in the others a surface wears a
+# picture three times out of four, and every other object has an irregular outline, the eleventh class of appearance.
+SKINNED_CLIPS, SKINNED_SURFACES, IRREGULAR = 0.875, 0.75, 0.5
+BLOB, BLOBS = len(SHAPES), 118                                   # `shape` 10 .. 127: irregular outlines, "blob" in words
+TEXTURE_SIDE, TEXTURES_MOST, FRAMES_MOST = 256, 256, 4           # pixels of a side; pictures in all; frames of one clip
+DEFORM = 0.15                                                    # largest wobble, in radii
+
 
 def held_out(shape, colour):
     """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape; in the HELDOUT
@@ -207,6 +322,7 @@ class World:
     acts: int = 1                   # acts that the subject performs one after another; more for long clips
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
+    textures: str | None = None     # a folder of pictures and clips that objects and grounds are painted with
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
@@ -221,8 +337,8 @@ class Dice:
     """Random choices for a script. Only raw doubles of PCG64 are used: numpy keeps a bit generator's stream for ever, but
     may change how its higher-level methods consume it. One draw of a block is faster than many draws of one."""
 
-    def __init__(self, index):
-        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, index))))
+    def __init__(self, *index):
+        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, *index))))
         self.block, self.at = self.rng.random(256).tolist(), 0
 
     def __call__(self, low=0.0, high=1.0):
@@ -352,8 +468,10 @@ def script(index, world=World()):
     light (T, 3): gain per colour; place (8, T, 4): x, y, radius, angle of each object on the *screen*, painted in order
     of the first axis (object 0 lies deepest); shape (8,), count: objects that exist; surface (12, 11): texture kind,
     tiles per unit, cos, sin, shading, colour A (3), colour B (3) of grounds 0..3 and objects 4..11.
-    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index."""
+    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index.
+    Of a skinned world also skin and bend: see `dress`."""
     dice = Dice(index)
+    skinner = None if world.textures is None else Dice(index, 1)             # a stream of its own: pictures do not change who does what
     T = world.frames
     tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
 
@@ -376,6 +494,9 @@ def script(index, world=World()):
         taken.add(mark)
         looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
                           r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
+    dressed = skinner is not None and skinner() < SKINNED_CLIPS
+    if dressed:
+        disguise(looks, skinner, subject=index < HELDOUT)
 
     # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
     program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
@@ -463,6 +584,8 @@ def script(index, world=World()):
         light *= np.exp(((tau - 1) if brighter else -tau) * 0.6)[:, None]
         shine = "gets lighter" if brighter else "gets darker"
     light *= 1 + 0.06 * np.array([dice(-1, 1), dice(-1, 1), dice(-1, 1)])    # the tint of the whole clip
+    if dressed and world.camera:
+        film_by_hand(camera, paths[0, :, :2], tau, skinner)
 
     # -- everything onto the screen, in painting order
     place = paths.copy()
@@ -484,13 +607,65 @@ def script(index, world=World()):
         surface[MAX_GROUNDS + slot] = (look["texture"], dice(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
         shape[slot] = look["shape"]
     place[:count] = place[order]
+    skins = dress(looks, order, names, tau, skinner, dressed) if skinner else {}
 
     scene = dict(looks=looks, acts=acts, side=side, names=names, filmed=filmed, shine=shine, paths=paths, place=place,
                  order=order, T=T)
     return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
                 light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
                 surface=surface.astype(np.float32), caption=describe(scene, dice), qa=questions(scene, dice),
-                appearance=looks[0]["shape"], motion=MOTIONS.index(program))
+                appearance=min(looks[0]["shape"], BLOB), motion=MOTIONS.index(program), **skins)
+
+
+def disguise(looks, dice, subject):
+    """Of a skinned clip: which objects wear a picture, and which have an irregular outline (in place). CHOICE: captions stay true. A
+    picture hides the colour, so none is told: "a textured star"; an irregular outline is a "blob", whatever it wears; sizes are not told,
+    since the camera may stand nearer. subject: may the subject change? Not in the HELDOUT range, which asks for its shape and colour."""
+    for j, look in enumerate(looks):
+        skinned, irregular, which = dice() < SKINNED_SURFACES, dice() < IRREGULAR, dice.integer(BLOBS)
+        look["size"] = "medium"
+        if j or subject:
+            look.update(skinned=skinned, shape=BLOB + which if irregular else look["shape"])
+
+
+def film_by_hand(camera, subject, tau, dice):
+    """Of a skinned clip: the camera (T, 3) of real footage, in place: nearer or farther, never quite still, and sometimes after the subject
+    (T, 2), so that the ground moves and the subject does not. Contacts and depths are those of the script: all are filmed alike."""
+    camera[:, 2] *= math.exp(dice(-0.1, 0.45))
+    shake = dice.pick((0.0, 0.006, 0.02))
+    for axis in (0, 1):
+        camera[:, axis] += shake * np.sin(dice(3, 12) * tau + dice(0, 6.3))
+    follow, chosen = dice(0.4, 0.8), dice() < 0.3
+    if chosen:
+        camera[:, :2] += follow * (subject - subject.mean(0))
+
+
+def dress(looks, order, names, tau, dice, dressed):
+    """skin (12, 8) of grounds 0..3 and objects 4..11: which picture, as a fraction of the folder (-1: none, the plain surface), two rows
+    (du, dv, 1) that take the surface's own coordinates to the picture's in [0, 1), and a gain; bend (8, T, 5) of objects: stretch
+    along the own axes, wobble, its frequency and its phase (see `rasterise`). In `names` skinned grounds become "textured ground"."""
+    skin, bend = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 8), np.float32), np.zeros((MAX_OBJECTS, len(tau), 5), np.float32)
+    skin[:, 0], bend[:, :, :2] = -1, 1
+    if not dressed:
+        return dict(skin=skin, bend=bend)
+
+    def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
+        cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
+        return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
+    for i in range(len(names)):                                  # from a detail, all one stuff, to a whole scene, upright as pictures are
+        chosen, worn = dice() < SKINNED_SURFACES, picture(math.exp(dice(math.log(0.15), math.log(1.2))), dice(-0.3, 0.3))
+        if chosen:
+            skin[i], names[i] = worn, "textured ground"
+    for slot, j in enumerate(order):
+        worn = picture(math.exp(dice(math.log(0.08), math.log(0.5))), dice(0, 2 * math.pi))
+        free = looks[j]["shape"] >= BLOB                         # named shapes wobble a little: a star remains a star
+        thin, sway, wobble, speed, phase = dice(0.5, 1.0), dice(0, 0.12), dice(0, DEFORM), dice(-4, 4), dice(0, 6.3)
+        breath = sway * np.sin(speed * tau + phase) if free else 0 * tau
+        bend[slot, :, 0], bend[slot, :, 1] = np.exp(breath) * 0.88, np.exp(-breath) * (0.88 * thin if free else 0.88)
+        bend[slot, :, 2], bend[slot, :, 3], bend[slot, :, 4] = wobble if free else 0.3 * wobble, dice(1.5, 4.0), speed * tau + phase
+        if looks[j].get("skinned"):
+            skin[MAX_GROUNDS + slot] = worn
+    return dict(skin=skin, bend=bend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +691,11 @@ def a(phrase):
 
 
 def name_of(look, full=True):
-    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip)."""
+    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip). With a picture on it
+    'textured star', which need not be unique."""
+    if look["shape"] >= BLOB or look.get("skinned"):
+        colour = "textured" if look.get("skinned") else list(COLOURS)[look["colour"]]
+        return f"{colour} {'blob' if look['shape'] >= BLOB else SHAPES[look['shape']]}"
     words = [look["size"] if full and look["size"] != "medium" else "", list(COLOURS)[look["colour"]],
              TEXTURES[look["texture"]] if full and look["texture"] else "", SHAPES[look["shape"]]]
     return " ".join(w for w in words if w)
@@ -535,7 +714,7 @@ def describe(scene, dice):
     doing = " and then ".join(act_words(act, dice, partner if i == 0 else "it") for i, act in enumerate(scene["acts"]))
     if scene["acts"][0][0] in SOLO and any(p not in SOLO for p, _ in scene["acts"]):     # "it" must have been named
         doing = doing.replace(" it", " " + partner, 1)
-    ground = " and ".join(names[:2]) if dice() < 0.8 else names[0]
+    ground = " and ".join(dict.fromkeys(names[:2])) if dice() < 0.8 else names[0]
     where = dice.pick(("on", "over", "against")) + " " + ground
     used = 2 if scene["acts"][0][0] not in SOLO else 1
     rest = looks[used:]
@@ -567,41 +746,51 @@ def visible_side(x):
 
 def questions(scene, dice):
     """Question-answer pairs with one-word (or one-phrase) answers, all decidable from the pixels:
-    what, where, count, first, after, behind."""
+    what, where, count, first, after, behind. Of a skinned clip those whose words or answer a picture hides are left out."""
     looks, acts, place, order = scene["looks"], scene["acts"], scene["place"], scene["order"]
     slot = {j: s for s, j in enumerate(order)}
     qa = []
 
-    def ask(kind, question, answer):
-        qa.append(dict(type=kind, question=question, answer=answer))
+    called = [name_of(look, False) for look in looks]
+    hidden = any(look.get("skinned") for look in looks)          # its colour, that is
+
+    def ask(kind, question, answer, *about):                     # about: the objects that the question names
+        if all(called.count(called[j]) == 1 for j in about):
+            qa.append(dict(type=kind, question=question, answer=answer))
 
     subject = looks[0]
-    colour, shape = list(COLOURS)[subject["colour"]], SHAPES[subject["shape"]]
-    if place[:len(looks), :, 2].mean(1).argmax() == slot[0]:
+    colour, shape = list(COLOURS)[subject["colour"]], (*SHAPES, "blob")[min(subject["shape"], BLOB)]
+    largest = place[:len(looks), :, 2].mean(1).argmax() == slot[0]
+    if largest and not subject.get("skinned"):
         ask("what", "What colour is the largest object?", colour)
-    ask("what", f"What shape is the largest object, the {colour} one?", shape)
-    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0])
-    ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
-    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]))
+    if not hidden:
+        ask("what", f"What shape is the largest object, the {colour} one?", shape)
+    elif largest:
+        ask("what", "What shape is the largest object?", shape)
+    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0], 0)
+    if "textured ground" not in scene["names"]:
+        ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
+    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]), 0)
     ask("count", "How many objects are there?", str(len(looks)))
     counted = dice.pick(tuple(COLOURS))
-    ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
+    if not hidden:
+        ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
     starts = {j: s[0] for j, s in enumerate(scene["side"]) if s}
     starts[0] = 0
     late = [j for j in starts if starts[j] > 0]
     if late:                                                     # the subject moves from the first frame on
         pair = dice.shuffled([0, late[0]])
         ask("first", f"Which moves first, the {name_of(looks[pair[0]], False)} or the {name_of(looks[pair[1]], False)}?",
-            name_of(subject, False))
+            name_of(subject, False), *pair)
     for (before, _), (after, _) in zip(acts, acts[1:]):
-        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after)
+        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after, 0)
         break
     if len(looks) > 1:
         passes = {p for p, _ in acts} & {"behind", "front"}
         way = dice.pick(("behind", "front"))
         word = {"behind": "behind", "front": "in front of"}[way]
         ask("behind", f"Did the {name_of(subject, False)} pass {word} the {name_of(looks[1], False)}?",
-            "yes" if way in passes else "no")
+            "yes" if way in passes else "no", 0, 1)
     return qa
 
 
@@ -637,25 +826,138 @@ def atlas(device):
 
 def stack(scripts):
     """A list of scripts -> one dict of tensors with a leading batch axis (words stay out)."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
-    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys}
+    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface", "skin", "bend")
+    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys if k in scripts[0]}
+
+
+@functools.lru_cache(maxsize=None)
+def outlines(device):
+    """bool (10 + BLOBS, R, R): the ten shapes, then irregular outlines: wavy circles, bodies with limbs, polygons, pairs of shapes. They
+    are what lets a segmenter learn "what moves together" instead of ten silhouettes."""
+    dice, g = Dice(2 ** 40), (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
+    named, found = atlas(torch.device("cpu"))[0].numpy(), []
+
+    def wavy():
+        waves = [(k, dice(0, 0.5) / k, dice(0, 6.3)) for k in range(1, 8)]
+        return lambda x, y: np.hypot(x, y) < 0.6 * (1 + sum(a * np.cos(k * np.arctan2(y, x) + p) for k, a, p in waves))
+
+    def limbs():                                                 # capsules from one point: (angle, length, thickness)
+        some = [(dice(0, 6.3), dice(0.4, 1.2), dice(0.12, 0.3)) for _ in range(2 + dice.integer(5))]
+        body = dice(0.2, 0.45)
+
+        def inside(x, y):
+            hit = np.hypot(x, y) < body
+            for angle, length, thick in some:
+                along = (x * math.cos(angle) + y * math.sin(angle)).clip(0, length)
+                hit |= np.hypot(x - along * math.cos(angle), y - along * math.sin(angle)) < thick
+            return hit
+        return inside
+
+    def polygon():
+        sides = sorted(dice(0, 6.3) for _ in range(3 + dice.integer(4))) + [0.0, 2.1, 4.2]               # the last three close it
+        far = [dice(0.3, 0.9) for _ in sides]
+        return lambda x, y: np.all([x * math.cos(angle) + y * math.sin(angle) < d for angle, d in zip(sides, far)], 0)
+
+    def pair():
+        parts = [(named[dice.integer(len(SHAPES))], dice(-0.3, 0.3), dice(-0.3, 0.3), dice(0.5, 0.9)) for _ in range(2)]
+
+        def inside(x, y):
+            hit = np.zeros(x.shape, bool)
+            for table, cx, cy, r in parts:
+                u, v = (x - cx) / r, (y - cy) / r
+                cell = [((q + 1) * SHAPE_RES / 2).astype(int).clip(0, SHAPE_RES - 1) for q in (v, u)]
+                hit |= (abs(u) < 1) & (abs(v) < 1) & table[cell[0], cell[1]]
+            return hit
+        return inside
+    coarse = np.meshgrid(g[::4] * 2, g[::4] * 2)
+    while len(found) < BLOBS:
+        inside = (wavy, limbs, polygon, pair)[len(found) % 4]()
+        hit = inside(*coarse)
+        if not hit.any():
+            continue
+        cx, cy = (c[hit].mean() for c in coarse)                 # about its own middle, as large as fits
+        far = np.hypot(coarse[0][hit] - cx, coarse[1][hit] - cy).max() + 0.06
+        whole = inside(*np.meshgrid(g * far / 0.95 + cx, g * far / 0.95 + cy))
+        if whole.mean() > 0.2:                                   # no threads
+            found.append(whole)
+    return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_textures(folder):
+    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
+    R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
+    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A
+    function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
+    root, chosen, bad = Path(folder), [], []
+    if not root.is_dir():
+        raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
+    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not f.name.startswith(".")),
+                   key=lambda f: f.relative_to(root).as_posix())
+    if not files:
+        raise BadInput(f"--textures {folder}: no picture and no clip in it; expected files such as {folder}/a.jpg or {folder}/b.mp4")
+    if len(files) > TEXTURES_MOST:
+        files = [files[i * len(files) // TEXTURES_MOST] for i in range(TEXTURES_MOST)]
+    each = max(1, min(FRAMES_MOST, TEXTURES_MOST // len(files)))
+
+    def read(file):
+        frames = 1 if file.suffix.lower() in IMAGE_SUFFIXES else each
+        try:
+            return decode(file, frames, TEXTURE_SIDE, threads=1)[0]
+        except BadVideo as error:
+            try:                                                 # one frame of a clip that is short, or cut, still is a texture
+                return decode(file, 1, TEXTURE_SIDE, threads=1)[0]
+            except BadVideo:
+                return str(error)
+    with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
+        for file, got in zip(files, pool.map(read, files)):
+            (bad if isinstance(got, str) else chosen).append(got)
+    if not chosen:
+        raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
+    return torch.from_numpy(np.concatenate(chosen)), bad
+
+
+def open_textures(folder):
+    """What a command does first with --textures: read them, name what is left out, tell what there is. -> a number that changes when the
+    pictures do (None without a folder): a run that goes on must see the clips it began with."""
+    if folder is None:
+        return None
+    textures, bad = load_textures(folder)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"textures: {len(textures)} pictures of {folder}" + (f"; {len(bad)} files left out" if bad else ""))
+    return zlib.crc32(textures.numpy())
+
+
+@functools.lru_cache(maxsize=2)
+def pyramid(folder, device):
+    """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
+    objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
+    x, sides = F.pad(load_textures(folder)[0].permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
+    levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
+              for side in sides for some in x.split(16)]
+    return torch.cat(levels).to(device), sides
 
 
 @torch.no_grad()
-def rasterise(scripts, size, device="cpu", chunk=None):
+def rasterise(scripts, size, device="cpu", chunk=None, textures=None):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
     Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
     that covered it and the surface's own coordinates there, and is coloured once, at the end. `chunk` clips
-    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing."""
+    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
+    textures: of a skinned world, its folder."""
     device = torch.device(device)
+    if "skin" in scripts and textures is None:
+        raise ValueError("scripts of a skinned world are drawn with rasterise(..., textures=world.textures)")
     b = len(scripts["count"])
     chunk = chunk or (16 if device.type == "cpu" else 64)
-    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device) for i in range(0, b, chunk)]
+    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device, textures) for i in range(0, b, chunk)]
     return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
 
 
-def _rasterise(s, size, device):
-    shapes, textures = atlas(device)
+def _rasterise(s, size, device, textures):
+    shapes = outlines(device) if "bend" in s else atlas(device)[0]
+    reach = 1.25 if "bend" in s else 1.0                         # how far from its place an object may be seen, in radii along its axes
     b, t = s["camera"].shape[:2]
     p = (torch.arange(size, device=device) + 0.5) / size
     camera = s["camera"][..., None, None]                                    # (b, t, 3, 1, 1)
@@ -685,8 +987,13 @@ def _rasterise(s, size, device):
         c, n = torch.cos(angle)[..., None] / r[..., None], torch.sin(angle)[..., None] / r[..., None]
         ou, ov = dx * c + dy * n, dy * c - dx * n                            # its own axes, in units of its radius
         visible = ((ix >= 0) & (ix < size) & (s["count"] > j)[:, None, None])[:, :, None] & ((iy >= 0) & (iy < size))[..., None]
-        hit = ((ou.abs() < 1) & (ov.abs() < 1) & visible).flatten().nonzero()[:, 0]
+        hit = ((ou.abs() < reach) & (ov.abs() < reach) & visible).flatten().nonzero()[:, 0]
         fu, fv = ou.flatten().index_select(0, hit), ov.flatten().index_select(0, hit)
+        if "bend" in s:                                          # its outline and its picture give way together
+            across, along, amount, freq, phase = s["bend"][:, j].flatten(0, 1).index_select(0, hit // (w * w)).unbind(1)
+            fu, fv = (fu + amount * torch.sin(freq * fv + phase)) / across, (fv + amount * torch.sin(freq * fu - phase)) / along
+            kept = ((fu.abs() < 1) & (fv.abs() < 1)).nonzero()[:, 0]
+            hit, fu, fv = hit.index_select(0, kept), fu.index_select(0, kept), fv.index_select(0, kept)
         kind = s["shape"][:, j].index_select(0, hit // (t * w * w))
         inside = flat.index_select(0, (kind * SHAPE_RES + (fv * half + half).long()) * SHAPE_RES + (fu * half + half).long())
         where = (frame + iy[..., None] * size + ix[:, :, None]).flatten()[hit[inside]]
@@ -695,20 +1002,56 @@ def _rasterise(s, size, device):
     # colour every pixel once: its surface's row of the table, one column after the other. (Measured: index_select on a
     # plane is 4x faster than advanced indexing.)
     row = (ids + torch.arange(b, device=device, dtype=torch.int32)[:, None, None, None] * s["surface"].shape[1]).flatten()
+    u, v = u.flatten(), v.flatten()
+    if "skin" in s:                                              # plain and skinned pixels apart: each kind costs only itself
+        worn = (s["skin"][..., 0] >= 0).flatten().index_select(0, row)
+        planes = torch.empty((3, len(row)), device=device)
+        for which, look in ((~worn, _plain), (worn, functools.partial(_skinned, size=size, textures=textures))):
+            which = which.nonzero()[:, 0]
+            for plane, part in zip(planes, look(s, *(x.index_select(0, which) for x in (row, u, v)))):
+                plane.index_copy_(0, which, part)
+    else:
+        planes = _plain(s, row, u, v)
+    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    for c, plane in enumerate(planes):
+        video[..., c] = plane.view(b, t, size, size).mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+    return video, ids.long()
+
+
+def _plain(s, row, u, v):
+    """Pixels (n,) of these rows of the table, at these coordinates of their surfaces -> an iterator over three planes (n,): R, G, B."""
+    textures = atlas(row.device)[1]
     column = s["surface"].flatten(0, 1).t().contiguous()                     # (11, b·12)
     kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    u, v = u.flatten(), v.flatten()
     tiles *= TEXTURE_RES
     tu = ((u * cos + v * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     tv = ((v * cos - u * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
     blend = textures.flatten().index_select(0, (kind.to(torch.int32) * TEXTURE_RES + tv) * TEXTURE_RES + tu)
-    gain = (1 + shade * v).view(b, t, size, size)
-    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
+    gain = 1 + shade * v
     for c in range(3):
         one, step = column[5 + c].index_select(0, row), (column[8 + c] - column[5 + c]).index_select(0, row)
-        plane = one.addcmul_(step, blend).view(b, t, size, size).mul_(gain)
-        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
-    return video, ids.long()
+        yield one.addcmul_(step, blend).mul_(gain)
+
+
+def _skinned(s, row, u, v, size, textures):
+    """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
+    cells, sides = pyramid(textures, row.device)
+    skin, n = s["skin"], len(load_textures(textures)[0])
+    # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
+    radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
+    crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
+    level = crowd.clamp(min=1e-6).log2().round().clamp(0, len(sides) - 1).int()
+    side = torch.tensor(sides, dtype=torch.int32, device=row.device)[level]
+    begin = torch.tensor([n * sum(q * q for q in sides[:i]) for i in range(len(sides))], dtype=torch.int32, device=row.device)[level]
+    begin += (skin[..., 0] * n).int().clamp(max=n - 1) * side * side
+    begin, side = (x.flatten().index_select(0, row) for x in (begin, side))
+    a, b, c, d, e, f, gain = (x.index_select(0, row) for x in skin[..., 1:].flatten(0, 1).t().contiguous())
+    shade = s["surface"][..., 4].flatten().index_select(0, row)
+    x, y = ((q * side).floor().to(torch.int32) & (2 * side - 1) for q in (c.addcmul_(a, u).addcmul_(b, v), f.addcmul_(d, u).addcmul_(e, v)))
+    x, y = torch.minimum(x, 2 * side - 1 - x), torch.minimum(y, 2 * side - 1 - y)         # beyond its edge a picture is mirrored: no seam
+    rgb = cells.index_select(0, begin + y * side + x).view(torch.uint8).view(-1, 4)
+    gain *= 1 + shade * v
+    return (rgb[:, i] * gain for i in range(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,6 +1060,7 @@ def _rasterise(s, size, device):
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+FILE_SECONDS = 60.0                                              # seconds that one file may take
 
 
 def fit(height, width, size):
@@ -726,16 +1070,71 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None):
+def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
-    Without start: the middles of T equal parts of the whole video.  With start (a fraction of the room there is) and
-    stride (in frames, shortened where the video is too short for it): T frames in a row from there.  Each frame is
-    converted straight to the size asked for, by swscale; the central square is kept.  Far targets are reached by
-    seeking to the key frame before them.  A damaged, truncated or empty file, or one of fewer than T frames: BadVideo."""
-    with opened(path) as container:
-        return _decode(container, str(path), frames, size, start, stride)
+    Without start: what is on screen in the middles of T equal parts of the whole video.  With start (a fraction of the room there
+    is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
+    variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
+    by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
+    cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
+    then seems to stay); so is one of fewer than T frames, and one that takes longer than `limit` seconds.
+
+    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
+    not be exact to the frame, which saves reading a file through whose header does not count its frames."""
+    if threads is None:
+        threads = 0 if torch.utils.data.get_worker_info() is None else 1
+    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places))
+
+
+HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
+STUCK = {}                                                       # file that was given up -> where its result would arrive
+
+
+def decode_for_others(inbox):
+    while (job := inbox.get()) is not None:
+        work, late, box = job
+        try:
+            box.put((work(late), None))
+        except BaseException as error:                           # whatever it is, it is raised where the call was made
+            box.put((None, error))
+        del job, work, box                                       # else the last frames stay until the next job comes
+
+
+def within(seconds, path, work):
+    """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
+
+    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
+    it). A process could be killed as well, but costs 36 ms a file, a thread 0.03 (on two cores; a small clip takes 1.4 to decode): a
+    thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
+    `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
+    def refusal():
+        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
+    deadline = time.monotonic() + seconds
+
+    def late():
+        if time.monotonic() > deadline:
+            raise refusal()
+    if str(path) in STUCK and STUCK[str(path)].empty():
+        raise refusal()
+    if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
+        HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
+        threading.Thread(target=decode_for_others, args=(HAND.inbox,), daemon=True).start()
+    box = queue.SimpleQueue()
+    HAND.inbox.put((work, late, box))
+    try:
+        result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
+    except queue.Empty:
+        STUCK[str(path)], HAND.process = box, None
+        HAND.inbox.put(None)                                     # should it come back after all
+        raise refusal() from None
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error                                            # else error -> traceback -> this frame -> error keeps the file open
+    return result
 
 
 @contextlib.contextmanager
@@ -744,19 +1143,24 @@ def opened(path):
     import av                                                    # here: the procedural path needs no av
     if not os.path.exists(path):
         raise BadVideo(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):                                 # a folder; or a pipe, whose opening would wait for ever
+        raise BadVideo(f"{path}: cannot be decoded (not a file); give a video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), timeout=FILE_SECONDS) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
+            # a decoder may paint over what it cannot read, and says so nowhere that PyAV shows: it shall fail instead
+            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             yield container
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({str(error).split(': ')[0] or type(error).__name__}); re-encode or remove it") from None
+        raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
 
 
-def read_frames(path, size, chunk=8):
-    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts. Memory does not
-    grow with the video. A file that ends long before its header says, in a damaged part, or holds no frame: BadVideo."""
-    held, count = [], 0
+def read_frames(path, size, chunk=8, whole=False):
+    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
+    the short side `size`. Memory does not grow with the video. A file that ends long before its header says, in a damaged part, or
+    holds no frame: BadVideo."""
+    held, count, upright = [], 0, framer(path, size, whole)
     with opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -764,7 +1168,7 @@ def read_frames(path, size, chunk=8):
         length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         end = base = float((stream.start_time or 0) * stream.time_base)
         for frame in container.decode(stream):
-            held.append(_to_square(frame, size, path))
+            held.append(upright(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
             if len(held) == chunk:
@@ -785,159 +1189,1182 @@ def frame_rate(path):
         return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _decode(container, path, frames, size, start, stride):
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    total = stream.frames
-    if not total and stream.duration and stream.time_base:
-        total = int(float(stream.duration * stream.time_base) * rate + 0.5)
-    if not total and container.duration:
-        total = int(container.duration / 1e6 * rate + 0.5)
-    if not total or total < 2:                                   # the header does not tell: count the packets, undecoded
-        total = sum(1 for packet in container.demux(stream) if packet.size)
+def framer(path, size, whole=False):
+    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright; whole: (h, w, 3), all of it, its short side `size`.
+
+    CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
+    them: a mask lies on its pixels, whatever the header says of their shape.
+    CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
+    One reformatter for all frames: a new one for each frame would work out the filter anew."""
+    import av
+    convert, most = av.video.reformatter.VideoReformatter().reformat, 4 if whole else 64
+
+    def upright(frame):
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
+        h, w, top, left = fit(frame.height, frame.width, size)
+        if max(h, w) > most * size:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow: its sides may differ {most} times; crop it")
+        if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
+            rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
+            white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
+            frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
+        image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
+        return np.ascontiguousarray(np.rot90(image if whole else image[top:top + size, left:left + size], turns))
+    return upright
+
+
+def scan(container, stream):
+    """The times of all frames in ticks, in order: every packet is read, none decoded. Leaves the file at its beginning."""
+    container.seek(0)
+    pts = sorted(p.pts for p in container.demux(stream) if p.size and p.pts is not None and not p.is_discard)
+    container.seek(0)
+    return pts
+
+
+def timeline(container, stream):
+    """(frames, frames a second, is that of this stream alone?) of a video, as its header says: what is shown, if an edit list hides a part."""
+    rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
+    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
+        length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
+    own = bool(length or total)
+    length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
+    if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
+        total = int(length * rate + 0.5)
+    if total < 2:                                                # the header does not tell: count the packets
+        pts = scan(container, stream)
+        if len(pts) > 1:
+            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
         container.seek(0)
-    if total < frames:
-        raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
-                       "or a longer video")
-    if start is None:
-        targets = (np.arange(frames) + 0.5) * total / frames     # in frames, at a constant rate
-    else:
-        stride = max(1, min(stride or 1, total // frames))
-        targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-    base = float((stream.start_time or 0) * stream.time_base)
-    times = base + np.floor(targets) / rate
-    images, seen, wanted, at, last = [], [], 0, base, None
-    reader, far, back = container.decode(stream), max(48 / rate, 2.0), 0.0
-    while wanted < frames:
-        if times[wanted] - at > far and stream.time_base:        # a long way ahead: jump to the key frame before it
-            container.seek(int((times[wanted] - 0.5 / rate) / stream.time_base), stream=stream)
-            reader, at, back = container.decode(stream), times[wanted], 1.0
-        frame = next(reader, None)
-        if frame is None:
-            break
-        now = frame.time if frame.time is not None else at + 1 / rate
-        if back and now > times[wanted] + 0.5 / rate:            # some formats land behind the target: try further back
-            container.seek(int(max(times[wanted] - back, base) / stream.time_base), stream=stream)
-            reader, back = container.decode(stream), 2 * back if times[wanted] - back > base else 0.0
-            continue
-        at, back = max(at, now), 0.0
-        if now < times[wanted] - 0.75 / rate:
-            continue
-        image, last = _to_square(frame, size, path), now
-        while wanted < frames and times[wanted] - 0.75 / rate <= now:          # a low frame rate: one frame, several targets
-            images.append(image)
-            seen.append(now)
-            wanted += 1
-    if not images:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
-    if wanted < frames:                                          # headers often announce a little too much; of a cut file, a lot
-        if times[-1] - last > max(0.5 * total / rate / frames, 3 / rate):
-            raise BadVideo(f"{path}: ends at {last - base:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); "
-                           "re-encode or remove it")
-        images += [images[-1]] * (frames - wanted)
-        seen += [last] * (frames - wanted)
-    seen = np.array(seen) - base
-    return np.stack(images), seen, np.clip(seen * rate / total, 0, 1 - 1e-9)
+        total = sum(1 for packet in container.demux(stream) if packet.size)  # one frame, or packets without times
+        container.seek(0)
+    return total, rate, own
 
 
-def _to_square(frame, size, path=''):
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4        # phones write the picture lying and a rotation beside it
-    h, w, top, left = fit(frame.height, frame.width, size)
-    if max(h, w) > 64 * size:
-        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow for a square of {size} px")
-    image = frame.reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(image[top:top + size, left:left + size], turns))
-
-
-def load_labels(mask_path, graph_path, where, size):
-    """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
-    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none.  graph: `tensor` (M, F): id of trajectory m
-    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour."""
+def packets(container, stream, late):
+    """The packets of a stream that hold something, to its end, or to where the file can be read no further: what is asked for behind
+    that place will be missed by whoever asks."""
+    import av
     try:
-        mask = np.load(mask_path, allow_pickle=False)["arr_0"]
-        graph = np.load(graph_path, allow_pickle=False)["tensor"]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadVideo(f"{mask_path}: its labels cannot be read ({error}); remove both sidecars or write them again") from None
-    if mask.dtype.kind not in 'iu' or graph.dtype.kind not in 'iu' or (mask.size and mask.min() < 0):
-        raise BadVideo(f"{mask_path}: labels of type {mask.dtype}; they must be whole numbers from 0 on")
-    if mask.ndim != 3 or graph.ndim != 2 or graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+        for packet in container.demux(stream):
+            late()
+            if packet.size:                                      # the last one is empty, PyAV's sign for the end
+                yield packet
+    except av.error.FFmpegError:
+        return
+
+
+def _decode(path, frames, size, start, stride, threads, late, exact):
+    square = framer(path, size)
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        total, rate, own = timeline(container, stream)
+        if total < frames:
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
+                           "or a longer video")
+        if start is None:
+            targets = (np.arange(frames) + 0.5) * total / frames             # in frames, at a constant rate
+        else:
+            stride = max(1, min(stride or 1, total // frames))
+            targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
+        counted = total == stream.frames
+        times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
+        found = by_seeking(container, stream, times, square, threads, late)
+    if found is None:
+        with opened(path) as container:
+            found = in_order(container, container.streams.video[0], times, square, rate, late)
+    images, seen, end = found
+    lost = [i for i, image in enumerate(images) if image is None]
+    if len(lost) == frames:
+        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it" if end < math.inf else
+                       f"{path}: the frames asked for are damaged; re-encode or remove it")
+    if lost:
+        raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
+    # headers often announce a frame or two too much, or what the sound lasts; of a cut file, a lot
+    if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
+        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
+    places = np.rint(seen * rate)
+    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are
+        with opened(path) as container:
+            pts, tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
+        if pts:
+            places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
+    return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+
+
+def unordered(container, stream):
+    """Does the file tell wrong times? AVI has none: they are counted in the file's order, which is not H.264's and HEVC's order on screen."""
+    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+
+
+def by_seeking(container, stream, times, square, threads, late):
+    """What is on screen at `times` (T,), ascending, in seconds after the first frame -> (images, times of these frames (T,), end of the
+    last packet if the file was read so far, else infinity). None: the file is damaged, or of a kind that wants the slow way.
+
+    The file tells the times of frames and the key frames before anything is decoded: packets are read until the one after a time has
+    passed; the frame is the last that begins before it. Decoding starts at the last key frame before it and leaves out
+        1. whatever stands between the last frame that is wanted and the next such key frame, and
+        2. frames that no other frame refers to (half of an H.264 stream of ordinary settings), unless one of them is wanted.
+    Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
+    import av
+    codec, tick = stream.codec_context, float(stream.time_base or 0)
+    if unordered(container, stream):
+        return None
+    codec.thread_type, codec.thread_count = "AUTO", threads
+    codec.open(strict=False)                                     # before skip_frame is set: dav1d would take that for all it ever decodes
+    images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
+    held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
+    base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
+
+    def read(until):                                             # -> can this way go on?
+        nonlocal reached, over, end
+        while reached <= until and not over:
+            packet = next(reader, None)
+            over = packet is None
+            if over:
+                break
+            if packet.pts is None or packet.is_corrupt:
+                return False
+            held.append(packet)
+            reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
+            if not packet.is_discard:                            # what an edit list hides is decoded, not shown
+                known.add(packet.pts)
+        return True
+
+    def feed(packet):                                            # None: give out what is still inside
+        codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+        for frame in codec.decode(packet):
+            if frame.is_corrupt or frame.pts is None:
+                continue
+            if frame.pts in wanted:
+                images[frame.pts] = square(frame)
+            elif frame.pts > chosen[-1]:
+                ready[frame.pts] = frame
+
+    def drain():
+        nonlocal busy
+        if busy:
+            feed(None)
+            codec.flush_buffers()
+        busy = False
+        ready.clear()
+
+    def jump(target):                                            # to a key frame at or before it
+        nonlocal reader, reached, over
+        drain()
+        back = 0
+        while True:
+            held.clear()
+            known.clear()
+            container.seek(max(target - back, base), stream=stream)
+            reader, reached, over = packets(container, stream, late), -math.inf, False
+            if read(target) and any(p.is_keyframe and p.pts <= target for p in held):
+                return True
+            if target - back <= base:
+                return False
+            back = max(2 * back, round(1 / tick))                # some formats land behind the target
+
+    try:
+        while not over and (not known or reached < min(known)):  # the first frame to be shown is not always the first in the file
+            if not read(reached):
+                return None
+        if not known or not tick:
+            return None
+        base = min(known)
+        for target in (base + np.floor(times / tick)).astype(int).tolist():
+            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)) or not known:
+                return None
+            pts = max((p for p in known if p <= target), default=min(known))
+            chosen.append(pts)
+            known.difference_update([p for p in known if p < pts])
+            for p in [p for p in ready if p < pts]:
+                del ready[p]
+            if pts in wanted:
+                continue
+            wanted.add(pts)
+            if pts in ready:
+                images[pts] = square(ready.pop(pts))
+                continue
+            at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
+            if at is None:                                       # read and fed on the way to an earlier one: still inside the decoder
+                continue
+            key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
+            if key is not None:
+                drain()
+            elif not busy:
+                return None
+            for packet in held[key or 0:at + 1]:
+                feed(packet)
+            del held[:at + 1]
+            busy = True
+        drain()
+    except av.error.FFmpegError:
+        return None
+    if not all(pts in images for pts in chosen):
+        return None
+    return [images[pts] for pts in chosen], (np.array(chosen) - base) * tick, (end - base) * tick if over else math.inf
+
+
+def in_order(container, stream, times, square, rate, late):
+    """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
+    An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
+    import av
+    codec, tick, counting = stream.codec_context, float(stream.time_base or 0), unordered(container, stream)
+    codec.thread_count = 1                                       # more of them would tell of damage later than it happens
+    images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
+    fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
+
+    def settle(until):                                           # `shown` is on screen up to `until`
+        while len(images) < len(times) and times[len(images)] < until:
+            at, (now, frame) = times[len(images)], shown or (0.0, None)
+            lost = frame is None or frame.is_corrupt
+            if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
+                lost = hurt if counting or frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
+            images.append(None if lost else square(frame))
+            seen.append(now)
+
+    for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
+        stamp = None if packet is None or counting else packet.pts
+        if hurt and packet is not None and packet.is_keyframe:
+            hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
+        if stamp is not None and not packet.is_discard:
+            fed.add(stamp)
+        try:
+            frames = codec.decode(packet)
+        except av.error.FFmpegError:
+            frames, hurt, damaged = [], True, True
+        if stamp is not None and not hurt and stamp >= floor:
+            sound.add(stamp)
+        for frame in frames:
+            if base is None:
+                base = min(fed, default=frame.pts)
+            now = count / rate if counting or frame.pts is None else (frame.pts - base) * tick
+            settle(now)
+            shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
+        if len(images) == len(times):
+            return images, np.array(seen), math.inf
+    settle(math.inf)
+    return images, np.array(seen), end
+
+
+def load_labels(mask_path, graph_path, where, size, video=None):
+    """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
+    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none, any whole numbers.  graph: `tensor` (M, F): id of trajectory m
+    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour.
+
+    An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
+    cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
+    `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
+    mask, graph, shape = cut_masks(mask_path, graph_path, size)
+    if video is not None:
+        check_fit(mask_path, shape, *video_header(str(video))[:3])
+    labels, frames = np.empty((len(where), size, size), np.int64), (np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)
+    for i, f in enumerate(frames):
+        owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
+        owner, column = owner[column > 0], column[column > 0]
+        twice = np.flatnonzero(column[1:] == column[:-1])
+        if len(twice):
+            raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
+                           "an object belongs to one trajectory")
+        labels[i] = -1
+        if len(column):
+            at = np.searchsorted(column, mask[f]).clip(max=len(column) - 1)
+            labels[i] = np.where(column[at] == mask[f], owner[at], -1)
+    if (labels < 0).all() and strangers(*sidecars(mask_path, graph_path), frames):
+        raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
+    return labels
+
+
+def strangers(mask, graph, frames):
+    """Has each of these frames masks and trajectories, and none of the latter is among the former?"""
+    return all(graph[:, f].any() and mask[f].any() and not np.isin(graph[graph[:, f] > 0, f], mask[f]).any() for f in frames)
+
+
+KEPT, KEPT_BYTES = collections.OrderedDict(), 2 ** 28            # the last masks that `cut_masks` made: 256 MB in a process
+
+
+def cut_masks(mask_path, graph_path, size):
+    """-> masks (F, size, size), the central square by nearest neighbour; graph (M, F); shape of the whole masks. Kept for the next time:
+    to unpack 147 frames of 292 x 224 takes some 80 ms, and a clip needs eight of them."""
+    key = (str(mask_path), str(graph_path), size, *(os.stat(p).st_mtime_ns for p in (mask_path, graph_path) if p and os.path.exists(p)))
+    if key in KEPT:
+        KEPT.move_to_end(key)
+        return KEPT[key]
+    mask, graph = sidecars(mask_path, graph_path)
     h, w, top, left = fit(*mask.shape[1:], size)
     rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
     columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    labels = np.empty((len(where), size, size), np.int64)
-    for i, f in enumerate((np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)):
-        table = np.full(max(int(mask[f].max()), int(graph[:, f].max()), 0) + 1, -1, np.int64)
-        present = graph[:, f] > 0
-        table[graph[present, f]] = np.flatnonzero(present)
-        labels[i] = table[mask[f][rows][:, columns]]
-    return labels
+    KEPT[key] = np.ascontiguousarray(mask[:, rows[:, None], columns]), graph, mask.shape
+    while len(KEPT) > 1 and sum(kept[0].nbytes for kept in KEPT.values()) > KEPT_BYTES:
+        KEPT.popitem(last=False)
+    return KEPT[key]
+
+
+def sidecars(mask_path, graph_path):
+    """-> mask (F, H, W) and graph (M, F) of whole numbers from 0 on, of their own types. Anything else: BadVideo, which names the file."""
+    for one, other, kind in ((mask_path, graph_path, "graph"), (graph_path, mask_path, "mask")):
+        if one and not other:
+            raise BadVideo(f"{one}: its {kind} is missing; labels are two files, `<video>_mask.npz` and `<video>_graph.npz`: write both or remove both")
+    arrays = []
+    for path, key, axes, form in ((mask_path, "arr_0", 3, "(F, H, W)"), (graph_path, "tensor", 2, "(M, F)")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                x = file[key]
+        except KeyError:
+            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F): see DESIGN") from None
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                           "write both sidecars again, or remove them") from None
+        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
+            raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
+        if x.ndim != axes or not x.size and axes == 3:
+            raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
+        arrays.append(x.view(np.uint8) if x.dtype.kind == "b" else x)
+    mask, graph = arrays
+    if graph.shape[1] != len(mask):
+        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+    return mask, graph
+
+
+@functools.lru_cache(maxsize=65536)
+def video_header(path):
+    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown. Nothing is decoded, and
+    each file is opened once."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        total, rate, _ = timeline(container, stream)
+        return total, stream.height, stream.width, total / rate
+
+
+def check_fit(path, shape, frames, height, width):
+    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
+    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
+    pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
+    count, h, w = shape
+    if frames and abs(count - frames) > max(2, 0.05 * frames):
+        raise BadVideo(f"{path}: masks of {count} frames, but the video has {frames}; write masks for every frame, or remove both sidecars")
+    if h != w and min(abs(w - h * width / height), abs(w - h * height / width)) > max(1, w / h, 0.01 * w):
+        raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Real video: manifests, folders, CSV files
 # ---------------------------------------------------------------------------------------------------------------------
 
+EXPECTED = 'a JSON list of {"video": path, "caption": text}'
+
+
 def read_manifest(path):
     """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
-    `image` (bool) and, where known, caption, label, mask, graph. Paths are relative to the manifest. Wrong: BadInput."""
+    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph; from `data.py make` also
+    appearance, motion (class ids) and qa. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
+    return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
+
+
+def manifest_rows(path):
+    """-> [(row, where, folder)]: rows as they stand in the file, "line 3" or "entry 2 (line 3)", and what paths are relative to."""
     path = Path(path)
     if not path.exists():
         raise BadInput(f"--data {path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
     if path.is_dir():
         if (path / "manifest.json").exists():
-            return read_manifest(path / "manifest.json")
-        rows = [dict(video=str(f), label=f.parent.name if f.parent != path else None) for f in sorted(path.glob("**/*"))
-                if f.suffix.lower() in VIDEO_SUFFIXES]
-        if not rows:
+            return manifest_rows(path / "manifest.json")
+        files = [f for f in sorted(path.glob("**/*")) if f.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
             raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
-    elif path.suffix == ".csv":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
-        # Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional
-        rows = [next(csv.reader([l], delimiter="," if "," in l else " ")) for l in lines if l.strip()]
-        header = rows.pop(0) if rows and len(rows[0]) > 1 and rows[0][0] in ("path", "video") else None
-        for i, row in enumerate(rows):
-            if len(row) < 2:
-                raise BadInput(f"{path} line {i + 1 + bool(header)}: {','.join(row)!r} is not `path,label` (or `path,caption`, under a header that says so)")
-        second = "caption" if header and "caption" in header[1].strip().lower() else "label"
-        rows = [{"video": r[0], second: r[1]} for r in rows]
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                rows = json.loads(text)
-            else:
-                rows = []
-                for number, line in enumerate(text.splitlines(), 1):
-                    try:
-                        rows += [json.loads(line)] if line.strip() else []
-                    except json.JSONDecodeError as error:
-                        raise BadInput(f"{path} line {number}: not a manifest ({error.msg}); expected a JSON object") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{path}: not a manifest ({error}); expected a JSON list of {{\"video\": path, \"caption\": text}}") from None
+        return [(dict(video=str(f.relative_to(path)), label=f.parent.name if f.parent != path else None), str(f.relative_to(path)), path) for f in files]
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} line {1 + raw[:error.start].count(10)}: not a manifest in UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    read = csv_rows if path.suffix == ".csv" else list_rows if text.lstrip().startswith("[") else line_rows
+    rows = [(row, where, path.parent) for row, where in read(text, path)]
     if not rows:
-        raise BadInput(f"{path}: an empty manifest; expected a JSON list of {{\"video\": path, \"caption\": text}}")
-    folder, entries = (path if path.is_dir() else path.parent), []
-    for i, row in enumerate(rows):
-        source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-        if not isinstance(source, str):
-            raise BadInput(f"{path} entry {i + 1}: {json.dumps(row)[:80]} names neither \"video\" nor \"image\"")
-        for key in ("caption", "label", "mask", "graph"):
-            if row.get(key) is not None and not isinstance(row[key], (str, int) if key == "label" else str):
-                raise BadInput(f"{path} entry {i + 1}: \"{key}\" must be text, not {json.dumps(row[key])[:60]}")
-        file = Path(source) if path.is_dir() else folder / source
-        entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
-                     caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
-        for key in ("mask", "graph"):
-            given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
-            entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
-        entry |= {"group": str(row["group"])} if row.get("group") is not None else {}              # a person, a scene: probes keep them apart
-        entries.append(entry)
-    return entries
+        raise BadInput(f"{path}: an empty manifest; expected {EXPECTED}")
+    return rows
+
+
+def csv_rows(text, path):
+    """Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional, and tells more columns."""
+    header = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = next(csv.reader([line], delimiter="," if "," in line else " ", strict=True))
+        except csv.Error as error:
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` ({error})") from None
+        if header is None:                                       # of the first line
+            header = [cell.strip().lower() for cell in cells]
+            if {"path", "video"} & set(header) and len(header) > 1:
+                header = ["video" if cell == "path" else cell for cell in header]
+                if not {"label", "caption"} & set(header):       # whatever it is called: the second column is the label
+                    header[1] = "label"
+                continue
+            header = ()
+        if len(cells) < 2 or not header and len(cells) > 2 or header and len(cells) > len(header):
+            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` (or `path,caption`, under a header that says so); "
+                           "quote a path that holds the separator")
+        columns = dict(zip(header or ("video", "label"), cells))
+        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph") and v}, f"line {number}"
+
+
+def line_rows(text, path):
+    for number, line in enumerate(text.split("\n"), 1):          # not splitlines: a JSON text may hold other line separators
+        try:
+            if line.strip():
+                yield json.loads(line), f"line {number}"
+        except ValueError as error:
+            raise BadInput(f"{path} line {number}: not a manifest ({getattr(error, 'msg', error)}); expected {EXPECTED}, or an object a line") from None
+
+
+def list_rows(text, path):
+    """The items of a JSON list, one after the other: so each knows its line."""
+    decoder, at, line, counted, number = json.JSONDecoder(), text.index("[") + 1, 1, 0, 0
+    space = re.compile(r"[ \t\r\n]*")
+
+    def here():
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, at), at
+        return line
+
+    def refuse(message):
+        raise BadInput(f"{path} line {here()}: not a manifest ({message}); expected {EXPECTED}")
+    at = space.match(text, at).end()
+    while text[at:at + 1] != "]" or number:                      # "[]" is whole; "[1,]" is not
+        number += 1
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            at = getattr(error, "pos", at)
+            refuse(getattr(error, "msg", error))
+        yield row, f"entry {number} (line {here()})"
+        at = space.match(text, end).end()
+        if text[at:at + 1] == "]":
+            break
+        if text[at:at + 1] != ",":
+            refuse(f"a comma or ] is missing after entry {number}")
+        at = space.match(text, at + 1).end()
+    at = space.match(text, at + 1).end()
+    if at != len(text):
+        refuse("there is more after the list's end")
+
+
+def to_entry(row, where, folder, path):
+    """A manifest's row -> an entry; what is wrong with it: BadInput, which names the place, the value and what to write instead."""
+    def refuse(message):
+        raise BadInput(f"{path} {where}: {message}")
+
+    def is_text(x):                                              # a lone half of a surrogate pair cannot be written as UTF-8
+        return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff\0]", x)
+
+    def is_class(x):
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
+    if not isinstance(source, str):
+        refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
+                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
+                 label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
+                 group=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
+                 appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
+                 qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
+                     'a list of {"question": text, "answer": text}'))
+    for key, (fits, form) in kinds.items():
+        if row.get(key) is not None and not fits(row[key]):
+            refuse(f'"{key}" is {json.dumps(row[key])[:60]}; give {form}, or leave it out')
+    file = folder / source
+    entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
+                 caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
+    for key in ("mask", "graph"):
+        given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
+    entry |= {"group": str(row["group"])} if row.get("group") is not None else {}                  # a person, a scene: probes keep them apart
+    return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: the DAVIS layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_davis(folder):
+    """JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png -> a list of dict(name, frames, masks): paths, one mask a frame, by name."""
+    images, annotations = (Path(folder) / kind / "480p" for kind in ("JPEGImages", "Annotations"))
+    for part in (images, annotations):
+        if not part.is_dir():
+            raise BadInput(f"{folder}: no folder {part}; expected the DAVIS layout, JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png")
+    sequences = []
+    for one in sorted(p for p in images.iterdir() if p.is_dir()):
+        frames, masks = sorted(one.glob("*.jpg")), sorted((annotations / one.name).glob("*.png"))
+        if not frames or [p.stem for p in frames] != [p.stem for p in masks]:
+            alone = sorted({p.stem for p in frames} ^ {p.stem for p in masks})
+            raise BadInput(f"{one}: {len(frames)} frames, {len(masks)} masks in {annotations / one.name}" + (f"; {alone[0]} is one without the other" if alone else "")
+                           + "; each frame needs its mask, of the same name")
+        sequences.append(dict(name=one.name, frames=[str(p) for p in frames], masks=[str(p) for p in masks]))
+    if not sequences:
+        raise BadInput(f"{images}: holds no sequence; expected {images}/<name>/*.jpg")
+    return sequences
+
+
+def read_mask(path, size):
+    """A label picture -> uint8 (size, size), cut as `decode` cuts: the palette's numbers where it has one, else its grey values."""
+    with opened(path) as container:
+        frame = next(container.decode(container.streams.video[0]), None)
+    if frame is None or frame.format.name not in ("pal8", "gray", "monob", "monow"):
+        raise BadVideo(f"{path}: not a label picture ({'empty' if frame is None else frame.format.name}); give a PNG of one channel or with a palette")
+    ids = frame.to_ndarray()[0] if frame.format.name == "pal8" else frame.reformat(format="gray").to_ndarray()
+    h, w, top, left = fit(*ids.shape, size)
+    rows, columns = (((np.arange(size) + begin + 0.5) * n / scaled).astype(int) for begin, n, scaled in ((top, ids.shape[0], h), (left, ids.shape[1], w)))
+    return ids[rows][:, columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: dense motion
+# ---------------------------------------------------------------------------------------------------------------------
+
+def opponent(frames):
+    """uint8 (t, H, W, 3) -> float (t, 3, H, W): light, red against green, both against blue. Distances in it see hue where grey does not."""
+    r, g, b = (torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 255).unbind(1)
+    return torch.stack([(r + g + b) / 3, (r - g) / 2, (r + g - 2 * b) / 4], 1)
+
+
+def box(x, radius):
+    """The mean over the (2 radius + 1) square about each pixel; at the border, over what there is of it."""
+    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+
+def positions(h, w):
+    """Pixel numbers, x and y: (2, h, w)."""
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float32), torch.arange(w, dtype=torch.float32), indexing="ij")
+    return torch.stack([x, y])
+
+
+def warped(x, flow):
+    """x (n, c, h, w) read at each pixel's own place + flow (n, 2, h, w; x and y in pixels); outside, the nearest pixel of the border."""
+    h, w = x.shape[-2:]
+    at = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1) * 2 - 1
+    return F.grid_sample(x, at.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
+def slopes(x):
+    """Differences to the right and lower neighbour (n, c, h, w) each, 0 at the border."""
+    return F.pad(x[..., 1:] - x[..., :-1], (0, 1)), F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
+
+
+def grown(flow, h, w):
+    """A flow field at another resolution, in the pixels of that resolution."""
+    scale = torch.tensor([w / flow.shape[-1], h / flow.shape[-2]]).view(2, 1, 1)
+    return F.interpolate(flow, size=(h, w), mode="bilinear") * scale
+
+
+def searched_motion(a, b, h, w):
+    """The coarsest level, by trying everything: each of h x w cells of a against each of b, on patches of 3 x 3 cells of colours and slopes
+    at twice that resolution. A far match costs a little more, else plain ground jumps anywhere.
+    -> flow (n, 2, h, w) in cells, confidence (n, 1, h, w): near 1 where the way back from b leads home."""
+    n = len(a)
+
+    def patches(x):                                              # (n, patch, cells)
+        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w))
+        right, down = slopes(x[:, :1])
+        x = torch.cat([x * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1), 2 * right, 2 * down], 1)
+        return F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 6, stride=2)
+    p, q = patches(a), patches(b)
+    place = positions(h, w).flatten(1).T                         # (cells, 2)
+    far, there, back = 0.08 * torch.cdist(place, place), [], []
+    for i in range(n):                                           # one pair at a time: cells x cells numbers each
+        distance = (p[i].square().sum(0)[:, None] + q[i].square().sum(0) - 2 * p[i].T @ q[i]).clamp(min=0)
+        cost = distance / (distance.amin(1).median() + 1e-3) + far
+        there.append((place[cost.argmin(1)] - place).T.reshape(2, h, w))
+        back.append((place[cost.argmin(0)] - place).T.reshape(2, h, w))
+    flow = torch.stack(there)
+    home = (flow + warped(torch.stack(back), flow)).norm(dim=1, keepdim=True)
+    return flow, torch.exp(-(home / 1.5) ** 2) + 1e-3
+
+
+def refined_motion(a, b, flow, steps=3):
+    """Lucas and Kanade: each step solves, in a window of 5 x 5 pixels, for the shift that explains what still differs; a step of at most a
+    pixel, taken only where it helps; then the field is smoothed, and plain places follow those that have structure."""
+    gx, gy = ((x + F.pad(x, pad)[..., :x.shape[-2], :x.shape[-1]]) / 2 for x, pad in zip(slopes(a), ((1, 0), (0, 0, 1, 0))))
+    xx, xy, yy = (box(g.sum(1, keepdim=True), 2) for g in (gx * gx, gx * gy, gy * gy))
+    xx, yy = xx + 1e-4, yy + 1e-4
+    determinant = xx * yy - xy * xy
+    weight = determinant / (xx + yy) + 1e-5                      # large where there are edges of two directions
+    for _ in range(steps):
+        error = warped(b, flow) - a
+        ex, ey = (box((g * error).sum(1, keepdim=True), 2) for g in (gx, gy))
+        step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
+        new = flow + step.clamp(-1, 1)
+        helps = box((warped(b, new) - a).abs().sum(1, keepdim=True), 2) < box(error.abs().sum(1, keepdim=True), 2)
+        flow = torch.where(helps, new, flow)
+        flow = box(flow * weight, 1) / box(weight, 1)
+    return flow
+
+
+def camera_motion(flow, weight, rounds=15):
+    """What the camera did, as the motion of a plane: u = p0 + p1 x + p2 y + (p6 x + p7 y) x, v likewise: 8 numbers, fitted by re-weighted
+    least squares, so that what moves by itself counts less and less. Its scale begins wide and ends at the median of what is left.
+    CHOICE: the border of the frame counts ten times as much as the middle: things that a camera follows stand in the middle, and a bus
+    that fills a third of the frame was taken for the ground without it.
+    flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w): the camera's part."""
+    def basis(h, w):                                             # (8, 2 h w): u of every pixel, then v
+        x, y = (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) * 2 - 1
+        one, none = torch.ones_like(x), torch.zeros_like(x)
+        return torch.cat([torch.stack([one, x, y, none, none, none, x * x, x * y]), torch.stack([none, none, none, one, x, y, x * y, y * y])], 1), x, y
+    n, (h, w) = len(flow), flow.shape[-2:]
+    few = min(h, 28), min(w, round(28 * max(w / h, 1)))          # 8 numbers need no more places than these
+    rows, x, y = basis(*few)
+    target, start = F.adaptive_avg_pool2d(flow, few).flatten(1), F.adaptive_avg_pool2d(weight, few).flatten(1) * (0.1 + torch.maximum(x.abs(), y.abs()) ** 2)
+    little = torch.tensor([1e-6, 1e-3, 1e-3, 1e-6, 1e-3, 1e-3, 3e-2, 3e-2]).diag() * len(x)          # nothing to see: no motion
+    now = start
+    for i in range(rounds):
+        weighted = rows * now.repeat(1, 2)[:, None]              # (n, 8, 2 h w)
+        p = torch.linalg.solve(weighted @ rows.T + little, weighted @ target[..., None])[..., 0]
+        left = (target - p @ rows).view(n, 2, -1).square().sum(1)
+        scale = left.median(1, keepdim=True)[0].clamp(min=0.1) * max(2.5 * 0.8 ** i, 1.0) ** 2
+        now = start * torch.exp(-left / scale / 2) if i > 3 else start / (left.sqrt() + 0.3)
+    return (p @ basis(h, w)[0]).view(n, 2, h, w)
+
+
+def dense_motion(a, b):
+    """Where each pixel of a is in b, from scratch. a, b (n, 3, H, W) of `opponent` -> flow and the camera's part of it, both (n, 2, H/2, W/2)
+    in pixels of that half resolution. Three levels: an eighth, where every displacement is tried; a quarter and a half, refined."""
+    h, w = a.shape[-2:]
+    flow, weight = searched_motion(a, b, -(-h // 8), -(-w // 8))
+    camera = camera_motion(flow, weight)
+    flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
+    for s in (4, 2):
+        size = -(-h // s), -(-w // s)
+        p, q = F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
+        flow, camera = grown(flow, *size), grown(camera, *size)
+        wrong, wrong_camera = (box((warped(q, f) - p).abs().sum(1, keepdim=True), 2) for f in (flow, camera))
+        flow = refined_motion(p, q, torch.where(wrong_camera <= wrong + 0.01, camera, flow))         # the ground moves with the camera
+        camera = camera_motion(flow, torch.exp(-10 * box((warped(q, flow) - p).abs().sum(1, keepdim=True), 2)))
+    return flow, camera
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Real video: labels without another model
+# ---------------------------------------------------------------------------------------------------------------------
+
+# TrajViT's pipeline (SPECS 2): key frames by three votes -> segment -> track to the next key frame -> link by IoU >= 0.5 -> graph. Two functions
+# make a method, `segment` and `track` (METHODS, below); everything else is the same for all.
+#
+# `classic` needs nothing but torch. Its segment sees a few frames of the stretch between two key frames together:
+#   1. superpixels: each frame in patches of one colour, some 10 pixels wide;
+#   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion differs from the camera's;
+#   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
+#      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
+#      looks like them says no;
+#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are merged with what they touch,
+#      in space and along the motion, as colour, texture and place tell.
+# Measured by `python trajtok.py score` (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
+
+PATCH = 10                                                       # pixels of a superpixel's side
+REGIONS = 40                                                     # trajectories of a stretch, at most
+
+
+def superpixels(x, rounds=4):
+    """x (t, 3, H, W) -> (t, H, W): superpixel of each pixel, numbered through all frames, and how many there are to a frame. SLIC: k-means on
+    colour and place, each pixel looking at the nine nearest centres; half the resolution until the last round."""
+    t, _, height, width = x.shape
+    rows, columns = max(height // PATCH, 1), max(width // PATCH, 1)
+    n = rows * columns
+
+    def points(h, w):                                            # (t, 5, h, w): colour, then place in patches
+        place = (positions(h, w) + 0.5) / torch.tensor([w / columns, h / rows]).view(2, 1, 1)
+        return torch.cat([F.adaptive_avg_pool2d(x, (h, w)) / 0.06, place.expand(t, 2, h, w)], 1)
+
+    def nearest(f, centres):
+        h, w = f.shape[-2:]
+        r, c = (torch.arange(h) * rows // h)[:, None], (torch.arange(w) * columns // w)[None]
+        best, owner = torch.full((t, h, w), math.inf), torch.zeros((t, h, w), dtype=torch.int64)
+        for dr, dc in ((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
+            index = (r + dr).clamp(0, rows - 1) * columns + (c + dc).clamp(0, columns - 1)
+            distance = (f - centres[:, :, index.flatten()].view(f.shape)).square().sum(1)
+            owner = torch.where(distance < best, index, owner)
+            best = torch.minimum(best, distance)
+        return owner + n * torch.arange(t).view(t, 1, 1)
+    f = points(max(height // 2, 1), max(width // 2, 1))
+    centres = F.adaptive_avg_pool2d(f, (rows, columns)).flatten(2)
+    for _ in range(rounds):
+        owner = nearest(f, centres)
+        mean, size = means(f, owner, t * n)
+        centres = torch.where(size.view(t, 1, n) > 0, mean.view(t, n, 5).transpose(1, 2), centres)
+    return nearest(points(height, width), centres), n
+
+
+def means(values, owner, n):
+    """values (t, c, H, W) averaged over the pixels of each of n owners (t, H, W) -> (n, c), and the pixels of each (n,)."""
+    c, owner = values.shape[1], owner.flatten()
+    total = torch.zeros(n, c).index_add_(0, owner, values.movedim(1, -1).reshape(-1, c))
+    size = torch.bincount(owner, minlength=n).float()
+    return total / size.clamp(min=1)[:, None], size
+
+
+def neighbours(owner, n):
+    """Superpixels that touch -> i, j (edges,) and the length of their border in pixels."""
+    sides = [(owner[..., 1:], owner[..., :-1]), (owner[:, 1:], owner[:, :-1])]
+    p, q = (torch.cat([side[k].flatten() for side in sides]) for k in (0, 1))
+    key, length = (torch.minimum(p, q) * n + torch.maximum(p, q))[p != q].unique(return_counts=True)
+    return key // n, key % n, length.float()
+
+
+def followers(owner, flow, n):
+    """Superpixels that lie on one another when a frame is moved onto the next. owner (t, H, W), flow (t - 1, 2, h, w) -> i, j, and the share
+    of i that lies on j."""
+    t, h, w = owner.shape
+    x, y = (positions(h, w) + grown(flow, h, w)).round().long().unbind(1)
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    frame = torch.arange(1, t).view(-1, 1, 1).expand_as(x)
+    key, count = (owner[:-1][inside] * n + owner[frame[inside], y[inside], x[inside]]).unique(return_counts=True)
+    return key // n, key % n, count / torch.bincount(owner.flatten(), minlength=n)[key // n]
+
+
+def unlike_the_ground(x):
+    """x (t, 3, H, W) -> how much each pixel differs from both neighbouring frames after the camera's motion is undone, how much its motion
+    differs from the camera's (both (t, 1, h, w), half resolution, inf where neither neighbour shows the place), and the flow to the next
+    frame (t - 1, 2, h, w). Of the two neighbours the smaller difference counts: ground that a thing uncovers is seen in the other."""
+    t = len(x)
+    flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
+    h, w = flow.shape[-2:]
+    a, b = (F.adaptive_avg_pool2d(y, (h, w)) for y in (torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]])))
+    error = torch.full_like(flow[:, :1], math.inf)
+    for dx, dy in ((i, j) for i in (-0.7, 0, 0.7) for j in (-0.7, 0, 0.7)):  # the camera's model is a plane: the world may be half a pixel off
+        shifted = warped(b, camera + torch.tensor([dx, dy]).view(2, 1, 1))
+        error = torch.minimum(error, box((shifted - a).abs().sum(1, keepdim=True), 1))
+    own = (flow - camera).norm(dim=1, keepdim=True)
+    to = positions(h, w) + camera
+    outside = ((to < 0) | (to > torch.tensor([w - 1, h - 1]).view(2, 1, 1))).any(1, keepdim=True)
+
+    def smaller(values):
+        values, none = values.masked_fill(outside, math.inf), torch.full((1, 1, h, w), math.inf)
+        return torch.minimum(torch.cat([values[:t - 1], none]), torch.cat([none, values[t - 1:]]))
+    return smaller(error), smaller(own), flow[:t - 1]
+
+
+def stands_out(values, seen, frame, t):
+    """How far values (n,) stand out, 0 .. 1: the median of their frame is 0, nine times the usual deviation from it (of the frame, and of all
+    frames) is 1. Where the camera's motion was not found, everything deviates and nothing stands out."""
+    def middle(v):
+        return v.median(), (v - v.median()).abs().median() + 1e-3
+    out = torch.zeros_like(values)
+    if not seen.any():
+        return out
+    usual = middle(values[seen])[1]
+    for i in range(t):
+        here = seen & (frame == i)
+        if here.any():
+            centre, deviation = middle(values[here])
+            out[here] = ((values[here] - centre) / (9 * torch.maximum(deviation, usual))).clamp(0, 1)
+    return out
+
+
+def votes(looks, size, frame, start, t, nearest=6, rounds=5):
+    """start (n,), what each superpixel shows by itself -> (n,): the mean over those that look like it, `nearest` of every frame, repeated."""
+    index, distance = [], []
+    for i in range(t):
+        here = ((frame == i) & (size > 0)).nonzero()[:, 0]
+        d, j = torch.cdist(looks, looks[here]).topk(min(nearest, len(here)), largest=False)
+        index.append(here[j])
+        distance.append(d)
+    index, distance = torch.cat(index, 1), torch.cat(distance, 1)
+    weight = torch.exp(-2 * (distance / (distance.median() + 1e-6)) ** 2) * size[index]
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    for _ in range(rounds):
+        start = (weight * start[index]).sum(1)
+    return start
+
+
+def smoothed(values, size, likeness, edges, rounds=60):
+    """The values (n,) that are near the given ones and near their neighbours', where no strong edge lies between: Jacobi's iteration of
+    sum of size (u - v)^2 + sum over borders of length · exp(-15 difference) (u_i - u_j)^2."""
+    i, j, length = edges
+    weight = length * torch.exp(-15 * (likeness[i] - likeness[j]).abs().sum(1))
+    own = size / PATCH
+    total = (own.clone().index_add_(0, i, weight).index_add_(0, j, weight)).clamp(min=1e-6)
+    u = values
+    for _ in range(rounds):
+        u = (own * values).index_add_(0, i, weight * u[j]).index_add_(0, j, weight * u[i]) / total
+    return u
+
+
+def two_kinds(values, weight, bins=64):
+    """Otsu: the threshold that parts values (n,) into the two most different kinds, and the share of their variance that it explains."""
+    low, high = values.min(), values.max()
+    if high - low < 1e-6:
+        return high, 0.0
+    at = ((values - low) / (high - low) * (bins - 1)).long()
+    mass = torch.zeros(bins).index_add_(0, at, weight)
+    level = torch.arange(bins).float()
+    below, first = mass.cumsum(0), (mass * level).cumsum(0)
+    above = (below[-1] - below).clamp(min=1e-9)
+    between = below * above * (first / below.clamp(min=1e-9) - (first[-1] - first) / above) ** 2
+    cut = between[:-1].argmax()
+    variance = (mass * (level - first[-1] / below[-1]) ** 2).sum() * below[-1]
+    return low + (cut + 0.5) / (bins - 1) * (high - low), (between[cut] / variance.clamp(min=1e-9)).item()
+
+
+def pieces_of(chosen, links):
+    """Connected pieces of the chosen (n,) over links (i, j) -> (n,) the piece's number, its smallest member; of others, their own."""
+    parent = list(range(len(chosen)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+    i, j = links
+    both = chosen[i] & chosen[j]
+    for p, q in zip(i[both].tolist(), j[both].tolist()):
+        p, q = root(p), root(q)
+        parent[max(p, q)] = min(p, q)
+    return torch.tensor([root(i) for i in range(len(chosen))])
+
+
+def merged(points, weight, links, k):
+    """Ward's region merging: points (n, c) of weights (n,), neighbours in links (2, edges) -> (n,) region numbers, at most k of them.
+    Each merger is the one that adds least to the squared distances from the regions' means. In rounds: of all pairs that are one another's
+    best neighbours, the cheapest half merges at once (such a merger never makes another one cheaper). Regions without neighbours, when nothing else is
+    left, may join any other."""
+    n = len(points)
+    owner, total, mass = torch.arange(n), points * weight[:, None], weight.clone()
+    alive = torch.ones(n, dtype=torch.bool)
+    i, j = links
+    while int(alive.sum()) > k:
+        low, high = torch.minimum(i, j), torch.maximum(i, j)
+        key = (low * n + high)[low != high].unique()
+        if not len(key):                                         # islands: from here on all are neighbours
+            left = alive.nonzero()[:, 0]
+            key = (left[:, None] * n + left)[left[:, None] < left]
+        i, j = key // n, key % n
+        centre = total / mass.clamp(min=1e-9)[:, None]
+        cost = mass[i] * mass[j] / (mass[i] + mass[j]).clamp(min=1e-9) * (centre[i] - centre[j]).square().sum(1)
+        rank = torch.empty_like(key)
+        rank[cost.argsort(stable=True)] = torch.arange(len(key))
+        best = torch.full((n,), len(key)).scatter_reduce_(0, torch.cat([i, j]), torch.cat([rank, rank]), "amin")
+        mutual = ((best[i] == rank) & (best[j] == rank)).nonzero()[:, 0]
+        mutual = mutual[rank[mutual].argsort()][:max(1, min(len(mutual) // 2, int(alive.sum()) - k))]
+        p, q = i[mutual], j[mutual]                              # pairs: nobody is in two
+        total[p] += total[q]
+        mass[p] += mass[q]
+        alive[q] = False
+        to = torch.arange(n)
+        to[q] = p
+        owner, i, j = to[owner], to[i], to[j]
+    return owner.unique(return_inverse=True)[1]
+
+
+def tidied(ids, radius):
+    """ids (t, H, W) -> in each pixel the id that most pixels of the square about it have: specks go, borders stay."""
+    out = torch.empty_like(ids)
+    for t, frame in enumerate(ids):
+        present, index = frame.unique(return_inverse=True)
+        out[t] = present[box(F.one_hot(index).movedim(-1, 0)[:, None].float(), radius).argmax(0)[0]]
+    return out
+
+
+@torch.no_grad()
+def classic_segment(frames):
+    """A few frames of one stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W), every pixel in one of at most REGIONS trajectories."""
+    x = opponent(frames)
+    t, _, height, width = x.shape
+    owner, per_frame = superpixels(x)
+    n = t * per_frame
+    frame = torch.arange(t).repeat_interleave(per_frame)
+    right, down = slopes(x[:, :1])
+    texture = torch.cat([right.abs(), down.abs(), 0.7 * (right + down).abs(), 0.7 * (right - down).abs()], 1)
+    looks, size = means(box(torch.cat([x, texture], 1), 1), owner, n)
+    place = means(((positions(height, width) + 0.5) / min(height, width)).expand(t, -1, -1, -1), owner, n)[0]
+    described = torch.cat([looks * torch.tensor([1.0, 2, 2, 2, 2, 2, 2]), 0.25 * place], 1)
+    edges, weight = neighbours(owner, n), size + 1e-6
+    moving, links = torch.zeros(n), torch.stack(edges[:2])
+    if t > 1:
+        error, own, flow = (F.interpolate(v, size=(height, width)) if v.shape[1] == 1 else v for v in unlike_the_ground(x))
+        seen = torch.isfinite(error)
+        sums = means(torch.cat([error.nan_to_num(posinf=0), own.nan_to_num(posinf=0), seen.float()], 1), owner, n)[0]
+        share = sums[:, 2].clamp(min=1e-3)
+        known = (share > 0.3) & (size > 0)
+        # a small misfit differs much where there is texture: by how much more than its slopes explain?
+        differs = stands_out(sums[:, 0] / share / (looks[:, 3:].sum(1) + 0.06), known, frame, t)
+        moves = stands_out(sums[:, 1] / share, known, frame, t)
+        centre = place - torch.tensor([width, height]) / (2 * min(height, width))
+        start = (differs + moves) / 2 * torch.exp(-centre.square().sum(1) / (2 * 0.35 ** 2))         # what is filmed is mostly near the middle
+        moving = votes(described, size, frame, start, t)
+        order = moving.argsort()
+        top = moving[order][(size[order].cumsum(0) < 0.98 * size.sum()).sum().clamp(max=n - 1)]      # a few bright spots must not set the scale
+        moving = smoothed((moving / top.clamp(min=1e-6)).clamp(max=1), size, looks, edges)
+        i, j, lies = followers(owner, flow, n)
+        links = torch.cat([torch.stack(edges[:2])[:, edges[2] >= 4], torch.stack([i, j])[:, lies >= 0.25]], 1)
+    threshold, clear = two_kinds(moving, weight)
+    chosen, ids, count = moving > threshold, torch.full((n,), -1), 0
+    # CHOICE: where the two kinds are not clearly two, or most of the picture would move, nothing is put together: pieces by colour do less harm
+    if clear > 0.68 and size[chosen].sum() < 0.4 * size.sum():
+        piece = pieces_of(chosen, links)
+        area = torch.zeros(n).index_add_(0, piece[chosen], size[chosen])
+        for p in area.argsort(descending=True)[:REGIONS // 2].tolist():
+            if area[p] >= 0.08 * area.sum():
+                ids[chosen & (piece == p)] = count
+                count += 1
+    rest = ids < 0
+    if rest.any():
+        ground = torch.cat([described[:, :7], 0.35 * place, 0.25 * (moving / threshold.clamp(min=1e-6)).clamp(max=1)[:, None]], 1)
+        inside = rest[links].all(0)
+        number = rest.cumsum(0) - 1
+        ids[rest] = count + merged(ground[rest], weight[rest], number[links[:, inside]], REGIONS - 2 - count)
+    return tidied(ids[owner], 2).unique(return_inverse=True)[1]
+
+
+ANCHORS = 8                                                      # frames of a stretch that `classic_segment` sees together
+
+
+@torch.no_grad()
+def classic_track(frames, where, ids):
+    """Masks of the frames at `where` onto all: frames uint8 (t, H, W, 3), where (s,), ids int64 (s, H, W) -> (t, H, W). Each pixel looks up the
+    nearest of those frames, at the place where dense motion finds it there."""
+    t, height, width, _ = frames.shape
+    where = torch.as_tensor(where)
+    nearest = (torch.arange(t)[:, None] - where).abs().argmin(1)
+    out = ids[nearest].clone()
+    rest = (where[nearest] != torch.arange(t)).nonzero()[:, 0]
+    for some in rest.split(8) if len(rest) else ():
+        flow, _ = dense_motion(opponent(frames[some]), opponent(frames[where[nearest[some]]]))
+        x, y = (positions(height, width) + grown(flow, height, width)).round().long().unbind(1)
+        out[some] = ids[nearest[some][:, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
+    return out
+
+
+def anchors(t):
+    """The frames of a stretch of t that `classic` segments together: the middles of ANCHORS equal parts. CHOICE: not the key frame alone. What
+    moves shows only beside other frames, and from a middle no frame is far."""
+    s = min(t, ANCHORS)
+    return ((torch.arange(s) + 0.5) * t / s).long()
+
+
+def classic_labels(frames):
+    """One stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W): `classic` without key frames, for few frames or one short take."""
+    where = anchors(len(frames))
+    return classic_track(frames, where, classic_segment(frames[where]))
+
+
+# `sam2`: automatic masks of the key frame, then video propagation, by the optional package `transformers` and a folder that holds a published
+# SAM2. Its image processors want two more packages; what they do is three lines (`sam2_pixels`).
+SAM2_POINTS, SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 32, 0.8, 0.95, 0.7     # prompts a side; a mask's own estimate; steadiness; duplicates
+SAM2_MASKS = 128                                                 # trajectories of a stretch, at most (SPECS 2)
+
+
+@functools.lru_cache(maxsize=1)
+def sam2_models(folder):
+    """The picture model and the video model of one folder, strictly loaded, nothing downloaded; on a GPU if there is one."""
+    try:
+        import transformers
+        from transformers import Sam2Model, Sam2VideoModel
+    except ImportError as error:
+        raise BadInput(f"--method sam2 needs the package transformers with SAM2 ({error}); pip install transformers, or use --method classic") from None
+    if not (Path(folder) / "config.json").is_file():
+        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2 (config.json and model.safetensors)")
+    device, models = "cuda" if torch.cuda.is_available() else "cpu", []
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()                   # the picture model leaves out the memory's weights, and would list them
+    transformers.logging.disable_progress_bar()
+    try:
+        for kind in (Sam2Model, Sam2VideoModel):
+            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise BadInput(f"--sam2 {folder}: not a whole SAM2 with memory: {sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:3]} are missing "
+                               "or of another shape")
+            models.append(model.eval().to(device))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise error if isinstance(error, BadInput) else BadInput(f"--sam2 {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    return models
+
+
+def sam2_pixels(frames, model):
+    """uint8 (t, H, W, 3) -> (t, 3, S, S) as SAM2 reads them: the whole frame squeezed into its square, normalised."""
+    size = model.config.prompt_encoder_config.image_size
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float() / 255, size=(size, size), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((x - mean) / std).to(model.device)
+
+
+def distinct_masks(logits, scores):
+    """logits (n, h, w) of proposed masks, scores (n,) -> indices of those to keep, best first: sure (SAM2_IOU), steady (the mask above +1 and
+    the mask above -1 overlap by SAM2_STABILITY), and none that overlaps a better one by more than SAM2_OVERLAP; SAM2_MASKS at most."""
+    masks = (logits > 0).flatten(1)
+    steady = (logits > 1).flatten(1).sum(1) / (logits > -1).flatten(1).sum(1).clamp(min=1)
+    good = (scores >= SAM2_IOU) & (steady >= SAM2_STABILITY) & masks.any(1)
+    kept, area = [], masks.sum(1)
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if good[i] and len(kept) < SAM2_MASKS:
+            both = (masks[kept] & masks[i]).sum(1)
+            if not (both / (area[kept] + area[i] - both) > SAM2_OVERLAP).any():
+                kept.append(i)
+    return kept
+
+
+def sam2_method(folder):
+    """-> segment, track (see `method_of`)."""
+    picture, film_model = sam2_models(folder)
+
+    @torch.inference_mode()
+    def segment(frames):
+        size, (h, w) = picture.config.prompt_encoder_config.image_size, frames.shape[1:3]
+        side = (torch.arange(SAM2_POINTS) + 0.5) * size / SAM2_POINTS
+        points = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(1, -1, 1, 2).to(picture.device)
+        ids = torch.full((len(frames), h, w), -1)
+        for i, pixels in enumerate(sam2_pixels(frames, picture)):
+            embeddings, logits, scores = picture.get_image_embeddings(pixels[None]), [], []
+            for some in points.split(64, 1):                     # 64 prompts at a time: memory
+                out = picture(image_embeddings=embeddings, input_points=some, input_labels=torch.ones_like(some[..., 0], dtype=torch.int64), multimask_output=True)
+                logits.append(out.pred_masks.flatten(0, 2).cpu())
+                scores.append(out.iou_scores.flatten().cpu())
+            logits, scores = torch.cat(logits), torch.cat(scores)
+            kept = distinct_masks(logits, scores)
+            if kept:
+                masks = F.interpolate(logits[kept][:, None], size=(h, w), mode="bilinear")[:, 0] > 0
+                order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
+                for number, j in enumerate(order.tolist()):      # small things lie on large ones
+                    ids[i][masks[j]] = number
+        return ids
+
+    @torch.inference_mode()
+    def track(frames, where, ids):
+        from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+        if where.tolist() != [0]:
+            raise ValueError("SAM2 is asked for the key frame alone, and tracks from it")
+        h, w = frames.shape[1:3]
+        pixels, objects = sam2_pixels(frames, film_model), sorted(set(ids[0].flatten().tolist()) - {-1})
+        out = torch.full(frames.shape[:3], -1)
+        out[0] = ids[0]
+        if not objects or len(frames) == 1:
+            return out
+        session = Sam2VideoInferenceSession(video=pixels, video_height=h, video_width=w, inference_device=film_model.device,
+                                            inference_state_device=film_model.device, video_storage_device=film_model.device, dtype=torch.float32)
+        for number in objects:
+            mask = F.interpolate((ids[:1, None] == number).float(), size=pixels.shape[-2:], mode="bilinear", antialias=True) >= 0.5
+            session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
+        session.obj_with_new_inputs = objects
+        for result in film_model.propagate_in_video_iterator(session, start_frame_idx=0):
+            if result.frame_idx:
+                logits, owner = F.interpolate(result.pred_masks.float().cpu(), size=(h, w), mode="bilinear")[:, 0].max(0)
+                out[result.frame_idx] = torch.where(logits > 0, torch.tensor(result.object_ids or objects)[owner], -1)
+        return out
+    return segment, track
+
+
+def method_of(cfg):
+    """-> anchors(t): which frames of a stretch of t are segmented; segment(frames uint8 (s, H, W, 3)) -> ids int64 (s, H, W), -1 = none;
+    track(frames (t, H, W, 3), where (s,), ids (s, H, W)) -> ids (t, H, W). A method of your own is these three functions."""
+    if cfg.method == "classic":
+        return anchors, classic_segment, classic_track
+    return (lambda t: torch.zeros(1, dtype=torch.int64)), *sam2_method(cfg.sam2)
+
+
+def hsv(frames):
+    """uint8 (..., 3) -> float32 hue 0 .. 180, saturation and value 0 .. 255, the scales of the detectors whose thresholds `is_key` takes."""
+    r, g, b = np.moveaxis(frames.astype(np.float32), -1, 0)
+    top = np.maximum(np.maximum(r, g), b)
+    span = top - np.minimum(np.minimum(r, g), b)
+    safe = np.maximum(span, 1e-6)
+    hue = np.where(top == r, (g - b) / safe % 6, np.where(top == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 30
+    return np.stack([np.where(span > 0, hue, 0), 255 * span / np.maximum(top, 1e-6), top], -1)
+
+
+def changes(before, after):
+    """Of two frames uint8 (H, W, 3): the mean change of hue, saturation and value, and how much the correlation of their histograms of light
+    falls short of 1."""
+    step = np.abs(hsv(before) - hsv(after))
+    step[..., 0] = np.minimum(step[..., 0], 180 - step[..., 0])              # hue is a circle
+    p, q = (np.histogram(f @ np.array([0.299, 0.587, 0.114]), 64, (0, 256))[0].astype(float) for f in (before, after))
+    p, q = p - p.mean(), q - q.mean()
+    return float(step.mean()), float(1 - p @ q / max(np.sqrt((p @ p) * (q @ q)), 1e-9))
+
+
+def is_key(change, drop, recent):
+    """Two of three votes (SPECS 2): much change, much more than in the frames just before (`recent`, their changes), other light.
+    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame; with nothing before, no vote."""
+    return (change > 27) + (len(recent) > 0 and change > max(3 * float(np.mean(recent)), 15)) + (drop > 0.15) >= 2
+
+
+def stretches(pieces, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (t, H, W, 3), each from a key frame to the next one, which it
+    holds as its last frame too, and whether it does (the last stretch does not). CHOICE: after `longest` frames the next is a key frame
+    whatever the votes say: memory stays small, and what was not there at first is found."""
+    held, recent = [], collections.deque(maxlen=8)
+    for frame in (f for piece in pieces for f in piece):
+        if held:
+            change, drop = changes(held[-1][::2, ::2], frame[::2, ::2])
+            cut = is_key(change, drop, recent)
+            if not cut:
+                recent.append(change)                            # a cut says nothing of how much moves
+            if cut or len(held) == longest:
+                yield np.stack([*held, frame]), True
+                held = []
+        held.append(frame)
+    if held:
+        yield np.stack(held), False
+
+
+def linked(before, after, least=0.5):
+    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU >= least, one to one, best first."""
+    p, q = int(before.max()) + 1, int(after.max()) + 1
+    both = torch.bincount(((before + 1) * (q + 1) + after + 1).flatten(), minlength=(p + 1) * (q + 1)).view(p + 1, q + 1)
+    iou = (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp(min=1))[1:, 1:]
+    found, taken = {}, set()
+    i, j = (iou >= least).nonzero(as_tuple=True)
+    for k in iou[i, j].argsort(descending=True, stable=True).tolist():       # at IoU 0.5 exactly, two may claim one
+        if int(j[k]) not in found and int(i[k]) not in taken:
+            found[int(j[k])] = int(i[k])
+            taken.add(int(i[k]))
+    return found
+
+
+def label_frames(pieces, method, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none: numbered through the whole video."""
+    choose, segment, track = method
+    out, count, at_key = [], 0, None
+    for frames, more in stretches(pieces, longest):
+        frames = torch.from_numpy(frames)
+        where = choose(len(frames) - more)
+        ids = track(frames, where, segment(frames[where]))
+        old = {} if at_key is None else linked(at_key, ids[0])
+        table = torch.tensor([old.get(i, -2) for i in range(int(ids.max()) + 1)] + [-1])             # the last: of id -1
+        new = table == -2
+        table[new] = count + torch.arange(int(new.sum()))
+        count += int(new.sum())
+        ids = table[ids]
+        at_key = ids[-1] if more else None
+        out.append(ids[:len(ids) - more].to(torch.int32))        # at_key: ids[-1] as tracked; the next stretch segments it anew
+    # a number that lived only in the key frame, as tracked, is seen nowhere now: no gaps
+    used = torch.cat([ids.unique() for ids in out]).unique()
+    table = torch.full((count + 1,), -1, dtype=torch.int32)      # the last: of id -1
+    table[used[used >= 0]] = torch.arange(int((used >= 0).sum()), dtype=torch.int32)
+    return torch.cat([table[ids] for ids in out])
+
+
+def write_labels(mask_path, graph_path, ids):
+    """Trajectories (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
+    ids = np.asarray(ids)
+    count = int(ids.max()) + 1
+    if count > 65535:
+        raise BadVideo(f"{mask_path}: {count} trajectories, more than the 65535 that a mask can name; cut the video into parts")
+    mask = (ids + 1).astype(np.uint8 if count <= 255 else np.uint16)
+    graph = np.zeros((count, len(ids)), np.int64)
+    for t, frame in enumerate(ids):
+        present = np.unique(frame[frame >= 0])
+        graph[present, t] = present + 1
+    try:
+        write_npz(graph_path, "tensor", graph)
+        write_npz(mask_path, "arr_0", mask)
+    except BaseException:
+        graph_path.unlink(missing_ok=True)                       # half of a pair is worse than none
+        raise
+    return count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1076,17 +2503,19 @@ class WorldBatches(torch.utils.data.Dataset):
         some = slice(i * self.batch, (i + 1) * self.batch)
         chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
         scripts = [script(j, self.world) for j in chosen]
-        return dict(scripts=stack(scripts), size=self.world.size, caption=[s["caption"] for s in scripts], bad=[],
+        return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
                     appearance=torch.tensor([s["appearance"] for s in scripts]),
-                    motion=torch.tensor([s["motion"] for s in scripts]), index=[s["index"] for s in scripts])
+                    motion=torch.tensor([s["motion"] for s in scripts]), qa=[s["qa"] for s in scripts], index=[s["index"] for s in scripts])
 
 
 class VideoBatches(torch.utils.data.Dataset):
     """Batch i of real clips: epoch i // len, in an order drawn from (seed, epoch); videos and pictures never share a batch
-    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves."""
+    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves.
+    Training takes `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0, and evaluation: frames
+    spread over the whole video."""
 
-    def __init__(self, entries, frames, size, batch, seed=0, train=True):
-        self.entries, self.frames, self.size, self.batch, self.seed, self.train = entries, frames, size, batch, seed, train
+    def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
+        self.entries, self.frames, self.size, self.batch, self.seed, self.train, self.stride = entries, frames, size, batch, seed, train, stride
 
     @functools.lru_cache(maxsize=2)
     def plan(self, epoch):
@@ -1106,13 +2535,13 @@ class VideoBatches(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, 1, i))
         videos, labels, kept, bad = [], [], [], []
         for j in self.plan(i // len(self))[i % len(self)]:
-            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, 9))
+            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, max(self.stride, 1) + 1))
             try:
                 video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
-                                         *((start, stride) if self.train else (None, None)))
+                                         *((start, stride) if self.train and self.stride else (None, None)), places=bool(entry["mask"] and entry["graph"]))
                 label = np.full(video.shape[:3], -1, np.int64)
-                if entry["mask"] and entry["graph"]:
-                    label = load_labels(entry["mask"], entry["graph"], where, self.size)
+                if entry["mask"] or entry["graph"]:
+                    label = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
             except BadVideo as error:
                 bad.append((entry["path"], str(error)))
                 continue
@@ -1120,24 +2549,118 @@ class VideoBatches(torch.utils.data.Dataset):
             labels.append(torch.from_numpy(label))
             kept.append(j)
         return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, caption=[self.entries[j]["caption"] for j in kept], label=[self.entries[j]["label"] for j in kept])
+                    index=kept, **self.captions(i, kept), label=[self.entries[j]["label"] for j in kept],
+                    **made_keys([self.entries[j] for j in kept]))
+
+    def captions(self, i, kept):
+        """Of several captions of a clip one, drawn from (seed, batch, entry); where nothing is drawn the first, and `captions` holds them all."""
+        texts = [e if isinstance(e, list) else [e] for e in (self.entries[j]["caption"] for j in kept)]
+        if not self.train:
+            return dict(caption=[t[0] for t in texts], captions=texts)
+        return dict(caption=[t[0] if len(t) == 1 else t[np.random.default_rng((self.seed, 3, i, j)).integers(len(t))] for j, t in zip(kept, texts)])
+
+
+def made_keys(entries):
+    """appearance and motion (b,) and qa, b lists, of a batch of made clips: only where all of them have it."""
+    kept = {key: [e[key] for e in entries] for key in ("appearance", "motion", "qa") if entries and all(key in e for e in entries)}
+    return {key: x if key == "qa" else torch.tensor(x) for key, x in kept.items()}
 
 
 def finish(batch, device):
     """A batch as it left its worker -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64 (b, t, H, W) on the device."""
     if "scripts" in batch:
-        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device)
+        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device, textures=batch["textures"])
     elif batch["video"] is not None:
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)
     return batch
 
 
+class Mixed(torch.utils.data.Dataset):
+    """Batches of several datasets in given shares: batch i is a whole batch of one of them, so that videos, pictures and made clips
+    never share one. Which one, and which of its batches, is a pure function of (seed, i): a resumed run draws on alike.
+
+    The first dataset takes its share of all numbers, evenly: batch i is its own where floor(i share + phase) steps, and that floor
+    counts its batches so far. The numbers that it leaves, counted anew, go to the others in the same way. So among the first i the first
+    dataset has its share to within one batch, and each of the others to within a few (chance would be off by sqrt(i))."""
+
+    def __init__(self, datasets, shares, seed=0):
+        if len(datasets) != len(shares) or not datasets or min(shares) <= 0 or not math.isfinite(sum(shares)):
+            raise BadInput(f"shares {', '.join(map(str, shares))} for {len(datasets)} sets: give each a number above 0")
+        self.datasets = datasets
+        self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]            # ... of what those before it leave: the last 1
+        self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
+
+    def place(self, i):                                          # -> (dataset, number of the batch there)
+        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
+            mine = math.floor(i * share + phase)
+            if math.floor((i + 1) * share + phase) > mine:
+                return j, mine
+            i -= mine
+        raise AssertionError("the last share is 1: it takes every number that is left")
+
+    def __getitem__(self, i):
+        j, n = self.place(i)
+        return self.datasets[j][n]
+
+
+class Shard(torch.utils.data.Dataset):
+    """The part of rank `rank` of `ranks`: every ranks-th batch of a dataset. The parts are disjoint, and each rank's batch i
+    exists, so that none waits for another. Of a mixture, shard each dataset, not the mixture: then at each step all ranks
+    draw from the same one, and their batches have one shape."""
+
+    def __init__(self, dataset, rank, ranks):
+        if not 0 <= rank < ranks:
+            raise BadInput(f"rank {rank} of {ranks}: ranks are counted from 0")
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __getitem__(self, i):
+        return self.dataset[i * self.ranks + self.rank]
+
+
 def loader(dataset, first, last, workers=0):
     """Batches first .. last - 1, in order, made by `workers` processes ahead of time (0: in this one). Order and content do
-    not depend on the number of workers; to resume, begin at another `first`."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
-                                       prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    not depend on the number of workers; to resume, begin at another `first`. A worker that dies ends the run: BadInput."""
+    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
+                                          prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
+    return watched(batches) if workers else batches
+
+
+def watched(batches):
+    """The batches of a DataLoader with workers. torch notices a dead worker when the system reports it, wherever this process is at that
+    moment, and raises a RuntimeError from the signal's handler: here it becomes one line and exit code 2."""
+    def refusal(error):
+        text = str(error).strip().splitlines()
+        if isinstance(error, BadInput):                          # a worker's own refusal, under the traceback that torch puts above it
+            return BadInput(text[-1].split(": ", 1)[-1])
+        return BadInput(f"a process that makes batches died ({text[0].rstrip('. ')}): if the system killed it, memory ran out; "
+                        "give fewer --workers or a smaller --batch; --resume goes on from the last checkpoint")
+    iterator, main = iter(batches), threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main and hasattr(signal, "SIGCHLD") else None       # torch's: it was set just now
+
+    def told(number, frame):
+        try:
+            before(number, frame)
+        except RuntimeError as error:
+            raise refusal(error) from None
+    if callable(before):
+        signal.signal(signal.SIGCHLD, told)
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):           # an error of ours in a worker: its traceback is wanted
+                    raise
+                raise refusal(error) from None
+            except BadInput as error:
+                raise (refusal(error) if str(error).startswith("Caught") else error) from None
+            yield batch
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGCHLD, before)
 
 
 def augment(video, labels, seed, flip=True):
@@ -1169,3 +2692,514 @@ def augment(video, labels, seed, flip=True):
     x = torch.lerp(x, soft, each(np.where(rng.random(b) < 0.3, rng.uniform(0.3, 1.0, b), 0.0)))     # blur
     return (x.clamp(0, 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous(),
             labels.round().long().view(b, t, h, w) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py make
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """Writes the procedural world as MP4s with label sidecars, captions, questions and a manifest: the same training from disk."""
+    size: str = "nano"                  # one of nano, tiny, base, large: what their clips look like by default
+    clips: int = 1000                   # how many; more later: the same command with another number
+    out: str = "out/world"              # the folder for manifest.json and clips
+    image_size: int = 64                # pixels of a side, an even number
+    frames: int = 8                     # frames of a clip
+    max_objects: int = 8                # 1 .. 8 objects in a clip
+    shared_colours: bool = True         # may two objects of a clip wear the same colour?
+    acts: int = 1                       # acts that the subject performs one after another; more for long clips
+    camera: bool = True                 # pans and zooms
+    light: bool = True                  # the scene gets lighter or darker
+    textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
+    seed: int = 0                       # the clips that a training of this seed sees first
+    begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
+    fps: float = 8.0                    # frames a second
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core
+    overwrite: bool = False             # make clips anew that are there
+
+    def __post_init__(self):
+        for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
+        if not 1 <= self.fps <= 1000:
+            raise BadInput(f"--fps {self.fps}: 1 to 1000")
+        if self.image_size % 2 or not 8 <= self.image_size <= 8192:
+            raise BadInput(f"--image-size {self.image_size}: an even number from 8 to 8192")
+        self.world
+
+    @property
+    def world(self):
+        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures)
+
+    @property
+    def first(self):                                             # seeds as `trajtok.open_data` counts them
+        return TRAIN + self.seed % 49 * 10_000_000 if self.begin is None else self.begin
+
+
+#  size          what `trajtok.py pretrain` and `train_clip.py` train on (a test compares)
+MAKE_SIZES = {"nano": dict(image_size=64, frames=8, max_objects=4, shared_colours=False), "tiny": dict(image_size=128, frames=8),
+              "base": dict(image_size=224, frames=16), "large": dict(image_size=224, frames=16)}
+MAKE_SIZES = {name: {"size": name, **values} for name, values in MAKE_SIZES.items()}
+AT_ONCE = 16                                                     # clips that a worker paints together
+
+
+def make(argv):
+    """The same clips as on the fly, on disk: begin .. begin + clips - 1. What is there whole is kept, so a run that was stopped goes on."""
+    cfg = configure(MakeConfig, MAKE_SIZES, argv)
+    out, began = Path(cfg.out), time.time()
+    # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
+    words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
+    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--out {out}: cannot be used ({error}); give another folder") from None
+    differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
+    if differ:
+        raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
+    write_json(out / "make.json", settings)
+    for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
+        stale.unlink(missing_ok=True)
+    jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
+    rows, kept, size = {}, 0, 0
+    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
+    with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
+        for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
+            if failure:
+                raise BadInput(f"{out}: clips {first} .. {first + count - 1}: {failure}; what is written is whole: give fewer --workers and run it again")
+            rows[first], old, written = done
+            kept, size = kept + old, size + written
+            bar.update(count)
+    lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
+    replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
+    print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
+          + (f"; {kept} of them were there" if kept else ""))
+    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+
+
+def make_some(job):
+    """Clips first .. first + count - 1 in their folder -> their manifest rows, how many were there, bytes of all."""
+    cfg, first, count = job
+    scripts, rows, missing, size = [script(first + i, cfg.world) for i in range(count)], [], [], 0
+    for s in scripts:
+        clip = f"{s['index'] // 1000:07d}/{s['index']:010d}.mp4"             # a thousand clips a folder
+        rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
+    paths = [Path(cfg.out) / row["video"] for row in rows]
+    sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
+    missing = [i for i, p in enumerate(paths) if cfg.overwrite or not all(f.exists() for f in (p, *sidecars[i]))]
+    if missing:
+        videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
+    for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
+        try:
+            paths[i].parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{paths[i].parent}: cannot be made ({error.strerror}); give another --out, or make room") from None
+        # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
+        present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
+        graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
+        write_npz(sidecars[i][0], "arr_0", ids + 1)
+        write_npz(sidecars[i][1], "tensor", graph)
+        with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
+            add(video)
+    return rows, count - len(missing), sum(f.stat().st_size for p, both in zip(paths, sidecars) for f in (p, *both))
+
+
+def write_npz(path, key, array):
+    def write(beside):
+        with open(beside, "wb") as file:                         # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **{key: array})
+    replace(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
+    manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
+    size: str = "any"                   # nothing depends on it: every command takes it
+    frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
+    image_size: int = 64                # pixels of a side that frames are decoded to
+    seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
+    workers: int | None = None          # processes, at least 1; default: one for each core
+    seed: int = 0                       # decides nothing here: every command takes it
+
+    def __post_init__(self):
+        for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not 0 < self.seconds < math.inf:
+            raise BadInput(f"--seconds {self.seconds}: more than 0")
+
+
+def check(argv):
+    """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
+    cfg = configure(CheckConfig, {"any": {}}, argv, positional="manifest")
+    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
+    for number, (row, where, folder) in enumerate(rows):
+        try:
+            jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
+        except BadInput as error:
+            problems.append((number, "entry", str(error)))
+    with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
+        for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
+            hangs = dict(NOTHING, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")])
+            found[number] = entry, result or hangs
+            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
+            bar.update()
+    for _, _, text in sorted(problems):
+        print(text)
+    summary(len(rows), list(found.values()), problems)
+    if problems:
+        raise SystemExit(1)
+
+
+NOTHING = dict(seconds=0.0, bytes=0, shape=None, strangers=False)            # what is known of a file that could not be opened
+
+
+def inspect_entry(job):
+    """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
+    strangers: has the mask ids that no trajectory owns?)."""
+    cfg, _, entry = job
+    path, wrong, where, result = entry["path"], [], None, dict(NOTHING)
+    if not os.path.exists(path):
+        hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
+        return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
+    try:
+        total, height, width, seconds = video_header(path)
+        result |= dict(seconds=0.0 if entry["image"] else seconds, bytes=os.path.getsize(path), shape=(height, width))
+        if not entry["image"] and 0 < total < cfg.frames:
+            wrong.append(("too short", f"{path}: has {total} frames, fewer than the {cfg.frames} of a clip; give --frames {total} or less, or leave it out"))
+        where = decode(path, 1 if entry["image"] else min(cfg.frames, total or cfg.frames), cfg.image_size)[2]
+    except BadVideo as error:
+        wrong.append(("cannot be decoded", str(error)))
+    if entry["mask"] or entry["graph"]:
+        try:
+            mask, graph = sidecars(entry["mask"], entry["graph"])
+            load_labels(entry["mask"], entry["graph"], np.arange(len(mask)) / len(mask), 16, path if where is not None else None)        # every frame
+            if graph.any() and not np.isin(graph[graph > 0], mask).any():
+                wrong.append(("labels", f"{entry['mask']}: shares no object id with {entry['graph']}; do the two belong together?"))
+            result["strangers"] = not np.isin(mask[mask > 0], graph).all()
+        except BadVideo as error:
+            wrong.append(("labels", str(error)))
+    return result | dict(wrong=wrong)
+
+
+def summary(count, found, problems):
+    """The table at the end of `check`."""
+    entries, results = [e for e, _ in found], [r for _, r in found]
+    shapes = collections.Counter(r["shape"] for r in results if r["shape"]).most_common()
+    seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
+    texts = [1 if isinstance(e["caption"], str) else len(e["caption"]) for e in entries if e["caption"]]
+    lines = [("entries", count), ("videos", sum(not e["image"] for e in entries)), ("pictures", sum(e["image"] for e in entries)),
+             ("labelled", sum(bool(e["mask"] and e["graph"]) for e in entries)),
+             ("captioned", f"{len(texts)}" + (f" ({sum(texts)} captions)" if sum(texts) > len(texts) else "")),
+             ("with a class", f"{sum(e['label'] is not None for e in entries)} ({len({e['label'] for e in entries} - {None})} classes)"),
+             ("duration", f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{seconds % 60:04.1f}"), ("size", f"{size / 1e6:.1f} MB"),
+             ("frames", ", ".join(f"{w} x {h} ({n})" for (h, w), n in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""))]
+    if any(r["strangers"] for r in results):
+        lines.append(("unlabelled ids", f"{sum(r['strangers'] for r in results)} masks hold objects that no trajectory owns: left unlabelled"))
+    lines.append(("problems", len(problems)))
+    lines += [(f"  {kind}", n) for kind, n in collections.Counter(kind for _, kind, _ in problems).most_common()]
+    for name, value in lines:
+        print(f"{name:20s} {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Times where clips come from: the procedural world, and the decoding of files beside a loop that decodes everything."""
+    data: str | None = None             # a manifest or folder of videos; default: two clips of 854 x 480 px, made on the spot
+    files: int = 8                      # how many of its videos, at most
+    size: str = "large"                 # clips as these sizes take them: nano (64 px, 8 frames), tiny (128 px, 8), base, large (224 px, 16)
+    image_size: int | None = None       # pixels of a side; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    repeats: int = 5                    # timings of each, taken in turn
+    out: str = "results/bench-data.json"        # file for the figures
+    device: str = "auto"                # what the world is drawn on, beside the CPU: cpu, cuda, ...
+
+    def __post_init__(self):
+        for field in ("files", "repeats", "frames", "image_size"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
+
+
+def bench_films(files, count=300, height=480, width=854):
+    """files {path: encoder's options}: one clip of `count` frames, as a camera would leave it: a long scene of the world, drawn at a third of
+    the size (so that edges come out soft), with a sensor's noise, so that it costs as many bits as a filmed one. H.264, 30 frames a second."""
+    import av
+    noise, small, piece = np.random.default_rng(0), -(-width // 3), 10
+    scene = stack([script(VALIDATION + 7, World(small, count, acts=max(count // 30, 1)))])
+    with contextlib.ExitStack() as stack_of_files:
+        outputs = []
+        for path, options in files.items():
+            file = stack_of_files.enter_context(av.open(str(path), "w"))
+            outputs.append((file, file.add_stream("libx264", rate=30)))
+            outputs[-1][1].height, outputs[-1][1].width, outputs[-1][1].pix_fmt, outputs[-1][1].options = height, width, "yuv420p", options
+        for t in range(count):
+            if t % piece == 0:
+                part = {k: v[:, t:t + piece] if k in ("camera", "light") else v[:, :, t:t + piece] if k == "place" else v for k, v in scene.items()}
+                drawn = rasterise(part, small)[0][0].numpy()
+            frame = av.VideoFrame.from_ndarray(drawn[t % piece], format="rgb24").reformat(width=width, height=width, format="rgb24", interpolation="BICUBIC")
+            big = frame.to_ndarray()[(width - height) // 2:][:height] + noise.integers(-6, 7, (height, width, 3), np.int16)
+            big = av.VideoFrame.from_ndarray(big.clip(0, 255).astype(np.uint8), format="rgb24")
+            for file, stream in outputs:
+                file.mux(stream.encode(big))
+        for file, stream in outputs:
+            file.mux(stream.encode())
+
+
+def decode_everything(path, frames, size, keep):
+    """The plain loop, for comparison: every frame is decoded, then T are chosen. keep: what of each frame is kept until then:
+    `rgb` (all of it as RGB, scaled after the choice: what one writes first), `square` (what a clip needs), `decoded` (as the
+    decoder gave it: only the chosen ones are turned into RGB)."""
+    import av
+    square = framer(path, size)
+    turn = {"rgb": lambda frame: frame.to_ndarray(format="rgb24"), "square": square, "decoded": lambda frame: frame}[keep]
+    with av.open(str(path)) as container:
+        video = [turn(frame) for frame in container.decode(video=0)]
+        video = [video[int((i + 0.5) * len(video) / frames)] for i in range(frames)]
+        finish = {"rgb": lambda array: square(av.VideoFrame.from_ndarray(array, format="rgb24")), "square": lambda array: array, "decoded": square}[keep]
+        return np.stack([finish(frame) for frame in video])
+
+
+def readers(frames, size):
+    """{name: a function of a path -> (T, ., ., 3) frames}. decord is no part of this project: it is timed where it is installed."""
+    found = {"ours": lambda p: decode(p, frames, size)[0], "ours, one thread": lambda p: decode(p, frames, size, threads=1)[0]}
+    found |= {f"plain loop, keeping {keep}": functools.partial(decode_everything, frames=frames, size=size, keep=keep) for keep in ("rgb", "square", "decoded")}
+    try:
+        import decord
+    except ImportError:
+        return found
+
+    def by_decord(path, threads):
+        with open(path, "rb") as file:
+            h, w, top, left = fit(*decord.VideoReader(file, num_threads=1)[0].shape[:2], size)
+        video = decord.VideoReader(str(path), num_threads=threads, width=w, height=h)
+        return video.get_batch([int((i + 0.5) * len(video) / frames) for i in range(frames)]).asnumpy()[:, top:top + size, left:left + size]
+    return found | {"decord": lambda p: by_decord(p, 0), "decord, one thread": lambda p: by_decord(p, 1)}
+
+
+def in_turn(functions, repeats, first=0):
+    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; `first` rounds more, to begin
+    with, are not counted."""
+    seconds = {name: [] for name in functions}
+    for _ in range(first + repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(times[first:]) for name, times in seconds.items()}
+
+
+def bench_world(cfg, device):
+    """-> rows: clips a second of writing scripts, and of drawing them, on each device."""
+    world, rows = World(cfg.image_size, cfg.frames), []
+    batch = max(1, min(32, 2 ** 22 // (cfg.frames * cfg.image_size ** 2)))
+    scripts = stack([script(VALIDATION + i, world) for i in range(batch)])
+
+    def draw(device):
+        rasterise(scripts, cfg.image_size, device)
+        if device != "cpu":
+            torch.cuda.synchronize()
+    functions = {"world, script": lambda: [script(VALIDATION + i, world) for i in range(batch)], "world, drawn on cpu": lambda: draw("cpu")}
+    if device.type != "cpu":
+        functions[f"world, drawn on {device.type}"] = lambda: draw(device)
+    for name, seconds in in_turn(functions, cfg.repeats, first=1).items():
+        rows.append(dict(source="world", name=name, clips_per_second=batch / float(np.median(seconds)), batch=batch))
+        print(f"{name:46s} {rows[-1]['clips_per_second']:9.1f} clips/s", flush=True)
+    return rows
+
+
+def bench_file(path, cfg):
+    """-> rows: milliseconds of each reader for one file, and how many times as long as ours it takes (median of the pairs)."""
+    import av
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        what = f"{Path(path).name}, {stream.codec_context.name} {stream.width} x {stream.height}, {timeline(container, stream)[0]} frames"
+    rows, seconds = [], in_turn({name: functools.partial(f, str(path)) for name, f in readers(cfg.frames, cfg.image_size).items()}, cfg.repeats)
+    print(f"{what}: {cfg.frames} frames of {cfg.image_size} px")
+    for name, times in seconds.items():
+        ratio = {base: float(np.median(times / seconds[base])) for base in ("ours", "ours, one thread")}
+        rows.append(dict(source=what, name=name, ms=1e3 * float(np.median(times)), clips_per_second=1 / float(np.median(times)), times_ours=ratio["ours"],
+                         times_ours_one_thread=ratio["ours, one thread"]))
+        print(f"    {name:42s} {rows[-1]['clips_per_second']:9.1f} clips/s  {rows[-1]['ms']:7.0f} ms   {ratio['ours']:5.2f} x ours   "
+              f"{ratio['ours, one thread']:5.2f} x ours with one thread", flush=True)
+    return rows
+
+
+def bench(argv):
+    sizes = {name: dict(size=name, image_size=size, frames=frames) for name, size, frames in
+             (("nano", 64, 8), ("tiny", 128, 8), ("base", 224, 16), ("large", 224, 16))}
+    cfg = configure(BenchConfig, sizes, argv)
+    if not cfg.out or Path(cfg.out).is_dir():
+        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
+    try:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else torch.device(cfg.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
+    entries = [e["path"] for e in read_manifest(cfg.data) if not e["image"]][:cfg.files] if cfg.data else []
+    cores, card = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device.type
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+    print(f"{cores} cores, {torch.get_num_threads()} torch threads, {card}; medians of {cfg.repeats} in turn; clips of {cfg.frames} frames, {cfg.image_size} px")
+    rows, bad = bench_world(cfg, device), []
+    with tempfile.TemporaryDirectory() as folder:
+        if not cfg.data:
+            films = {f"{folder}/gop250.mp4": {}, f"{folder}/gop30.mp4": {"g": "30"}}         # key frames: an encoder's own choice; a streaming site's
+            bench_films(films)
+            entries = list(films)
+        for path in entries:
+            try:
+                decode(path, cfg.frames, cfg.image_size)         # the plain loop would end in a traceback
+                rows += bench_file(path, cfg)
+            except BadVideo as error:
+                bad.append(str(error))
+                print(f"left out: {error}", file=sys.stderr)
+    if len(bad) == len(entries):
+        raise BadInput(f"--data {cfg.data}: none of the {len(entries)} videos can be decoded; the last: {bad[-1] if bad else '-'}")
+    for name in dict.fromkeys(row["name"] for row in rows if "ms" in row):
+        of = [row for row in rows if row["name"] == name]
+        rows.append(dict(source="all files", name=name, clips_per_second=len(of) / sum(row["ms"] for row in of) * 1e3,
+                         times_ours=float(np.median([row["times_ours"] for row in of])), times_ours_one_thread=float(np.median([row["times_ours_one_thread"] for row in of]))))
+        print(f"{f'all {len(of)} files, {name}':46s} {rows[-1]['clips_per_second']:9.1f} clips/s   {rows[-1]['times_ours']:5.2f} x ours   "
+              f"{rows[-1]['times_ours_one_thread']:5.2f} x ours with one thread")
+    import av
+    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=card, cores=cores, torch_threads=torch.get_num_threads(), torch=torch.__version__,
+                             av=av.__version__, left_out=bad, rows=rows))
+    print(f"wrote {cfg.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py label
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Makes trajectory labels for real video: `_mask.npz` and `_graph.npz` beside each file, and a manifest of them, labelled.json."""
+    source: str = ""                    # a folder of videos, a manifest or a CSV
+    method: str = "classic"             # classic (nothing else needed) or sam2
+    sam2: str | None = None             # folder of a published SAM2 (config.json, model.safetensors), for --method sam2
+    out: str | None = None              # folder for labels and manifest; default: beside the videos, the manifest in the folder given
+    image_size: int = 224               # short side of the masks in pixels
+    stretch: int = 48                   # the next frame is a key frame after so many at the latest
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core, of sam2 one
+    overwrite: bool = False             # make labels anew that are there
+
+    def __post_init__(self):
+        if self.method not in ("classic", "sam2"):
+            raise BadInput(f"--method {self.method}: classic or sam2")
+        if (self.method == "sam2") != bool(self.sam2):
+            raise BadInput(f"--method {self.method} --sam2 {self.sam2}: --sam2 FOLDER goes with --method sam2, and sam2 cannot do without")
+        if not 32 <= self.image_size <= 2048 or self.stretch < 1 or (self.workers or 0) < 0:
+            raise BadInput(f"--image-size {self.image_size} --stretch {self.stretch} --workers {self.workers}: 32 to 2048, at least 1, at least 0")
+
+
+def label_video(job):
+    """One file in a worker -> (trajectories, frames), or why it cannot be labelled."""
+    cfg, path, mask, graph = job
+    try:
+        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method_of(cfg), cfg.stretch)
+        return write_labels(Path(mask), Path(graph), ids), len(ids)
+    except BadVideo as error:
+        return str(error)
+
+
+def whole_labels(mask, graph):
+    try:
+        return bool(mask and graph) and os.path.exists(mask) and os.path.exists(graph) and len(sidecars(mask, graph)) == 2
+    except BadVideo:
+        return False
+
+
+def label(argv):
+    cfg = configure(LabelConfig, None, argv, positional="source")
+    try:
+        entries = read_manifest(cfg.source)
+    except BadVideo:
+        raise
+    except BadInput as error:
+        raise BadInput(str(error).removeprefix("--data ")) from None
+    source = Path(cfg.source) if Path(cfg.source).is_dir() else Path(cfg.source).parent
+    out, began, jobs, owners, bad = Path(cfg.out) if cfg.out else source, time.time(), {}, {}, {}
+    method_of(cfg)                                               # a missing package or folder is told now, not by a worker
+    for entry in entries:
+        path = Path(entry["path"])
+        inside = os.path.relpath(path, source)
+        base = out / inside if cfg.out and not inside.startswith("..") else out / path.name if cfg.out else path
+        target = [str(base.with_name(f"{base.stem}_{kind}.npz")) for kind in ("mask", "graph")]
+        if owners.setdefault(target[0], str(path)) != str(path):
+            bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
+            print(f"left out: {bad[str(path)]}", file=sys.stderr)
+        elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
+            pass                                                 # of another's making, or ours beside the video
+        elif not cfg.overwrite and whole_labels(*target):
+            entry["mask"], entry["graph"] = target
+        else:
+            entry["mask"], entry["graph"] = target
+            jobs[str(path)] = cfg, str(path), *target
+    try:
+        for folder in {Path(job[2]).parent for job in jobs.values()} | {out}:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in (*folder.glob(".*_mask.npz.[0-9]*"), *folder.glob(".*_graph.npz.[0-9]*")):
+                stale.unlink(missing_ok=True)                    # what a kill in the middle of a file left
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written to ({error.strerror}); give another folder") from None
+    made, frames = [], 0
+    cores = 1 if cfg.method == "sam2" else os.cpu_count() or 1 # each process holds a model of its own
+    workers = min(cores if cfg.workers is None else cfg.workers, len(jobs))
+    with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
+        for (_, path, *_), result, failure in in_processes(label_video, list(jobs.values()), workers):
+            if failure or isinstance(result, str):
+                bad[path] = result or f"{path}: {failure} while it was labelled; run it again, with fewer --workers"
+                tqdm.write(f"left out: {bad[path]}", file=sys.stderr)
+            else:
+                made.append(result[0])
+                frames += result[1]
+            bar.update()
+    paths = {e["path"] for e in entries}
+    if paths <= bad.keys():
+        raise BadInput(f"{cfg.source}: none of the {len(paths)} files can be labelled; the last: {list(bad.values())[-1]}")
+    rows = []
+    for entry in (e for e in entries if e["path"] not in bad):
+        kept = {k: v for k, v in entry.items() if k not in ("path", "image", "mask", "graph") and v is not None}
+        files = {"image" if entry["image"] else "video": entry["path"], "mask": entry["mask"], "graph": entry["graph"]}
+        rows.append({k: Path(os.path.relpath(v, out)).as_posix() for k, v in files.items()} | kept)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    replace(out / "labelled.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))
+    seconds = time.time() - began
+    print(f"{len(paths)} files: {len(made)} labelled, {len(paths) - len(made) - len(bad)} had labels, {len(bad)} left out"
+          + (f"; {frames} frames, {np.mean(made):.1f} trajectories a file, {frames / seconds:.1f} frames a second" if made else ""))
+    print(f"wrote {out / 'labelled.json'}; train on it with --data {out / 'labelled.json'}")
+
+
+@one_line_errors
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"label": label, "make": make, "check": check, "bench": bench}
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"python data.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    # This file is imported by name as well: run from here, there would be two of each class, and a BadInput of the one would not be
+    # the other's. So the module of that name runs; its processes find their functions there too.
+    import data
+    data.main()

@@ -834,6 +834,23 @@ def best_overlaps(pred, gt, first=0):
     return iou[:, first:][area[:, first:] > 0].tolist()
 
 
+def object_scores(pred, gt):
+    """One object's tube against a segmentation. pred int64 (t, H, W), -1 = none; gt bool (t, H, W), True = the object -> two floats:
+      best   the highest IoU of any one predicted tube with the object's
+      union  IoU of the object with all tubes together that have more than half of their pixels inside it
+    The first asks for one trajectory on the thing, the second only that borders are kept. An object without a pixel scores 0."""
+    pred, gt = pred.flatten(), gt.flatten()
+    own = pred >= 0
+    count = int(pred.max()) + 1
+    area, inside = torch.bincount(pred[own], minlength=count), torch.bincount(pred[own & gt], minlength=count)
+    total = int(gt.sum())
+    if not total or not count:
+        return 0.0, 0.0
+    mostly = 2 * inside > area
+    best = (inside / (area + total - inside)).max().item()
+    return best, (inside[mostly].sum() / (total + (area - inside)[mostly].sum())).item()
+
+
 def grid_tubes(shape, rows, columns):
     """The baseline beside every segmentation score: the frame cut into rows x columns cells, the same in all frames.
     shape (b, t, H, W) -> int64 ids of that shape."""

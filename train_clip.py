@@ -50,7 +50,7 @@ from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
 from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, free_memory_gb, gather, in_process,
                      launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
-                     ranks, run_name, save_pictures, setup, sigterm, split_entries, start, sum_gradients, tokenizer_config, too_large, total,
+                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, start, sum_gradients, tokenizer_config, too_large, total,
                      world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,9 @@ from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, cou
 class ClipConfig:
     """Trains a video CLIP: TrajViT2 on trajectory tokens, with the segmentation loss beside the contrastive one, or one of its rivals."""
     size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world` (procedural) or a manifest or CSV of captioned videos
+    data: str = "world"                         # `world` (procedural) or a manifest or CSV of captioned videos; several with commas
+    mix: str | None = None                      # shares of several sets, with commas: 0.5,0.5; default: equal
+    stride: int = 8                             # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
     name: str | None = None                     # the run's folder is out/clip-<name>; default: the size, and of real data the folder's name
     out: str = "out"                            # where runs are kept
     # the model
@@ -73,6 +75,7 @@ class ClipConfig:
     acts: int = 1                               # acts that a made clip's subject performs one after another, of at least 4 frames each
     camera: bool = True                         # may the camera of a made clip pan and zoom?
     light: bool = True                          # may a made clip get lighter or darker?
+    textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
@@ -586,16 +589,6 @@ def build(cfg, encoding):
 # One step: the loss of all clips of all processes, a micro-batch at a time
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Share(torch.utils.data.Dataset):
-    """What one of several processes has of a dataset: its batch i is batch i·world + rank of all."""
-
-    def __init__(self, dataset, rank, world):
-        self.dataset, self.rank, self.world = dataset, rank, world
-
-    def __getitem__(self, i):
-        return self.dataset[i * self.world + self.rank]
-
-
 def labelled(labels, k):
     """What the segmentation terms are means over: (labelled points, regions: a label in a clip), on the segmenter's grid."""
     b, t, height, width = labels.shape
@@ -663,8 +656,8 @@ def step_gradients(model, batch, totals, m, cfg, device):
 
 def recalls(similarity, prefix, right=None):
     """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an answer to that query; default:
-    the answer of query i is candidate i. Rank = how many wrong candidates score at least as high as the best answer: ties count
-    against us, so that a constant output scores 0, not 1."""
+    the answer of query i is candidate i. Rank = how many wrong candidates score at least as high as the best answer (SPECS 2: the best
+    rank over several captions): ties count against us, so that a constant output scores 0, not 1."""
     right = torch.eye(*similarity.shape, dtype=torch.bool) if right is None else right
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
     rank = (~(similarity < answer) & ~right).sum(1)
@@ -833,7 +826,7 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
         raise BadInput(f"--data {cfg.data}: not one held-out clip can be read; the last: {bad[-1][1]}")
     result = retrieval(model, clips.vectors, captions_of(clips), cfg, device, encoding)[0] | dict(clips=len(clips.vectors), live_tokens=clips.live)
     result |= dict(appearance=None, motion=None)
-    if cfg.data == "world":
+    if cfg.data in ("world", "plain"):
         world, size = world_of(cfg), cfg.batch
         if cfg.heldout_clips:
             novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT, cfg.heldout_clips))
@@ -873,7 +866,7 @@ def train(cfg):
     check_masks(cfg, dataset)
     name = f"clip-{run_name(cfg)}" + (f"-{cfg.tokenizer}" if cfg.tokenizer != "trajvit2" and not cfg.name else "")
     # config.json: of trajvit2 `tokenizer` holds the whole TrajTokConfig, which TrajTok.from_pretrained reads, else the name
-    run = Run(cfg, name, {"tokenizer": dataclasses.asdict(shape)} if cfg.tokenizer == "trajvit2" else None)
+    run = Run(cfg, name, {"textures_crc": data.open_textures(cfg.textures)} | ({"tokenizer": dataclasses.asdict(shape)} if cfg.tokenizer == "trajvit2" else {}))
     model.to(device)
     optimizer = make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr}, cfg.fused)
     start_step = run.restore(model, optimizer)
@@ -883,7 +876,7 @@ def train(cfg):
     if world > 1 or cfg.micro_batch:
         print(f"{world} process(es) x {cfg.batch} clips a step, {cfg.micro_batch or cfg.batch} at a time; each clip sees the captions of all {clips_a_step} as negatives")
     began, mark, told = time.time(), time.time(), False
-    batches = data.loader(dataset if world == 1 else Share(dataset, rank, world), start_step, cfg.steps, cfg.workers)
+    batches = data.loader(shard(dataset), start_step, cfg.steps, cfg.workers)
     with sigterm() as asked_to_stop:
         for step, batch in zip(range(start_step, cfg.steps), batches):
             # 1. the learning rate
@@ -907,7 +900,8 @@ def train(cfg):
             if not clips:
                 continue
             if cfg.augment and len(batch["video"]):
-                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip=cfg.data != "world")
+                # no flip of made clips: their captions tell left from right
+                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
             batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
             wait = time.time() - mark
             # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
@@ -956,19 +950,19 @@ def train(cfg):
                    evaluation_seconds=time.time() - began, peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
     write_json(run.folder / "result.json", result)
     save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories" if cfg.tokenizer == "trajvit2" else "tokens"))
-    report(result, run.folder)
+    report(result, run.folder, cfg.textures is not None)
 
 
 def check_masks(cfg, dataset):
     """A tokenizer that is given its masks cannot do without: refused before anything is written."""
-    entries = getattr(dataset, "entries", [])
+    entries = [e for one in getattr(dataset, "datasets", [dataset]) for e in getattr(one, "entries", [])]        # of a mixture: of each set
     without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
     if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks and without:
         raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
                        f"the first {without[0]}; make them, or take another tokenizer")
 
 
-def report(result, folder):
+def report(result, folder, skinned=False):
     def cell(key, percent=True):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
@@ -978,7 +972,9 @@ def report(result, folder):
             for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
                 print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{begin}{way}_r{k}')}" for k in (1, 5, 10)) + what)
     if result["appearance"] is not None:
-        print(f"  linear probes   appearance {cell('appearance')} (chance {100 / len(data.SHAPES):.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
+        # in a skinned world one class, the irregular outlines, is the likely guess
+        chance = max(1 / len(data.SHAPES), data.SKINNED_CLIPS * data.IRREGULAR * skinned)
+        print(f"  linear probes   appearance {cell('appearance')} (chance {100 * chance:.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
     if result["veq"] is not None:
         print(f"  trajectories    objects' best IoU {cell('object_iou')} (at full resolution {cell('object_iou_pixels')})   VEQ {cell('veq')}   STQ {cell('stq')}   ({cell('live_trajectories', False)} live)")
         print(f"  a grid instead  objects' best IoU {cell('grid_object_iou')}   VEQ {cell('grid_veq')}   STQ {cell('grid_stq')}   ({cell('grid_cells', False)} cells)")
@@ -1004,26 +1000,36 @@ def saved_config(folder):
     return {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False)
 
 
+def eval_config(folder, argv):
+    """Defaults < what the run was made with < flags. Shares of sets say nothing here, and its textures only where the world is asked for."""
+    saved = saved_config(folder)
+    cfg = configure(ClipConfig, dict.fromkeys(CLIP_SIZES, saved | dict(mix=None, textures=None)), argv)
+    if len(sources(cfg)[0]) > 1:
+        raise BadInput(f"--eval {folder}: --data {cfg.data} is several sets; give one of them with --data")
+    return dataclasses.replace(cfg, textures=cfg.textures or saved.get("textures")) if cfg.data == "world" else cfg
+
+
 def evaluate_saved(cfg):
     """Prints and writes what a saved model knows of --data: the world as after training; of a manifest, retrieval where there are
     captions, probes and zero-shot classes where there are labels."""
-    trained_on = saved_config(cfg.eval)["data"]
-    encoding, device = data.load_encoding(cfg.text), setup(cfg)
+    saved = ClipConfig(**saved_config(cfg.eval))
+    trained_on, encoding, device = sources(saved)[0], data.load_encoding(cfg.text), setup(cfg)
+    data.open_textures(cfg.textures)
     model, _ = build(cfg, encoding)
     model = load_weights(model, cfg.eval).to(device)
-    if cfg.data == "world":
+    if cfg.data in ("world", "plain"):
         _, test, test_batches, _ = open_data(cfg, "caption")
         result, _, _ = evaluate(model, test, test_batches, cfg, device, encoding)
-        source = "world"
+        source = cfg.data
     else:
         entries = data.read_manifest(cfg.data)
-        if trained_on == cfg.data:                               # what it has learnt by heart proves nothing
+        if cfg.data in trained_on:                              # what it has learnt by heart proves nothing
             entries = split_entries(entries, 0.25)[1]
         result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
         source = source.parent.name if source.stem == "manifest" else source.stem
     path = Path(cfg.eval) / f"eval-{source}.json"
     write_json(path, result | dict(data=cfg.data, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
-    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if trained_on == cfg.data else ""))
+    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if cfg.data in trained_on else ""))
     for key, value in result.items():
         if isinstance(value, float):
             print(f"  {key:28s} {value:8.1f}" if key.endswith("tokens") else f"  {key:28s} {100 * value:8.1f} %")
@@ -1047,10 +1053,9 @@ def evaluate_entries(model, entries, cfg, device, encoding):
     order = [j for b in clips.batches for j in b["index"]]
     entries = [entries[j] for j in order]                        # as they were embedded, without the damaged ones
     result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
-    captioned = [i for i, e in enumerate(entries) if e["caption"]]
+    captioned, captions = [i for i, e in enumerate(entries) if e["caption"]], captions_of(clips)
     if len(captioned) > 1:
-        captions = [[e["caption"]] if isinstance(e["caption"], str) else e["caption"] for e in (entries[i] for i in captioned)]
-        scores, right = retrieval(model, clips.vectors[captioned], captions, cfg, device, encoding)
+        scores, right = retrieval(model, clips.vectors[captioned], [captions[i] for i in captioned], cfg, device, encoding)
         result |= scores | dict(captions=len(right))
         result |= dict(chance_t2v_r5=chance(right), chance_v2t_r5=chance(right.T))
     names = sorted({e["label"] for e in entries if e["label"]})
@@ -1149,7 +1154,7 @@ def one_row(cfg):
     folder = Path(cfg.out) / f"clip-{cfg.name}"
     config, result = folder / "config.json", folder / "result.json"
     if config.exists() and result.exists():
-        values, old = dataclasses.asdict(resolve(cfg)), json.loads(config.read_text())
+        values, old = dataclasses.asdict(resolve(cfg)) | dict(textures_crc=data.open_textures(cfg.textures)), json.loads(config.read_text())
         differ = Run.differences(old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
         if differ:
             raise BadInput(f"{folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
@@ -1218,6 +1223,7 @@ def bench(cfg):
     rows, last, base = [], {}, Path(cfg.results)
     base.mkdir(parents=True, exist_ok=True)
     device = setup(cfg)
+    data.open_textures(cfg.textures)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{cfg.size}, {cfg.bench_batch} clip(s) at once, random weights; {device.type}, {machine}; trajvit2 with all {resolve(cfg).num_queries} trajectories alive, "
           f"{cfg.tokens_per_trajectory} token(s) each; trajvit and rlt on made clips")
@@ -1253,8 +1259,8 @@ def bench(cfg):
 def main(argv=None):
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
-    if cfg.eval:                                                 # defaults < what the run was made with < flags
-        return evaluate_saved(configure(ClipConfig, dict.fromkeys(CLIP_SIZES, saved_config(cfg.eval)), argv))
+    if cfg.eval:
+        return evaluate_saved(eval_config(cfg.eval, argv))
     if cfg.compare:
         return compare(configure(ClipConfig, COMPARE, argv))
     if cfg.bench:
