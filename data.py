@@ -1214,11 +1214,15 @@ def framer(path, size, whole=False):
 
 
 def scan(container, stream):
-    """The times of all frames in ticks, in order: every packet is read, none decoded. Leaves the file at its beginning."""
+    """The times of all frames in ticks, in order, and how many packets there are, with times or without: every packet is read, none decoded.
+    The file was just opened, and is left at its beginning; but a JPEG cannot be read twice."""
+    sizes, pts = 0, []
+    for p in container.demux(stream):
+        sizes += bool(p.size)
+        if p.size and p.pts is not None and not p.is_discard:
+            pts.append(p.pts)
     container.seek(0)
-    pts = sorted(p.pts for p in container.demux(stream) if p.size and p.pts is not None and not p.is_discard)
-    container.seek(0)
-    return pts
+    return sorted(pts), sizes
 
 
 def timeline(container, stream):
@@ -1232,12 +1236,9 @@ def timeline(container, stream):
     if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
         total = int(length * rate + 0.5)
     if total < 2:                                                # the header does not tell: count the packets
-        pts = scan(container, stream)
+        pts, total = scan(container, stream)
         if len(pts) > 1:
             return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
-        container.seek(0)
-        total = sum(1 for packet in container.demux(stream) if packet.size)  # one frame, or packets without times
-        container.seek(0)
     return total, rate, own
 
 
@@ -1286,7 +1287,7 @@ def _decode(path, frames, size, start, stride, threads, late, exact):
     places = np.rint(seen * rate)
     if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are
         with opened(path) as container:
-            pts, tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
+            (pts, _), tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
         if pts:
             places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
     return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)

@@ -786,6 +786,22 @@ def test_windows_of_frames(tmp_path, name, count):
     assert np.diff(seen).tolist() == [count // 10] * 9
 
 
+@pytest.mark.parametrize("suffix, codec, pixels", [("jpg", "mjpeg", "yuvj420p"), ("jpeg", "mjpeg", "yuvj420p"), ("bmp", "bmp", "bgr24"), ("webp", "libwebp", "yuv420p")])
+def test_pictures_of_every_kind_are_read(tmp_path, suffix, codec, pixels):
+    """Catches: pictures of a kind whose file cannot be read through twice, which a count of its frames uses up."""
+    y, x = np.mgrid[:48, :64]
+    frame = np.stack([4 * x, 5 * y, np.full_like(x, 90)], -1).clip(0, 255).astype(np.uint8)
+    path = tmp_path / f"picture.{suffix}"
+    with av.open(str(path), "w", format="webp" if suffix == "webp" else "image2") as file:
+        stream = file.add_stream(codec)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")), *stream.encode()]:
+            file.mux(packet)
+    video, times, where = data.decode(path, 1, 48)
+    assert video.shape == (1, 48, 48, 3) and where.tolist() == [0] and abs(video[0].astype(int) - frame[:, 8:56]).mean() < 6
+    assert data.video_header(str(path))[:3] == (1, 48, 64) and "1 frames" in str(pytest.raises(BadVideo, data.decode, path, 2, 48).value)
+
+
 def test_pictures_are_one_frame(tmp_path):
     """Catches: a picture that is refused as a video of no duration; the crop of a wide picture that is not its middle."""
     picture = np.zeros((32, 96, 3), np.uint8)
