@@ -4461,6 +4461,7 @@ def test_a_tokenizer_of_ones_own(tmp_path, monkeypatch):
     """Catches: a fork that needs more than one class and one line: the example of the README, trained, saved, evaluated again."""
     monkeypatch.setattr(train_clip, "TOKENIZERS", dict(train_clip.TOKENIZERS))
     exec(EXAMPLE, vars(train_clip))
+    assert EXAMPLE in (HERE / "README.md").read_text()
     run(train_clip.main, *CLIP, "--tokenizer", "kmeans", "--out", tmp_path)
     result = json.loads((tmp_path / "clip-nano-kmeans" / "result.json").read_text())
     assert RESULT <= set(result) and 1 <= result["live_tokens"] <= 32 and result["veq"] is None
