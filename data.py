@@ -1167,7 +1167,9 @@ def read_frames(path, size, chunk=8, whole=False):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         end = base = float((stream.start_time or 0) * stream.time_base)
-        for frame in container.decode(stream):
+        frames = container.decode(stream)
+        # a film may be long: the time limit is for each of its frames
+        while (frame := within(FILE_SECONDS, path, lambda late: next(frames, None))) is not None:
             held.append(upright(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
@@ -1268,7 +1270,7 @@ def _decode(path, frames, size, start, stride, threads, late, exact):
         else:
             stride = max(1, min(stride or 1, total // frames))
             targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-        counted = total == stream.frames
+        counted = total == stream.frames and stream.average_rate == stream.base_rate         # the second: frames of equal length
         times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
         found = by_seeking(container, stream, times, square, threads, late)
     if found is None:
@@ -1285,7 +1287,7 @@ def _decode(path, frames, size, start, stride, threads, late, exact):
     if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
         raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
     places = np.rint(seen * rate)
-    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells which these are
+    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells
         with opened(path) as container:
             (pts, _), tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
         if pts:
@@ -2360,6 +2362,7 @@ def write_labels(mask_path, graph_path, ids):
         present = np.unique(frame[frame >= 0])
         graph[present, t] = present + 1
     try:
+        mask_path.unlink(missing_ok=True)                        # an older mask beside the new graph would pass for a pair
         write_npz(graph_path, "tensor", graph)
         write_npz(mask_path, "arr_0", mask)
     except BaseException:
@@ -2720,6 +2723,8 @@ class MakeConfig:
     overwrite: bool = False             # make clips anew that are there
 
     def __post_init__(self):
+        if not self.out or self.textures == "":
+            raise BadInput(f"--out {self.out!r} --textures {self.textures!r}: give the names of folders")
         for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
@@ -2761,6 +2766,9 @@ def make(argv):
     differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
     if differ:
         raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
+    if cfg.overwrite:                                            # clips of other settings, beyond the number asked for now, must not pass for these
+        for old_clip in (*out.glob("[0-9]*/[0-9]*.mp4"), *out.glob("[0-9]*/[0-9]*_mask.npz"), *out.glob("[0-9]*/[0-9]*_graph.npz")):
+            old_clip.unlink()
     write_json(out / "make.json", settings)
     for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
         stale.unlink(missing_ok=True)
@@ -2790,7 +2798,7 @@ def make_some(job):
         rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
     paths = [Path(cfg.out) / row["video"] for row in rows]
     sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
-    missing = [i for i, p in enumerate(paths) if cfg.overwrite or not all(f.exists() for f in (p, *sidecars[i]))]
+    missing = [i for i, p in enumerate(paths) if not all(f.exists() for f in (p, *sidecars[i]))]
     if missing:
         videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
     for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
@@ -2801,6 +2809,7 @@ def make_some(job):
         # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
         present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
         graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
+        paths[i].unlink(missing_ok=True)                         # a film whose labels are gone
         write_npz(sidecars[i][0], "arr_0", ids + 1)
         write_npz(sidecars[i][1], "tensor", graph)
         with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
@@ -2823,12 +2832,10 @@ def write_npz(path, key, array):
 class CheckConfig:
     """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
     manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
-    size: str = "any"                   # nothing depends on it: every command takes it
     frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
     image_size: int = 64                # pixels of a side that frames are decoded to
     seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
     workers: int | None = None          # processes, at least 1; default: one for each core
-    seed: int = 0                       # decides nothing here: every command takes it
 
     def __post_init__(self):
         for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
@@ -2840,7 +2847,7 @@ class CheckConfig:
 
 def check(argv):
     """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
-    cfg = configure(CheckConfig, {"any": {}}, argv, positional="manifest")
+    cfg = configure(CheckConfig, None, argv, positional="manifest")
     rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
     for number, (row, where, folder) in enumerate(rows):
         try:
@@ -3053,10 +3060,10 @@ def bench(argv):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
     entries = [e["path"] for e in read_manifest(cfg.data) if not e["image"]][:cfg.files] if cfg.data else []
-    cores, card = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device.type
+    card = device.type
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
-    print(f"{cores} cores, {torch.get_num_threads()} torch threads, {card}; medians of {cfg.repeats} in turn; clips of {cfg.frames} frames, {cfg.image_size} px")
+    print(f"{cores()} cores, {torch.get_num_threads()} torch threads, {card}; medians of {cfg.repeats} in turn; clips of {cfg.frames} frames, {cfg.image_size} px")
     rows, bad = bench_world(cfg, device), []
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.data:
@@ -3079,7 +3086,7 @@ def bench(argv):
         print(f"{f'all {len(of)} files, {name}':46s} {rows[-1]['clips_per_second']:9.1f} clips/s   {rows[-1]['times_ours']:5.2f} x ours   "
               f"{rows[-1]['times_ours_one_thread']:5.2f} x ours with one thread")
     import av
-    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=card, cores=cores, torch_threads=torch.get_num_threads(), torch=torch.__version__,
+    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=card, cores=cores(), torch_threads=torch.get_num_threads(), torch=torch.__version__,
                              av=av.__version__, left_out=bad, rows=rows))
     print(f"wrote {cfg.out}")
 
@@ -3145,10 +3152,15 @@ def label(argv):
         if owners.setdefault(target[0], str(path)) != str(path):
             bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
             print(f"left out: {bad[str(path)]}", file=sys.stderr)
+        elif str(path) in bad:
+            pass                                                 # the same file again
         elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
             pass                                                 # of another's making, or ours beside the video
         elif not cfg.overwrite and whole_labels(*target):
             entry["mask"], entry["graph"] = target
+        elif not cfg.overwrite and os.path.exists(target[0]):    # ours are written last: a mask alone, or a broken one, is somebody's
+            bad[str(path)] = f"{path}: {target[0]} is there, but cannot be used with its graph; remove it, or give --overwrite"
+            print(f"left out: {bad[str(path)]}", file=sys.stderr)
         else:
             entry["mask"], entry["graph"] = target
             jobs[str(path)] = cfg, str(path), *target
@@ -3160,8 +3172,8 @@ def label(argv):
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written to ({error.strerror}); give another folder") from None
     made, frames = [], 0
-    cores = 1 if cfg.method == "sam2" else os.cpu_count() or 1 # each process holds a model of its own
-    workers = min(cores if cfg.workers is None else cfg.workers, len(jobs))
+    usual = 1 if cfg.method == "sam2" else cores()               # each process holds a model of its own
+    workers = min(usual if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
         for (_, path, *_), result, failure in in_processes(label_video, list(jobs.values()), workers):
             if failure or isinstance(result, str):

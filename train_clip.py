@@ -144,9 +144,11 @@ class ClipConfig:
         for field in ("micro_batch", "heldout_clips", "processes", "rlt_threshold"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        for field in ("seeds", "bench_frames"):
-            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", getattr(self, field)):
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: whole numbers, with commas")
+        for field, form in (("seeds", r"\d{1,9}"), ("bench_frames", r"[1-9]\d{0,4}")):
+            if not re.fullmatch(f"{form}(,{form})*", getattr(self, field)):
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: whole numbers{' from 1 on' if field != 'seeds' else ''}, with commas")
+        if self.eval == "" or self.compare == "":
+            raise BadInput("--eval '' or --compare '': an empty name; give the folder of a run, or tokenizers")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
@@ -864,6 +866,7 @@ def train(cfg):
     cfg = resolve(cfg)
     dataset, test, test_batches, files = open_data(cfg, "caption")
     check_masks(cfg, dataset)
+    check_masks(cfg, test)
     name = f"clip-{run_name(cfg)}" + (f"-{cfg.tokenizer}" if cfg.tokenizer != "trajvit2" and not cfg.name else "")
     # config.json: of trajvit2 `tokenizer` holds the whole TrajTokConfig, which TrajTok.from_pretrained reads, else the name
     run = Run(cfg, name, {"textures_crc": data.open_textures(cfg.textures)} | ({"tokenizer": dataclasses.asdict(shape)} if cfg.tokenizer == "trajvit2" else {}))
@@ -888,7 +891,10 @@ def train(cfg):
             batch, counts = data.finish(batch, device), [0.0, 0.0]
             if batch["video"] is None:                           # every file of it was damaged
                 batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
-            elif cfg.tokenizer == "trajvit2":
+            elif cfg.augment:                                    # before the labels are counted: a crop cuts some away
+                # no flip of made clips: their captions tell left from right
+                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
+            if len(batch["video"]) and cfg.tokenizer == "trajvit2":
                 counts = labelled(batch["labels"], cfg.num_queries)
             clips, stop, *counts = total([len(batch["video"]), asked_to_stop(), *counts], device)
             if stop:                                             # one process was told: all save, and end at the same step
@@ -899,9 +905,6 @@ def train(cfg):
                 raise SystemExit(143)
             if not clips:
                 continue
-            if cfg.augment and len(batch["video"]):
-                # no flip of made clips: their captions tell left from right
-                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
             batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
             wait = time.time() - mark
             # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
@@ -955,7 +958,8 @@ def train(cfg):
 
 def check_masks(cfg, dataset):
     """A tokenizer that is given its masks cannot do without: refused before anything is written."""
-    entries = [e for one in getattr(dataset, "datasets", [dataset]) for e in getattr(one, "entries", [])]        # of a mixture: of each set
+    sets = getattr(dataset, "datasets", [dataset])               # of a mixture: each set, the held-out ones as Subsets
+    entries = [e for one in sets for e in getattr(getattr(one, "dataset", one), "entries", [])]
     without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
     if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks and without:
         raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
@@ -993,11 +997,16 @@ def saved_config(folder):
         saved = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"--eval {folder}: no run of train_clip.py ({type(error).__name__}: {error}); give its folder, e.g. out/clip-nano") from None
-    if not isinstance(saved, dict) or "text_length" not in saved:
+    if not isinstance(saved, dict) or not {"text_length", "tokenizer"} <= saved.keys():
         raise BadInput(f"--eval {folder}: its config.json is not of train_clip.py; give the folder of one of its runs, e.g. out/clip-nano")
     saved["tokenizer"] = "trajvit2" if isinstance(saved["tokenizer"], dict) else saved["tokenizer"]
     # the tokenizer's weights are in the run's own file: not where it started from
-    return {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False)
+    values = {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False)
+    try:
+        ClipConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"--eval {folder}: its config.json holds what no run has ({error})") from None
+    return values
 
 
 def eval_config(folder, argv):
@@ -1017,19 +1026,22 @@ def evaluate_saved(cfg):
     data.open_textures(cfg.textures)
     model, _ = build(cfg, encoding)
     model = load_weights(model, cfg.eval).to(device)
+    held_out = False
     if cfg.data in ("world", "plain"):
         _, test, test_batches, _ = open_data(cfg, "caption")
         result, _, _ = evaluate(model, test, test_batches, cfg, device, encoding)
         source = cfg.data
     else:
         entries = data.read_manifest(cfg.data)
-        if cfg.data in trained_on:                              # what it has learnt by heart proves nothing
+        same = lambda name: (Path(name) / "manifest.json" if (Path(name) / "manifest.json").exists() else Path(name)).resolve()
+        held_out = same(cfg.data) in map(same, trained_on)
+        if held_out:                                             # what it has learnt by heart proves nothing
             entries = split_entries(entries, 0.25)[1]
         result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
         source = source.parent.name if source.stem == "manifest" else source.stem
     path = Path(cfg.eval) / f"eval-{source}.json"
     write_json(path, result | dict(data=cfg.data, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
-    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if cfg.data in trained_on else ""))
+    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ""))
     for key, value in result.items():
         if isinstance(value, float):
             print(f"  {key:28s} {value:8.1f}" if key.endswith("tokens") else f"  {key:28s} {100 * value:8.1f} %")
@@ -1062,7 +1074,7 @@ def evaluate_entries(model, entries, cfg, device, encoding):
     if len(names) > 1:
         result |= classify(model, [e for e in entries if e["label"]], clips, [i for i, e in enumerate(entries) if e["label"]], names, cfg, device, encoding)
     if len(result) == 3:
-        raise BadInput(f"--data {cfg.data}: has neither two captions nor two labels; nothing can be scored")
+        raise BadInput(f"--data {cfg.data}: its {len(entries)} clips to score have neither two captions nor two labels; nothing can be scored")
     return result
 
 
@@ -1121,20 +1133,29 @@ def flags(cfg):
     return argv
 
 
+def results_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--results {path}: cannot make this folder ({error.strerror}); give another") from None
+
+
 def compare(cfg):
     """Trains each row with each seed in a process of its own (so that memory is the row's), a seed after the other; what is finished is
     kept, what was stopped goes on. Prints the table and writes results/compare-<size>.json after every row."""
-    names = list(TOKENIZERS) if cfg.compare == "all" else cfg.compare.split(",")
+    names = list(TOKENIZERS) if cfg.compare == "all" else list(dict.fromkeys(cfg.compare.split(",")))
     if unknown := [n for n in names if n not in TOKENIZERS]:
         raise BadInput(f"--compare {cfg.compare}: no tokenizer {', '.join(unknown)}; {', '.join(TOKENIZERS)}, or all")
-    seeds, steps, base = [int(s) for s in cfg.seeds.split(",")], dict.fromkeys(names, cfg.steps), Path(cfg.results)
+    seeds, steps, base = list(dict.fromkeys(map(int, cfg.seeds.split(",")))), dict.fromkeys(names, cfg.steps), Path(cfg.results)
     by_steps = base / f"compare-{cfg.size}.json"
-    base.mkdir(parents=True, exist_ok=True)
+    results_folder(base)
     if cfg.compare_by == "seconds":                              # the schedule needs a number of steps: as many as fit into trajvit2's time
         try:
             seconds = {name: np.mean([r["seconds"] for r in results]) for name, results in json.loads(by_steps.read_text())["rows"].items()}
+            if not all(seconds[name] > 0 for name in (*names, "trajvit2")):
+                raise ValueError("a time that is not above 0")
             steps = {name: max(round(cfg.steps * seconds["trajvit2"] / seconds[name]), 1) for name in names}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
                            f"run --compare with trajvit2 and {','.join(names)} first") from None
     path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.size}-seconds.json", {name: [] for name in names}
@@ -1221,7 +1242,7 @@ def bench_row(cfg, pipe):
 def bench(cfg):
     """Every tokenizer at every number of frames -> a table, results/bench-clip-<size>.json and its picture."""
     rows, last, base = [], {}, Path(cfg.results)
-    base.mkdir(parents=True, exist_ok=True)
+    results_folder(base)
     device = setup(cfg)
     data.open_textures(cfg.textures)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -1268,6 +1289,9 @@ def main(argv=None):
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or max(gpus, 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
+        for name in sources(cfg)[0]:                             # told once, here, not by each process
+            if name not in ("world", "plain"):
+                data.read_manifest(name)
         return launch(__file__, argv, processes)
     train(cfg)
 

@@ -450,7 +450,7 @@ def launch(script, argv, processes):
         raise SystemExit(143)
     if code:
         raise BadInput(f"one of the {processes} processes ended (its own message stands above), and all were ended; "
-                       "what was saved is whole: --resume goes on from it")
+                       "if it had saved something, that is whole: --resume goes on from it")
 
 
 @contextlib.contextmanager
@@ -782,6 +782,8 @@ class PretrainConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
+        if self.num_queries is not None and self.num_queries < 1:
+            raise BadInput(f"--num-queries {self.num_queries}: at least 1")
         check_flags(self)
 
 
@@ -825,7 +827,9 @@ def evaluate_segmenter(segmenter, batches, device, limit):
 
 def sources(cfg):
     """--data a,b,... and --mix -> (the names of the sets, their shares). A comma may stand in a path: what exists is one set."""
-    names = [cfg.data] if os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
+    names = [cfg.data] if cfg.data and os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
+    if "" in names or getattr(cfg, "textures", None) == "":
+        raise BadInput(f"--data {cfg.data!r} --textures {getattr(cfg, 'textures', None)!r}: an empty name; give `world`, `plain`, a manifest or a folder")
     try:
         shares = [1.0] * len(names) if cfg.mix is None else [float(share) for share in cfg.mix.split(",")]
     except ValueError:
@@ -875,10 +879,11 @@ def pretrain(argv):
     cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
     device = setup(cfg)
     train, test, test_batches, files = open_data(cfg, "mask")
-    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
-    tokenizer = TrajTok(shape).to(device)                        # the encoder rides along untrained, so that one file holds all
+    tokenizer = TrajTok(shape)                                   # the encoder rides along untrained, so that one file holds all
     if cfg.init:
-        load_weights(tokenizer, cfg.init, "video.tokenizer.")
+        load_weights(tokenizer, cfg.init, "video.tokenizer.")    # refused before the run has a folder
+    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
+    tokenizer.to(device)
     segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
     optimizer = make_optimizer(segmenter, cfg)
     start = run.restore(segmenter, optimizer)
@@ -1374,6 +1379,8 @@ def score(argv):
         if unknown:
             raise BadInput(f"--names {','.join(sorted(unknown))}: not in {cfg.folder}, which holds {', '.join(s['name'] for s in sequences)}")
         sequences = [s for s in sequences if s["name"] in cfg.names.split(",")]
+    if not cfg.out or Path(cfg.out).is_dir():
+        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
     try:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1389,7 +1396,9 @@ def score(argv):
             where = choose(len(video))                           # one stretch, whatever the key-frame votes would say
             return track(video, where, segment(video[where]))
         methods[f"{cfg.method} labels"] = labels
-    methods |= {f"{Path(folder).name}": segmenter_ids(folder, device, cfg.image_size) for folder in cfg.weights.split(",") if folder}
+    folders = [folder for folder in cfg.weights.split(",") if folder]
+    short = [Path(folder).name for folder in folders]            # rows are called after their folders; of equal names, after the whole path
+    methods |= {folder if short.count(name) > 1 else name: segmenter_ids(folder, device, cfg.image_size) for folder, name in zip(folders, short)}
     clips = [read_sequence(cfg, s) for s in tqdm(sequences, desc="read", leave=False, disable=None)]
     # one thread to a sequence, as many sequences at once as there are cores: twice as fast as two threads that share one (small tensors)
     cores, rows, kept = torch.get_num_threads(), [], {}
