@@ -3547,7 +3547,7 @@ def test_bench(tmp_path, capsys):
     trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path / "o" / "bench-tokenizer.json")])
     result = json.loads((tmp_path / "o" / "bench-tokenizer.json").read_text())
     rows = [(r["frames"], r["backward"], r["name"]) for r in result["rows"] if "name" in r]
-    assert rows == [(2, b, n) for b in (False, True) for n in ("ours", trajtok.PLAIN, trajtok.KEPT)]
+    assert rows == [(2, b, n) for b in (False, True) for n in ("ours", trajtok.PLAIN)] + [(2, b, trajtok.KEPT) for b in (False, True)]
     assert all(r["difference"] < 1e-4 for r in result["rows"] if "difference" in r)
     for row in result["rows"]:
         if "name" in row:
@@ -3555,8 +3555,9 @@ def test_bench(tmp_path, capsys):
     for row in result["rows"]:
         if row.get("name") in (trajtok.PLAIN, trajtok.KEPT):
             ours = next(r for r in result["rows"] if r.get("name") == "ours" and r["backward"] == row["backward"])
-            assert row["less_memory"] == pytest.approx(row["memory_gb"] / max(ours["memory_gb"], 1e-3))
-            assert row["faster"] == pytest.approx(row["ms"] / ours["ms"], rel=0.01)      # one repeat: the median is the only one
+            if row["name"] == trajtok.PLAIN:                     # against the other rival ours runs anew
+                assert row["less_memory"] == pytest.approx(row["memory_gb"] / max(ours["memory_gb"], 1e-3))
+                assert row["faster"] == pytest.approx(row["ms"] / ours["ms"], rel=0.01)              # one repeat: the median is the only one
     by = {(r["backward"], r["name"]): r["gflops"] for r in result["rows"] if "name" in r}
     assert by[False, "ours"] < by[False, trajtok.PLAIN] == by[False, trajtok.KEPT] < by[True, trajtok.PLAIN]
     assert "x as fast" in capsys.readouterr().out

@@ -1223,6 +1223,37 @@ def in_process(function, cfg):
         process.join()
 
 
+def race(cfg, workers, frames, backward, device, last, tokens):
+    """Memory and time of one pass of each worker, timed in turn, so that the machine's moods meet all -> {name: dict(memory_gb, ms, gflops; of a
+    rival also how much faster ours is, and its memory in ours)}, None where it does not fit."""
+    memory = {name: None if device.type == "cpu" and too_large(frames, last.get((name, backward)), free_memory_gb()) else worker.ask("memory", backward)
+              for name, worker in workers.items()}
+    last |= {(name, backward): (frames, gb) for name, gb in memory.items()}
+    fits = [name for name in workers if memory[name] is not None]
+    tokens |= {name: workers[name].ask("tokens", backward) for name in fits}                         # this run also compiles and warms up
+    seconds = {name: [] for name in workers}
+    for _ in range(cfg.repeats):
+        for name in fits:
+            seconds[name].append(workers[name].ask("seconds", backward))
+    found = {}
+    for name in workers:
+        killed = name not in fits or None in seconds[name] or tokens[name] is None
+        found[name] = dict(memory_gb=memory[name], gflops=None if killed else workers[name].ask("gflops", backward), ms=None if killed else float(np.median(seconds[name])) * 1e3)
+        if name != "ours" and not killed and found["ours"]["ms"]:
+            found[name] |= dict(faster=float(np.median([b / a for a, b in zip(seconds["ours"], seconds[name])])), less_memory=memory[name] / max(memory["ours"], 1e-3))
+    return found
+
+
+def bench_row(row, rate):
+    text = f"{row['frames']:6d}  {'forward + backward' if row['backward'] else 'forward':18s}  {row['name']:24s} "
+    if row["ms"] is None:
+        print(text + "  does not fit into memory", flush=True)
+        return
+    text += (f"{row['gflops']:9.0f} {row['ms']:8.0f}  {row['ms'] / row['frames']:9.1f} {row['gflops'] / row['ms']:8.2f} {100 * row['gflops'] * 1e12 / row['ms'] / rate:12.0f} %   "
+             f"{row['memory_gb']:5.2f}")
+    print(text + (f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory" if "faster" in row else ""), flush=True)
+
+
 def bench(argv):
     cfg = configure(BenchConfig, {name: {"size": name} for name in SIZES}, argv)
     SIZES[cfg.size].encoder.check(cfg.tokens_per_trajectory)    # refused now, not after a minute
@@ -1249,42 +1280,25 @@ def bench(argv):
             times.append(time.perf_counter() - began)
         matching[name] = float(np.median(times)) * 1e3
     print("64 matchings of 40 labels x 128 queries: " + ", ".join(f"{ms:.0f} ms ({name})" for name, ms in matching.items()))
-    names = ["ours"] if cfg.only else ["ours", PLAIN] + [KEPT] * (device.type == "cpu")
     print("frames  pass                implementation              GFLOPs      ms   ms/frame  TFLOP/s  of the machine   GB     how much faster, less memory")
     rows, last = [], {}
     for frames in sorted(map(int, cfg.frames.split(","))):
-        workers, tokens = {name: Worker(cfg, frames, name) for name in names}, {}
-        for backward in (False, True) if cfg.backward else (False,):
-            memory = {name: None if device.type == "cpu" and too_large(frames, last.get((name, backward)), free_memory_gb()) else worker.ask("memory", backward)
-                      for name, worker in workers.items()}
-            last |= {(name, backward): (frames, gb) for name, gb in memory.items()}
-            fits = [name for name in names if memory[name] is not None]
-            for name in fits:                                    # this run also compiles and warms up
-                tokens[name] = workers[name].ask("tokens", backward)
-            seconds = {name: [] for name in names}
-            for _ in range(cfg.repeats):
-                for name in fits:                                # in turn, so that the machine's moods meet all
-                    seconds[name].append(workers[name].ask("seconds", backward))
-            for name in names:
-                row = dict(frames=frames, backward=backward, name=name, memory_gb=memory[name], gflops=workers[name].ask("gflops", backward) if name in fits else None,
-                           ms=float(np.median(seconds[name])) * 1e3 if name in fits else None)
-                rows.append(row)
-                text = f"{frames:6d}  {'forward + backward' if backward else 'forward':18s}  {name:24s} "
-                if name not in fits:
-                    print(text + "  does not fit into memory")
-                    continue
-                text += f"{row['gflops']:9.0f} {row['ms']:8.0f}  {row['ms'] / frames:9.1f} {row['gflops'] / row['ms']:8.2f} {100 * row['gflops'] * 1e12 / row['ms'] / rate:12.0f} %   {row['memory_gb']:5.2f}"
-                if name != "ours" and "ours" in fits:
-                    row["faster"] = float(np.median([b / a for a, b in zip(seconds["ours"], seconds[name])]))
-                    row["less_memory"] = row["memory_gb"] / max(memory["ours"], 1e-3)
-                    text += f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory"
-                print(text, flush=True)
-        for worker in workers.values():
-            worker.close()
-        if PLAIN in tokens and "ours" in tokens:
-            worst = float(np.abs(tokens["ours"] - tokens[PLAIN]).max() / np.abs(tokens[PLAIN]).max())
-            print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
-            rows.append(dict(frames=frames, difference=worst))
+        # one rival at a time: a process that keeps its memory keeps it from the others
+        for rival in (None,) if cfg.only else (PLAIN, KEPT) if device.type == "cpu" else (PLAIN,):
+            names = ["ours"] if rival is None else ["ours", rival]
+            workers, tokens = {name: Worker(cfg, frames, name) for name in names}, {}
+            for backward in (False, True) if cfg.backward else (False,):
+                measured = race(cfg, workers, frames, backward, device, last, tokens)
+                for name in names:
+                    if name != "ours" or rival in (None, PLAIN):
+                        rows.append(dict(frames=frames, backward=backward, name=name) | measured[name])
+                        bench_row(rows[-1], rate)
+            for worker in workers.values():
+                worker.close()
+            if len(tokens) == 2 and rival == PLAIN:
+                worst = float(np.abs(tokens["ours"] - tokens[PLAIN]).max() / np.abs(tokens[PLAIN]).max())
+                print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
+                rows.append(dict(frames=frames, difference=worst))
     write_json(cfg.out, dict(dataclasses.asdict(cfg), device=f"{device.type}, {card}", torch=torch.__version__,
                                                             parameters=parameters, tflops_of_the_machine=rate / 1e12, matching_ms=matching, rows=rows))
     print(f"wrote {cfg.out}")
