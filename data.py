@@ -121,6 +121,17 @@ def configure(config, sizes, argv, positional=None):
     return config(**{**sizes[size], **flags})
 
 
+def dispatch(script, doc, commands, argv):
+    """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the script's docstring."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv in (["-h"], ["--help"]):
+        print(doc)
+        return
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"python {script} {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
+    commands[argv[0]](argv[1:])
+
+
 @contextlib.contextmanager
 def replacing(path):
     """`with replacing(path) as beside`: what is written to `beside` is flushed to disk and renamed at the end: a reader, or a kill, sees
@@ -1514,7 +1525,7 @@ def sidecars(mask_path, graph_path):
             with np.load(path, allow_pickle=False) as file:
                 x = file[key]
         except KeyError:
-            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F): see DESIGN") from None
+            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F)") from None
         except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                            "write both sidecars again, or remove them") from None
@@ -1569,6 +1580,8 @@ def manifest_rows(path):
     path = Path(path)
     if not path.exists():
         raise BadInput(f"--data {path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
+    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        raise BadInput(f"--data {path}: one film or picture, not a set of them; give its folder, or a manifest that names it")
     if path.is_dir():
         if (path / "manifest.json").exists():
             return manifest_rows(path / "manifest.json")
@@ -3201,14 +3214,7 @@ def label(argv):
 
 @one_line_errors
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"label": label, "make": make, "check": check, "bench": bench}
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if not argv or argv[0] not in commands:
-        raise BadInput(f"python data.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
-    commands[argv[0]](argv[1:])
+    dispatch("data.py", __doc__, {"label": label, "make": make, "check": check, "bench": bench}, argv)
 
 
 if __name__ == "__main__":

