@@ -1011,7 +1011,7 @@ def test_manifests_of_every_kind(tmp_path):
     ("m.json", "", "empty"), ("m.json", "[]", "empty"), ("m.json", "[{]", "not a manifest"), ("m.json", '[{"video": "a.mp4"}, 7]', "entry 2"),
     ("m.json", '[{"caption": "x"}]', "entry 1"), ("m.json", '[{"video": ["a.mp4"]}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "caption": 3}]', "caption"),
     ("m.json", '[{"video": "a.mp4", "mask": 3}]', "mask"), ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
-    ("m.mp4", b"\0\xff\xfe\x81", "not a manifest"), ("m.csv", "a.mp4,1\nb.mp4\n", "line 2"), ("m.csv", "path,label\na.mp4\n", "line 2"),
+    ("m.mp4", b"\0\xff\xfe\x81", "one film"), ("m.csv", "a.mp4,1\nb.mp4\n", "line 2"), ("m.csv", "path,label\na.mp4\n", "line 2"),
     ("m.csv", "", "empty"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "line 2: .*0xe9.*UTF-8"), ("m.csv", "a.mp4 30 1\n", "line 1.*quote"), ("m.csv", "a, b.mp4,1\n", "line 1.*quote"),
     ("m.csv", "a.mp4,\n", "line 1.*label"), ("m.csv", 'path,caption\na.mp4,x\nb.mp4," "\n', "line 3.*caption"), ("m.csv", '"a.mp4,1\n', "line 1"), ("m.csv", "path,label\na,b,c\n", "line 2"),
     ("m.json", '[\n{"video": "a.mp4"},\n\n{"video": "b.mp4", "caption": ""}]', r"entry 2 \(line 4\).*caption"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
