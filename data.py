@@ -154,6 +154,16 @@ def replace(path, write):
         write(beside)
 
 
+def make_room(out):
+    """--out, the name of a file, before the work that ends there: its folder is made, and what cannot be such a name is refused."""
+    if not out or Path(out).is_dir():
+        raise BadInput(f"--out {out!r}: give the name of a file")
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot make its folder ({error.strerror}); give another file") from None
+
+
 def write_json(path, value):
     replace(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
@@ -3061,12 +3071,7 @@ def bench(argv):
     sizes = {name: dict(size=name, image_size=size, frames=frames) for name, size, frames in
              (("nano", 64, 8), ("tiny", 128, 8), ("base", 224, 16), ("large", 224, 16))}
     cfg = configure(BenchConfig, sizes, argv)
-    if not cfg.out or Path(cfg.out).is_dir():
-        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    make_room(cfg.out)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else torch.device(cfg.device)
         torch.zeros(1, device=device).item()

@@ -7,6 +7,7 @@ Each test begins by saying which bug it catches. Oracles are slow and plain on p
 out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few tests are skipped.
 """
 import colorsys
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -2158,6 +2160,18 @@ def test_make_anew_leaves_nothing_of_the_old_world(tmp_path):
     run(data.main, *flags, "--frames", 4, "--clips", 1, "--overwrite")
     run(data.main, *flags, "--frames", 4, "--clips", 3)
     assert [data.video_header(e["path"])[0] for e in data.read_manifest(tmp_path / "w")] == [4, 4, 4]
+
+
+def test_a_film_that_hangs_is_given_up(monkeypatch):
+    """Catches: labels, or a film shown whole, that wait for ever for a frame which never comes."""
+    @contextlib.contextmanager
+    def opened(path):
+        stream = types.SimpleNamespace(average_rate=10, guessed_rate=10, duration=None, time_base=1, start_time=0)
+        yield types.SimpleNamespace(streams=types.SimpleNamespace(video=[stream]), duration=0, decode=lambda _: (time.sleep(6) for _ in range(2)))
+    monkeypatch.setattr(data, "opened", opened)
+    monkeypatch.setattr(data, "FILE_SECONDS", 0.2)
+    with pytest.raises(BadVideo, match="slow.mp4: not decoded within 0.2 s"):
+        list(data.read_frames("slow.mp4", 16))
 
 
 def test_label_refuses(tmp_path, capsys):

@@ -1257,12 +1257,7 @@ def bench_row(row, rate):
 def bench(argv):
     cfg = configure(BenchConfig, {name: {"size": name} for name in SIZES}, argv)
     SIZES[cfg.size].encoder.check(cfg.tokens_per_trajectory)    # refused now, not after a minute
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
-    if not cfg.out or Path(cfg.out).is_dir():
-        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
+    data.make_room(cfg.out)
     device = setup(cfg)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     rate = matrix_rate(device)
@@ -1393,12 +1388,7 @@ def score(argv):
         if unknown:
             raise BadInput(f"--names {','.join(sorted(unknown))}: not in {cfg.folder}, which holds {', '.join(s['name'] for s in sequences)}")
         sequences = [s for s in sequences if s["name"] in cfg.names.split(",")]
-    if not cfg.out or Path(cfg.out).is_dir():
-        raise BadInput(f"--out {cfg.out!r}: give the name of a file")
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make its folder ({error.strerror}); give another file") from None
+    data.make_room(cfg.out)
     methods = {"6 x 6 grid": lambda video: grid_tubes((1, *video.shape[:3]), 6, 6)[0],
                "k-means 36": lambda video: k_means_tubes(video, 36, cfg.seed), "k-means 121": lambda video: k_means_tubes(video, 121, cfg.seed)}
     if cfg.method != "none":
