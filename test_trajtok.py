@@ -2388,25 +2388,29 @@ def test_convnext_tiny_is_the_published_one():
     assert normed == [False, False, False, True]                 # stages 0-2 leave raw, only the last through the final norm
 
 
-def test_gelu_linear_is_gelu_then_linear_in_less_memory():
-    """Catches: a wrong gradient of the second half of a block's MLP, in float32 or in mixed precision, and gelu(z) kept after all."""
+def test_a_blocks_mlp_is_its_layers_one_after_another_in_less_memory():
+    """Catches: a wrong gradient of any of a block's seven parameters or of its input, in float32 or in mixed precision; anything of the width
+    4c, or a normalised copy, kept for the backward pass after all."""
     torch.manual_seed(0)
-    layer, saved = nn.Linear(12, 5), []
-    for mixed, tolerance in ((False, 1e-6), (True, 3e-2)):
+    block = segmenter.Block(6)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.5)
+    parts = (block.norm.weight, block.norm.bias, block.pwconv1.weight, block.pwconv1.bias, block.pwconv2.weight, block.pwconv2.bias, block.gamma)
+    for mixed, tolerance in ((False, 2e-6), (True, 5e-2)):
         results = []
-        for form in (lambda z: segmenter.GeluLinear.apply(z, layer.weight, layer.bias), lambda z: layer(F.gelu(z))):
-            z = torch.linspace(-3, 3, 84).view(7, 12).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-                y = form(z.bfloat16() if mixed else z)
-            results.append((y.float(), *torch.autograd.grad((y.float() * torch.arange(35.0).view(7, 5).cos()).sum(), (z, layer.weight, layer.bias))))
+        for form in (lambda y: segmenter.PointMLP.apply(y, *parts), lambda y: block.gamma * block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))):
+            y = torch.linspace(-3, 3, 84).sin().view(2, 7, 6).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                out = form(y)
+            results.append((out, *torch.autograd.grad((out * torch.arange(84.0).view(2, 7, 6).cos()).sum(), (y, *parts))))
         for one, two in zip(*results):
-            assert one.dtype == two.dtype
-            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
-    z = torch.randn(7, 12, requires_grad=True)
-    saved.clear()
+            assert one.dtype == two.dtype == torch.float32
+            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance * float(two.detach().abs().max()))
+    y, saved = torch.randn(2, 7, 6, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        segmenter.GeluLinear.apply(z, layer.weight, layer.bias)
-    assert {x.data_ptr() for x in saved} == {z.data_ptr(), layer.weight.data_ptr()}
+        segmenter.PointMLP.apply(y, *parts)
+    kept = [x for x in saved if x.data_ptr() not in {p.data_ptr() for p in (y, *parts)}]
+    assert sum(x.numel() for x in kept) == 2 * 14, "beside its input, a mean and a deviation for each of 14 points"
 
 
 @pytest.mark.parametrize("h, w", ((1, 1), (2, 2), (4, 4), (1, 5), (2, 7), (3, 5), (4, 5), (9, 8)))

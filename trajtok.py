@@ -1072,9 +1072,23 @@ PLAIN, KEPT = "straightforward", "straightforward, kept"
 
 
 def straightforward(tokenizer, video, m):
-    """tokenizer(video, m) by the book, for comparison: keys and values are projected for all points, attention is a dense
-    (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
+    """tokenizer(video, m) by the book, for comparison: PyTorch's own layers, which keep what they like; keys and values are projected for
+    all points, attention is a dense (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
     segmenter, encoder, K = tokenizer.segmenter, tokenizer.encoder, tokenizer.cfg.num_queries
+
+    def extract(x):                                              # (b, t, 3, H, W) -> F (b, n, d), (t, h, w)
+        x, total, t = rearrange(x, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last), 0, x.shape[1]
+        last = lambda f, x: f(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                             # f over the channels
+        for i, (down, stage) in enumerate(zip(segmenter.backbone.downsample_layers, segmenter.backbone.stages)):
+            x = down(x)
+            for block in stage:
+                x = x + last(lambda y: block.gamma * block.pwconv2(F.gelu(block.pwconv1(block.norm(y)))), block.dwconv(x))
+            if i < len(segmenter.proj):
+                y = segmenter.proj[i](last(segmenter.backbone.norm, x) if i == 3 else x)
+                y = last(segmenter.ln, y)
+                h, w = y.shape[-2:] if i == 0 else (h, w)
+                total = total + (F.interpolate(y, size=(h, w), mode="bilinear", align_corners=False) if i else y)
+        return rearrange(total, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
 
     def perceive(perceiver, latents, points, visible=None):
         points = perceiver.norm_ctx(points)
@@ -1093,7 +1107,7 @@ def straightforward(tokenizer, video, m):
             latents = latents + mlp(latents)
         return latents
 
-    features, grid = segmenter.extract(normalise(video))
+    features, grid = extract(normalise(video))
     points = features.detach() if segmenter.cfg.detach else features
     latents = perceive(segmenter.perceiver, segmenter.latents.expand(len(video), -1, -1), points)
     seg = segmenter.assign(latents, features, grid)
