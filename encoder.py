@@ -201,6 +201,7 @@ class EncoderConfig:
     out_dim: int = 512                          # d': width of the tokens that leave
     hard_mask: bool = True                      # PAPER: masked cross-attention (ablation: False, every token sees all)
     mean_start: bool = True                     # PAPER: a token starts at z_init (False: at its learned code alone)
+    places: bool = False                        # points also say where and when they are (PAPER: rotary positions, on the keys alone)
     last_points: int = 0                        # release: the last two points of a clip are seen by all tokens
     normed_residual: bool = False               # release, see Perceiver
     norm_media: bool = False                    # release, see Perceiver
@@ -238,10 +239,27 @@ class TrajectoryEncoder(nn.Module):
         self.latents = nn.Parameter(math.sqrt(cfg.dim / 2) * fourier_codes(ring, cfg.dim).expand(cfg.num_queries, -1, -1).clone())
         self.perceiver = Perceiver(cfg.dim, cfg.depth, cfg.heads, cfg.normed_residual, cfg.norm_media, TrajectoryAttention if cfg.hard_mask else CrossAttention)
         self.output_projector = nn.Linear(cfg.dim, cfg.out_dim)
+        self.places = nn.ModuleList(nn.Linear(8, cfg.dim) for _ in range(3)) if cfg.places else None             # of t, y, x
+
+    def see(self, features, grid, first=0, frames=None):
+        """F (b, n, d), frames first .. of a clip of `frames` -> what the tokens read. Rotary positions turn keys: they decide what is read, and are not
+        read themselves. Where and when a thing was, a sum of F alone tells only as far as F happens to know. With cfg.places each point says it,
+            F_p + W_t c(t) + W_y c(y) + W_x c(x),   c(s) = sin, cos of pi 2^i s, i = 0 .. 3,   s in (0, 1): of the clip, of the frame's sides
+        and z_init, a mean over a trajectory, starts with where it mostly is. DEVIATION, off by default."""
+        if self.places is None:
+            return features
+        place = 0
+        for linear, (length, count, begin), shape in zip(self.places, ((frames or grid[0], grid[0], first), grid[1:2] * 2 + (0,), grid[2:] * 2 + (0,)),
+                                                         ("s d -> s 1 1 d", "s d -> 1 s 1 d", "s d -> 1 1 s d")):
+            s = (begin + torch.arange(count, device=features.device) + 0.5) / length
+            angle = math.pi * s[:, None] * 2.0 ** torch.arange(4, device=s.device)
+            place = place + rearrange(linear(torch.cat((angle.sin(), angle.cos()), -1)), shape)
+        return features + place.flatten(0, 2).to(features.dtype)
 
     def forward(self, features, seg, tokens_per_trajectory=None, budget=None):
         """F (b, n, d), Segmentation -> Tokens. tokens_per_trajectory: 1, 2 or 4; None: drawn at random while training
         (PAPER, after Matryoshka), else 1.  budget: at most so many tokens a clip instead, spread by `spread`: M <= budget."""
+        features = self.see(features, seg.grid)
         z = self.aggregate(features, seg.logits)                                                     # (b, K, d)
         if budget is None:
             m = tokens_per_trajectory

@@ -3358,6 +3358,27 @@ def test_convnext_is_the_published_implementation(tmp_path, kind):
         close(norm(raw(x)[3].mean((2, 3))), pooled, 1e-5)
 
 
+def test_points_say_where_they_are_only_where_that_is_asked_for():
+    """Catches: axes that are mixed up or not in (0, 1), a table in another order than the points; the default changed; tokens of one look but of different
+    places that are alike in spite of --places, or differ in what they hold without it."""
+    torch.manual_seed(0)
+    cfg = encoder.EncoderConfig(dim=16, num_queries=2, depth=1, heads=2, out_dim=16)
+    plain, placed = encoder.TrajectoryEncoder(cfg), encoder.TrajectoryEncoder(dataclasses.replace(cfg, places=True))
+    grid, look = (2, 3, 4), torch.randn(16)
+    features = look.expand(1, 24, 16)
+    assert plain.see(features, grid) is features
+    with torch.no_grad():
+        seen = placed.see(features, grid, 3, 6)[0]
+        for p, (t, y, x) in enumerate(itertools.product(range(2), range(3), range(4))):
+            code = lambda s: torch.tensor([f(math.pi * 2 ** i * s) for f in (math.sin, math.cos) for i in range(4)])
+            close(seen[p], look + sum(linear(code(s)) for linear, s in zip(placed.places, ((3 + t + 0.5) / 6, (y + 0.5) / 3, (x + 0.5) / 4))))
+        for one, differ in ((plain, False), (placed, True)):
+            ids = torch.arange(24)[None] % 4 // 2                # the left half of each frame, and the right one
+            seg = segmenter.Segmentation(features, 50 * F.one_hot(ids, 2).float(), ids, torch.ones(1, 2, dtype=torch.bool), grid)
+            start = one.aggregate(one.see(features, grid), seg.logits)[0]
+            assert bool((start[0] - start[1]).abs().max() > 0.1) is differ
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # encoder.py: points in the order of their owners
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3409,7 +3430,7 @@ def test_shared_values_and_folded_queries_are_dense_attention():
 # trajtok.py: any length, any budget
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), dict(normed_residual=True, norm_media=True, last_points=2)))
+@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), dict(normed_residual=True, norm_media=True, last_points=2), dict(places=True)))
 @pytest.mark.parametrize("m", (1, 4))
 def test_a_stream_is_one_pass(change, m):
     """Catches: a softmax that is closed chunk by chunk, positions that begin anew with each chunk, trajectories alive in one chunk

@@ -77,6 +77,7 @@ class ClipConfig:
     light: bool = True                          # may a made clip get lighter or darker?
     textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
+    places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
     tokenlearner_v1: bool = False               # tokenlearner: version 1 (three convolutions, sigmoid) instead of 1.1 (an MLP, softmax)
@@ -158,6 +159,8 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
+        if self.places and (self.init_tokenizer or self.tokenizer != "trajvit2" and not self.compare):
+            raise BadInput("--places: makes a new tokenizer of trajvit2 so; leave out --init-tokenizer (a saved one keeps its own setting), and other tokenizers")
         if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.compare_by not in ("steps", "seconds"):
@@ -549,7 +552,7 @@ def shape_of(cfg):
     """The TrajTokConfig of a run: of --init-tokenizer, or the size's."""
     overrides = {k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None}
     if not cfg.init_tokenizer:
-        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **overrides)
+        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, places=cfg.places, **overrides)
     shape = tokenizer_config(cfg.init_tokenizer)
     if overrides.get("num_queries", shape.num_queries) != shape.num_queries:
         raise BadInput(f"--num-queries {cfg.num_queries}: the tokenizer in {cfg.init_tokenizer} has {shape.num_queries}; leave the flag out")
@@ -1162,7 +1165,8 @@ def compare(cfg):
     quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
     for seed in seeds:
         for name in names:
-            row = dataclasses.replace(cfg, **quiet, tokenizer=name, seed=seed, steps=steps[name], warmup=min(cfg.warmup, steps[name] // 2),
+            row = dataclasses.replace(cfg, **quiet, tokenizer=name, places=cfg.places and name == "trajvit2", seed=seed, steps=steps[name],
+                                      warmup=min(cfg.warmup, steps[name] // 2),
                                       name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
             rows[name].append(one_row(row))
             write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),

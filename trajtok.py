@@ -76,6 +76,7 @@ class TrajTokConfig:
     detach: bool = True                         # ablation: gradients of the Perceiver into F
     hierarchical: bool = True                   # ablation: one scale of features instead of four
     hard_mask: bool = True                      # ablation: tokens read all points instead of their own
+    places: bool = False                        # points say where and when they are (encoder.TrajectoryEncoder.see); the paper's do not
     # what the authors' release does otherwise; load_official turns it on (segmenter.Perceiver, encoder.EncoderConfig)
     normed_residual: bool = False
     norm_media: bool = False
@@ -166,7 +167,7 @@ class TrajTok(nn.Module):
 
         total, weight, alive = 0.0, 0.0, False
         for first, video, seg in clusters():
-            part, share = encoder.sums(seg.features, seg.logits)
+            part, share = encoder.sums(encoder.see(seg.features, seg.grid, first, count), seg.logits)
             total, weight, alive = total + part, weight + share, seg.alive | alive
             if each:
                 each(first, video, seg)
@@ -174,7 +175,7 @@ class TrajTok(nn.Module):
         def rows():                                              # for the encoder's Perceiver
             for first, _, seg in clusters():
                 cells = seg.grid[1] * seg.grid[2]
-                yield encoder.chunk(seg.features, seg.ids, m, count * cells, first * cells)
+                yield encoder.chunk(encoder.see(seg.features, seg.grid, first, count), seg.ids, m, count * cells, first * cells)
 
         z = encoder.encode(encoder.mean(total, weight), Again(rows), m)
         return encoder.tokens(z, alive, m)
@@ -1111,6 +1112,7 @@ def straightforward(tokenizer, video, m):
     points = features.detach() if segmenter.cfg.detach else features
     latents = perceive(segmenter.perceiver, segmenter.latents.expand(len(video), -1, -1), points)
     seg = segmenter.assign(latents, features, grid)
+    features = encoder.see(features, grid)
     z = encoder.aggregate(features, seg.logits)
     trajectory = torch.arange(K, device=z.device).repeat_interleave(m)
     visible = None
