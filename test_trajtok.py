@@ -5238,6 +5238,7 @@ def test_the_cache_changes_nothing(pieces):
         for part, m in zip(ids.split(pieces, 1), [None] * 9 if real_ones is None else real_ones.split(pieces, 1)):
             with torch.no_grad():
                 found.append(model(part, mask=m, cache=cache))
+        assert model.places(3, 1, torch.tensor([[False], [True], [True]]), None, train_vlm.Cache(model.cfg, 3, 12), "cpu")[1].any(-1).all()
         whole = model(ids, mask=real_ones).detach()
         close(torch.cat(found, 1) if real_ones is None else torch.cat(found, 1)[mask], whole if real_ones is None else whole[mask], 1e-5)
         assert cache.length == 9 and cache.count.tolist() == ([9] * 3 if real_ones is None else mask.sum(1).tolist())
@@ -5257,11 +5258,14 @@ def test_padding_and_packing_change_nothing():
         for row, m, want in zip(logits, mask, alone):
             close(row[m], want, 1e-5)
         close(model(ids, mask=mask, last=True), torch.stack([want[-1] for want in alone]), 1e-5)
+        positions, seen, _ = model.places(3, 6, mask, None, None, "cpu")
+        assert [row[m].tolist() for row, m in zip(positions, mask)] == [list(range(len(p))) for p in parts] and seen.any(-1).all()
     segments = torch.tensor([[7] * 5 + [2] * 3 + [7] * 6 + [-1] * 2])                                # a number may come again
     x = model.embed_tokens(torch.cat((*parts, toy_ids(2)))[None]).detach().requires_grad_()
     packed = model(embeddings=x, segments=segments)
     close(packed[0, :14], torch.cat(alone), 1e-5)
     packed[0, 5:8].square().sum().backward()
+    assert model.places(1, 16, None, segments, None, "cpu")[0].tolist() == [[*range(5), *range(3), *range(6), *range(2)]]            # a shift would not show above
     moved = x.grad[0].abs().sum(1) > 0
     assert moved.tolist() == [False] * 5 + [True] * 3 + [False] * 8
 
@@ -5333,6 +5337,7 @@ def test_decoder_folders_are_read_strictly(tmp_path):
             ("model_type 'llama' is another", dict(model_type="llama"), None), ("lacks head_dim", dict(head_dim=None), None),
             ("attention_bias True", dict(attention_bias=True), None), ("'yarn'", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), None),
             ("hidden_act 'gelu'", dict(hidden_act="gelu"), None), ("kv_heads = 4 does not divide", dict(num_key_value_heads=4), None),
+            ("kv_heads = 0; give", dict(num_key_value_heads=0), None), ("layers = '2'; give", dict(num_hidden_layers="2"), None),
             ("not equal", dict(tie_word_embeddings=True), None), ("lacks rope_theta", dict(rope_theta=None), None)):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
@@ -5599,6 +5604,8 @@ def test_siglip_folders_are_read_strictly(tmp_path):
                                    ("model_type 'siglip2' is another", state, dict(model_type="siglip2")), ("model_type None", state, dict(model_type=None)),
                                    ("hidden_act 'gelu'", state, dict(vision_config=vision | dict(hidden_act="gelu"))),
                                    ("heads = 5 does not divide", state, dict(vision_config=vision | dict(num_attention_heads=5))),
+                                   ("patch = 33 is larger", state, dict(vision_config=vision | dict(patch_size=33))),
+                                   ("layers = -1; give", state, dict(vision_config=vision | dict(num_hidden_layers=-1))),
                                    ("position_embedding.weight is \\(16, 32\\), not \\(64, 32\\)", state, dict(vision_config=vision | dict(image_size=64)))):
         write(weights, **config)
         with pytest.raises(BadInput, match=words):

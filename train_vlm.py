@@ -52,6 +52,14 @@ def need(config, path, *keys):
     return [config[key] for key in keys]
 
 
+def check_whole(cfg, *names):
+    """ValueError where one of these fields is no whole number from 1 on."""
+    for name in names:
+        value = getattr(cfg, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r}; give a whole number, 1 or more")
+
+
 @contextlib.contextmanager
 def published_weights(folder):
     """-> {key: (open file, key)} over model.safetensors, or over the shards that model.safetensors.index.json names. The files are mapped
@@ -81,7 +89,7 @@ def published_weights(folder):
 
 def read(weight):
     file, key = weight
-    return file.get_tensor(key)
+    return file.get_tensor(key)                                  # a view of the mapped file, not a copy
 
 
 def fit_published(module, weights, where, dtype, device):
@@ -119,6 +127,7 @@ class DecoderConfig:
     tied: bool = True                # logits from the embedding table itself
 
     def __post_init__(self):
+        check_whole(self, "vocabulary", "width", "mlp", "layers", "heads", "kv_heads", "head_dim", "context")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
         if self.head_dim % 2:
@@ -256,7 +265,8 @@ class Decoder(nn.Module):
       where=bool (b, s), True = wanted       -> (number wanted, vocabulary), row by row: 151 936 logits a position are not made for nothing
       targets=int64 (b, s), -1 = none        -> (number of targets,) float32: -log p(target), row by row, logits made `chunk` positions at a time
                                              and again in backward. The target stands where it is predicted: ids shifted by one, by the caller
-    recompute = True: activations of a layer are computed again in backward instead of kept."""
+    recompute = True: activations of a layer are computed again in backward instead of kept. Without where and targets the whole forward is
+    one graph for torch.compile; in training, compile the layers (layer.compile()): those two pick by data, which no graph can."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -335,6 +345,8 @@ class Decoder(nn.Module):
         b, s, _ = x.shape
         counted, seen, causal = self.places(b, s, mask, segments, cache, x.device)
         positions = counted if positions is None else positions
+        # in float32 throughout, as the published weights were trained: bfloat16 holds no whole number above 256 exactly. Under fully_shard with
+        # mixed precision, cast_forward_inputs must be False for the layers, or it would cast cos and sin.
         frequency = self.cfg.theta ** (-torch.arange(0, self.cfg.head_dim, 2, device=x.device, dtype=torch.float32) / self.cfg.head_dim)
         angle = positions[:, None, :, None].float() * frequency                                      # (b, 1, s, c / 2)
         cos, sin = angle.cos(), angle.sin()
@@ -376,7 +388,8 @@ END, TURN, TURN_END, VISION, VISION_END, VIDEO = SPECIAL = (
 @functools.lru_cache(maxsize=None)
 def load_tokenizer(name="world"):
     """-> a tiktoken Encoding with the special tokens above. `world`: the built-in one (learnt from made captions and questions), the special
-    tokens after its vocabulary; else a published Qwen3 folder. n_vocab ids at most; what decodes is encoded after NFC."""
+    tokens after its vocabulary; else a published Qwen3 folder, whose texts are brought to NFC first. encode_ordinary reads any text, and
+    none of it as special."""
     if name == "world":
         import tiktoken
         clips = [data.script(i) for i in range(1000)]
@@ -453,8 +466,8 @@ def pick(logits, temperature, top_p, chance):
     if top_p < 1:
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0)          # a token stays if those before it do not reach the sum: the first always does
     total = p.cumsum(-1)
-    at = torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True)
-    return order.gather(1, at.minimum((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    # the first whose running sum exceeds chance times the whole: its own share is not 0, and as chance < 1 there is one
+    return order.gather(1, torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True))[:, 0]
 
 
 def pad(prompts, side):
@@ -537,6 +550,9 @@ class SigLIP2Config:
     eps: float = 1e-6
 
     def __post_init__(self):
+        check_whole(self, "width", "layers", "heads", "mlp", "patch", "image")
+        if self.patch > self.image:
+            raise ValueError(f"patch = {self.patch} is larger than image = {self.image}")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
 
