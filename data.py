@@ -51,6 +51,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -2456,39 +2457,74 @@ def load_encoding(name="world"):
         tiktoken.load.read_file = fetch
 
 
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")         # SPECS 5
+GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@functools.lru_cache(maxsize=None)
+def composing():
+    """tiktoken's Encoding for tokenizers that were trained on composed text: it brings a text to NFC first (an e and its accent are one
+    character), which tiktoken itself has no place for. Made on first use: importing data imports no tiktoken."""
+    import tiktoken
+
+    class Composing(tiktoken.Encoding):
+        def encode_ordinary(self, text):
+            return super().encode_ordinary(unicodedata.normalize("NFC", text))
+
+        def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
+            return super().encode(unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special)
+    return Composing
+
+
 def published_encoding(folder):
-    """The byte-level BPE of a published folder as a tiktoken Encoding: undo the byte-to-unicode map of its vocabulary and
-    rank = id (SPECS 5, checked there on 3 000 strings)."""
+    """The byte-level BPE of a published folder (tokenizer.json, or vocab.json and merges.txt) as a tiktoken Encoding: undo the byte-to-unicode
+    map of its vocabulary and rank = id (SPECS 5, checked there on 3 000 strings). Its added tokens become special ones, which
+    encode_ordinary never makes from text. What a tiktoken Encoding could not do as the file says is refused: BadInput."""
     import tiktoken
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     # the map that byte-level tokenizers share: printable bytes stand for themselves, the rest for 256, 257, ...
     hidden = [i for i in range(256) if i not in set(printable)]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"                # GPT-2's split
-    special, whole = {}, folder / "tokenizer.json"
     try:
-        if whole.exists():
-            spec = json.loads(whole.read_text(encoding="utf-8"))
-            vocabulary = spec["model"]["vocab"]
-            special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-            pre = spec.get("pre_tokenizer") or {}
-            for part in pre.get("pretokenizers", [pre]):
-                if part.get("type") == "Split":
-                    pattern = part["pattern"]["Regex"]
-        else:
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            config = folder / "tokenizer_config.json"
-            if config.exists():
-                added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-                special = {t["content"]: int(i) for i, t in added.items()}
+        vocabulary, merges, special, pattern, composed = (read_tokenizer if (folder / "tokenizer.json").exists() else read_vocabulary)(folder)
         if not special and "<|endoftext|>" in vocabulary:
             special = {"<|endoftext|>": vocabulary["<|endoftext|>"]}
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+        order = [vocabulary[a + b] for a, b in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)]
+        if any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError("some bytes are no tokens")
+        if any(a >= b for a, b in zip(order, order[1:])):
+            raise ValueError("its merges are not in the order of their ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"--text {folder}: not a published byte-level tokenizer ({type(error).__name__}: {error}); "
+        raise BadInput(f"{folder}: not a published byte-level tokenizer ({type(error).__name__}: {error}); "
                        "expected tokenizer.json or vocab.json") from None
     special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
-    return tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return (composing() if composed else tiktoken.Encoding)(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_tokenizer(folder):
+    """tokenizer.json -> {token: id}, merges, {special token: id}, split pattern, whether text is brought to NFC first."""
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parts = lambda part, inner: [] if not part else part[inner] if part.get("type") == "Sequence" else [part]
+    norms, splits = parts(spec.get("normalizer"), "normalizers"), parts(spec.get("pre_tokenizer"), "pretokenizers")
+    pattern = [part["pattern"]["Regex"] for part in splits if part["type"] == "Split"]
+    odd = [part["type"] for part in norms if part["type"] != "NFC"] + [part["type"] for part in splits if part["type"] not in ("Split", "ByteLevel")]
+    odd += [f"{part['type']} that is {part.get('behavior')}" for part in splits if part.get("behavior", "Isolated") != "Isolated" or part.get("invert")]
+    odd += ["a space put before the text"] * any(part.get("add_prefix_space") for part in splits if part["type"] == "ByteLevel") + ["several splits"] * (len(pattern) > 1)
+    if odd:
+        raise ValueError(f"its steps are not those of GPT-2 or Qwen: {', '.join(odd)}")
+    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    return spec["model"]["vocab"], spec["model"].get("merges", []), special, pattern[0] if pattern else GPT_WORDS, bool(norms)
+
+
+def read_vocabulary(folder):
+    """The same of vocab.json, merges.txt and tokenizer_config.json. These do not spell the split: it belongs to the class that they name."""
+    load = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+    vocabulary, config, merges = json.loads((folder / "vocab.json").read_text(encoding="utf-8")), load("tokenizer_config.json"), folder / "merges.txt"
+    special = load("added_tokens.json") | {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    lines = merges.read_text(encoding="utf-8").split("\n") if merges.exists() else []
+    qwen = str(config.get("tokenizer_class", "")).startswith(("Qwen2", "Qwen3"))
+    return vocabulary, [line for line in lines[bool(lines) and lines[0].startswith("#version"):] if line], special, QWEN_WORDS if qwen else GPT_WORDS, qwen
 
 
 def tokenize(encoding, texts, length):
