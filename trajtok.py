@@ -841,7 +841,7 @@ def sources(cfg):
 
 def world_of(cfg):
     """The procedural world that a configuration asks for; of `plain` the one without --textures."""
-    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light") + (() if cfg.data == "plain" else ("textures",))
+    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light", "story") + (() if cfg.data == "plain" else ("textures",))
     return data.World(size=cfg.image_size, **{name: getattr(cfg, name) for name in asked if hasattr(cfg, name)})
 
 
