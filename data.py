@@ -2536,12 +2536,12 @@ def write_labels(mask_path, graph_path, ids):
 WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # a split that Python's re and tiktoken read alike
 
 
-def learn_bpe(texts, vocabulary=1024):
+def learn_bpe(texts, vocabulary=1024, pattern=WORDS):
     """Byte-level byte-pair encoding: ranks {bytes: id}, the 256 bytes first, then merges, the most frequent pair each time
     (ties: the smallest pair, so that the result never depends on a hash). Works on distinct words with their counts."""
     counts = {}
     for text in texts:
-        for word in re.findall(WORDS, text):
+        for word in re.findall(pattern, text):
             counts[word] = counts.get(word, 0) + 1
     words = {tuple(bytes([byte]) for byte in word.encode()): n for word, n in counts.items()}
     ranks = {bytes([i]): i for i in range(256)}
