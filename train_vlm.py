@@ -51,7 +51,7 @@ from data import BadInput, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder
 from segmenter import Segmenter, fit_weights, fourier_codes, labels_on_grid, read_weights, rename
 from trajtok import (SIZES, Damage, Run, TrajTok, TrajTokConfig, check_finite, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
-                     run_name, setup, sigterm, split_entries, tokenizer_config, total, write_weights)
+                     run_name, setup, sigterm, split_entries, tokenizer_config, total, write_text, write_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,8 +761,6 @@ class VLMConfig:
             raise BadInput(f"--data {self.data}: true masks (oracle) and several lengths are of made stories; give one number with --frames, and other connectors")
         if self.data == "world" and min(numbers(self.frames)) < 8:
             raise BadInput(f"--frames {self.frames}: a made story has at least 8 frames")
-        if self.size != "nano" and self.data == "world" and self.tokenizer != "world":
-            pass                                                 # made stories are a fair test of any decoder
 
 
 # CHOICE: rates as published for a decoder and a vision tower that have learnt (SPECS 5): connector, vision, decoder; nano trains all from nothing.
@@ -790,9 +788,9 @@ class Places(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
 
-        def codes(n):                                            # sines and cosines of the place, half as large as a normed feature
+        def codes(n):                                            # sines and cosines of the place; the three together half as large as a normed feature
             angle = (torch.arange(n) + 0.5)[:, None] / n * math.pi * torch.arange(1, 5)
-            return nn.Parameter(0.5 * math.sqrt(dim) * fourier_codes(torch.cat((angle.sin(), angle.cos()), 1), dim))
+            return nn.Parameter(0.3 * math.sqrt(dim) * fourier_codes(torch.cat((angle.sin(), angle.cos()), 1), dim))
         self.frame, self.row, self.column = codes(window), codes(side), codes(side)
 
     def forward(self, x):
@@ -806,7 +804,7 @@ class Project(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.gate, self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, width)
-        nn.init.normal_(self.down.weight, std=4 * (4 * dim * width) ** -0.5)     # silu(a) b of a, b with variance 1/3: 1/4 or so
+        nn.init.normal_(self.down.weight, std=8 * (4 * dim * width) ** -0.5)     # silu(a) b, of a and b with variance 1/3, is small
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x):
@@ -956,18 +954,17 @@ def sequence(encoding, marks, counts, talks, options=None):
     return pieces
 
 
-def check_length(pieces, context, marks, counts, where):
-    """A clip with its longest question that does not fit into the decoder's context: BadInput, with the number of windows that would."""
-    longest = max(p.start + len(p.ids) for p in pieces)
+def check_length(pieces, spans, parts, where):
+    """A clip with its longest question that does not fit into the decoder's context: BadInput, with the number of frames that would.
+    spans: tokens of each window, its time stamp included."""
+    longest, context = max(p.start + len(p.ids) for p in pieces), parts.decoder.context
     if longest <= context:
         return
-    seen, rest, n = len(pieces[0].ids), 0, 0
-    rest = longest - seen                                        # of the longest question, with its answer
-    if rest + 8 > context or not len(counts):
-        raise BadInput(f"{where}: a question of {rest} tokens, answer included; the decoder's context is {context}: shorten it")
-    each = seen / len(counts)
-    n = max(int((context - rest) / each), 0)
-    raise BadInput(f"{where}: {longest} tokens, {seen} of them for {len(counts)} windows of video; the decoder's context is {context}: give at most {n} windows of frames")
+    rest = longest - sum(spans)                                  # of the longest question, its answer, and the turns' own
+    fits = int((np.cumsum(spans) <= context - rest).sum()) if spans else 0
+    if not fits:
+        raise BadInput(f"{where}: a question of {rest} tokens, answer included, and a context of {context}" + (", which leaves no room for a window of video" if spans else "") + "; shorten it")
+    raise BadInput(f"{where}: {longest} tokens, {sum(spans)} of them for {len(spans)} windows of video, and a context of {context}: give at most {fits * parts.window} frames")
 
 
 class Rows(NamedTuple):
@@ -1245,7 +1242,7 @@ def with_counts(seen, times, talks, names, model, parts, device):
 def rows_of(batch, parts, row, device, options=None):
     clips = [sequence(parts.encoding, m, c, t, o) for m, c, t, o in zip(batch.marks, batch.counts, batch.talks, options or [None] * len(batch.talks))]
     for pieces, m, c, name in zip(clips, batch.marks, batch.counts, batch.names):
-        check_length(pieces, parts.decoder.context, m, c, name)
+        check_length(pieces, [n + len(parts.encoding.encode_ordinary(mark)) for mark, n in zip(m, c)], parts, name)
     return lay_out(clips, special(parts.encoding, VIDEO), row, device), clips
 
 
@@ -1424,7 +1421,7 @@ def train(cfg, parts, learnt, held_out, grid, device):
     steps, damage, began, mark = cfg.caption_steps + cfg.steps, Damage(), time.time(), time.time()
     films = not isinstance(learnt, dict)
     print(f"{cfg.connector}, seed {cfg.seed}: decoder {sizes['decoder'] / 1e6:.2f} M, connector {sizes['connector'] / 1e6:.2f} M, vision {sizes['vision'] / 1e6:.2f} M parameters; "
-          f"{device.type}; an even guess is ln {parts.encoding.n_vocab} = {math.log(parts.encoding.n_vocab):.2f}")
+          f"{device.type}; an even guess is ln {parts.decoder.vocabulary} = {math.log(parts.decoder.vocabulary):.2f}")
     batches = None
     with sigterm() as asked_to_stop:
         for step in range(begin, steps):
@@ -1644,6 +1641,156 @@ def picture(path, rows):
             panels[f"{kind}: % right"] = lines
     if panels:
         plot_lines(path, panels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python train_vlm.py ask
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Asks a trained model about a video: the answer comes as it is made, and a picture shows what was looked at."""
+    clip: str = ""                      # a video or a picture
+    question: str = ""                  # what to ask
+    model: str = "out/vlm-nano-trajtok-0"   # the folder of a run
+    frames: int = 0                     # frames from the whole clip, evenly; 0: as many as the longest clips that it was trained on
+    most: int = 64                      # tokens of the answer, at most
+    temperature: float = 0.0            # 0: always the most likely token
+    top_p: float = 1.0                  # only among the most likely tokens that make this share
+    out: str = "out"                    # folder for <clip>-attended.png
+    seed: int = 0                       # of the answer, where temperature is above 0
+    device: str = "auto"                # cpu, cuda, ...
+
+    def __post_init__(self):
+        if not self.clip or not self.question.strip():
+            raise BadInput('give a clip and a question: python train_vlm.py ask clip.mp4 "What moves?"')
+        if self.frames < 0:
+            raise BadInput(f"--frames {self.frames}: at least 0")
+        check_question(self.question)
+
+
+def open_model(folder, device):
+    """The folder of a run -> its VLMConfig, Parts, VLM."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        kinds, cfg = saved["parts"], VLMConfig(**{f.name: saved[f.name] for f in dataclasses.fields(VLMConfig) if f.name in saved})
+        shape, decoder = TrajTokConfig(**saved["tokenizer"]), DecoderConfig(**kinds["decoder"])
+        vision = SigLIP2(SigLIP2Config(**kinds["vision"])) if kinds["vision"] else None
+        window, grid, words = kinds["window"], kinds["grid"], kinds["words"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"--model {folder}: no finished run of train_vlm.py ({type(error).__name__}: {error}); give its folder, e.g. out/vlm-nano-trajtok-0") from None
+    segmenter = Segmenter(shape.segmenter)
+    parts = Parts(load_tokenizer(words), segmenter.requires_grad_(False).eval(), shape, vision, decoder, vision.cfg.width if vision else shape.dim,
+                  vision.cfg.side if vision else shape.image_size // 8, window)
+    model = VLM(Decoder(decoder), connector_of(cfg.connector, parts, cfg, grid), None if cfg.connector == "blind" else vision)
+    if not (Path(folder) / "model.safetensors").exists():
+        raise BadInput(f"{folder}/model.safetensors: no such file; is the run finished?")
+    weights = read_weights(Path(folder) / "model.safetensors")
+    if cfg.connector != "blind":
+        fit_weights(segmenter, {k.removeprefix("segmenter."): v for k, v in weights.items() if k.startswith("segmenter.")}, folder)
+    fit_weights(model, {k: v for k, v in weights.items() if not k.startswith("segmenter.")}, folder)
+    segmenter.to(device)
+    return cfg, parts, model.to(device).eval()
+
+
+@torch.no_grad()
+def attended(decoder, x, begin):
+    """Embeddings (1, s, w) of prompt and answer; the answer's tokens are predicted from position begin on -> how much they attend to each position (s,):
+    softmax weights, averaged over layers, heads and these tokens."""
+    found = []
+
+    def look(module, args):
+        y, cos, sin = args[:3]
+        q, k = (turn(norm(rearrange(proj(y), "1 s (a c) -> 1 a s c", c=module.c)), cos, sin) for proj, norm in ((module.q_proj, module.q_norm), (module.k_proj, module.k_norm)))
+        scores = q[:, :, begin:] @ k.repeat_interleave(module.group, 1).transpose(2, 3) / math.sqrt(module.c)
+        here = torch.arange(x.shape[1], device=x.device)
+        found.append(scores.masked_fill(here > here[begin:, None], -math.inf).softmax(-1).mean((0, 1, 2)))       # over the keys
+    hooks = [layer.self_attn.register_forward_pre_hook(look) for layer in decoder.layers]
+    try:
+        decoder(embeddings=x, last=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).mean(0)
+
+
+def owners(connector, ids):
+    """Windows (v, t, h, w) of trajectories -> the same, with the number of the first visual token that reads each point, over all windows (-1: none does),
+    and how many tokens read it (1, or m of a trajectory)."""
+    v, t, h, w = ids.shape
+    if isinstance(connector, PatchConnector):
+        a, b, c = (torch.arange(n) * g // n for n, g in zip((t, h, w), connector.grid))
+        cell = (a[:, None, None] * connector.grid[1] + b[:, None]) * connector.grid[2] + c
+        return cell + math.prod(connector.grid) * torch.arange(v)[:, None, None, None], 1
+    out, first = torch.full(ids.shape, -1), 0
+    for window, one in enumerate(ids):
+        for k in one.unique().tolist():                          # live trajectories, by number
+            if k >= 0:
+                out[window][one == k] = first
+                first += connector.m
+    return out, connector.m
+
+
+def ask(argv):
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        if "--help" not in argv and "-h" not in argv:
+            raise BadInput('python train_vlm.py ask: give a clip and a question, then flags: ask clip.mp4 "What moves?" --model out/vlm-nano-trajtok-0')
+        argv = ["clip", "question", "--help"]
+    cfg = configure(AskConfig, None, [argv[0], f"--question={argv[1]}", *argv[2:]], positional="clip")
+    device = setup(cfg)
+    run, parts, model = open_model(cfg.model, device)
+    size, image = max(parts.shape.image_size, parts.vision.cfg.image if parts.vision else 0), Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
+    frames = cfg.frames or max(numbers(run.frames))
+    if not image:
+        there = data.video_header(cfg.clip)[0]
+        frames = min(frames, there) if there else frames
+    frames = 1 if image else frames if frames <= parts.window else frames // parts.window * parts.window
+    video, times, _ = data.decode(cfg.clip, frames, size, places=False)
+    films = dict(video=[torch.from_numpy(video)], times=[[float(s) for s in times]], entries=[dict(path=cfg.clip, talk=[dict(question=cfg.question, answer="")])], bad=[])
+    batch = from_films(films, model, parts, run, device)
+    rows, (pieces,) = rows_of(batch, parts, 0, device, options=[[[""]]])         # one answer of nothing: the prompt is what it continues
+    end = int((rows.positions[0] == pieces[-1].start).nonzero()[0]) + 1
+    x = model.embed(rows, **batch.seen)[0, :end]
+    ids, began = [], time.time()
+
+    def spoken():
+        stop = {special(parts.encoding, TURN_END), special(parts.encoding, END)}
+        for row in steps(model.decoder, [x], cfg.most, cfg.temperature, cfg.top_p, stop, cfg.seed, parts.encoding.n_vocab):
+            if row[0] is not None:
+                ids.append(row[0])
+                yield parts.encoding.decode_single_token_bytes(row[0])
+    for text in whole_characters(spoken()):
+        print(text, end="", flush=True)
+    print(f"\n{len(video)} frames, {sum(batch.counts[0])} visual tokens, {end} tokens in all, {len(ids)} of the answer in {time.time() - began:.2f} s")
+    if model.connector is None or not ids:
+        return
+    whole = torch.cat((x, model.decoder.embed_tokens(torch.tensor(ids[:-1], dtype=torch.int64, device=device))))[None]
+    weight = attended(model.decoder, whole, end - 1)[:end][rows.token[0, :end] >= 0].cpu()           # of each visual token
+    owner, m = owners(model.connector, batch.seen["ids"].cpu())
+    sheet = attention_picture(windowed(films["video"][0][None], parts.window) if not image else films["video"][0][None].expand(1, parts.window, -1, -1, -1), owner, m, weight)
+    base = Path(cfg.out) / f"{Path(cfg.clip).stem}-attended.png"
+    data.make_room(str(base))
+    write_text(sheet, f"{cfg.question} {parts.encoding.decode(ids)}", 4, 4)
+    write_png(base, sheet)
+    print(f"wrote {base}")
+
+
+def attention_picture(video, owner, m, weight):
+    """Windows uint8 (v, t, H, W, 3), owner (v, t, h, w), weight (n,) of the visual tokens -> a picture: up to eight frames, and below them the same frames in
+    grey, in which each trajectory wears its colour, the more the more it was attended to."""
+    weight = torch.stack([F.pad(weight, (0, m))[i:len(weight) + i] for i in range(m)]).sum(0)        # of a trajectory, at its first token
+    share = (weight / weight.max().clamp(min=1e-9)).sqrt()
+    video, owner = video.flatten(0, 1).numpy(), owner.flatten(0, 1)
+    some = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
+    scale = max(1, 128 // video.shape[2])
+    video, owner = video[some], owner[some].repeat_interleave(-(-video.shape[1] // owner.shape[1]), 1)[:, :video.shape[1]]
+    owner = owner.repeat_interleave(-(-video.shape[2] // owner.shape[2]), 2)[:, :, :video.shape[2]].numpy()
+    strength = np.where(owner >= 0, share.numpy()[owner.clip(0)], 0)[..., None]
+    grey = video.mean(-1, keepdims=True) * 0.6
+    lit = (grey * (1 - strength) + data.paint(video, owner, data.palette(int(owner.max()) + 1)) * strength).clip(0, 255).astype(np.uint8)
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in (video, lit)], 0).repeat(scale, 0).repeat(scale, 1)
+    return np.pad(sheet, ((20, 0), (0, 0), (0, 0)), constant_values=255)
 
 
 @data.one_line_errors
