@@ -79,6 +79,14 @@ def need(config, path, *keys):
     return [config[key] for key in keys]
 
 
+def check_whole(cfg, *names):
+    """ValueError where one of these fields is no whole number from 1 on."""
+    for name in names:
+        value = getattr(cfg, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r}; give a whole number, 1 or more")
+
+
 @contextlib.contextmanager
 def published_weights(folder):
     """-> {key: (open file, key)} over model.safetensors, or over the shards that model.safetensors.index.json names. The files are mapped
@@ -108,7 +116,7 @@ def published_weights(folder):
 
 def read(weight):
     file, key = weight
-    return file.get_tensor(key)
+    return file.get_tensor(key)                                  # a view of the mapped file, not a copy
 
 
 def fit_published(module, weights, where, dtype, device):
@@ -120,7 +128,7 @@ def fit_published(module, weights, where, dtype, device):
         raise BadInput(f"{where}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong)})")
     for name in own:
         value = read(weights[name])
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not value.is_floating_point() or not torch.stack(torch.aminmax(value)).isfinite().all():            # which hands NaN on, 40 times faster than isfinite
             raise BadInput(f"{where}: {name} holds {'NaN or infinite numbers' if value.is_floating_point() else value.dtype}; fetch it again")
         own[name] = torch.empty(value.shape, dtype=dtype or value.dtype, device=device).copy_(value)
     module.load_state_dict(own, assign=True)
@@ -146,15 +154,16 @@ class DecoderConfig:
     tied: bool = True                # logits from the embedding table itself
 
     def __post_init__(self):
+        check_whole(self, "vocabulary", "width", "mlp", "layers", "heads", "kv_heads", "head_dim", "context")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary positions turn pairs of channels; give an even number")
 
 
-# As published (SPECS 5); nano's vocabulary is its tokenizer's (load_tokenizer("world")).
+# As published (SPECS 5). nano's vocabulary: the 1024 that load_tokenizer("world") may learn, and its special tokens.
 DECODERS = {
-    "nano": DecoderConfig(vocabulary=1280,   width=128,  mlp=384,  layers=4,  heads=4,  kv_heads=2, head_dim=32, theta=1e4, context=4096),
+    "nano": DecoderConfig(vocabulary=1030,   width=128,  mlp=384,  layers=4,  heads=4,  kv_heads=2, head_dim=32, theta=1e4, context=4096),
     "0.6b": DecoderConfig(vocabulary=151936, width=1024, mlp=3072, layers=28, heads=16, kv_heads=8),
     "1.7b": DecoderConfig(vocabulary=151936, width=2048, mlp=6144, layers=28, heads=16, kv_heads=8),
     "4b":   DecoderConfig(vocabulary=151936, width=2560, mlp=9728, layers=36, heads=32, kv_heads=8),
@@ -284,7 +293,8 @@ class Decoder(nn.Module):
       where=bool (b, s), True = wanted       -> (number wanted, vocabulary), row by row: 151 936 logits a position are not made for nothing
       targets=int64 (b, s), -1 = none        -> (number of targets,) float32: -log p(target), row by row, logits made `chunk` positions at a time
                                              and again in backward. The target stands where it is predicted: ids shifted by one, by the caller
-    recompute = True: activations of a layer are computed again in backward instead of kept."""
+    recompute = True: activations of a layer are computed again in backward instead of kept. Without where and targets the whole forward is
+    one graph for torch.compile; in training, compile the layers (layer.compile()): those two pick by data, which no graph can."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -334,7 +344,8 @@ class Decoder(nn.Module):
         if segments is not None:
             begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
             positions = here - torch.where(begins, here, 0).cummax(1).values
-            seen = (segments[:, :, None] == segments[:, None]) & (here[:, None] >= here)
+            run = begins.cumsum(1)                               # a number that comes again later is another sequence
+            seen = (run[:, :, None] == run[:, None]) & (here[:, None] >= here)
             return positions, seen[:, None], False
         real = torch.ones(b, s, dtype=torch.bool, device=device) if mask is None else mask
         positions = (real.cumsum(1) - 1).clamp(min=0)
@@ -358,10 +369,14 @@ class Decoder(nn.Module):
     def forward(self, ids=None, *, embeddings=None, positions=None, mask=None, segments=None, cache=None, last=False, where=None, targets=None, chunk=1024):
         if (ids is None) == (embeddings is None) or (segments is not None and (mask is not None or cache is not None)):
             raise ValueError("give ids or embeddings; and segments without mask and cache")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask is {mask.dtype}; give bool, True = real")
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         b, s, _ = x.shape
         counted, seen, causal = self.places(b, s, mask, segments, cache, x.device)
         positions = counted if positions is None else positions
+        # in float32 throughout, as the published weights were trained: bfloat16 holds no whole number above 256 exactly. Under fully_shard with
+        # mixed precision, cast_forward_inputs must be False for the layers, or it would cast cos and sin.
         frequency = self.cfg.theta ** (-torch.arange(0, self.cfg.head_dim, 2, device=x.device, dtype=torch.float32) / self.cfg.head_dim)
         angle = positions[:, None, :, None].float() * frequency                                      # (b, 1, s, c / 2)
         cos, sin = angle.cos(), angle.sin()
@@ -403,7 +418,8 @@ END, TURN, TURN_END, VISION, VISION_END, VIDEO = SPECIAL = (
 @functools.lru_cache(maxsize=None)
 def load_tokenizer(name="world"):
     """-> a tiktoken Encoding with the special tokens above. `world`: the built-in one (learnt from made captions and questions), the special
-    tokens after its vocabulary; else a published Qwen3 folder. n_vocab ids at most; what decodes is encoded after NFC."""
+    tokens after its vocabulary; else a published Qwen3 folder, whose texts are brought to NFC first. encode_ordinary reads any text, and
+    none of it as special."""
     if name == "world":
         import tiktoken
         # a time stamp is one word: at nano's size a dozen tokens of digits before a window's half a dozen visual ones would be most of what is read
@@ -479,12 +495,12 @@ def pick(logits, temperature, top_p, chance):
     of most likely tokens whose probabilities reach that sum."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)             # over the vocabulary
+    p, order = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)         # over the vocabulary
     if top_p < 1:
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0)          # a token stays if those before it do not reach the sum: the first always does
     total = p.cumsum(-1)
-    at = torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True)
-    return order.gather(1, at.minimum((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    # the first whose running sum exceeds chance times the whole: its own share is not 0, and as chance < 1 there is one
+    return order.gather(1, torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True))[:, 0]
 
 
 def pad(prompts, side):
@@ -505,6 +521,8 @@ def steps(model, prompts, most=256, temperature=0.0, top_p=1.0, stop=(), seed=0,
     if temperature < 0 or not 0 < top_p <= 1 or most < 1:
         raise BadInput(f"temperature {temperature}, top_p {top_p}, most {most}: give temperature >= 0 (0: the most likely token), 0 < top_p <= 1, most >= 1")
     table = model.embed_tokens.weight
+    if known is not None and known > len(table):
+        raise BadInput(f"the tokenizer has {known} ids and the model's table {len(table)} rows: they do not belong together")
     prompts = [torch.as_tensor(p, device=table.device) for p in prompts]
     longest, context = max(map(len, prompts)), model.cfg.context
     if longest >= context or not min(map(len, prompts)):
@@ -565,6 +583,9 @@ class SigLIP2Config:
     eps: float = 1e-6
 
     def __post_init__(self):
+        check_whole(self, "width", "layers", "heads", "mlp", "patch", "image")
+        if self.patch > self.image:
+            raise ValueError(f"patch = {self.patch} is larger than image = {self.image}")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
 
@@ -651,8 +672,8 @@ class SigLIP2(nn.Module):
     def forward(self, video, post_norm=True):
         if video.dtype != torch.uint8 or video.dim() != 5 or video.shape[-1] != 3:
             raise ValueError(f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}")
-        x = rearrange(video, "b t h w c -> (b t) c h w").to(self.post_layernorm.weight.dtype) / 127.5 - 1
-        return rearrange(self.features(x, post_norm), "(b t) n d -> b t n d", b=len(video))
+        x = rearrange(video, "b t h w c -> (b t) c h w").float() / 127.5 - 1
+        return rearrange(self.features(x.to(self.post_layernorm.weight.dtype), post_norm), "(b t) n d -> b t n d", b=len(video))
 
 
 def siglip_config(folder):
