@@ -1144,13 +1144,12 @@ def pretrained_segmenter(cfg):
     argv = dict(name=f"vlm-{run_name(shim(cfg))}", out=cfg.out, num_queries=cfg.num_queries, max_objects=cfg.max_objects, steps=cfg.segmenter_steps, seed=cfg.seed, device=cfg.device,
                 warmup=min(20, cfg.segmenter_steps // 2), eval_clips=32, **({"image_size": cfg.image_size} if cfg.image_size else {}))
     folder = Path(cfg.out) / f"segmenter-{argv['name']}"
-    if (folder / "result.json").exists() and not cfg.overwrite:
+    if (folder / "result.json").exists() and (ranks()[1] > 1 or not cfg.overwrite):
         return folder
-    if not ranks()[0]:
-        again = ["--overwrite"] if cfg.overwrite else ["--resume"] if (folder / "config.json").exists() else []
-        trajtok.pretrain([str(x) for key, value in argv.items() for x in (f"--{key.replace('_', '-')}", value)] + ["--no-shared-colours", *again])
     if ranks()[1] > 1:
-        dist.barrier()
+        raise BadInput("several processes: the segmenter is pre-trained by one; run `python trajtok.py pretrain`, and give its folder with --segmenter")
+    again = ["--overwrite"] if cfg.overwrite else ["--resume"] if (folder / "config.json").exists() else []
+    trajtok.pretrain([str(x) for key, value in argv.items() for x in (f"--{key.replace('_', '-')}", value)] + ["--no-shared-colours", *again])
     return folder
 
 
@@ -1431,10 +1430,16 @@ def draw(cfg, step, lengths, counts):
     return lengths[at], torch.from_numpy(chosen[rank::world].copy())
 
 
-def train(cfg, parts, learnt, held_out, grid, device):
-    """One row: cfg.connector and cfg.seed. learnt, held_out: {frames: Stories}, or Films (learnt: of captions, of questions). -> result"""
+def train(cfg, parts, learnt, grid, device):
+    """One row: cfg.connector and cfg.seed. learnt: {frames: Stories}, or (Films of captions, of questions). -> the model; of several processes, whose
+    weights are in shards, None: what was written is what is read"""
     torch.manual_seed(cfg.seed)
-    (rank, world), run = ranks(), Run(cfg, folder_of(cfg), shapes(cfg, parts, grid))
+    begun = (Path(cfg.out) / folder_of(cfg) / "config.json").exists()        # --resume of a comparison: this row may not have begun
+    (rank, world), run = ranks(), Run(dataclasses.replace(cfg, resume=cfg.resume and begun), folder_of(cfg), shapes(cfg, parts, grid))
+    if not rank and not run.cfg.resume:                          # nothing of an older run stays beside the new one's
+        (run.folder / "state.json").unlink(missing_ok=True)
+        for old in run.folder.glob("state-*"):
+            shutil.rmtree(old)
     model = build(cfg, parts, grid)
     sizes = {part: sum(p.numel() for name, p in model.named_parameters() if name.startswith(part)) for part in ("connector", "vision", "decoder")}
     model = model.to(device) if world == 1 else shard_model(model, device, cfg.bf16)
@@ -1501,11 +1506,18 @@ def train(cfg, parts, learnt, held_out, grid, device):
     if not run.history():
         raise BadInput(f"--data {cfg.data}: not one of the clips that {steps} steps drew can be used; the first: {next(iter(damage.files.values()), '-')}")
     write_weights(run.folder / "model.safetensors", weights | ({f"segmenter.{k}": v for k, v in parts.segmenter.state_dict().items()} if cfg.connector != "blind" else {}))
-    if world > 1:                                                # what was written is what is scored
+    return model if world == 1 else None
+
+
+def examine(cfg, parts, held_out, grid, device, model=None):
+    """A trained row is asked what it was not trained on -> result, written to its folder. model None: what was written there is read again."""
+    folder, damage = Path(cfg.out) / folder_of(cfg), Damage()
+    if model is None:
         model = build(cfg, parts, grid)
-        fit_weights(model, {k: v for k, v in read_weights(run.folder / "model.safetensors").items() if not k.startswith("segmenter.")}, run.folder)
+        fit_weights(model, {k: v for k, v in read_weights(folder / "model.safetensors").items() if not k.startswith("segmenter.")}, folder)
         model.to(device)
-    began, history = time.time(), run.history()
+    sizes = {part: sum(p.numel() for name, p in model.named_parameters() if name.startswith(part)) for part in ("connector", "vision", "decoder")}
+    began, history = time.time(), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rows, bad = evaluate(model, parts, cfg, held_out, device)
     damage.add(bad, math.inf)
     if not rows:
@@ -1513,11 +1525,11 @@ def train(cfg, parts, learnt, held_out, grid, device):
     result = dict(connector=cfg.connector, seed=cfg.seed, accuracy=accuracies(rows), parameters=sizes, seconds=sum(line["seconds"] for line in history), evaluation_seconds=time.time() - began,
                   visual_tokens={f"{t} frames": float(np.mean(v)) for t in sorted({l["frames"] for l in history}) if (v := [l["visual_tokens"] for l in history if l["frames"] == t])},
                   tokens_per_second=sum(line["tokens"] for line in history) / max(sum(line["seconds"] for line in history), 1e-9), peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
-    write_json(run.folder / "result.json", result)
-    plot(run.folder / "curves.png", {f"{stage}, loss": points for stage in ("captions", "questions") if (points := [(l["step"], l["loss"]) for l in history if l["stage"] == stage])})
+    write_json(folder / "result.json", result)
+    plot(folder / "curves.png", {f"{stage}, loss": points for stage in ("captions", "questions") if (points := [(l["step"], l["loss"]) for l in history if l["stage"] == stage])})
     all_ = result["accuracy"]["all"]
     print(f"{all_['questions']} held-out questions: {100 * all_['choice']:.1f} % right by choice (chance {100 * all_['chance']:.1f} %), {100 * all_['open']:.1f} % word for word; "
-          f"{result['seconds']:.0f} s + {result['evaluation_seconds']:.0f} s\nwrote {run.folder}/: model.safetensors, result.json, log.jsonl, curves.png\n", flush=True)
+          f"{result['seconds']:.0f} s + {result['evaluation_seconds']:.0f} s\nwrote {folder}/: model.safetensors, result.json, log.jsonl, curves.png\n", flush=True)
     return result
 
 
@@ -1580,31 +1592,41 @@ def compare(cfg):
     grid = numbers(cfg.patch_grid) if cfg.patch_grid else list(patch_grid(live, parts.window, parts.side))
     check_fit(cfg, parts, grid, names)
     print(f"{live:.1f} live tokens a window of {parts.window} frames (trajtok); patch: {' x '.join(map(str, grid))} = {math.prod(grid)}; clips looked at in {time.time() - looked:.0f} s", flush=True)
-    rows, path = {name: [] for name in names}, Path(cfg.results) / f"vlm-{run_name(shim(cfg))}.json"
-    for seed in seeds:
-        for name in names:
-            one = dataclasses.replace(cfg, connector=name, seed=seed)
-            folder = Path(cfg.out) / folder_of(one)
-            if cfg.resume and (folder / "result.json").exists():
-                differ = Run.differences(json.loads((folder / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(one) | shapes(one, parts, grid))))
-                if differ:
-                    raise BadInput(f"--resume: {folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
-                print(f"{folder.name}: finished before")
-                rows[name].append(json.loads((folder / "result.json").read_text()))
-                continue
-            begun = cfg.resume and (folder / "config.json").exists()
-            rows[name].append(train(dataclasses.replace(one, resume=begun), parts, learnt, held_out, grid, device))
-            if not ranks()[0]:
-                write_json(path, dict(command="python train_vlm.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),
-                                      gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, seeds=cfg.seeds, live_tokens=live, patch_grid=grid,
-                                      seconds=time.time() - began, rows=rows))
-    if ranks()[1] > 1:
+    several, path, rows, models = ranks()[1] > 1, Path(cfg.results) / f"vlm-{run_name(shim(cfg))}.json", {name: [] for name in names}, {}
+    each = [dataclasses.replace(cfg, connector=name, seed=seed) for seed in seeds for name in names]
+    for one in each if several else ():                          # together they train; what was trained is examined by the first alone
+        if not finished(one, parts, grid):
+            train(one, parts, learnt, grid, device)
+    if several:
+        alone = ranks()[0] == 0
         dist.barrier()
         dist.destroy_process_group()
-    if not ranks()[0]:
-        print("\n".join(table(rows)))
-        picture(path.with_suffix(".png"), rows)
-        print(f"{time.time() - began:.0f} s in all; wrote {path} and {path.with_suffix('.png')}")
+        if not alone:
+            return
+    for one in each:
+        result = finished(one, parts, grid)
+        if not result:
+            model = None if several else train(one, parts, learnt, grid, device)
+            result = examine(one, parts, held_out, grid, device, model)
+        rows[one.connector].append(result)
+        write_json(path, dict(command="python train_vlm.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),
+                              gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, seeds=cfg.seeds, live_tokens=live, patch_grid=grid,
+                              seconds=time.time() - began, rows=rows))
+    print("\n".join(table(rows)))
+    picture(path.with_suffix(".png"), rows)
+    print(f"{time.time() - began:.0f} s in all; wrote {path} and {path.with_suffix('.png')}")
+
+
+def finished(cfg, parts, grid):
+    """The result of a row that --resume finds finished, or None. A row of other flags: BadInput."""
+    folder = Path(cfg.out) / folder_of(cfg)
+    if not cfg.resume or not (folder / "result.json").exists():
+        return None
+    differ = Run.differences(json.loads((folder / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(cfg) | shapes(cfg, parts, grid))))
+    if differ:
+        raise BadInput(f"--resume: {folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
+    print(f"{folder.name}: finished before", flush=True)
+    return json.loads((folder / "result.json").read_text())
 
 
 def check_fit(cfg, parts, grid, names):
@@ -1824,6 +1846,8 @@ def main(argv=None):
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or (max(gpus, 1) if cfg.size != "nano" else 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
+        if not cfg.segmenter:
+            pretrained_segmenter(cfg)
         return launch(__file__, argv, processes)
     compare(cfg)
 
