@@ -909,10 +909,10 @@ def tale(scene, dice):
     def third(deed):
         return deed.replace(" ", "s ", 1) if " " in deed else deed + "s"
     me, colours = called[0], [list(COLOURS)[look["colour"]] for look in looks]
-    if not hidden:
-        ask("what", "What colour is the largest object?", colours[0], others(colours, COLOURS))
-    if len(scene["names"]) == 1 and scene["names"][0] in GROUNDS:
+    if dice() < 0.5 and len(scene["names"]) == 1 and scene["names"][0] in GROUNDS:
         ask("what", "What is the ground made of?", scene["names"][0], others([], GROUNDS))
+    elif not hidden:
+        ask("what", "What colour is the largest object?", colours[0], others(colours, COLOURS))
     where = dice.pick((("first", 0), ("last", -1)))
     ask("first", f"What does the {me} do {where[0]}?", deeds[where[1]], others(deeds, DEEDS), 0)
     begun = [d for i, d in enumerate(deeds[:-1]) if d not in deeds[:i]]

@@ -809,9 +809,9 @@ class Places(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
 
-        def codes(n):                                            # sines and cosines of the place; the three together half as large as a normed feature
+        def codes(n):                                            # sines and cosines of the place, each as large as a normed feature: a thing that moves a cell must change
             angle = (torch.arange(n) + 0.5)[:, None] / n * math.pi * torch.arange(1, 5)
-            return nn.Parameter(0.3 * math.sqrt(dim) * fourier_codes(torch.cat((angle.sin(), angle.cos()), 1), dim))
+            return nn.Parameter(math.sqrt(dim) * fourier_codes(torch.cat((angle.sin(), angle.cos()), 1), dim))
         self.frame, self.row, self.column = codes(window), codes(side), codes(side)
 
     def forward(self, x):
