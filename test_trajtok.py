@@ -6095,7 +6095,7 @@ def test_a_run_on_films_with_questions(vlm_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, monkeypatch, world):
+def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypatch, world):
     """Catches: SIGTERM that loses steps or is not told by the exit code; a resumed run that is not the one that was never stopped; sharded processes
     (FSDP2) whose losses, gradients or weights are not those of one process with twice the batch; an export that is not what was trained."""
     argv = [str(a) for a in (*VLM_FLAGS, "--connector", "trajtok", "--segmenter", vlm_run / "seg", "--results", tmp_path / "results", "--batch", 4 // world, "--save-every", 50)]
@@ -6123,9 +6123,8 @@ def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, monkeypatch, worl
             assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in ("loss", "gradient_norm", "targets", "visual_tokens"))
         alone = load_file(tmp_path / "vlm-alone-trajtok-0" / "model.safetensors")
         assert alone.keys() == weights[0].keys() and max((alone[k] - weights[0][k]).abs().max().item() for k in alone) < 2e-3
-        with pytest.raises(SystemExit) as stop:
-            run(train_vlm.main, *argv, "--out", tmp_path / "b", "--resume", "--overwrite", "--name", "other")
-        assert stop.value.code == 2 or stop.value.code == 0
+        (tmp_path / "b" / "vlm-nano-trajtok-0" / "result.json").unlink()
+        assert "made by 2 processes" in refused(capsys, train_vlm.main, *argv, "--out", tmp_path / "b", "--resume")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -6157,10 +6156,10 @@ def test_bad_questions_and_films_are_refused(vlm_run, media, tmp_path, capsys):
     other = tmp_path / "vlm-small"
     shutil.copytree(vlm_run / "out" / "vlm-nano-trajtok-0", other)
     config = json.loads((other / "config.json").read_text())
-    config["parts"]["decoder"]["context"] = 60
+    config["parts"]["decoder"]["context"] = 41
     (other / "config.json").write_text(json.dumps(config))
     line = refused(capsys, train_vlm.main, "ask", clip, "What colour is the largest object?" * 2, "--model", other, "--out", tmp_path)
-    assert re.search(r"a context of 60: give at most 8 frames", line), line
+    assert re.search(r"a context of 41: give at most 8 frames", line), line
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps(dict(model_type="bert")))
     assert "another architecture" in refused(capsys, train_vlm.main, *VLM_FLAGS, "--decoder", tmp_path / "bert", "--segmenter", vlm_run / "seg", "--out", tmp_path)

@@ -1044,7 +1044,7 @@ def lay_out(clips, video, row=0, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def story_world(cfg, frames):
-    return data.World(64, frames, cfg.max_objects, shared_colours=False, acts=max(2, frames // 8), story=True)
+    return data.World(64, frames, cfg.max_objects, shared_colours=False, acts=max(1, frames // 8), story=True)      # an act a second
 
 
 class Stories(NamedTuple):
@@ -1586,6 +1586,7 @@ def compare(cfg):
     results_folder(Path(cfg.results))
     parts = open_parts(cfg, device)
     names, seeds = list(dict.fromkeys(cfg.connector.split(","))), list(dict.fromkeys(numbers(cfg.seeds)))
+    check_fit(cfg, parts, None, names)
     looked = time.time()
     learnt, held_out = open_stories(cfg, parts, device) if cfg.data == "world" else open_films(cfg, parts)
     live = live_tokens(learnt, parts, cfg, device)
@@ -1630,8 +1631,8 @@ def finished(cfg, parts, grid):
 
 
 def check_fit(cfg, parts, grid, names):
-    """More frames than the context could hold, if every trajectory were alive: refused before anything is trained."""
-    each = {"patch": math.prod(grid), "blind": 0}
+    """More frames than the context could hold, if every trajectory were alive: refused before anything is trained. grid None: patch's is not known yet."""
+    each = {"patch": math.prod(grid) if grid else 0, "blind": 0}
     for name in names:
         most = each.get(name, parts.segmenter.cfg.num_queries * cfg.tokens_per_trajectory)
         marked = most + len(parts.encoding.encode_ordinary(stamp(999, 999)))
