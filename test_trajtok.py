@@ -6094,6 +6094,36 @@ def test_a_run_on_films_with_questions(vlm_run, tmp_path, capsys):
     assert "left out" in capsys.readouterr().err
 
 
+def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
+    """Catches: the command of the full size, on toys of the same form: folders that are not read, a vision tower that is not trained, or trained in a
+    stage whose rate is 0, an export that lacks it; features that are not the tower's before its last norm."""
+    run(data.main, "make", "--story", "--clips", 4, "--frames", 8, "--acts", 1, "--image-size", 64, "--out", tmp_path / "made", "--workers", 0)
+    tower, decoder = TOWERS["whole"], dataclasses.replace(TOYS["untied"], vocabulary=1100, context=512)
+    filled(train_vlm.Decoder(decoder)).save_pretrained(tmp_path / "decoder")
+    (tmp_path / "vision").mkdir()
+    trajtok.write_weights(tmp_path / "vision" / "model.safetensors", {f"vision_model.{k}": v for k, v in filled(train_vlm.SigLIP2(tower)).state_dict().items()})
+    (tmp_path / "vision" / "config.json").write_text(json.dumps(dict(model_type="siglip", vision_config=dict(
+        hidden_size=tower.width, num_hidden_layers=tower.layers, num_attention_heads=tower.heads, intermediate_size=tower.mlp, patch_size=tower.patch, image_size=tower.image))))
+    argv = ["--size", "4b", "--decoder", tmp_path / "decoder", "--vision", tmp_path / "vision", "--segmenter", vlm_run / "seg", "--data", tmp_path / "made" / "qa.jsonl", "--captions",
+            tmp_path / "made" / "manifest.json", "--frames", 8, "--caption-steps", 1, "--steps", 2, "--batch", 4, "--warmup", 0, "--out", tmp_path, "--results", tmp_path, "--name", "full", "--save-every", 1]
+    run(train_vlm.main, *argv, "--rates", "1e-3,0,0", "--sft-rates", "1e-3,1e-3,1e-3")
+    folder = tmp_path / "vlm-full-trajtok-0"
+    cfg, parts, model = train_vlm.open_model(folder, torch.device("cpu"))
+    before, after = filled(train_vlm.SigLIP2(tower)).state_dict(), model.vision.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any("q_proj" in k for k in moved) and not any("post_layernorm" in k for k in moved) and model.decoder.recompute is False
+    assert [line["lr_vision"] > 0 for line in log(folder)] == [False, True, True]
+    video = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
+    batch = train_vlm.from_films(dict(video=[video[0]], times=[[i / 8 for i in range(8)]], entries=[dict(path="x", talk=[dict(question="What?", answer="a")])]), model, parts, cfg, torch.device("cpu"))
+    rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
+    small = train_vlm.resize(video, tower.image)[0]
+    features = model.vision.features(small.permute(0, 3, 1, 2) / 127.5 - 1, post_norm=False).view(1, 8, tower.side, tower.side, -1)
+    close(model(rows, **batch.seen), model(rows, features=features, ids=batch.seen["ids"]), 1e-5)
+    run(train_vlm.main, "ask", tmp_path / "made" / "0000000" / "0000000000.mp4", "What moves?", "--model", folder, "--out", tmp_path, "--most", 3, "--temperature", 3.0)
+    assert "8 frames" in capsys.readouterr().out
+    assert "give --decoder" in refused(capsys, train_vlm.main, *argv[:2], *argv[6:])
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypatch, world):
     """Catches: SIGTERM that loses steps or is not told by the exit code; a resumed run that is not the one that was never stopped; sharded processes

@@ -1319,6 +1319,7 @@ def restore(run, model, optimizer):
         raise BadInput(f"--resume: {run.folder} was made by {state['processes']} processes, now there are {ranks()[1]}; start as many")
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    set_rates(model, optimizer, max(state["step"] - 1, 0), run.cfg)          # what was frozen then has no moments to be read
     weights, moments = get_state_dict(model, optimizer)
     held = dict(model=weights, optimizer=moments)
     dcp.load(held, checkpoint_id=run.folder / state["folder"])
