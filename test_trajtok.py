@@ -5782,15 +5782,16 @@ def test_dead_trajectories_take_no_place():
         ids[1] = torch.where(ids[1] == 3, -1, ids[1])
         live = [len(set(window.flatten().tolist()) - {-1}) for window in ids]
         assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
-        tokens = model.connector(features, ids)
+        window = batch.seen["window"]
+        tokens = model.connector(features, ids, window)
         assert tokens.shape == (m * sum(live), 32)
-        alone = torch.cat([model.connector(features[i:i + 1], ids[i:i + 1]) for i in range(len(ids))])
+        alone = torch.cat([model.connector(features[i:i + 1], ids[i:i + 1], window[i:i + 1]) for i in range(len(ids))])
         close(tokens, alone, 1e-4)
         other = features.clone()
         other[1][ids[1] == -1] = 9.0
-        close(model.connector(other, ids), tokens, 1e-5)
+        close(model.connector(other, ids, window), tokens, 1e-5)
         other[1][ids[1] == 0] = 9.0
-        assert not torch.allclose(model.connector(other, ids), tokens, atol=1e-4)
+        assert not torch.allclose(model.connector(other, ids, window), tokens, atol=1e-4)
     rows, clips = train_vlm.rows_of(batch, parts, 0, "cpu")
     assert int((rows.token >= 0).sum()) == sum(map(sum, batch.counts)) == int(rows.token.max()) + 1
 
@@ -5805,7 +5806,7 @@ def test_patches_are_naive_means(grid):
     t, h, w = (4 // g for g in grid)
     naive = torch.stack([placed[v, a * t:(a + 1) * t, b * h:(b + 1) * h, c * w:(c + 1) * w].flatten(0, 2).mean(0)
                          for v in range(3) for a in range(grid[0]) for b in range(grid[1]) for c in range(grid[2])])
-    close(model.connector(x, None), model.connector.project(naive), 1e-5)
+    close(model.connector(x, None, torch.arange(3)), model.connector.project(naive, torch.arange(3).repeat_interleave(len(naive) // 3)), 1e-5)
     owner, _ = train_vlm.owners(model.connector, torch.zeros(3, 4, 4, 4))        # the picture's cells are those that were pooled
     sums = torch.zeros(len(naive), 32).index_add(0, owner.flatten(), placed.flatten(0, 3))
     close(sums / torch.bincount(owner.flatten())[:, None], naive, 1e-5)
@@ -6118,7 +6119,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
     rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
     small = train_vlm.resize(video, tower.image)[0]
     features = model.vision.features(small.permute(0, 3, 1, 2) / 127.5 - 1, post_norm=False).view(1, 8, tower.side, tower.side, -1)
-    close(model(rows, **batch.seen), model(rows, features=features, ids=batch.seen["ids"]), 1e-5)
+    close(model(rows, **batch.seen), model(rows, features=features, ids=batch.seen["ids"], window=batch.seen["window"]), 1e-5)
     run(train_vlm.main, "ask", tmp_path / "made" / "0000000" / "0000000000.mp4", "What moves?", "--model", folder, "--out", tmp_path, "--most", 3, "--temperature", 3.0)
     assert "8 frames" in capsys.readouterr().out
     assert "give --decoder" in refused(capsys, train_vlm.main, *argv[:2], *argv[6:])

@@ -726,8 +726,8 @@ class VLMConfig:
     max_objects: int = 4                        # of made stories
     clips: str = "300"                          # made stories to learn from, for each length of --frames, or one number for all
     # the training: stage 1 on captions, stage 2 on questions
-    caption_steps: int = 60                     # steps of stage 1
-    steps: int = 160                            # steps of stage 2
+    caption_steps: int = 30                     # steps of stage 1
+    steps: int = 450                            # steps of stage 2
     batch: int = 16                             # clips a step of each process, with all their questions
     row: int = 0                                # clips are packed into rows of so many tokens; 0: as long as the longest clip's
     rates: str = "2e-3,0,2e-3"                  # stage 1: learning rates of connector, vision, decoder; 0: frozen
@@ -788,7 +788,7 @@ class VLMConfig:
 #  size         frames and windows                        training
 FULL = dict(frames="64", window=8, num_queries=128, connector="trajtok", seeds="0", batch=1, row=8192, caption_steps=2000, steps=10_000, warmup=300, save_every=500,
             rates="2e-4,6e-6,2e-5", sft_rates="5e-6,5e-6,1e-5", weight_decay=0.0, recompute=True)
-VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
+VLM_SIZES = {"nano": dict(layers=3, clips="600,400,250,160"), "0.6b": FULL, "1.7b": FULL, "4b": FULL}
 VLM_SIZES = {name: {"size": name, **values} for name, values in VLM_SIZES.items()}
 
 
@@ -819,22 +819,27 @@ class Places(nn.Module):
 
 
 class Project(nn.Module):
-    """SwiGLU from d to the decoder's width. Its output begins as large as a row of the decoder's table of words: both enter the same stream."""
+    """SwiGLU from d to the decoder's width, + a linear map of sines of the window's number in its clip. Its output begins as large as a row of the decoder's
+    table of words: both enter the same stream. CHOICE: the time stamp tells the same in words; but a token would have to read it first, a layer of
+    attention that a small decoder has not to spare."""
 
     def __init__(self, dim, width):
         super().__init__()
+        self.register_buffer("waves", 64 ** -torch.linspace(0, 1, 8), persistent=False)
+        self.when = nn.Linear(16, width, bias=False)
+        nn.init.normal_(self.when.weight, std=(8 * width) ** -0.5)
         self.norm = nn.LayerNorm(dim)
         self.gate, self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, width)
         nn.init.normal_(self.down.weight, std=8 * (4 * dim * width) ** -0.5)     # silu(a) b, of a and b with variance 1/3, is small
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, x):
-        x = self.norm(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x, window):                                # (N, d), (N,) -> (N, width)
+        x, angle = self.norm(x), window[:, None] * self.waves
+        return self.down(F.silu(self.gate(x)) * self.up(x)) + self.when(torch.cat((angle.sin(), angle.cos()), 1))
 
 
 class TrajectoryConnector(nn.Module):
-    """features (v, t, h, w, d) of v windows, ids (v, t, h, w): the trajectory of each point, -1 = of none
+    """features (v, t, h, w, d) of v windows, ids (v, t, h, w): the trajectory of each point, -1 = of none; window (v,): its number in its clip
     -> tokens (N, width), window after window, of live trajectories only, by number; each trajectory has m of them.
     CHOICE: a token starts at the mean under the hard mask: the soft mean's gradient would go into a segmenter that is frozen here."""
 
@@ -850,7 +855,7 @@ class TrajectoryConnector(nn.Module):
         K = self.encoder.cfg.num_queries
         return self.m * torch.zeros(len(ids), K + 1, dtype=torch.int64, device=ids.device).scatter_(1, ids.flatten(1).long() + 1, 1)[:, 1:].sum(1)
 
-    def forward(self, features, ids):
+    def forward(self, features, ids, window):
         x, ids, K = self.places(features).flatten(1, 3), ids.flatten(1).long(), self.encoder.cfg.num_queries
         cell = (torch.where(ids < 0, K, ids) + (K + 1) * torch.arange(len(ids), device=ids.device)[:, None]).flatten()
         total = torch.zeros(len(ids) * (K + 1), x.shape[-1] + 1, device=x.device).index_add_(0, cell, F.pad(x.float(), (0, 1), value=1.0).flatten(0, 1))
@@ -858,7 +863,7 @@ class TrajectoryConnector(nn.Module):
         alive = total[..., -1] > 0
         z = (total[..., :-1] / total[..., -1:].clamp(min=1)).to(x.dtype)
         tokens = self.encoder.tokens(self.encoder.encode(z, [self.encoder.chunk(x, ids, self.m)], self.m), alive, self.m)
-        return self.project(tokens.z[tokens.mask])
+        return self.project(tokens.z[tokens.mask], window.repeat_interleave(tokens.mask.sum(1)))
 
 
 class PatchConnector(nn.Module):
@@ -871,9 +876,9 @@ class PatchConnector(nn.Module):
     def counts(self, ids):
         return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
 
-    def forward(self, features, ids):
+    def forward(self, features, ids, window):
         x = rearrange(self.places(features), "v t h w d -> v d t h w")
-        return self.project(rearrange(F.adaptive_avg_pool3d(x, self.grid), "v d t h w -> (v t h w) d"))
+        return self.project(rearrange(F.adaptive_avg_pool3d(x, self.grid), "v d t h w -> (v t h w) d"), window.repeat_interleave(math.prod(self.grid)))
 
 
 def patch_grid(tokens, window, side):
@@ -890,8 +895,8 @@ class VLM(nn.Module):
         super().__init__()
         self.decoder, self.connector, self.vision = decoder, connector, vision
 
-    def embed(self, rows, features=None, ids=None, video=None):
-        """Rows -> (b, s, w), visual tokens where they belong. ids (v, t, h, w); features (v, t, h, w, d), or video uint8 (v, t, H, W, 3) for vision."""
+    def embed(self, rows, features=None, ids=None, window=None, video=None):
+        """Rows -> (b, s, w), visual tokens where they belong. window (v,); ids (v, t, h, w); features (v, t, h, w, d), or video uint8 (v, t, H, W, 3) for vision."""
         x = self.decoder.embed_tokens(rows.ids)
         if self.connector is None or ids is None:
             return x
@@ -899,12 +904,12 @@ class VLM(nn.Module):
             n = self.vision.cfg.side
             x_ = self.vision(resize(video, self.vision.cfg.image), post_norm=False)
             features = rearrange(x_, "v t (h w) d -> v t h w d", h=n)
-        tokens = self.connector(features, ids).to(x.dtype)
+        tokens = self.connector(features, ids, window).to(x.dtype)
         return torch.where((rows.token >= 0)[..., None], tokens[rows.token.clamp(min=0)], x)
 
-    def forward(self, rows, features=None, ids=None, video=None, logits=False):
+    def forward(self, rows, features=None, ids=None, window=None, video=None, logits=False):
         """-> -log p of each target (n,) float32, row by row; or logits (n, vocabulary) where the targets are."""
-        x = self.embed(rows, features, ids, video)
+        x = self.embed(rows, features, ids, window, video)
         more = dict(where=rows.targets >= 0) if logits else dict(targets=rows.targets)
         return self.decoder(embeddings=x, positions=rows.positions, mask=rows.mask, **more)
 
@@ -1223,7 +1228,7 @@ def set_rates(model, optimizer, step, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    seen: dict                      # features, ids, video of all windows, clip after clip, as VLM.forward takes them; blind: nothing
+    seen: dict                      # features, ids, video of all windows, and their numbers in their clips, clip after clip, as VLM.forward takes them; blind: nothing
     counts: list                    # of each clip, visual tokens of each window; blind: none
     marks: list                     # of each clip, time stamps of its windows
     talks: list                     # of each clip
@@ -1256,6 +1261,7 @@ def with_counts(seen, times, talks, names, model, parts, device):
         return Batch({}, [[]] * len(talks), [[]] * len(talks), talks, names)
     marks = [stamps(t, parts.window) for t in times]
     counts = model.connector.counts(seen["ids"]).split([len(m) for m in marks])
+    seen = seen | dict(window=torch.cat([torch.arange(len(m)) for m in marks]))
     return Batch({k: v.to(device) for k, v in seen.items()}, [c.tolist() for c in counts], marks, talks, names)
 
 
