@@ -3922,7 +3922,7 @@ def test_configuration_comes_from_defaults_then_size_then_flags():
 def test_every_flag_has_its_help(capsys):
     """Catches: a field without a comment (its help), a % that breaks the help of all."""
     for main, argv, config in ((train_clip.main, [], train_clip.ClipConfig), (trajtok.main, ["pretrain"], trajtok.PretrainConfig),
-                               (trajtok.main, ["show"], trajtok.ShowConfig)):
+                               (trajtok.main, ["show"], trajtok.ShowConfig), (train_vlm.main, [], train_vlm.VLMConfig), (train_vlm.main, ["ask"], train_vlm.AskConfig)):
         with pytest.raises(SystemExit) as stop:
             main([*argv, "--help"])
         text = " ".join(capsys.readouterr().out.split())
@@ -6106,7 +6106,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
     (tmp_path / "vision" / "config.json").write_text(json.dumps(dict(model_type="siglip", vision_config=dict(
         hidden_size=tower.width, num_hidden_layers=tower.layers, num_attention_heads=tower.heads, intermediate_size=tower.mlp, patch_size=tower.patch, image_size=tower.image))))
     argv = ["--size", "4b", "--decoder", tmp_path / "decoder", "--vision", tmp_path / "vision", "--segmenter", vlm_run / "seg", "--data", tmp_path / "made" / "qa.jsonl", "--captions",
-            tmp_path / "made" / "manifest.json", "--frames", 8, "--caption-steps", 1, "--steps", 2, "--batch", 4, "--warmup", 0, "--out", tmp_path, "--results", tmp_path, "--name", "full", "--save-every", 1]
+            tmp_path / "made" / "manifest.json", "--frames", 8, "--caption-steps", 1, "--steps", 2, "--batch", 4, "--warmup", 0, "--out", tmp_path, "--results", tmp_path, "--name", "full", "--save-every", 1, "--tokenizer", "world"]
     run(train_vlm.main, *argv, "--rates", "1e-3,0,0", "--sft-rates", "1e-3,1e-3,1e-3")
     folder = tmp_path / "vlm-full-trajtok-0"
     cfg, parts, model = train_vlm.open_model(folder, torch.device("cpu"))
@@ -6160,7 +6160,7 @@ def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("flags, words", [
     (["--connector", "trajtok,qformer"], "no 'qformer'"), (["--frames", "12"], "--frames 12: a multiple of --window 8, e.g. 8"), (["--frames", "4"], "at least 8 frames"),
-    (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "4,4,4"], "--clips 4,4,4"),
+    (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "0"], "--clips 0: at least 1"),
     (["--frames", "8,4096"], "give at most"), (["--size", "8b"], "--size 8b"), (["--tokenizer", "nowhere"], "nowhere: neither"), (["--decoder", "nowhere"], "nowhere"),
     (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--steps", "0"], "at least 1"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
     (["--data", "x.jsonl", "--connector", "oracle", "--frames", 8], "made stories"), (["--resume", "--connector", "trajtok", "--lr", "1"], "unrecognized")])

@@ -50,7 +50,7 @@ import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder
 from segmenter import Segmenter, fit_weights, fourier_codes, labels_on_grid, read_weights, rename
-from trajtok import (SIZES, Damage, Run, TrajTok, TrajTokConfig, check_finite, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
+from trajtok import (Damage, Run, TrajTok, TrajTokConfig, check_finite, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
                      run_name, setup, sigterm, split_entries, tokenizer_config, total, write_text, write_weights)
 
 
@@ -710,9 +710,9 @@ class VLMConfig:
     connector: str = "trajtok,patch,blind"      # what is trained, with commas: trajtok, patch, blind (no video), oracle (true masks; --data world)
     seeds: str = "0,1,2"                        # each of them with these seeds, with commas
     # the parts
-    decoder: str | None = None                  # a published Qwen3 folder; default: random weights in the size's shape
+    decoder: str | None = None                  # a published Qwen3 folder; nano's default, or `random`: random weights in the size's shape
     vision: str | None = None                   # a published SigLIP2 folder; default (nano): the segmenter's own features
-    tokenizer: str = "world"                    # `world` (learnt from made texts) or a published Qwen3 folder
+    tokenizer: str | None = None                # a published Qwen3 folder, or `world` (learnt from made texts); default: the decoder's folder, of random weights `world`
     segmenter: str | None = None                # a folder of trajtok.py or train_clip.py, or a file that the authors released; default: pre-trained first, on made clips
     layers: int | None = None                   # of the decoder, where no folder gives it; default: the size's
     width: int | None = None                    # of the decoder, likewise
@@ -724,7 +724,7 @@ class VLMConfig:
     tokens_per_trajectory: int = 1              # 1, 2 or 4
     patch_grid: str | None = None               # patch: time,height,width of a window's tokens; default: the least that is as many as trajtok's on average
     max_objects: int = 4                        # of made stories
-    clips: str = "300"                          # made stories to learn from, for each length of --frames, or one number for all
+    clips: int = 600                            # made stories to learn from, of the shortest length; of n times the length 1 / sqrt(n) as many
     # the training: stage 1 on captions, stage 2 on questions
     caption_steps: int = 30                     # steps of stage 1
     steps: int = 450                            # steps of stage 2
@@ -756,7 +756,7 @@ class VLMConfig:
         if unknown := [n for n in names if n not in CONNECTORS]:
             raise BadInput(f"--connector {self.connector}: no {unknown[0]!r}; {', '.join(CONNECTORS)}, several with commas")
         for field, form, what in (("seeds", r"\d{1,9}(,\d{1,9})*", "whole numbers, with commas"), ("frames", r"[1-9]\d{0,4}(,[1-9]\d{0,4})*", "whole numbers from 1 on, with commas"),
-                                  ("clips", r"[1-9]\d*(,[1-9]\d*)*", "whole numbers from 1 on, with commas"), ("patch_grid", r"[1-9]\d*,[1-9]\d*,[1-9]\d*", "three whole numbers, e.g. 2,2,2")):
+                                  ("patch_grid", r"[1-9]\d*,[1-9]\d*,[1-9]\d*", "three whole numbers, e.g. 2,2,2")):
             if getattr(self, field) is not None and not re.fullmatch(form, getattr(self, field)):
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: {what}")
         for field in ("rates", "sft_rates"):
@@ -766,14 +766,12 @@ class VLMConfig:
                 fits = False
             if not fits:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: three numbers from 0 (frozen) to 1, with commas: connector, vision, decoder")
-        for field, least in (("batch", 1), ("steps", 1), ("save_every", 1), ("eval_clips", 1), ("segmenter_steps", 1), ("num_queries", 1), ("tokens_per_trajectory", 1), ("max_objects", 1),
+        for field, least in (("batch", 1), ("steps", 1), ("save_every", 1), ("clips", 1), ("eval_clips", 1), ("segmenter_steps", 1), ("num_queries", 1), ("tokens_per_trajectory", 1), ("max_objects", 1),
                              ("caption_steps", 0), ("row", 0), ("warmup", 0), ("window", 0), ("workers", 0), ("processes", 0), ("weight_decay", 0), ("seed", 0)):
             if not least <= getattr(self, field) < math.inf:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least {least}")
         if not 0 < self.clip < math.inf:
             raise BadInput(f"--clip {self.clip}: above 0")
-        if len(numbers(self.clips)) not in (1, len(numbers(self.frames))):
-            raise BadInput(f"--clips {self.clips}: one number, or one for each of --frames {self.frames}")
         if wrong := [t for t in numbers(self.frames) if self.window and t > self.window and t % self.window]:
             raise BadInput(f"--frames {wrong[0]}: a multiple of --window {self.window}, e.g. {max(wrong[0] // self.window, 1) * self.window}, or fewer than it")
         if self.eval_split not in ("test", "validation"):
@@ -786,9 +784,9 @@ class VLMConfig:
 
 # CHOICE: rates as published for a decoder and a vision tower that have learnt (SPECS 5): connector, vision, decoder; nano trains all from nothing.
 #  size         frames and windows                        training
-FULL = dict(frames="64", window=8, num_queries=128, connector="trajtok", seeds="0", batch=1, row=8192, caption_steps=2000, steps=10_000, warmup=300, save_every=500,
+FULL = dict(frames="64", window=8, num_queries=128, connector="trajtok", seeds="0", batch=8, row=8192, caption_steps=2000, steps=10_000, warmup=300, save_every=500,
             rates="2e-4,6e-6,2e-5", sft_rates="5e-6,5e-6,1e-5", weight_decay=0.0, recompute=True)
-VLM_SIZES = {"nano": dict(layers=3, clips="600,400,250,160"), "0.6b": FULL, "1.7b": FULL, "4b": FULL}
+VLM_SIZES = {"nano": dict(layers=3), "0.6b": FULL, "1.7b": FULL, "4b": FULL}
 VLM_SIZES = {name: {"size": name, **values} for name, values in VLM_SIZES.items()}
 
 
@@ -901,9 +899,8 @@ class VLM(nn.Module):
         if self.connector is None or ids is None:
             return x
         if features is None:
-            n = self.vision.cfg.side
-            x_ = self.vision(resize(video, self.vision.cfg.image), post_norm=False)
-            features = rearrange(x_, "v t (h w) d -> v t h w d", h=n)
+            features = self.vision(resize(video, self.vision.cfg.image), post_norm=False)
+            features = rearrange(features, "v t (h w) d -> v t h w d", h=self.vision.cfg.side)
         tokens = self.connector(features, ids, window).to(x.dtype)
         return torch.where((rows.token >= 0)[..., None], tokens[rows.token.clamp(min=0)], x)
 
@@ -1163,13 +1160,22 @@ def shim(cfg):
     return types.SimpleNamespace(name=cfg.name, size=cfg.size, data=cfg.data, mix=None)
 
 
+def published(cfg):
+    return cfg.decoder not in (None, "random")
+
+
+def words_of(cfg):
+    """The name of the tokenizer."""
+    return cfg.tokenizer or (cfg.decoder if published(cfg) else "world")
+
+
 def open_parts(cfg, device):
-    encoding = load_tokenizer(cfg.tokenizer)
-    shape = decoder_config(cfg.decoder) if cfg.decoder else dataclasses.replace(DECODERS[cfg.size], **{k: getattr(cfg, k) for k in ("layers", "width") if getattr(cfg, k)})
+    if cfg.size != "nano" and not cfg.decoder or cfg.data != "world" and cfg.size != "nano" and not cfg.segmenter:
+        raise BadInput(f"--size {cfg.size}: give --decoder FOLDER, --vision FOLDER and --segmenter FOLDER (`--decoder random`: random weights of that size, to see how fast it is)")
+    shape = decoder_config(cfg.decoder) if published(cfg) else dataclasses.replace(DECODERS[cfg.size], **{k: getattr(cfg, k) for k in ("layers", "width") if getattr(cfg, k)})
+    encoding = load_tokenizer(words_of(cfg))
     if encoding.n_vocab > shape.vocabulary:
-        raise BadInput(f"--tokenizer {cfg.tokenizer}: has {encoding.n_vocab} ids, the decoder's table {shape.vocabulary} rows; give the tokenizer that belongs to it")
-    if cfg.size != "nano" and cfg.data != "world" and not (cfg.decoder and cfg.segmenter):
-        raise BadInput(f"--size {cfg.size}: give --decoder FOLDER and --segmenter FOLDER (and --vision FOLDER, --tokenizer FOLDER): random weights of that size learn nothing here")
+        raise BadInput(f"--tokenizer {words_of(cfg)}: has {encoding.n_vocab} ids, the decoder's table {shape.vocabulary} rows; give the tokenizer that belongs to it")
     vision = SigLIP2.from_pretrained(cfg.vision, torch.float32) if cfg.vision else None
     folder = cfg.segmenter or pretrained_segmenter(cfg)
     if Path(folder).is_file():
@@ -1193,7 +1199,7 @@ def connector_of(name, parts, cfg, grid):
 
 def build(cfg, parts, grid):
     """-> VLM with the row's connector, on the CPU."""
-    decoder = Decoder.from_pretrained(cfg.decoder, torch.float32) if cfg.decoder else Decoder(parts.decoder)
+    decoder = Decoder.from_pretrained(cfg.decoder, torch.float32) if published(cfg) else Decoder(parts.decoder)
     model = VLM(decoder, connector_of(cfg.connector, parts, cfg, grid), None if cfg.connector == "blind" else parts.vision)
     decoder.recompute = cfg.recompute
     if model.vision is not None:
@@ -1358,14 +1364,14 @@ def score(model, parts, batch, options, cfg, device):
     target = rows.targets[rows.targets >= 0]
     log_p = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]          # over the vocabulary
     n = sum(map(len, clips))
-    total_, wrong = torch.zeros(n, device=device).index_add_(0, rows.group, log_p), torch.zeros(n, device=device).index_add_(0, rows.group, (logits.argmax(-1) != target).float())
-    total_, wrong, at, answers = total_.tolist(), wrong.tolist(), 0, []
+    sums = lambda values: torch.zeros(n, device=device).index_add_(0, rows.group, values).tolist()
+    log_p, wrong, at, answers = sums(log_p), sums((logits.argmax(-1) != target).float()), 0, []
     for pieces in clips:
         questions = {}
         for i, p in enumerate(pieces, at):
             if p.code % 64:
                 both = questions.setdefault(p.code // 64, ([], []))
-                both[0].append(total_[i])
+                both[0].append(log_p[i])
                 both[1].append(wrong[i] == 0)
         answers.append(list(questions.values()))
         at += len(pieces)
@@ -1424,15 +1430,15 @@ def folder_of(cfg):
 
 def shapes(cfg, parts, grid):
     """What config.json tells beside the flags: all that `open_model` needs. tokenizer: the TrajTokConfig, as in other runs."""
-    return dict(tokenizer=dataclasses.asdict(parts.shape), parts=dict(words=cfg.tokenizer, decoder=dataclasses.asdict(parts.decoder), grid=grid, window=parts.window,
+    return dict(tokenizer=dataclasses.asdict(parts.shape), parts=dict(words=words_of(cfg), decoder=dataclasses.asdict(parts.decoder), grid=grid, window=parts.window,
                                                                          vision=dataclasses.asdict(parts.vision.cfg) if parts.vision else None))
 
 
 def draw(cfg, step, lengths, counts):
     """Which clips a step takes: a length, and this process's share of clips of it. A function of (seed, step) alone.
-    CHOICE: the shortest clips first, a longer kind joins every sixth of the way: to look for a token among six is learnt in minutes, among sixty not."""
+    CHOICE: the shortest clips alone for the first two fifths of the way: to find the right token among six is learnt in minutes, among sixty not."""
     (rank, world), rng = ranks(), np.random.default_rng((cfg.seed, step))
-    at = int(rng.integers(min(len(lengths), 1 + 6 * step // (cfg.caption_steps + cfg.steps))))
+    at = int(rng.integers(len(lengths) if 5 * step >= 2 * (cfg.caption_steps + cfg.steps) else 1))
     chosen = rng.permutation(counts[at])[:cfg.batch * world]
     return lengths[at], torch.from_numpy(chosen[rank::world].copy())
 
@@ -1473,8 +1479,8 @@ def train(cfg, parts, learnt, grid, device):
                 frames, chosen = draw(cfg, step, list(learnt), [len(s.qa) for s in learnt.values()])
                 batch = from_stories(learnt[frames], chosen, cfg.connector, model, parts, device, captions=not stage)
             rows = rows_of(batch, parts, cfg.row, device)[0] if batch else None
-            stop, empty, targets, clips, visual_, words = total([asked_to_stop(), batch is None, *((float((rows.targets >= 0).sum()), len(batch.names), float((rows.token >= 0).sum()),
-                                                                 float(rows.ids.numel())) if batch else (0, 0, 0, 0))], device)
+            own = (float((rows.targets >= 0).sum()), len(batch.names), float((rows.token >= 0).sum()), float(rows.ids.numel())) if batch else (0, 0, 0, 0)
+            stop, empty, targets, clips, seen_tokens, words = total([asked_to_stop(), batch is None, *own], device)
             if stop:                                             # one process was told: all save, and end at the same step
                 save(run, model, optimizer, step)
                 print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
@@ -1498,11 +1504,11 @@ def train(cfg, parts, learnt, grid, device):
             optimizer.step()
             # 5. the log
             now = time.time()
-            run.record(dict(step=step, stage=("captions", "questions")[stage], **values, **{f"lr_{k}": v for k, v in rates.items()}, frames=frames, clips=clips, visual_tokens=visual_ / clips,
-                            tokens=words, targets=targets, seconds=now - mark, data_wait=wait, memory_gb=peak_memory_gb(device)))
+            kind, seen = ("captions", "questions")[stage], seen_tokens / clips
+            run.record(dict(step=step, stage=kind, **values, **{f"lr_{k}": v for k, v in rates.items()}, frames=frames, clips=clips, visual_tokens=seen, tokens=words, targets=targets,
+                            seconds=now - mark, data_wait=wait, memory_gb=peak_memory_gb(device)))
             if step % 20 == 0 or step == steps - 1:
-                print(f"step {step:5d}/{steps}  {('captions', 'questions')[stage]:9s}  loss {values['loss']:.3f}  {frames} frames  {visual_ / clips:.1f} visual tokens  "
-                      f"{words / (now - mark):.0f} tokens/s  {now - began:.0f} s", flush=True)
+                print(f"step {step:5d}/{steps}  {kind:9s}  loss {values['loss']:.3f}  {frames} frames  {seen:.1f} visual tokens  {words / (now - mark):.0f} tokens/s  {now - began:.0f} s", flush=True)
             mark = now
             # 6. the checkpoint
             if (step + 1) % cfg.save_every == 0 or step == steps - 1:
@@ -1529,9 +1535,12 @@ def examine(cfg, parts, held_out, grid, device, model=None):
     damage.add(bad, math.inf)
     if not rows:
         raise BadInput(f"--data {cfg.data}: not one held-out question can be asked; the last file: {bad[-1][1] if bad else '-'}")
-    result = dict(connector=cfg.connector, seed=cfg.seed, accuracy=accuracies(rows), parameters=sizes, seconds=sum(line["seconds"] for line in history), evaluation_seconds=time.time() - began,
-                  visual_tokens={f"{t} frames": float(np.mean(v)) for t in sorted({l["frames"] for l in history}) if (v := [l["visual_tokens"] for l in history if l["frames"] == t])},
-                  tokens_per_second=sum(line["tokens"] for line in history) / max(sum(line["seconds"] for line in history), 1e-9), peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
+    seconds, seen = sum(line["seconds"] for line in history), {}
+    for line in history:
+        seen.setdefault(f"{line['frames']} frames", []).append(line["visual_tokens"])
+    result = dict(connector=cfg.connector, seed=cfg.seed, accuracy=accuracies(rows), parameters=sizes, visual_tokens={key: float(np.mean(x)) for key, x in sorted(seen.items())}, seconds=seconds,
+                  evaluation_seconds=time.time() - began, tokens_per_second=sum(line["tokens"] for line in history) / max(seconds, 1e-9), peak_memory_gb=peak_memory_gb(device),
+                  left_out=len(damage.files))
     write_json(folder / "result.json", result)
     plot(folder / "curves.png", {f"{stage}, loss": points for stage in ("captions", "questions") if (points := [(l["step"], l["loss"]) for l in history if l["stage"] == stage])})
     all_ = result["accuracy"]["all"]
@@ -1546,10 +1555,10 @@ def examine(cfg, parts, held_out, grid, device, model=None):
 
 def open_stories(cfg, parts, device):
     """-> learnt, held_out: {frames: Stories}."""
-    lengths, clips = numbers(cfg.frames), numbers(cfg.clips)
+    lengths = sorted(numbers(cfg.frames))
     begin = dict(test=data.TEST, validation=data.VALIDATION)[cfg.eval_split]
     look = functools.partial(look_at_stories, cfg, parts.segmenter, parts.shape.image_size, parts.side)
-    learnt = {t: look(t, data.TRAIN + 10_000_000 * i, clips[i % len(clips)], device) for i, t in enumerate(lengths)}
+    learnt = {t: look(t, data.TRAIN + 10_000_000 * i, max(round(cfg.clips * (lengths[0] / t) ** 0.5), 1), device) for i, t in enumerate(lengths)}
     return learnt, {t: look(t, begin + 1_000_000 * i, cfg.eval_clips, device) for i, t in enumerate(lengths)}
 
 
@@ -1559,9 +1568,10 @@ def open_films(cfg, parts):
     entries = [e for e in data.read_manifest(cfg.data) if talks_of(e)]
     if len(entries) < 2:
         raise BadInput(f'--data {cfg.data}: {len(entries)} entries with questions; give at least 2 rows with "conversations" (or "qa")')
-    for entry in entries:
-        for turn in (t for talk in talks_of(entry) for t in talk):
-            check_question(turn["question"])
+    for turn in (t for e in entries for talk in talks_of(e) for t in talk):
+        check_question(turn["question"])
+        if turn.get("options") and (not isinstance(turn["options"], list) or turn["answer"] not in turn["options"]):
+            raise BadInput(f'--data {cfg.data}: the options {str(turn["options"])[:80]} of {turn["question"][:60]!r} do not hold its answer {turn["answer"][:40]!r}')
     train_, test = split_entries(entries, 0.25)
     captioned = [e for e in (data.read_manifest(cfg.captions) if cfg.captions else train_) if e["caption"]]
     if cfg.caption_steps and not captioned:
