@@ -6162,7 +6162,7 @@ def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypat
     (["--connector", "trajtok,qformer"], "no 'qformer'"), (["--frames", "12"], "--frames 12: a multiple of --window 8, e.g. 8"), (["--frames", "4"], "at least 8 frames"),
     (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "0"], "--clips 0: at least 1"),
     (["--frames", "8,4096"], "give at most"), (["--size", "8b"], "--size 8b"), (["--tokenizer", "nowhere"], "nowhere: neither"), (["--decoder", "nowhere"], "nowhere"),
-    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--steps", "0"], "at least 1"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
+    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--vision", "siglip"], "made stories are looked at"), (["--steps", "0"], "at least 1"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
     (["--data", "x.jsonl", "--connector", "oracle", "--frames", 8], "made stories"), (["--resume", "--connector", "trajtok", "--lr", "1"], "unrecognized")])
 def test_bad_flags_of_the_vlm_are_refused(vlm_run, tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a traceback, or a run that begins, where one line should name the value and the mend."""

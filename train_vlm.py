@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -778,6 +779,8 @@ class VLMConfig:
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
         if self.data != "world" and ("oracle" in names or len(numbers(self.frames)) > 1):
             raise BadInput(f"--data {self.data}: true masks (oracle) and several lengths are of made stories; give one number with --frames, and other connectors")
+        if self.data == "world" and self.vision:
+            raise BadInput(f"--vision {self.vision}: made stories are looked at once, through the segmenter; leave it out, or give films with --data")
         if self.data == "world" and min(numbers(self.frames)) < 8:
             raise BadInput(f"--frames {self.frames}: a made story has at least 8 frames")
 
@@ -1201,7 +1204,7 @@ def connector_of(name, parts, cfg, grid):
 def build(cfg, parts, grid):
     """-> VLM with the row's connector, on the CPU."""
     decoder = Decoder.from_pretrained(cfg.decoder, torch.float32) if published(cfg) else Decoder(parts.decoder)
-    model = VLM(decoder, connector_of(cfg.connector, parts, cfg, grid), None if cfg.connector == "blind" else parts.vision)
+    model = VLM(decoder, connector_of(cfg.connector, parts, cfg, grid), None if cfg.connector == "blind" else copy.deepcopy(parts.vision))       # a row may train it: not the next one's
     decoder.recompute = cfg.recompute
     if model.vision is not None:
         model.vision.recompute = cfg.recompute
