@@ -1829,7 +1829,7 @@ def ask(argv):
     for text in whole_characters(spoken()):
         print(text, end="", flush=True)
     print(f"\n{len(video)} frames, {sum(batch.counts[0])} visual tokens, {end} tokens in all, {len(ids)} of the answer in {time.time() - began:.2f} s")
-    if model.connector is None or not ids:
+    if model.connector is None:
         return
     whole = torch.cat((x, model.decoder.embed_tokens(torch.tensor(ids[:-1], dtype=torch.int64, device=device))))[None]
     weight = attended(model.decoder, whole, end - 1)[:end][rows.token[0, :end] >= 0].cpu()           # of each visual token
