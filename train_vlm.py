@@ -786,7 +786,7 @@ class VLMConfig:
 
 
 # CHOICE: rates as published for a decoder and a vision tower that have learnt (SPECS 5): connector, vision, decoder; nano trains all from nothing, and goes
-# straight to the questions: most of a made caption's loss is on words that no pixel decides (which of three verbs, told or not).
+# straight to the questions: of 480 steps of trajtok 100 on captions first brought 49.8 % of 1232 validation questions, none 57.1 % (chance 34.2 %; one seed).
 #  size         frames and windows                        training
 FULL = dict(frames="64", window=8, num_queries=128, connector="trajtok", seeds="0", batch=8, row=8192, caption_steps=2000, steps=10_000, warmup=300, save_every=500,
             rates="2e-4,6e-6,2e-5", sft_rates="5e-6,5e-6,1e-5", weight_decay=0.0, recompute=True)
