@@ -316,6 +316,10 @@ SOLO = MOTIONS[:6]                                               # programs that
 COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                            # how often 1, 2, ... 8 objects, in percent
 MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: grounds 0..3, objects 4..11
 
+# What the subject of a story does (World.story): infinitives whose third person is "<first word>s ...", and the motion class of each.
+DEEDS = {"rise": "bounce", "sink": "bounce", "dart left": "bounce", "dart right": "bounce", "circle": "orbit", "spin": "spin", "swell": "grow", "shrink": "shrink"}
+ROLES = ("stays", "comes", "leaves", "returns", "leaves", "returns")         # of the others, drawn evenly from this list
+
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
@@ -345,8 +349,11 @@ class World:
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
     textures: str | None = None     # a folder of pictures and clips that objects and grounds are painted with
+    story: bool = False             # clips to ask about what happens when: acts that begin and end at one place, objects that leave and come back
 
     def __post_init__(self):
+        if self.story and self.frames < 8:
+            raise BadInput(f"a story of {self.frames} frames: give at least 8, or an object could not leave and come back")
         if not 1 <= self.max_objects <= MAX_OBJECTS:
             raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
         if self.frames < 1 or self.size < 8:
@@ -498,7 +505,7 @@ def script(index, world=World()):
     tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
 
     # -- who is there: the subject first. It is the largest, so that "the" appearance and motion of a clip are visible facts.
-    likely = COUNTS[:world.max_objects]
+    likely = (0, 1, 2, 2, 1, 1, 1, 1)[:world.max_objects] if world.story and world.max_objects > 1 else COUNTS[:world.max_objects]
     count = int(np.searchsorted(np.cumsum(likely), dice() * sum(likely), side="right")) + 1
     subject_size = dice.pick(("medium", "large")) if count < 6 else "medium"
     looks, taken = [], set()
@@ -522,7 +529,8 @@ def script(index, world=World()):
 
     # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
     program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
-    acts, bounds = [], [round(i * T / world.acts) for i in range(world.acts + 1)]
+    chain = 1 if world.story else world.acts                     # a story's acts are its own
+    acts, bounds = [], [round(i * T / chain) for i in range(chain + 1)]
     while True:
         for j in range(count):                                   # of the bystanders, the freest of three places
             spots = [(dice(LOW, HIGH), dice(LOW, HIGH)) for _ in range(1 if j < 2 else 3)]
@@ -531,7 +539,7 @@ def script(index, world=World()):
         # growing and shrinking pass through sizes; everybody else's subject is drawn from that same spread of sizes
         spread = {"grow": -0.29, "shrink": 0.29}.get(program, dice(-0.29, 0.29))
         me = dict(looks[0], r=looks[0]["r"] * math.exp(spread))
-        done = move(program, dice, tau if world.acts == 1 else np.linspace(0, 1, bounds[1]), me, looks[1] if count > 1 else None)
+        done = move(program, dice, tau if chain == 1 else np.linspace(0, 1, bounds[1]), me, looks[1] if count > 1 else None)
         if done is not None:
             break
     paths = np.empty((MAX_OBJECTS, T, 4))
@@ -545,7 +553,7 @@ def script(index, world=World()):
         if theirs is not None:
             paths[1, :bounds[1]], busy[1] = theirs, True
             paths[1, bounds[1]:] = theirs[-1]
-    for i in range(1, world.acts):                               # further acts start where the last one ended
+    for i in range(1, chain):                                    # further acts start where the last one ended
         state = dict(zip("xyra", paths[0, bounds[i] - 1]))
         partner = dict(zip("xyra", paths[1, bounds[i] - 1])) if count > 1 else None
         sub = np.linspace(0, 1, bounds[i + 1] - bounds[i] + 1)[1:]
@@ -567,7 +575,7 @@ def script(index, world=World()):
     for j in range(1, count):
         if j > 1:
             paths[j] = [looks[j][k] for k in "xyra"]
-        if busy[j] or (j == 1 and acts[0][0] in MOTIONS[6:]) or (j == 1 and world.acts > 1) or dice() < 0.5:
+        if busy[j] or (j == 1 and acts[0][0] in MOTIONS[6:]) or (j == 1 and chain > 1) or dice() < 0.5:
             continue
         begin, end = dice.pick(((0, T), (0, T // 2), (T // 2, T)))
         own = move(dice.pick(("straight", "bounce", "orbit", "spin")), dice, np.linspace(0, 1, max(end - begin, 1)),
@@ -577,12 +585,18 @@ def script(index, world=World()):
             paths[j, end:] = own[0][-1]
             side[j] = (begin, end)
 
+    told = tell(looks, T, world.acts, Dice(index, 2)) if world.story else {}             # a stream of its own: other worlds stay as they are
+    if told:
+        paths, acts, program = told["paths"], [], DEEDS[told["deeds"][0]]
+
     # -- depth: any order, but for who passes behind whom
     order = dice.shuffled(list(range(count)))                    # order[0] is painted first
     if count > 1 and {p for p, _ in acts} & {"behind", "front"}:
         deeper = 0 if "behind" in {p for p, _ in acts} else 1
         i, j = sorted((order.index(0), order.index(1)))
         order[i], order[j] = deeper, 1 - deeper
+    if told:                                                     # what is asked about is seen
+        order = [j for j in order if j] + [0]
 
     # -- the ground, the camera, the light
     names = dice.shuffled(list(GROUNDS))[:1 + min(int(dice() * dice() * 6), 3)]
@@ -591,7 +605,7 @@ def script(index, world=World()):
         seeds[i] = dice(0.05, 0.95), dice(0.05, 0.95)
     warp = np.array([dice(0.0, 0.05), dice(4, 12), dice(0, 6.3), dice(0, 6.3)])
     camera, filmed = np.tile((0.0, 0.0, 1.0), (T, 1)), ""
-    if world.camera and dice() < 0.35:
+    if world.camera and not told and dice() < 0.35:
         if dice() < 0.65:
             way = dice.pick(tuple(DIRECTIONS))
             camera[:, :2] += (tau - 0.5)[:, None] * dice(0.12, 0.25) * np.array(DIRECTIONS[way])
@@ -606,7 +620,7 @@ def script(index, world=World()):
         light *= np.exp(((tau - 1) if brighter else -tau) * 0.6)[:, None]
         shine = "gets lighter" if brighter else "gets darker"
     light *= 1 + 0.06 * np.array([dice(-1, 1), dice(-1, 1), dice(-1, 1)])    # the tint of the whole clip
-    if dressed and world.camera:
+    if dressed and world.camera and not told:
         film_by_hand(camera, paths[0, :, :2], tau, skinner)
 
     # -- everything onto the screen, in painting order
@@ -633,10 +647,68 @@ def script(index, world=World()):
 
     scene = dict(looks=looks, acts=acts, side=side, names=names, filmed=filmed, shine=shine, paths=paths, place=place,
                  order=order, T=T)
+    words = tale(scene | told, Dice(index, 3)) if told else dict(caption=describe(scene, dice), qa=questions(scene, dice))
     return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
                 light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
-                surface=surface.astype(np.float32), caption=describe(scene, dice), qa=questions(scene, dice),
+                surface=surface.astype(np.float32), **words,
                 appearance=min(looks[0]["shape"], BLOB), motion=MOTIONS.index(program), **skins)
+
+
+def tell(looks, T, acts, dice):
+    """What happens in a story, of any length: paths (8, T, 4) of x, y, r, angle; deeds: what the subject does, one after the other, each in
+    its frames bounds[i] .. bounds[i+1] - 1; roles (j: (role, frame at which it begins to go, or None, frame at which it begins to come, or
+    None)) of the others; deeds end where they begin, so that any may follow any: the question "what comes after X" has no likely answer.
+    Two equal deeds never stand side by side: they would look like one. One of them, `hero`, occurs 1, 2 or 3 times, each as often."""
+    count = len(looks)
+    paths = np.empty((MAX_OBJECTS, T, 4))
+    paths[:] = (0.5, 0.5, 1e-3, 0.0)
+    # -- the subject's deeds
+    hero, times = dice.pick(tuple(DEEDS)), 1 + dice.integer(min(3, (acts + 1) // 2))
+    while True:
+        at = set(dice.shuffled(range(acts))[:times])
+        if not any(i + 1 in at for i in at):
+            break
+    deeds = []
+    for i in range(acts):
+        deeds.append(hero if i in at else dice.pick([d for d in DEEDS if d != hero and d not in deeds[-1:]]))
+    bounds = [0, *(round((i + dice(-0.15, 0.15)) * T / acts) for i in range(1, acts)), T]
+    paths[0] = (dice(0.45, 0.55), dice(0.45, 0.55), looks[0]["r"], looks[0]["a"])
+    far = 0.22 if count < 6 else 0.16                            # not over the others
+    for deed, begin, end in zip(deeds, bounds, bounds[1:]):
+        tau, me = np.linspace(0, 1, end - begin + 1)[1:], paths[0, begin:end]
+        out = np.sin(math.pi * tau)                              # there and back
+        if deed in ("rise", "sink"):
+            me[:, 1] += far * dice(0.9, 1.1) * out * (1 if deed == "sink" else -1)
+        elif deed.startswith("dart"):
+            me[:, 0] += far * dice(0.9, 1.1) * out * (1 if deed == "dart right" else -1)
+        elif deed == "circle":
+            angle, turn = dice(0, 2 * math.pi), dice.pick((1, -1))
+            me[:, 0] += 0.6 * far * (np.cos(angle + turn * 2 * math.pi * tau) - math.cos(angle))
+            me[:, 1] += 0.6 * far * (np.sin(angle + turn * 2 * math.pi * tau) - math.sin(angle))
+        elif deed == "spin":
+            me[:, 3] += dice.pick((1, -1)) * dice(3.5, 5.0) * tau
+            paths[0, end:, 3] = me[-1, 3]
+        else:
+            me[:, 2] *= 1.6 ** (out if deed == "swell" else -out)
+    # -- the others: in the corners, then at the sides
+    spots = dice.shuffled([(x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)]) + dice.shuffled([(0.1, 0.5), (0.9, 0.5), (0.5, 0.1), (0.5, 0.9)])
+    roles, way = {}, max(1, min(T // 16, 4))                     # frames that going and coming take
+    for j in range(1, count):
+        home = np.array(spots[j - 1]) + (dice(-0.03, 0.03), dice(-0.03, 0.03))
+        role = dice.pick(ROLES)
+        goes = int(T * {"leaves": dice(0.15, 0.75), "returns": dice(0.12, 0.35)}[role]) if role in ("leaves", "returns") else None
+        comes = int(T * {"comes": dice(0.3, 0.8), "returns": dice(0.55, 0.8)}[role]) if role in ("comes", "returns") else None
+        frame, gone = np.arange(T), np.zeros(T)                  # 0: at home, 1: out of view
+        if goes is not None:
+            gone = np.interp(frame, (goes, goes + way), (0, 1))
+        if comes is not None:
+            gone = np.where(frame < comes, gone if goes is not None else 1.0, np.interp(frame, (comes, comes + way), (1, 0)))
+        off = home - 0.5
+        axis = int(abs(off[1]) > abs(off[0]))                    # the nearest edge
+        paths[j] = (*home, looks[j]["r"], looks[j]["a"])
+        paths[j, :, axis] += gone * (0.5 + math.copysign(0.9, off[axis]) - home[axis])
+        roles[j] = (role, goes, comes)
+    return dict(paths=paths, deeds=deeds, bounds=bounds, hero=hero, roles=roles)
 
 
 def disguise(looks, dice, subject):
@@ -814,6 +886,59 @@ def questions(scene, dice):
         ask("behind", f"Did the {name_of(subject, False)} pass {word} the {name_of(looks[1], False)}?",
             "yes" if way in passes else "no", 0, 1)
     return qa
+
+
+def tale(scene, dice):
+    """Caption and questions of a story; `told`: what they speak of, for whoever wants to check them. Each question also holds `options`, the
+    answer among them, drawn from the same clip where it offers enough: that something occurs is not yet the answer.
+    what, first, after, times, back (who left and came back?), again (did it come back?), order. Balanced, so that a question's words
+    say nothing of its answer (a test measures it): all deeds are equally likely at any place; how often the asked deed occurs, and whether
+    the asked object came back, is drawn before the question."""
+    looks, deeds, roles = scene["looks"], scene["deeds"], scene["roles"]
+    called, qa = [name_of(look, False) for look in looks], []
+    hidden = any(look.get("skinned") for look in looks)
+
+    def ask(kind, question, answer, options, *about):            # about: the objects that question and options name
+        options = [o for o in dict.fromkeys(options) if o != answer]
+        if options and all(called.count(called[j]) == 1 for j in about):
+            qa.append(dict(type=kind, question=question, answer=answer, options=dice.shuffled([answer, *options[:3]])))
+
+    def others(mine, all_of):                                    # first those that occur in the clip
+        return dice.shuffled(sorted(set(mine))) + dice.shuffled([x for x in all_of if x not in mine])
+
+    def third(deed):
+        return deed.replace(" ", "s ", 1) if " " in deed else deed + "s"
+    me, colours = called[0], [list(COLOURS)[look["colour"]] for look in looks]
+    if dice() < 0.5 and len(scene["names"]) == 1 and scene["names"][0] in GROUNDS:
+        ask("what", "What is the ground made of?", scene["names"][0], others([], GROUNDS))
+    elif not hidden:
+        ask("what", "What colour is the largest object?", colours[0], others(colours, COLOURS))
+    where = dice.pick((("first", 0), ("last", -1)))
+    ask("first", f"What does the {me} do {where[0]}?", deeds[where[1]], others(deeds, DEEDS), 0)
+    begun = [d for i, d in enumerate(deeds[:-1]) if d not in deeds[:i]]
+    if begun:
+        asked = dice.pick(begun)
+        follows = deeds[deeds.index(asked) + 1]
+        ask("after", f"What does the {me} do right after it first {third(asked)}?", follows, [d for d in others(deeds, DEEDS) if d != asked], 0)
+    most = min(3, (len(deeds) + 1) // 2)
+    if most > 1:
+        ask("times", f"How many times does the {me} {scene['hero']}?", str(deeds.count(scene["hero"])), [str(n + 1) for n in range(most)], 0)
+    who = [j for j, (role, _, _) in roles.items() if role == "returns"]
+    if len(who) == 1 and len(roles) > 1:
+        ask("back", "Which object leaves the view and comes back?", called[who[0]], dice.shuffled([called[j] for j in roles]), *roles)
+    gone = [j for j, (_, goes, _) in roles.items() if goes is not None]
+    if gone:
+        j = dice.pick(gone)
+        ask("again", f"Does the {called[j]} come back after it left?", "yes" if roles[j][0] == "returns" else "no", ["yes", "no"], j)
+    pairs = [(i, j) for i, j in itertools.permutations(gone, 2) if abs(roles[i][1] - roles[j][1]) >= max(2, scene["T"] // 16)]
+    if pairs:
+        i, j = dice.pick(pairs)
+        soon = i if roles[i][1] < roles[j][1] else j
+        ask("order", f"Which leaves first, the {called[i]} or the {called[j]}?", called[soon], [called[i], called[j]], i, j)
+    happens = {"comes": "comes", "leaves": "leaves", "returns": "leaves and comes back"}
+    text = f"{a(name_of(looks[0]))} {', then '.join(map(third, deeds))}, on {' and '.join(dict.fromkeys(scene['names'][:2]))}"
+    text += "".join(f"; {a(called[j])} {happens.get(role, 'is there')}" for j, (role, _, _) in roles.items())
+    return dict(caption=text, qa=qa, told=dict(deeds=deeds, bounds=scene["bounds"], roles=roles))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1582,7 +1707,7 @@ EXPECTED = 'a JSON list of {"video": path, "caption": text}'
 def read_manifest(path):
     """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
     `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph; from `data.py make` also
-    appearance, motion (class ids) and qa. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
+    appearance, motion (class ids) and qa; `talk` of a row in the form of LLaVA (`conversations`): turns of one talk. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
     return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
 
 
@@ -1690,6 +1815,9 @@ def to_entry(row, where, folder, path):
 
     def is_class(x):
         return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    def is_talk(x):
+        turns = ("human", "gpt") * (len(x) // 2) if isinstance(x, list) else ()
+        return bool(turns) and len(turns) == len(x) and all(isinstance(t, dict) and t.get("from") == who and is_text(t.get("value")) for t, who in zip(x, turns))
     source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
     if not isinstance(source, str):
         refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
@@ -1699,7 +1827,8 @@ def to_entry(row, where, folder, path):
                  group=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
                  appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
                  qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
-                     'a list of {"question": text, "answer": text}'))
+                     'a list of {"question": text, "answer": text}'),
+                 conversations=(is_talk, '[{"from": "human", "value": question}, {"from": "gpt", "value": answer}, ...], the two in turn'))
     for key, (fits, form) in kinds.items():
         if row.get(key) is not None and not fits(row[key]):
             refuse(f'"{key}" is {json.dumps(row[key])[:60]}; give {form}, or leave it out')
@@ -1710,6 +1839,11 @@ def to_entry(row, where, folder, path):
         given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
     entry |= {"group": str(row["group"])} if row.get("group") is not None else {}                  # a person, a scene: probes keep them apart
+    if row.get("conversations"):                                 # LLaVA's form: one talk, each turn after those before it; the mark says where the video stands: first
+        turns = [t | dict(value=re.sub(r"\s*<(?:video|image)>\s*", "", t["value"]) if t["from"] == "human" else t["value"]) for t in row["conversations"]]
+        if empty := [t for t in turns if not t["value"]]:
+            refuse(f'"conversations" holds a turn of "{empty[0]["from"]}" without a question; write one beside <video>')
+        entry["talk"] = [dict(question=q["value"], answer=g["value"]) | {k: q[k] for k in ("type", "options") if k in q} for q, g in zip(turns[::2], turns[1::2])]
     return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
 
 
@@ -2402,12 +2536,12 @@ def write_labels(mask_path, graph_path, ids):
 WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # a split that Python's re and tiktoken read alike
 
 
-def learn_bpe(texts, vocabulary=1024):
+def learn_bpe(texts, vocabulary=1024, pattern=WORDS):
     """Byte-level byte-pair encoding: ranks {bytes: id}, the 256 bytes first, then merges, the most frequent pair each time
     (ties: the smallest pair, so that the result never depends on a hash). Works on distinct words with their counts."""
     counts = {}
     for text in texts:
-        for word in re.findall(WORDS, text):
+        for word in re.findall(pattern, text):
             counts[word] = counts.get(word, 0) + 1
     words = {tuple(bytes([byte]) for byte in word.encode()): n for word, n in counts.items()}
     ranks = {bytes([i]): i for i in range(256)}
@@ -2775,6 +2909,7 @@ class MakeConfig:
     camera: bool = True                 # pans and zooms
     light: bool = True                  # the scene gets lighter or darker
     textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
+    story: bool = False                 # clips to ask about what happens when, of 8 frames to any number (train_vlm.py)
     seed: int = 0                       # the clips that a training of this seed sees first
     begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
     fps: float = 8.0                    # frames a second
@@ -2795,7 +2930,7 @@ class MakeConfig:
 
     @property
     def world(self):
-        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures)
+        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures, self.story)
 
     @property
     def first(self):                                             # seeds as `trajtok.open_data` counts them
@@ -2816,6 +2951,7 @@ def make(argv):
     # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
     words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
+    settings = {k: v for k, v in settings.items() if k != "story" or v}      # folders that were made before there were stories remain usable
     settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -2845,7 +2981,11 @@ def make(argv):
     replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
     print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
           + (f"; {kept} of them were there" if kept else ""))
-    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+    talks = [json.dumps(dict(video=row["video"], conversations=[
+        {"from": "human", "value": "<video>\n" + qa["question"]} | {k: qa[k] for k in ("type", "options") if k in qa}, {"from": "gpt", "value": qa["answer"]}]), ensure_ascii=False)
+        for first in sorted(rows) for row in rows[first] for qa in row["qa"]]
+    replace(out / "qa.jsonl", lambda p: p.write_text("\n".join(talks) + "\n", encoding="utf-8"))
+    print(f"wrote {out / 'manifest.json'} and qa.jsonl, its questions in the form of LLaVA; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
 
 
 def make_some(job):

@@ -470,6 +470,129 @@ def test_the_largest_object_is_the_one_meant():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
+def story(index, frames=32, acts=4, objects=4):
+    return scripts(index, 1, data.World(64, frames, objects, shared_colours=False, acts=acts, story=True))[0]
+
+
+def seen_in(s, name):
+    """bool (T,): is any pixel of the object that `name` means on the screen?"""
+    _, labels = data.rasterise(data.stack([s]), 64)
+    return (labels[0] == data.MAX_GROUNDS + slot_named(s, name)).flatten(1).any(1).numpy()
+
+
+def deed_seen(path, before):
+    """What an object did, from its places (t, 4) in the frames of one act, and the one before it."""
+    move, angle = path - before, np.ptp(np.append(path[:, 3], before[3]))
+    away = np.abs(move[:, :2]).max(0)
+    if angle > 1:
+        return "spin"
+    if away.max() > 0.05:
+        if away.min() > 0.05:
+            return "circle"
+        axis = away.argmax()
+        return (("dart left", "dart right"), ("rise", "sink"))[axis][int(move[np.abs(move[:, axis]).argmax(), axis] > 0)]
+    return "swell" if path[:, 2].max() > 1.2 * before[2] else "shrink"
+
+
+@pytest.mark.parametrize("frames, acts", [(8, 2), (32, 4), (64, 8), (512, 64)])
+def test_answers_to_stories_can_be_seen(frames, acts):
+    """Catches: a question about a story whose answer is not what the pixels show: deeds, their order and number, who leaves when and who comes
+    back; an answer that is not among its options; options that are no clip's."""
+    kinds, third = set(), {"rises": "rise", "sinks": "sink", "darts left": "dart left", "darts right": "dart right", "circles": "circle", "spins": "spin", "swells": "swell", "shrinks": "shrink"}
+    for index in range(12 if frames < 512 else 3):
+        s = story(index, frames, acts)
+        place, bounds = s["place"][s["count"] - 1].astype(float), s["told"]["bounds"]
+        deeds = [deed_seen(place[a:b], place[a - 1] if a else np.append(place[b - 1, :3], place[a, 3])) for a, b in zip(bounds, bounds[1:])]
+        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:])) and len(deeds) == acts
+        names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
+        seen = {name: seen_in(s, name) for name in names}
+        goes = {name: int((seen[name][:-1] & ~seen[name][1:]).argmax()) for name in names if (seen[name][:-1] & ~seen[name][1:]).any()}          # first time it is lost
+        back = {name for name in goes if seen[name][goes[name] + 1:].any()}
+        assert names[-1] not in goes
+        for qa in s["qa"]:
+            q, kinds = qa["question"], kinds | {qa["type"]}
+            if qa["type"] == "first":
+                want = deeds[0] if q.endswith("first?") else deeds[-1]
+            elif qa["type"] == "after":
+                asked = third[re.search(r"right after it first (.+)\?", q)[1]]
+                want = deeds[deeds.index(asked) + 1]
+            elif qa["type"] == "times":
+                want = str(deeds.count(re.search(rf"the {names[-1]} (.+)\?", q)[1]))
+            elif qa["type"] == "back":
+                want, = back
+            elif qa["type"] == "again":
+                want = "yes" if re.search(r"Does the (.+) come", q)[1] in back else "no"
+            elif qa["type"] == "order":
+                pair = re.search(r"first, the (.+) or the (.+)\?", q).groups()
+                want = min(pair, key=goes.get)
+            else:
+                want = names[-1].split()[0] if "largest" in q else qa["answer"]
+                assert qa["answer"] in (*data.COLOURS, *data.GROUNDS)
+            assert qa["answer"] == want, (index, q, qa["answer"], want)
+            assert qa["options"].count(want) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
+    assert kinds >= {"what", "first", "after", "again", "back"} and ("times" in kinds) == (acts > 2)
+
+
+def test_stories_cannot_be_guessed_from_the_question():
+    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right option, would be
+    right far more often than a guess. Measured on 600 stories."""
+    asked, places = {}, {}
+    for s in (story(i) for i in range(600)):
+        names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
+        for qa in s["qa"]:
+            words, answer = qa["question"], qa["answer"]
+            for name in names:
+                words = words.replace(name, "X")
+            if qa["type"] == "order":                            # the first or the second that it names
+                answer = qa["question"].index(answer) == min(qa["question"].index(o) for o in qa["options"])
+            if qa["type"] != "back":                             # it names nobody
+                asked.setdefault(qa["type"], {}).setdefault(words, []).append(answer)
+            places.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
+    for kind, most in dict(what=0.16, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
+        groups = asked[kind].values()
+        assert sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups)) < most, kind
+    assert all(max(map(p.count, set(p))) / len(p) < 1.2 / n for n, p in places.items())
+
+
+def test_other_worlds_are_what_they_were_before_there_were_stories():
+    """Catches: a draw that stories added to a world without them: every clip, and every result that was measured, would be another. The number is
+    that of the words of clips before; places are drawn between them."""
+    crc = 0
+    for world in (data.World(), data.World(frames=16, acts=3, max_objects=4, shared_colours=False)):
+        for s in scripts(0, 40, world):
+            assert "told" not in s and not any("options" in qa for qa in s["qa"])
+            crc = zlib.crc32(repr((s["caption"], s["qa"])).encode(), crc)
+    assert crc == 3941545426
+
+
+def test_stories_that_cannot_be_told_are_refused():
+    """Catches: a clip too short for an object to leave and come back."""
+    with pytest.raises(BadInput, match="at least 8"):
+        data.World(frames=6, story=True)
+    assert story(0, 8, 1, 1)["count"] == 1                       # one object alone: no question about the others
+    assert not {qa["type"] for qa in story(0, 8, 1, 1)["qa"]} & {"back", "again", "order"}
+    assert data.script(3, data.World(frames=40, acts=5, max_objects=8, story=True, textures=None))["count"] > 1
+
+
+def test_talks_are_read_and_written(tmp_path, capsys):
+    """Catches: rows in the form of LLaVA that lose a turn, keep the video's mark in the question, or are read although they are wrong; questions
+    that `make` writes and that are not those of the clips."""
+    turns = [{"from": "human", "value": "<video>\nWhat moves?", "type": "what"}, {"from": "gpt", "value": "a star"},
+             {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "left"}]
+    read, = data.read_manifest(manifest(tmp_path / "m.jsonl", [dict(video="a.mp4", conversations=turns)]))
+    assert read["talk"] == [dict(question="What moves?", answer="a star", type="what"), dict(question="Where?", answer="left")]
+    for wrong in (turns[:1], turns[1:], [], [turns[0] | dict(value="<video>\n"), turns[1]], "text", [turns[0], turns[1] | dict(value=3)]):
+        if wrong == []:
+            continue                                             # an empty list says nothing, like a key that is not there
+        with pytest.raises(BadInput, match="line 1.*conversations"):
+            data.read_manifest(manifest(tmp_path / "bad.jsonl", [dict(video="a.mp4", conversations=wrong)]))
+    run(data.main, "make", "--story", "--clips", 2, "--frames", 8, "--acts", 2, "--out", tmp_path / "made", "--workers", 0)
+    rows = data.read_manifest(tmp_path / "made" / "qa.jsonl")
+    world = data.World(64, 8, 4, shared_colours=False, acts=2, story=True)
+    assert [row["talk"][0] for row in rows] == [{k: qa[k] for k in ("question", "answer", "type", "options")} for i in range(2) for qa in data.script(i, world)["qa"]]
+    assert all(Path(row["path"]).exists() for row in rows)
+
+
 def test_world_batches():
     """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the order."""
     world = data.World(size=32, frames=2)
@@ -1323,7 +1446,7 @@ def test_make_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     run(data.main, *MAKE, "--clips", 5, "--out", broken)
     assert "2 of them were there" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in clips}
     files = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
-    assert files == sorted(str(p.relative_to(broken)) for p in broken.rglob("*") if p.is_file()) and len(files) == 17
+    assert files == sorted(str(p.relative_to(broken)) for p in broken.rglob("*") if p.is_file()) and len(files) == 18
     assert (whole / "manifest.json").read_bytes() == (broken / "manifest.json").read_bytes()
     one, two = (data.VideoBatches(data.read_manifest(folder), 4, 32, 5, train=False)[0] for folder in (whole, broken))
     assert torch.equal(one["video"], two["video"]) and torch.equal(one["labels"], two["labels"])
@@ -3824,7 +3947,7 @@ def test_configuration_comes_from_defaults_then_size_then_flags():
 def test_every_flag_has_its_help(capsys):
     """Catches: a field without a comment (its help), a % that breaks the help of all."""
     for main, argv, config in ((train_clip.main, [], train_clip.ClipConfig), (trajtok.main, ["pretrain"], trajtok.PretrainConfig),
-                               (trajtok.main, ["show"], trajtok.ShowConfig)):
+                               (trajtok.main, ["show"], trajtok.ShowConfig), (train_vlm.main, [], train_vlm.VLMConfig), (train_vlm.main, ["ask"], train_vlm.AskConfig)):
         with pytest.raises(SystemExit) as stop:
             main([*argv, "--help"])
         text = " ".join(capsys.readouterr().out.split())
@@ -5643,3 +5766,465 @@ def test_siglip_folders_are_read_strictly(tmp_path):
     for name, c in train_vlm.SIGLIPS.items():
         layer = 4 * c.width * (c.width + 1) + c.mlp * (2 * c.width + 1) + c.width + 4 * c.width
         assert count_parameters(lambda: train_vlm.SigLIP2(c)) == counts[name] == (3 * c.patch ** 2 + 1 + c.side ** 2) * c.width + c.layers * layer + 2 * c.width
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_vlm.py: connectors and sequences
+# ---------------------------------------------------------------------------------------------------------------------
+
+VLM_FLAGS = ["--frames", "8,16", "--clips", 6, "--eval-clips", 3, "--caption-steps", 2, "--steps", 3, "--batch", 3, "--layers", 1, "--width", 32, "--seeds", 0, "--warmup", 1]
+
+
+def vlm_parts(context=512, window=4, queries=6):
+    """Parts of the smallest size, with random weights; features 32 wide on a grid of 4 x 4."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(TINY, num_queries=queries)
+    decoder = dataclasses.replace(train_vlm.DECODERS["nano"], layers=2, width=32, mlp=48, context=context)
+    return train_vlm.Parts(train_vlm.load_tokenizer(), segmenter.Segmenter(shape.segmenter).eval(), shape, None, decoder, shape.dim, 4, window)
+
+
+def vlm_model(parts, name="trajtok", grid=(2, 2, 2), **changes):
+    cfg = dataclasses.replace(train_vlm.VLMConfig(), connector=name, **changes)
+    torch.manual_seed(1)
+    return cfg, train_vlm.build(cfg, parts, grid)
+
+
+def vlm_batch(parts, model, clips=3, windows=2, talks=None, seed=0):
+    """Random features and trajectories of some clips; trajectory 2 is dead in the first window of each."""
+    dice = torch.Generator().manual_seed(seed)
+    features = torch.randn(clips * windows, parts.window, parts.side, parts.side, parts.dim, generator=dice)
+    ids = torch.randint(0, parts.segmenter.cfg.num_queries - 1, features.shape[:-1], generator=dice)
+    ids[::windows][ids[::windows] == 2] = 1
+    talks = talks or [[[dict(question=f"What shape is the largest object, the {c} one?", answer="star")], [dict(question="How many objects are there?", answer=str(i))]]
+                      for i, c in enumerate(("red", "blue", "green")[:clips])]
+    return train_vlm.with_counts(dict(features=features, ids=ids), [[i / 8 for i in range(parts.window * windows)]] * clips, talks, ["a clip"] * clips, model, parts, torch.device("cpu"))
+
+
+def test_dead_trajectories_take_no_place():
+    """Catches: a place in the sequence for a trajectory that owns no point, counts that are not those of the tokens, points of no trajectory (-1) that
+    are read all the same, tokens that depend on another window's points."""
+    parts = vlm_parts()
+    for m in (1, 2):
+        _, model = vlm_model(parts, tokens_per_trajectory=m)
+        batch = vlm_batch(parts, model)
+        ids, features = batch.seen["ids"], batch.seen["features"]
+        ids[1] = torch.where(ids[1] == 3, -1, ids[1])
+        live = [len(set(window.flatten().tolist()) - {-1}) for window in ids]
+        assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
+        window = batch.seen["window"]
+        tokens = model.connector(features, ids, window)
+        assert tokens.shape == (m * sum(live), 32)
+        alone = torch.cat([model.connector(features[i:i + 1], ids[i:i + 1], window[i:i + 1]) for i in range(len(ids))])
+        close(tokens, alone, 1e-4)
+        other = features.clone()
+        other[1][ids[1] == -1] = 9.0
+        close(model.connector(other, ids, window), tokens, 1e-5)
+        other[1][ids[1] == 0] = 9.0
+        assert not torch.allclose(model.connector(other, ids, window), tokens, atol=1e-4)
+    rows, clips = train_vlm.rows_of(batch, parts, 0, "cpu")
+    assert int((rows.token >= 0).sum()) == sum(map(sum, batch.counts)) == int(rows.token.max()) + 1
+
+
+@pytest.mark.parametrize("grid", [(2, 2, 2), (4, 1, 1), (1, 2, 4)])
+def test_patches_are_naive_means(grid):
+    """Catches: pooling over the wrong axes, cells in another order than frame, row, column; fewer tokens than trajtok's."""
+    parts = vlm_parts()
+    _, model = vlm_model(parts, "patch", grid)
+    x = torch.randn(3, 4, 4, 4, 32)
+    placed = model.connector.places(x)
+    t, h, w = (4 // g for g in grid)
+    naive = torch.stack([placed[v, a * t:(a + 1) * t, b * h:(b + 1) * h, c * w:(c + 1) * w].flatten(0, 2).mean(0)
+                         for v in range(3) for a in range(grid[0]) for b in range(grid[1]) for c in range(grid[2])])
+    close(model.connector(x, None, torch.arange(3)), model.connector.project(naive, torch.arange(3).repeat_interleave(len(naive) // 3)), 1e-5)
+    owner, _ = train_vlm.owners(model.connector, torch.zeros(3, 4, 4, 4))        # the picture's cells are those that were pooled
+    sums = torch.zeros(len(naive), 32).index_add(0, owner.flatten(), placed.flatten(0, 3))
+    close(sums / torch.bincount(owner.flatten())[:, None], naive, 1e-5)
+    assert train_vlm.patch_grid(128, 8, 27) == (8, 4, 4) and train_vlm.patch_grid(7, 8, 8) == (2, 2, 2)
+    for n in range(1, 129):
+        assert math.prod(train_vlm.patch_grid(n, 8, 27)) >= n
+
+
+def test_what_is_seen_is_the_segmenters_on_the_vision_grid():
+    """Catches: argmax before the logits are resized, features of another frame or cell, true masks that are not those of the pixels."""
+    parts = vlm_parts(window=8, queries=12)
+    cfg = dataclasses.replace(train_vlm.VLMConfig(), num_queries=12)
+    got = train_vlm.look_at_stories(cfg, parts.segmenter, 32, 4, 16, 5, 2, torch.device("cpu"))
+    video, labels = data.rasterise(data.stack([data.script(5 + i, dataclasses.replace(train_vlm.story_world(cfg, 16), size=32)) for i in range(2)]), 32)
+    for clip in range(2):
+        for window in range(2):
+            part = slice(8 * window, 8 * window + 8)
+            with torch.no_grad():
+                seg = parts.segmenter(video[clip:clip + 1, part])
+            logits = F.interpolate(seg.logits[0].view(8, 8, 8, 12).permute(0, 3, 1, 2), size=(4, 4), mode="bilinear").argmax(1)
+            assert torch.equal(got.ids[clip, window].long(), logits)
+            close(got.features[clip, window].float(), seg.features[0].view(8, 4, 2, 4, 2, 32).mean((2, 4)), 1e-2)
+            assert torch.equal(got.truth[clip, window].long(), labels[clip, part, 4::8, 4::8])
+
+
+def test_time_stamps_stand_before_their_windows():
+    """Catches: a stamp of other frames than the window's, behind its tokens, or none; a place too many or too few; a question that is not the last."""
+    parts = vlm_parts()
+    _, model = vlm_model(parts)
+    batch = vlm_batch(parts, model)
+    e, video = parts.encoding, train_vlm.special(parts.encoding, train_vlm.VIDEO)
+    for counts, talks, pieces in zip(batch.counts, batch.talks, train_vlm.rows_of(batch, parts, 0, "cpu")[1]):
+        ids = pieces[0].ids + pieces[1].ids
+        text = "".join("#" if i == video else e.decode([i]) for i in ids)
+        assert text == (f"<|im_start|>user\n<0.0-0.4s>{'#' * counts[0]}<0.5-0.9s>{'#' * counts[1]}{talks[0][0]['question']}<|im_end|>\n<|im_start|>assistant\nstar<|im_end|>")
+        assert pieces[2].start == len(pieces[0].ids) and len(pieces) == 3
+        # what is shared changes nothing: the same as the whole talk by itself
+        whole, spoken = train_vlm.chat(e, [dict(role="user", content=[*train_vlm.visual(e, batch.marks[0], counts), talks[1][0]["question"]]), dict(role="assistant", content=talks[1][0]["answer"])])
+        assert pieces[0].ids + pieces[2].ids == whole[:-1] and pieces[0].spoken + pieces[2].spoken == spoken[:-1]
+    blind = train_vlm.sequence(e, [], [], batch.talks[0])
+    assert blind[0].ids + blind[1].ids == train_vlm.chat(e, [dict(role="user", content=batch.talks[0][0][0]["question"]), dict(role="assistant", content="star")])[0][:-1]
+
+
+def naive_losses(model, parts, batch):
+    """-log p of each token of each answer, clip by clip and talk by talk, each a sequence by itself."""
+    tokens, at, losses = model.connector(**batch.seen), 0, []
+    for marks, counts, talks in zip(batch.marks, batch.counts, batch.talks):
+        for talk in talks:
+            turns = [dict(role=r, content=t[k]) for t in talk for r, k in (("user", "question"), ("assistant", "answer"))]
+            turns[0] = dict(role="user", content=[*train_vlm.visual(parts.encoding, marks, counts), turns[0]["content"]])
+            ids, spoken = train_vlm.chat(parts.encoding, turns)
+            x = model.decoder.embed_tokens(torch.tensor(ids)).clone()
+            x[torch.tensor(ids) == train_vlm.special(parts.encoding, train_vlm.VIDEO)] = tokens[at:at + sum(counts)]
+            log_p = model.decoder(embeddings=x[None])[0].log_softmax(-1)
+            losses += [-log_p[i - 1, ids[i]] for i in range(len(ids)) if spoken[i]]
+        at += sum(counts)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("row", [0, 300, 10_000])
+def test_packed_rows_are_the_talks_by_themselves(row):
+    """Catches: a clip, or a question, that reads another one; positions that go on where a branch begins; visual tokens of another clip; a loss on
+    the question, the video or the turn's opening, or none on the turn's end; talks of several turns whose later turns do not see the earlier ones."""
+    parts = vlm_parts()
+    _, model = vlm_model(parts)
+    talks = [[[dict(question="What moves?", answer="a red star"), dict(question="And then?", answer="it spins")], [dict(question="How many objects are there?", answer="2")]],
+             [[dict(question="What is the ground made of?", answer="sand")]], [[dict(question="Where is the red star at the end?", answer="left")]] * 3]
+    batch = vlm_batch(parts, model, talks=talks)
+    rows, clips = train_vlm.rows_of(batch, parts, row, "cpu")
+    lengths = [sum(len(p.ids) for p in pieces) for pieces in clips]
+    assert len(rows.ids) == {0: 2, 300: 1, 10_000: 1}[row] or row == 0 and len(rows.ids) <= 3
+    assert rows.ids.shape[1] >= max(lengths)
+    losses, naive = model(rows, **batch.seen), naive_losses(model, parts, batch)
+    assert len(losses) == len(naive) == int((rows.targets >= 0).sum())
+    order = torch.argsort(rows.group, stable=True)               # row by row -> clip by clip
+    close(losses[order], naive, 1e-4)
+    said = [parts.encoding.decode(rows.targets[rows.targets >= 0][rows.group == g].tolist()) for g in rows.group.unique()]
+    assert said[0] == "a red star<|im_end|>it spins<|im_end|>" and said[1:3] == ["2<|im_end|>", "sand<|im_end|>"]
+
+
+def test_first_fit_wastes_little_and_loses_nothing():
+    """Catches: a sequence that is lost or packed twice, a row that is too long."""
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = dice.integers(1, 100, 30).tolist()
+        rows = train_vlm.first_fit(lengths, 128)
+        assert sorted(i for r in rows for i in r) == list(range(30)) and all(sum(lengths[i] for i in r) <= 128 for r in rows)
+        assert len(rows) <= 1.25 * sum(lengths) / 128 + 2
+
+
+def test_an_untrained_decoder_guesses_evenly_and_one_batch_is_learnt_by_heart():
+    """Catches: visual tokens that drown the words or are drowned by them, gradients that do not reach connector or decoder, answers that cannot
+    depend on the video: here the questions are all alike, and only the trajectories tell the answers apart."""
+    parts = vlm_parts()
+    for name in ("trajtok", "patch"):
+        cfg, model = vlm_model(parts, name, rates="5e-3,0,5e-3", sft_rates="5e-3,0,5e-3", caption_steps=0, steps=80, warmup=5)
+        batch = vlm_batch(parts, model, windows=1, talks=[[[dict(question="What moves?", answer=a)]] for a in ("star", "ring", "moon")])
+        rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
+        loss = model(rows, **batch.seen).mean()
+        assert abs(loss.item() - math.log(parts.decoder.vocabulary)) < 1.0
+        tokens, table = model.connector(**batch.seen), model.decoder.embed_tokens.weight
+        assert 0.3 < (tokens.std(0).mean() / table.std()).item() < 3
+        optimizer = train_vlm.optimizer_of(model, cfg, torch.device("cpu"))
+        for step in range(80):
+            train_vlm.set_rates(model, optimizer, step, cfg)
+            optimizer.zero_grad()
+            loss = model(rows, **batch.seen).mean()
+            loss.backward()
+            assert step or all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "latents" not in n and ".encoder." not in n or name == "trajtok")
+            optimizer.step()
+        assert loss.item() < 0.2, (name, loss.item())
+
+
+def test_rates_by_part_and_stage():
+    """Catches: a part that learns although its rate is 0, or at another's rate; a second stage that goes on at the end of the first one's cosine."""
+    parts = vlm_parts()
+    cfg, model = vlm_model(parts, rates="1e-3,0,0", sft_rates="1e-4,0,1e-2", caption_steps=10, steps=20, warmup=2)
+    optimizer, seen = train_vlm.optimizer_of(model, cfg, torch.device("cpu")), {}
+    for step in range(30):
+        stage, rates = train_vlm.set_rates(model, optimizer, step, cfg)
+        seen[step] = stage, rates["connector"], rates["decoder"], next(model.decoder.parameters()).requires_grad
+    assert seen[0] == (0, pytest.approx(5e-4), 0, False) and seen[2][1] == pytest.approx(1e-3) and seen[9][1] == pytest.approx(1e-5)
+    assert seen[10] == (1, pytest.approx(5e-5), pytest.approx(5e-3), True) and seen[12][2] == pytest.approx(1e-2) and seen[29][2] == pytest.approx(1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_vlm.py: the evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_choices_are_scored_as_by_hand_and_open_answers_as_generated():
+    """Catches: options that see each other, a score without the first or the last token of an option, or of another option; an answer that counts as
+    given although greedy generation says something else."""
+    parts = vlm_parts()
+    cfg, model = vlm_model(parts, row=700)
+    model = filled(model)
+    batch = vlm_batch(parts, model)
+    options = [[["star", "ring", "a red moon"], ["0", "1", "2", "3"]]] * 3
+    answers = train_vlm.score(model, parts, batch, options, cfg, torch.device("cpu"))
+    hits = 0
+    tokens, at = model.connector(**batch.seen), 0
+    for c, (marks, counts, talks) in enumerate(zip(batch.marks, batch.counts, batch.talks)):
+        for q, talk in enumerate(talks):
+            prompt, _ = train_vlm.chat(parts.encoding, [dict(role="user", content=[*train_vlm.visual(parts.encoding, marks, counts), talk[0]["question"]])], answer=True)
+            x = model.decoder.embed_tokens(torch.tensor(prompt)).clone()
+            x[torch.tensor(prompt) == train_vlm.special(parts.encoding, train_vlm.VIDEO)] = tokens[at:at + sum(counts)]
+            for o, text in enumerate(options[c][q]):
+                own = [*parts.encoding.encode_ordinary(text), train_vlm.special(parts.encoding, train_vlm.TURN_END)]
+                log_p = model.decoder(embeddings=torch.cat((x, model.decoder.embed_tokens(torch.tensor(own))))[None])[0].log_softmax(-1)
+                wanted = sum(model.decoder(embeddings=torch.cat((x, model.decoder.embed_tokens(torch.tensor(own[:i], dtype=torch.int64))))[None])[0, -1, :parts.encoding.n_vocab].log_softmax(-1)[own[i]].item()
+                             for i in range(len(own)))
+                assert answers[c][q][0][o] == pytest.approx(wanted, rel=1e-3)
+            said = train_vlm.generate(model.decoder, [x], 3, known=parts.encoding.n_vocab)[0]
+            spoken = parts.encoding.decode(said)
+            forced = train_vlm.score(model, parts, batch, [[[parts.encoding.decode(said[:2]), "x"] if (i, j) == (c, q) else ["x", "y"] for j in range(2)] for i in range(3)], cfg, torch.device("cpu"))
+            ended = said[2] == train_vlm.special(parts.encoding, train_vlm.TURN_END) and parts.encoding.encode_ordinary(parts.encoding.decode(said[:2])) == said[:2]
+            assert forced[c][q][1][0] == ended and not forced[c][q][1][1], spoken
+        at += sum(counts)
+    rows = train_vlm.judged(batch, [[["star", "ring"], ["0", "1", "2"]]] * 3, [[([-1.0, -2.0], [True, False]), ([-3.0, -1.0, -2.0], [False, True, False])]] * 3, 16)
+    found = train_vlm.accuracies(rows)
+    assert found["all"] == dict(choice=pytest.approx(4 / 6), open=pytest.approx(4 / 6), chance=pytest.approx((1 / 2 + 1 / 3) / 2), questions=6)
+    assert train_vlm.options_of(dict(answer="a", type="t"), dict(t=["a", "b", "c", "d", "e", "b"]), 0) == train_vlm.options_of(dict(answer="a", type="t"), dict(t=list("edcba")), 0)
+    assert len(set(train_vlm.options_of(dict(answer="a", type="t"), dict(t=list("abcdef")), 1))) == 4 and train_vlm.options_of(dict(answer="a", options=["b", "a"]), {}, 0) == ["b", "a"]
+
+
+def test_greedy_answers_count_exactly_when_generated():
+    """Catches: an open answer judged right that generation would not give, or wrong that it would: a model that has learnt three answers by heart is
+    asked for them and for others."""
+    parts = vlm_parts()
+    cfg, model = vlm_model(parts, rates="5e-3,0,5e-3", sft_rates="5e-3,0,5e-3", caption_steps=0, steps=80, warmup=5)
+    texts = ("red star", "ring", "blue moon")
+    batch = vlm_batch(parts, model, windows=1, talks=[[[dict(question="What moves?", answer=a)]] for a in texts])
+    rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
+    optimizer = train_vlm.optimizer_of(model, cfg, torch.device("cpu"))
+    for step in range(80):
+        train_vlm.set_rates(model, optimizer, step, cfg)
+        optimizer.zero_grad()
+        model(rows, **batch.seen).mean().backward()
+        optimizer.step()
+    answers = train_vlm.score(model, parts, batch, [[list(texts)]] * 3, cfg, torch.device("cpu"))
+    prompts, clips = train_vlm.rows_of(batch, parts, 0, "cpu", [[[""]]] * 3)
+    x = model.embed(prompts, **batch.seen)
+    stop = {train_vlm.special(parts.encoding, train_vlm.TURN_END)}
+    for clip in range(3):
+        row, = [r for r in range(len(prompts.ids)) if int(prompts.token[r].max()) >= 0 and sum(map(sum, batch.counts[:clip])) in prompts.token[r].tolist()]
+        begin = prompts.token[row].tolist().index(sum(map(sum, batch.counts[:clip])))
+        begin = max(i for i in range(begin) if prompts.positions[row, i] == 0)
+        end = begin + clips[clip][-1].start + 1
+        said = parts.encoding.decode(train_vlm.generate(model.decoder, [x[row, begin:end]], 8, stop=stop, known=parts.encoding.n_vocab)[0])
+        assert said == texts[clip] and answers[clip][0][1] == [t == said for t in texts]
+
+
+def test_attention_is_the_decoders():
+    """Catches: attention of other tokens than the answer's, weights that are no softmax, heads that read another group's keys."""
+    model = filled(train_vlm.Decoder(dataclasses.replace(TOYS["untied"], layers=1)))
+    x, layer = model.embed_tokens(toy_ids(1, 9)), model.layers[0]
+    weight = train_vlm.attended(model, x, 6)
+    assert weight.shape == (9,) and weight.sum().item() == pytest.approx(1, rel=1e-5) and not layer.self_attn._forward_pre_hooks
+    # the weights are those that make its output: with values that tell their position, and an output map that adds the heads up
+    attention, c = layer.self_attn, model.cfg
+    found = []
+    real_sdpa = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **kwargs):
+        one = torch.eye(9)[None, None].expand(1, k.shape[1], 9, 9)
+        found.append(real_sdpa(q, k, one.to(q.dtype), **kwargs))
+        return real_sdpa(q, k, v, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        model(embeddings=x)
+    close(weight, found[0][0, :, 6:].mean((0, 1)), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_vlm.py: whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def vlm_run(tmp_path_factory, tokenizer_folder):
+    """The folder of a comparison of all four on tiny stories, and its segmenter."""
+    folder = tmp_path_factory.mktemp("vlm")
+    seg = folder / "seg"
+    trajtok.TrajTok(dataclasses.replace(TINY, num_queries=12)).save_pretrained(seg)
+    run(train_vlm.main, *VLM_FLAGS, "--segmenter", seg, "--connector", "trajtok,patch,blind,oracle", "--out", folder / "out", "--results", folder / "results")
+    return folder
+
+
+def test_the_comparison_runs_and_writes_what_it_says(vlm_run, capsys):
+    """Catches: a row that is left out, a table without a type or a length, more visual tokens for trajtok than for patch, a blind row that sees."""
+    result = json.loads((vlm_run / "results" / "vlm-nano.json").read_text())
+    assert set(result["rows"]) == {"trajtok", "patch", "blind", "oracle"} and (vlm_run / "results" / "vlm-nano.png").stat().st_size > 1000
+    tokens = {name: rows[0]["visual_tokens"] for name, rows in result["rows"].items()}
+    assert tokens["blind"] == {"8 frames": 0, "16 frames": 0} and tokens["patch"]["16 frames"] == 2 * math.prod(result["patch_grid"]) and math.prod(result["patch_grid"]) >= result["live_tokens"]
+    for name in ("trajtok", "patch", "blind", "oracle"):
+        folder = vlm_run / "out" / f"vlm-nano-{name}-0"
+        for file in ("config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json", "curves.png"):
+            assert (folder / file).stat().st_size
+        lines = log(folder)
+        assert [line["stage"] for line in lines] == ["captions"] * 2 + ["questions"] * 3
+        accuracy = result["rows"][name][0]["accuracy"]
+        assert {"all", "8 frames", "16 frames", "what", "first, 16 frames"} <= set(accuracy) and accuracy["all"]["questions"] == accuracy["8 frames"]["questions"] + accuracy["16 frames"]["questions"]
+    lines = train_vlm.table(result["rows"])
+    assert len(lines) == 11 and lines[1].startswith("trajtok") and "chance" in lines[-2]
+    run(train_vlm.main, *VLM_FLAGS, "--segmenter", vlm_run / "seg", "--connector", "trajtok,patch,blind,oracle", "--out", vlm_run / "out", "--results", vlm_run / "results", "--resume")
+    assert capsys.readouterr().out.count("finished before") == 4
+    again = json.loads((vlm_run / "results" / "vlm-nano.json").read_text())
+    assert again["rows"] == result["rows"]
+
+
+def test_a_saved_model_answers_as_it_was_scored(vlm_run, tmp_path):
+    """Catches: a file that holds other weights than the model's, a configuration that builds another model, a segmenter that is not its own."""
+    cfg, parts, model = train_vlm.open_model(vlm_run / "out" / "vlm-nano-trajtok-0", torch.device("cpu"))
+    _, held_out = train_vlm.open_stories(cfg, parts, torch.device("cpu"))
+    rows, _ = train_vlm.evaluate(model, parts, cfg, held_out, torch.device("cpu"))
+    assert train_vlm.accuracies(rows) == json.loads((vlm_run / "out" / "vlm-nano-trajtok-0" / "result.json").read_text())["accuracy"]
+
+
+@pytest.mark.parametrize("name", ["trajtok", "patch", "blind"])
+def test_ask(vlm_run, media, tmp_path, capsys, name):
+    """Catches: an answer that does not come, a picture that is missing or all grey; a picture (one frame) that cannot be asked about; special tokens
+    of a question that become special."""
+    clip = encode(tmp_path / "clip.mp4", data.rasterise(data.stack([story(3, 16, 2)]), 64)[0][0].numpy())
+    argv = ["ask", clip, "What colour is the largest object?", "--model", vlm_run / "out" / f"vlm-nano-{name}-0", "--out", tmp_path, "--most", 5, "--temperature", 2.0]
+    run(train_vlm.main, *argv)
+    out = capsys.readouterr().out
+    assert "16 frames" in out and ("0 visual tokens" in out) == (name == "blind") and (tmp_path / "clip-attended.png").exists() == (name != "blind")
+    if name != "blind":
+        sheet = read_picture(tmp_path / "clip-attended.png").astype(int)
+        assert sheet.shape == (20 + 2 * 128, 8 * 128, 3) and (np.ptp(sheet[-128:], axis=-1) > 30).mean() > 0.05
+        data.write_png(tmp_path / "still.png", np.full((40, 40, 3), 90, np.uint8))
+        run(train_vlm.main, "ask", tmp_path / "still.png", *argv[2:])
+        assert (tmp_path / "still-attended.png").exists()
+
+
+def test_a_run_on_films_with_questions(vlm_run, tmp_path, capsys):
+    """Catches: questions from disk that are not learnt from, a damaged film that ends the run or is not counted, a film that is held out and learnt from."""
+    run(data.main, "make", "--story", "--clips", 6, "--frames", 8, "--acts", 2, "--image-size", 32, "--out", tmp_path / "made", "--workers", 0)
+    rows = [json.loads(line) for line in (tmp_path / "made" / "qa.jsonl").read_text().splitlines()]
+    films = sorted({row["video"] for row in rows})
+    (tmp_path / "made" / films[0]).write_bytes(b"no film")
+    argv = ["--data", tmp_path / "made" / "qa.jsonl", "--captions", tmp_path / "made" / "manifest.json", "--segmenter", vlm_run / "seg", "--connector", "trajtok,patch", "--out", tmp_path, "--results", tmp_path,
+            "--frames", 8, "--caption-steps", 2, "--steps", 4, "--batch", 8, "--layers", 1, "--width", 32, "--seeds", 0, "--name", "films"]
+    run(train_vlm.main, *argv)
+    for name in ("trajtok", "patch"):
+        result = json.loads((tmp_path / f"vlm-films-{name}-0" / "result.json").read_text())
+        assert result["accuracy"]["all"]["questions"] > 0 and {line["stage"] for line in log(tmp_path / f"vlm-films-{name}-0")} == {"captions", "questions"}
+    assert "left out" in capsys.readouterr().err
+
+
+def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
+    """Catches: the command of the full size, on toys of the same form: folders that are not read, a vision tower that is not trained, or trained in a
+    stage whose rate is 0, an export that lacks it; features that are not the tower's before its last norm."""
+    run(data.main, "make", "--story", "--clips", 4, "--frames", 8, "--acts", 1, "--image-size", 64, "--out", tmp_path / "made", "--workers", 0)
+    tower, decoder = TOWERS["whole"], dataclasses.replace(TOYS["untied"], vocabulary=1100, context=512)
+    filled(train_vlm.Decoder(decoder)).save_pretrained(tmp_path / "decoder")
+    (tmp_path / "vision").mkdir()
+    trajtok.write_weights(tmp_path / "vision" / "model.safetensors", {f"vision_model.{k}": v for k, v in filled(train_vlm.SigLIP2(tower)).state_dict().items()})
+    (tmp_path / "vision" / "config.json").write_text(json.dumps(dict(model_type="siglip", vision_config=dict(
+        hidden_size=tower.width, num_hidden_layers=tower.layers, num_attention_heads=tower.heads, intermediate_size=tower.mlp, patch_size=tower.patch, image_size=tower.image))))
+    argv = ["--size", "4b", "--decoder", tmp_path / "decoder", "--vision", tmp_path / "vision", "--segmenter", vlm_run / "seg", "--data", tmp_path / "made" / "qa.jsonl", "--captions",
+            tmp_path / "made" / "manifest.json", "--frames", 8, "--caption-steps", 1, "--steps", 2, "--batch", 4, "--warmup", 0, "--out", tmp_path, "--results", tmp_path, "--name", "full", "--save-every", 1, "--tokenizer", "world"]
+    run(train_vlm.main, *argv, "--rates", "1e-3,0,0", "--sft-rates", "1e-3,1e-3,1e-3")
+    folder = tmp_path / "vlm-full-trajtok-0"
+    cfg, parts, model = train_vlm.open_model(folder, torch.device("cpu"))
+    before, after = filled(train_vlm.SigLIP2(tower)).state_dict(), model.vision.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any("q_proj" in k for k in moved) and not any("post_layernorm" in k for k in moved) and model.decoder.recompute is False
+    assert [line["lr_vision"] > 0 for line in log(folder)] == [False, True, True]
+    video = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
+    batch = train_vlm.from_films(dict(video=[video[0]], times=[[i / 8 for i in range(8)]], entries=[dict(path="x", talk=[dict(question="What?", answer="a")])]), model, parts, cfg, torch.device("cpu"))
+    rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
+    small = train_vlm.resize(video, tower.image)[0]
+    features = model.vision.features(small.permute(0, 3, 1, 2) / 127.5 - 1, post_norm=False).view(1, 8, tower.side, tower.side, -1)
+    close(model(rows, **batch.seen), model(rows, features=features, ids=batch.seen["ids"], window=batch.seen["window"]), 1e-5)
+    run(train_vlm.main, "ask", tmp_path / "made" / "0000000" / "0000000000.mp4", "What moves?", "--model", folder, "--out", tmp_path, "--most", 3, "--temperature", 3.0)
+    assert "8 frames" in capsys.readouterr().out
+    assert "give --decoder" in refused(capsys, train_vlm.main, *argv[:2], *argv[6:])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypatch, world):
+    """Catches: SIGTERM that loses steps or is not told by the exit code; a resumed run that is not the one that was never stopped; sharded processes
+    (FSDP2) whose losses, gradients or weights are not those of one process with twice the batch; an export that is not what was trained."""
+    argv = [str(a) for a in (*VLM_FLAGS, "--connector", "trajtok", "--segmenter", vlm_run / "seg", "--results", tmp_path / "results", "--batch", 4 // world, "--save-every", 50)]
+
+    def main(*more, told=False):
+        def work(rank):
+            if told and rank == world - 1:
+                real_rates = train_vlm.set_rates
+                monkeypatch.setattr(train_vlm, "set_rates", lambda model, optimizer, step, cfg: (step == 3 and os.kill(os.getpid(), signal.SIGTERM), real_rates(model, optimizer, step, cfg))[1])
+            run(train_vlm.main, *argv, *more)
+        train_vlm.load_tokenizer()                               # once, not in each of them
+        return in_ranks(world, work, tmp_path)
+    assert main("--out", tmp_path / "a") == [0] * world, (tmp_path / "rank0.txt").read_text()
+    assert main("--out", tmp_path / "b", told=True) == [143] * world
+    b = tmp_path / "b" / "vlm-nano-trajtok-0"
+    assert len(log(b)) == 3 and not (b / "result.json").exists()
+    assert main("--out", tmp_path / "b", "--resume") == [0] * world, (tmp_path / "rank0.txt").read_text()
+    a, b = (without_clock(log(tmp_path / name / "vlm-nano-trajtok-0")) for name in "ab")
+    assert [line["step"] for line in b] == list(range(5)) and a == b
+    weights = [load_file(tmp_path / name / "vlm-nano-trajtok-0" / "model.safetensors") for name in "ab"]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    if world == 2:
+        run(train_vlm.main, *argv, "--batch", 4, "--name", "alone", "--out", tmp_path)
+        for one, two in zip(a, log(tmp_path / "vlm-alone-trajtok-0")):
+            assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in ("loss", "gradient_norm", "targets", "visual_tokens"))
+        alone = load_file(tmp_path / "vlm-alone-trajtok-0" / "model.safetensors")
+        assert alone.keys() == weights[0].keys() and max((alone[k] - weights[0][k]).abs().max().item() for k in alone) < 2e-3
+        (tmp_path / "b" / "vlm-nano-trajtok-0" / "result.json").unlink()
+        assert "made by 2 processes" in refused(capsys, train_vlm.main, *argv, "--out", tmp_path / "b", "--resume")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--connector", "trajtok,qformer"], "no 'qformer'"), (["--frames", "12"], "--frames 12: a multiple of --window 8, e.g. 8"), (["--frames", "4"], "at least 8 frames"),
+    (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "0"], "--clips 0: at least 1"),
+    (["--frames", "8,4096"], "give at most"), (["--size", "8b"], "--size 8b"), (["--tokenizer", "nowhere"], "nowhere: neither"), (["--decoder", "nowhere"], "nowhere"),
+    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--vision", "siglip"], "made stories are looked at"), (["--steps", "0"], "at least 1"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
+    (["--data", "x.jsonl", "--connector", "oracle", "--frames", 8], "made stories"), (["--resume", "--connector", "trajtok", "--lr", "1"], "unrecognized")])
+def test_bad_flags_of_the_vlm_are_refused(vlm_run, tmp_path, capsys, monkeypatch, flags, words):
+    """Catches: a traceback, or a run that begins, where one line should name the value and the mend."""
+    monkeypatch.chdir(tmp_path)
+    base = [] if "--segmenter" in flags else ["--segmenter", vlm_run / "seg"]
+    few = [f for f in VLM_FLAGS] if "--frames" not in flags and "--clips" not in flags else ["--clips", 2, "--eval-clips", 2, "--steps", 1]
+    assert words in refused(capsys, train_vlm.main, *few, *base, *flags)
+    assert not list(tmp_path.glob("out/vlm-*"))
+
+
+def test_bad_questions_and_films_are_refused(vlm_run, media, tmp_path, capsys):
+    """Catches: a question, a film or a folder that cannot be used and is not told in one line: too long, not readable, with a special token, more frames
+    than the context holds, of another architecture, not finished."""
+    clip = encode(tmp_path / "clip.mp4", data.rasterise(data.stack([story(3, 16, 2)]), 64)[0][0].numpy())
+    model = ["--model", vlm_run / "out" / "vlm-nano-trajtok-0", "--out", tmp_path]
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    long_ = " ".join(["what"] * 5000)
+    for argv, words in ((["ask", tmp_path / "bad.mp4", "What?", *model], "bad.mp4"), (["ask", tmp_path / "none.mp4", "What?", *model], "none.mp4"), (["ask", clip, long_, *model], "shorten it"),
+                        (["ask", clip, "What <|im_foo|> moves?", *model], "<|im_foo|>"), (["ask", clip, " ", *model], "a question"), (["ask", clip], "a clip and a question"),
+                        (["ask", clip, "What?", "--model", tmp_path], "no finished run"), (["ask", clip, "What?", "--model", vlm_run / "seg"], "no finished run")):
+        assert words in refused(capsys, train_vlm.main, *argv)
+    other = tmp_path / "vlm-small"
+    shutil.copytree(vlm_run / "out" / "vlm-nano-trajtok-0", other)
+    config = json.loads((other / "config.json").read_text())
+    config["parts"]["decoder"]["context"] = 41
+    (other / "config.json").write_text(json.dumps(config))
+    line = refused(capsys, train_vlm.main, "ask", clip, "What colour is the largest object?" * 2, "--model", other, "--out", tmp_path)
+    assert re.search(r"a context of 41: give at most 8 frames", line), line
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(dict(model_type="bert")))
+    assert "another architecture" in refused(capsys, train_vlm.main, *VLM_FLAGS, "--decoder", tmp_path / "bert", "--segmenter", vlm_run / "seg", "--out", tmp_path)
+    rows = [dict(video=str(clip), conversations=[{"from": "human", "value": "<video>\n" + q}, {"from": "gpt", "value": "x"}]) for q in ("What?", "Where is <|video_pad|>?")]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    films = ["--data", tmp_path / "qa.jsonl", "--frames", 8, "--caption-steps", 0, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--results", tmp_path]
+    assert "<|video_pad|>" in refused(capsys, train_vlm.main, *films)
+    assert "at least 2 rows" in refused(capsys, train_vlm.main, *films[:1], manifest(tmp_path / "none.json", [dict(video=str(clip), caption="a")]), *films[2:])

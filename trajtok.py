@@ -534,7 +534,6 @@ class Run:
         rank, world = ranks()
         if world > 1:
             dist.barrier()                                       # the first has looked at the folder, and may go on
-        kept = []
         if self.cfg.resume and self.state.exists():
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
@@ -549,16 +548,20 @@ class Run:
             if cuda_rng is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(cuda_rng)
             self.start = state["step"]
-            kept = [line for line in self.log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < self.start]
             print(f"resumed at step {self.start}")
         elif self.cfg.resume:
             print("no checkpoint was saved yet: starting at step 0")
-        if world > 1:
-            dist.barrier()                                       # all have read the log before the first cuts it
-        if not rank:
+        return self.begin(self.start)
+
+    def begin(self, start):
+        """Drop the log's lines from step `start` on, and go on writing after them. -> start"""
+        self.start = start
+        if not ranks()[0]:
+            kept = self.log.read_text().splitlines(True) if start else []
+            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] < start]
             replace(self.log, lambda p: p.write_text("".join(kept)))
             self.stream = open(self.log, "a")
-        return self.start
+        return start
 
     def save(self, model, optimizer, step):
         """The checkpoint before step number `step`, with the random state of every process (all call it, the first writes)."""
@@ -842,7 +845,7 @@ def sources(cfg):
 
 def world_of(cfg):
     """The procedural world that a configuration asks for; of `plain` the one without --textures."""
-    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light") + (() if cfg.data == "plain" else ("textures",))
+    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light", "story") + (() if cfg.data == "plain" else ("textures",))
     return data.World(size=cfg.image_size, **{name: getattr(cfg, name) for name in asked if hasattr(cfg, name)})
 
 
