@@ -1,29 +1,181 @@
-"""TrajAdapter (paper, "Setting 2"): trajectory tokens on frozen V-JEPA2 and VideoMAE-v2 features, beside linear and attentive probing.
+"""Trajectory tokens on frozen features (paper, "Setting 2"): TrajAdapter beside linear and attentive probes, on V-JEPA2 or VideoMAE.
 
-    video uint8 (b, t, H, W, 3) -> frozen backbone -> features (b, n, d), n = t'·h'·w' tubelets in row-major order
+    video uint8 (b, t, H, W, 3) -> frozen backbone  -> features (b, n, D) on its grid (t', h', w')      computed once, kept on disk
+                                -> frozen segmenter -> logits (b, t·h·w, K) -> resized to that grid -> M_soft, M_hard
 
-Backbones, written from SPECS 4:
+    linear       mean over the n tokens -> LayerNorm -> classes
+    attentive    self-attention over the n tokens -> one learned query reads them -> classes            (V-JEPA2's probe)
+    trajadapter  project -> encoder.TrajectoryEncoder under the masks -> live tokens -> small transformer -> classes
+    oracle       the same under the true masks of the procedural world: what a perfect segmenter would give
 
-    backbone = load_backbone("vjepa2-vith-fpc64-256")            # a hub folder, or a file of the original release
-    backbone.features(normalised (b, t, 3, H, W))                # (b, n, d);  backbone(video) = normalise + features
+    python train_adapter.py                                      # needs nothing: pre-trains a small VideoMAE and a segmenter, then the table
+    python train_adapter.py --backbone out/adapter-nano/videomae --tokenizer out/adapter-nano/segmenter-nano --size nano --name again
+    python train_adapter.py --backbone VJEPA2 --data kinetics.csv --tokenizer FILE --segments 8 --crops 3       # every GPU of this machine
+    python train_adapter.py --data actions/manifest.json --labels falling,walking,standing,sitting              # one `group` left out at a time
+    python train_adapter.py --resume                             # goes on where a stopped run was saved
+
+Writes out/adapter-<name>/: config.json, result.json, confusion.png; videomae/ and segmenter-<size>/ (what was pre-trained), cache/ (features),
+heads-<fold>-<seed>/ (log.jsonl, state.pt of the heads); and results/adapter-<name>.json.
 """
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import sys
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce, repeat
+from tqdm import tqdm
 
-from data import BadInput, write_json
-from segmenter import MEAN, STD, count, fit_weights, normalise, read_weights, rename
-from trajtok import write_weights
+import data
+import trajtok
+from data import BadInput, BadVideo, configure, write_json, write_png
+from encoder import EncoderConfig, TrajectoryEncoder, compact
+from segmenter import MEAN, STD, Segmentation, Segmenter, best_overlaps, count, fit_weights, normalise, read_weights, rename
+from trajtok import (Damage, Run, TrajTok, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
+                     run_name, setup, shard, sigterm, split_entries, sum_gradients, total, world_of, write_text, write_weights)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS = ("linear", "attentive", "trajadapter", "oracle")
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Probes on a frozen video backbone: linear, attentive, and TrajAdapter, which pools its features by trajectory."""
+    size: str = "nano"                          # one of ADAPTER_SIZES: nano, full (the published protocol); default: nano, and with --backbone full
+    data: str = "world"                         # `world` (procedural), or a manifest, `path,label` CSV or folder of labelled videos
+    valid: str | None = None                    # another such set, to choose by; default: entries' "split", other groups, or a tenth of the training videos
+    test: str | None = None                     # another such set, to report on; default: entries' "split", one "group" at a time, or a fifth of the videos
+    labels: str | None = None                   # these classes only, with commas; default: all that occur
+    name: str | None = None                     # the run's folder is out/adapter-<name>; default: the size, and of real data the folder's name
+    out: str = "out"                            # where runs are kept
+    # what is frozen
+    backbone: str | None = None                 # a folder or file of a published V-JEPA2 or VideoMAE, or of a `videomae` made here; default: one is pre-trained now
+    tokenizer: str | None = None                # a folder of `trajtok.py pretrain` or train_clip.py, or a checkpoint of the authors; default: one is trained now
+    image_size: int | None = None               # pixels of a side; default: the backbone's
+    frames: int | None = None                   # frames of a clip; default: the backbone's, of a V-JEPA2 at most 16
+    stride: int = 4                             # of real video: every stride-th frame of a stretch makes a clip
+    segments: int = 1                           # of real test video: so many stretches, evenly from the first to the last (published: K400 8, SSv2 2)
+    crops: int = 1                              # ... and of each so many squares along the longer side (published: 3); probabilities are averaged
+    train_segments: int = 1                     # of real training video: so many stretches are kept, and one drawn each time; --no-cache draws anew
+    # the procedural world
+    max_objects: int = 4                        # 1 .. 8 objects in a clip
+    shared_colours: bool = False                # may two objects of a made clip wear the same colour?
+    camera: bool = True                         # may the camera of a made clip pan and zoom?
+    light: bool = True                          # may a made clip get lighter or darker?
+    train_clips: int = 2000                     # made clips that heads learn from
+    valid_clips: int = 500                      # made clips that settings are chosen by
+    test_clips: int = 1000                      # made clips that are reported on
+    # pre-training, without --backbone and --tokenizer
+    steps: int = 500                            # steps of the VideoMAE
+    batch: int = 64                             # clips a step of each process
+    masks: int = 2                              # masks that each of these clips is seen under
+    mask: float = 0.9                           # share of tubes that is hidden (published: 0.9)
+    decoder_layers: int = 2                     # its decoder, which is thrown away: layers, width
+    decoder_width: int = 96                     # a multiple of 32 (heads of 32 channels)
+    lr: float = 2e-3                            # peak learning rate
+    warmup: int = 40                            # steps of linear warm-up; then a cosine to 1 %
+    weight_decay: float = 0.05                  # on matrices
+    clip: float = 1.0                           # largest gradient norm, of the VideoMAE and of each head
+    segmenter_steps: int = 200                  # steps of `trajtok.py pretrain`
+    # the heads
+    rows: str = "linear,attentive,trajadapter,oracle"   # with commas; oracle: the true masks, of made clips only
+    tokens: str = "1,2,4"                       # tokens a trajectory: one of these is drawn at each step, all are reported
+    probe_layers: int = 1                       # attentive: layers of self-attention before the query (published: 3)
+    probe_heads: int = 4                        # attentive: heads (published: 16)
+    width: int = 96                             # trajadapter: width
+    depth: int = 1                              # trajadapter: layers of the trajectory encoder
+    layers: int = 2                             # trajadapter: layers of the transformer over live tokens
+    heads: int = 4                              # trajadapter: heads
+    lrs: str = "1e-3,4e-3"                      # learning rates of the grid, with commas
+    weight_decays: str = "0.05"                 # weight decays of the grid, with commas
+    epochs: int = 8                             # over the training clips
+    head_batch: int = 32                        # clips a step of each process
+    head_warmup: float = 0.1                    # share of the steps that warms up; then a cosine to 1 %
+    seeds: str = "0,1,2"                        # of the heads and of the order of their clips, with commas; the first one chooses from the grid
+    # features
+    cache: bool = True                          # compute features once and keep them on disk, in half precision
+    cache_dir: str | None = None                # where; default: the run's folder
+    feature_batch: int = 32                     # clips that go through the backbone at once
+    workers: int = 0                            # processes that make batches; 0: in the training process
+    save_every: int = 100                       # steps between checkpoints
+    seed: int = 0                               # of the pre-training
+    # how it is computed
+    device: str = "auto"                        # cpu, cuda, ...
+    processes: int = 0                          # processes on this machine; 0: one for each GPU, without GPUs one
+    bf16: bool | None = None                    # matrix products in bfloat16; default: on a GPU
+    resume: bool = False                        # go on with the run of this name
+    overwrite: bool = False                     # start again over a run of this name
+    results: str = "results"                    # folder for the table as JSON
+
+    mix = textures = None                       # one set at a time, plain surfaces
+
+    def __post_init__(self):
+        check_flags(self)
+        for field in ("segments", "crops", "train_segments", "train_clips", "valid_clips", "test_clips", "masks", "decoder_layers", "decoder_width", "segmenter_steps",
+                      "probe_heads", "width", "depth", "heads", "epochs", "head_batch", "feature_batch", "stride"):
+            if getattr(self, field) < 1:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
+        for field in ("processes", "probe_layers", "layers"):
+            if getattr(self, field) < 0:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
+        if "" in (self.data, self.backbone, self.tokenizer, self.valid, self.test, self.labels, self.cache_dir):
+            raise BadInput("an empty name: of --data, --backbone, --tokenizer, --valid, --test, --labels or --cache-dir; give one, or leave the flag out")
+        if not 0 < self.mask < 1 or not 0 <= self.head_warmup < 1:
+            raise BadInput(f"--mask {self.mask} --head-warmup {self.head_warmup}: shares, above 0 and below 1 (no warm-up: 0)")
+        if unknown := set(self.rows.split(",")) - set(ROWS):
+            raise BadInput(f"--rows {self.rows}: no row {', '.join(sorted(unknown)) or '(empty)'}; {', '.join(ROWS)}")
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", self.seeds):
+            raise BadInput(f"--seeds {self.seeds}: whole numbers, with commas")
+        if not re.fullmatch(r"[124](,[124])*", self.tokens):
+            raise BadInput(f"--tokens {self.tokens}: 1, 2 or 4, with commas")
+        self.grid                                                # refused if it holds no numbers
+        if self.width % self.heads or self.decoder_width % 32:
+            raise BadInput(f"--width {self.width} --heads {self.heads} --decoder-width {self.decoder_width}: the first a multiple of the second, the third of 32")
+        if self.data == "world" and (self.valid or self.test or self.labels):
+            raise BadInput(f"--valid, --test, --labels: of real videos, but --data is {self.data}")
+        if self.valid and not self.test:
+            raise BadInput(f"--valid {self.valid}: is there to choose by; give --test as well, to report on")
+        if self.data == "plain":
+            raise BadInput("--data plain: give world")
+
+    @property
+    def choices(self):
+        return tuple(sorted(set(map(int, self.tokens.split(",")))))
+
+    @property
+    def grid(self):
+        """[(learning rate, weight decay)]"""
+        try:
+            lrs, decays = ([float(x) for x in text.split(",")] for text in (self.lrs, self.weight_decays))
+        except ValueError:
+            lrs = []
+        if not lrs or not all(0 < x < math.inf for x in lrs) or not all(0 <= x < math.inf for x in decays):
+            raise BadInput(f"--lrs {self.lrs} --weight-decays {self.weight_decays}: numbers with commas, learning rates above 0")
+        return [(lr, decay) for lr in dict.fromkeys(lrs) for decay in dict.fromkeys(decays)]
+
+
+# full: the published protocol of V-JEPA2's probes (SPECS 4): 20 epochs, 3 layers of self-attention before the query, 16 heads.
+ADAPTER_SIZES = {
+    "nano": dict(size="nano"),
+    "full": dict(size="full", probe_layers=3, probe_heads=16, width=512, depth=2, layers=4, heads=8, epochs=20, lrs="3e-4,1e-3,3e-3", weight_decays="0.01,0.1,0.4",
+                 seeds="0", save_every=500, workers=8),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frozen backbones: V-JEPA2 and VideoMAE(-v2)
@@ -151,9 +303,15 @@ class Backbone(nn.Module):
 
     def embed(self, x):
         """(b, t, 3, H, W) -> (b, n, d): each tubelet through the 3-D convolution, which is a matrix product, as kernel and stride are one."""
-        u, p, proj = self.cfg.tubelet, self.cfg.patch, self.patch_embed["proj"]
-        tubes = rearrange(x, "b (t u) c (h p) (w q) -> b (t h w) (c u p q)", u=u, p=p, q=p)
-        return F.linear(tubes, proj.weight.flatten(1), proj.bias).to(x.dtype)        # under autocast: the residual stream stays float32
+        return self.project(self.tubes(x))
+
+    def tubes(self, x):
+        """(b, t, 3, H, W) -> pixels of each tubelet (b, n, 3·u·p·p)."""
+        return rearrange(x, "b (t u) c (h p) (w q) -> b (t h w) (c u p q)", u=self.cfg.tubelet, p=self.cfg.patch, q=self.cfg.patch)
+
+    def project(self, tubes):
+        proj = self.patch_embed["proj"]
+        return F.linear(tubes, proj.weight.flatten(1), proj.bias).to(tubes.dtype)    # under autocast: the residual stream stays float32
 
     def encode(self, z, tables=None):
         """(b, n, d) with their positions -> (b, n, d). tables: rotary ones (V-JEPA2)."""
@@ -389,3 +547,1013 @@ def read_pixels(folder):
                 raise BadInput(f"{path}: pixels that are not divided by 255 and normalised; this backbone is written for those that are")
             return dict(mean=config.get("image_mean", MEAN), std=config.get("image_std", STD))
     return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: features (b, n, D) and a Segmentation on the same grid -> scores (b, classes)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: (1) self-attention among the real positions, (2) a GELU MLP of width 4w."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, mask=None):                             # (b, s, w); mask (b, s), True = a real position; None: all are
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b s (three a c) -> three b a s c", three=3, a=self.heads)
+        # softmax over the real keys: what a token reads from the others
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        x = x + self.proj(rearrange(y, "b a s c -> b s (a c)"))                                      # 1
+        return x + self.mlp(self.norm2(x))                                                           # 2
+
+
+class Linear(nn.Module):
+    """The mean of all tokens, a LayerNorm (VideoMAE's fc_norm), a linear layer."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x, seg, m):
+        return self.head(self.norm(x.mean(1)))
+
+
+class Attentive(nn.Module):
+    """V-JEPA2's probe (SPECS 4): layers of self-attention over all tokens, then one layer in which a learned query reads them: LayerNorm on
+    what is read, none on the query, no output projection; an MLP; a linear layer."""
+
+    def __init__(self, dim, classes, layers, heads):
+        super().__init__()
+        if dim % heads:
+            raise BadInput(f"--probe-heads {heads}: does not divide the backbone's width {dim}")
+        self.heads = heads
+        self.blocks = nn.ModuleList(Layer(dim, heads) for _ in range(layers))
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.norm1, self.q, self.kv = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x, seg, m):
+        for block in self.blocks:
+            x = block(x)
+        k, v = rearrange(self.kv(self.norm1(x)), "b n (two a c) -> two b a n c", two=2, a=self.heads)
+        q = repeat(self.q(self.query), "1 1 (a c) -> b a 1 c", b=len(x), a=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)              # softmax over the n tokens: where the query looks
+        y = self.query[:, 0] + rearrange(y, "b a 1 c -> b (a c)")
+        return self.head(y + self.mlp(self.norm2(y)))
+
+
+class TrajAdapter(nn.Module):
+    """Features pooled by trajectory: m tokens of each (the encoder of TrajTok, with keys that know when and where), then a small
+    transformer over [CLS; live tokens]. CHOICE: a LayerNorm before the projection (VideoMAE's tokens come without one)."""
+
+    def __init__(self, dim, classes, num_queries, cfg):
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(dim), nn.Linear(dim, cfg.width)
+        self.encoder = TrajectoryEncoder(EncoderConfig(cfg.width, num_queries, cfg.depth, cfg.heads, max(cfg.choices), cfg.width))
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
+        self.blocks = nn.ModuleList(Layer(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        self.out, self.head = nn.LayerNorm(cfg.width), nn.Linear(cfg.width, classes)
+
+    def forward(self, x, seg, m):
+        tokens = compact(self.encoder(self.proj(self.norm(x)), seg, m))                              # dead trajectories leave here
+        z = torch.cat((self.cls.expand(len(x), -1, -1), tokens.z), 1)
+        mask = F.pad(tokens.mask, (1, 0), value=True)            # CLS is always real
+        for block in self.blocks:
+            z = block(z, mask)
+        return self.head(self.out(z[:, 0]))
+
+
+def new_head(row, dim, classes, num_queries, cfg):
+    if row == "linear":
+        return Linear(dim, classes)
+    if row == "attentive":
+        return Attentive(dim, classes, cfg.probe_layers, cfg.probe_heads)
+    return TrajAdapter(dim, classes, num_queries if row == "trajadapter" else TRUE_QUERIES, cfg)
+
+
+def variants(rows, choices):
+    """Lines of the table: (row, tokens a trajectory, or None where there are none)."""
+    return [(row, m) for row in rows for m in (choices if row in ("trajadapter", "oracle") else (None,))]
+
+
+def called(row, m):
+    return row if m is None else f"{row} x{m}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks on the backbone's grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRUE_QUERIES = data.MAX_GROUNDS + data.MAX_OBJECTS
+
+
+def resize_logits(logits, grid, target):
+    """(b, t·h·w, K) -> (b, t'·h'·w', K): linear in space and time. The released TrajVLM does this in space (SPECS 5: 56 -> 27, then the argmax);
+    two frames that share a tubelet are averaged by the same rule."""
+    t, h, w = grid
+    x = F.interpolate(rearrange(logits, "b (t h w) k -> b k t h w", t=t, h=h), size=target, mode="trilinear", align_corners=False)
+    return rearrange(x, "b k t h w -> b (t h w) k")
+
+
+def as_segmentation(logits, grid):
+    """Logits (b, n, K) on a grid -> what a TrajectoryEncoder reads: softmax and argmax are taken there."""
+    ids = logits.argmax(-1)                                      # M_hard: over the queries
+    alive = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+    return Segmentation(None, logits, ids, alive, grid)
+
+
+def true_ids(labels, grid):
+    """Labels (b, t, H, W) of made clips -> (b, n): the label that has most of each cell's pixels."""
+    share = reduce(F.one_hot(labels, TRUE_QUERIES).float(), "b (t q) (h p) (w r) k -> b (t h w) k", "mean", t=grid[0], h=grid[1], w=grid[2])
+    return share.argmax(-1)
+
+
+def oracle(ids, index, grid):
+    """True ids (b, n) of clips number `index` -> Segmentation. Their order is shuffled, each clip's in its own way: a made clip's labels are in
+    order of depth, which would tell "behind" from "in front of"."""
+    order = torch.stack([torch.from_numpy(np.random.default_rng((4, i)).permutation(TRUE_QUERIES)) for i in index]).to(ids.device)
+    return as_segmentation(20.0 * F.one_hot(order.gather(1, ids), TRUE_QUERIES).float(), grid)       # e^20 : 1, hard to all purposes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips: made, decoded, or their features from the disk. Each has get(positions, draw) -> dict(video or features, index, y, bad)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class WorldClips:
+    """Clips begin ... of the procedural world; two classes each: `appearance` (shape of the largest object) and `motion` (what it does)."""
+    views = 1
+
+    def __init__(self, world, begin, count):
+        self.world, self.begin, self.count = world, begin, count
+
+    def get(self, positions, draw=None):
+        batch = data.WorldBatches(self.world, len(positions), indices=[self.begin + i for i in positions])[0]
+        return batch | dict(index=list(positions), y={kind: batch[kind] for kind in ("appearance", "motion")})
+
+
+class EntryClips:
+    """Real videos: entries of a manifest, y (n,) their classes. segments x crops views of each; with `draw`, an integer, one stretch at a random
+    place (and one of the crops). A clip with too few frames is left out, like a damaged one: repeated frames would be a motion that is not there."""
+
+    def __init__(self, entries, y, frames, size, stride, segments=1, crops=1):
+        self.entries, self.y, self.frames, self.size, self.stride, self.segments, self.crops = entries, y, frames, size, stride, segments, crops
+        self.count, self.views = len(entries), segments * crops
+
+    def squares(self, path, start):                              # -> `crops` arrays (t, size, size, 3), along the longer side
+        video, _, _ = data.decode(path, self.frames, self.size, start, self.stride, places=False, whole=self.crops > 1)
+        places = [round(place) for place in np.linspace(0, max(video.shape[1:3]) - self.size, self.crops)] if self.crops > 1 else [0]
+        return [video[:, p:p + self.size, :self.size] if video.shape[1] > video.shape[2] else video[:, :self.size, p:p + self.size] for p in places]
+
+    def get(self, positions, draw=None):
+        videos, kept, bad = [], [], []
+        for i in positions:
+            entry = self.entries[i]
+            starts = np.linspace(0, 1, self.segments) if self.segments > 1 else [0.5]
+            if draw is not None:
+                rng = np.random.default_rng((*draw, i))
+                starts = [rng.random()]
+            try:
+                views = [square for start in starts for square in self.squares(entry["path"], start)]
+            except BadVideo as error:
+                bad.append((entry["path"], str(error)))
+                continue
+            videos += views if draw is None else [views[rng.integers(len(views))]]
+            kept.append(i)
+        return dict(video=torch.from_numpy(np.stack(videos)) if videos else None, labels=None, index=kept, y={"label": self.y[kept]}, bad=bad)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch i of some positions of clips, a pure function of (seed, i): epoch i // len in an order drawn from (seed, epoch); seed None: in order."""
+
+    def __init__(self, clips, positions, batch, seed=None):
+        self.clips, self.positions, self.batch, self.seed = clips, list(positions), batch, seed
+
+    def __len__(self):                                           # batches of an epoch
+        return -(-len(self.positions) // self.batch)
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, len(self))
+        order = range(len(self.positions)) if self.seed is None else np.random.default_rng((self.seed, 6, epoch)).permutation(len(self.positions))
+        some = [self.positions[j] for j in order[i * self.batch:(i + 1) * self.batch]]
+        return self.clips.get(some, None if self.seed is None else (self.seed, 7, epoch))
+
+
+class Frozen(NamedTuple):
+    """What features are made with."""
+    backbone: nn.Module
+    segmenter: nn.Module
+    side: int                       # pixels that the segmenter was trained on
+    key: str                        # tells other weights apart
+
+
+@torch.no_grad()
+def look(frozen, video, labels, cfg):
+    """uint8 (b, t, H, W, 3), labels (b, t, H, W) of made clips or None -> dict: features (b, n, D), logits (b, n, K), truth (b, n) or None."""
+    grid = frozen.backbone.grid
+    with precision(video.device, cfg.bf16):
+        features = frozen.backbone(video)
+        x = normalise(video)
+        if x.shape[-1] != frozen.side:                           # the same frames, at the size that the segmenter knows
+            x = F.interpolate(x.flatten(0, 1), size=(frozen.side, frozen.side), mode="bilinear", antialias=True, align_corners=False).unflatten(0, x.shape[:2])
+        seg = frozen.segmenter.segment(x)
+    return dict(features=features, logits=resize_logits(seg.logits.float(), seg.grid, grid), truth=None if labels is None else true_ids(labels, grid))
+
+
+def finish(batch, frozen, device, cfg):
+    """A batch as its clips gave it -> the same with features (b·v, n, D), logits, truth on the device; features None: no clip of it can be used."""
+    if "features" in batch:
+        moved = {k: None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in ("features", "logits", "truth")}
+        return batch | {k: x if x is None else x.long() if k == "truth" else x.float() for k, x in moved.items()}
+    batch = data.finish(batch, device)
+    if batch["video"] is None:
+        return batch | dict(features=None)
+    video, labels = batch.pop("video"), batch.pop("labels")
+    return batch | look(frozen, video, labels, cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: one flat file of rows (clip, view), each features | logits | true ids in half precision, and a JSON index beside it
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CachedClips:
+    """The rows of a whole cache."""
+
+    def __init__(self, path, record, index):
+        self.rows = np.memmap(path, dtype=record, mode="r").reshape(-1, index["views"])
+        self.count, self.views = self.rows.shape
+        self.y, self.bad = {k: torch.tensor(v) for k, v in index["y"].items()}, index["bad"]
+        self.kept = [i for i, y in enumerate(next(iter(self.y.values())).tolist()) if y >= 0]
+
+    def get(self, positions, draw=None):
+        positions = list(positions)
+        rows = self.rows[positions]                              # (b, v)
+        if draw is not None and self.views > 1:
+            rows = rows[range(len(rows)), [np.random.default_rng((*draw, i)).integers(self.views) for i in positions]]
+        rows = rows.reshape(-1)
+        # copies: what a memory map lends must not be written to, and goes back when the system wants its memory
+        fields = {k: torch.from_numpy(np.array(rows[k])) if k in rows.dtype.names else None for k in ("features", "logits", "truth")}
+        return fields | dict(index=positions, y={k: y[positions] for k, y in self.y.items()}, bad=[])
+
+
+def record_of(frozen, truth):
+    """One row: (n, D) features, (n, K) logits, and of made clips (n,) true ids. Half precision: 11 bits, on values of the order of 1."""
+    n = math.prod(frozen.backbone.grid)
+    return np.dtype([("features", "<f2", (n, frozen.backbone.cfg.width)), ("logits", "<f2", (n, frozen.segmenter.cfg.num_queries))] + ([("truth", "i1", (n,))] if truth else []))
+
+
+def announce(parts, record, folder, cfg):
+    """Prints what the caches will hold, and refuses what the disk has no room for. parts: {name: clips}."""
+    missing, rows = 0, {}
+    for name, clips in parts.items():
+        size, done = clips.count * clips.views * record.itemsize, Path(folder) / f"{name}.part"
+        rows[name] = size
+        if not (Path(folder) / f"{name}.bin").exists():
+            missing += size - (done.stat().st_blocks * 512 if done.exists() else 0)
+    free = shutil.disk_usage(folder).free
+    print("features: " + ", ".join(f"{name} {clips.count} clips" + (f" x {clips.views} views" if clips.views > 1 else "") for name, clips in parts.items())
+          + f"; {record.itemsize / 1e3:.0f} kB each, {sum(rows.values()) / 1e9:.3g} GB in {folder} ({missing / 1e9:.3g} still to write, {free / 1e9:.3g} free)")
+    if missing > free - 2 ** 28:                                 # a quarter of a GB is left to others
+        raise BadInput(f"--cache-dir {folder}: {missing / 1e9:.3g} GB of features do not fit into {free / 1e9:.3g} GB; "
+                       "give another --cache-dir, fewer --segments, or --no-cache")
+
+
+def fill(folder, name, clips, record, frozen, device, cfg):
+    """Features of all clips into folder/name.bin, what is there already kept -> CachedClips. Several processes write into one file, each its own
+    batches and its own index; the first gives the whole its name.  The index is written after the rows that it tells of are on the disk."""
+    rank, world = ranks()
+    source = f"{frozen.key} {zlib.crc32(json.dumps([e['path'] for e in clips.entries]).encode())}" if isinstance(clips, EntryClips) else f"{frozen.key} {clips.world} {clips.begin}"
+    shape = dict(source=source, record=str(record), clips=clips.count, views=clips.views) | ({k: getattr(clips, k) for k in ("stride", "segments", "crops")} if isinstance(clips, EntryClips) else {})
+    whole, part, told = folder / f"{name}.bin", folder / f"{name}.part", folder / f"{name}.json"
+    if (index := read_index(told, shape)) is not None and whole.exists():
+        print(f"  {name}: kept from before")
+        return CachedClips(whole, record, index)
+    mine = folder / f"{name}.{rank}of{world}.json"
+    index = read_index(mine, shape) if part.exists() else None
+    if world > 1:
+        dist.barrier()                                           # all have looked before the first makes the file anew
+    index = index or dict(shape, batch=cfg.feature_batch, done=0, y={}, bad=[])
+    batches = Batches(clips, range(clips.count), index["batch"])
+    if index["done"]:
+        print(f"  {name}: goes on at clip {index['done'] * index['batch'] * world}")
+    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file, sigterm() as asked_to_stop:
+        own, saved = len(range(rank, len(batches), world)), time.time()
+        bar = tqdm(total=own, initial=index["done"], desc=f"features, {name}", leave=False, disable=None)
+        for batch in data.loader(data.Shard(batches, rank, world), index["done"], own, cfg.workers):
+            batch = finish(batch, frozen, device, cfg)
+            write_rows(file, batch, record, clips, index)
+            index["done"] += 1
+            bar.update(1)
+            stop = asked_to_stop()
+            if stop or index["done"] == own or time.time() - saved > 5:
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(mine, index)
+                saved = time.time()
+            if stop:
+                print(f"stopped by SIGTERM: features of {name} so far are kept; --resume goes on from there", flush=True)
+                raise SystemExit(143)
+        bar.close()
+        file.truncate(clips.count * clips.views * record.itemsize)           # the last clips may be damaged, and then were not written
+    if not own:
+        write_json(mine, index)
+    if world > 1:
+        dist.barrier()
+    if not rank:
+        y, bad = {}, []
+        for r in range(world):
+            one = json.loads((folder / f"{name}.{r}of{world}.json").read_text())
+            bad += one["bad"]
+            for kind, values in one["y"].items():
+                y.setdefault(kind, [-1] * clips.count)           # -1: a clip that cannot be used
+                for i, value in values.items():
+                    y[kind][int(i)] = value
+        os.replace(part, whole)
+        write_json(told, shape | dict(y=y, bad=bad))
+        for r in range(world):
+            (folder / f"{name}.{r}of{world}.json").unlink()
+    if world > 1:
+        dist.barrier()
+    index = json.loads(told.read_text())
+    if not index["y"]:
+        raise BadInput(f"--data {cfg.data}: not one clip of {name} can be used; the last: {index['bad'][-1][1]}")
+    return CachedClips(whole, record, index)
+
+
+def read_index(path, shape):
+    """An index that tells of the same features, or None."""
+    if not path.exists():
+        return None
+    index = json.loads(path.read_text())
+    if any(index.get(k) != v for k, v in shape.items()):
+        print(f"  {path.stem}: made of other clips or by other weights: again")
+        return None
+    return index
+
+
+def write_rows(file, batch, record, clips, index):
+    index["bad"] += batch["bad"]
+    if batch["features"] is None:
+        return
+    rows = np.zeros(len(batch["features"]), record)
+    for field in record.names:
+        rows[field] = batch[field].cpu().numpy()
+    if not np.isfinite(rows["features"]).all():
+        raise BadInput("features that half precision cannot hold (not finite, or above 65504); --no-cache")
+    for i, views in zip(batch["index"], rows.reshape(-1, clips.views)):
+        try:
+            os.pwrite(file.fileno(), views.tobytes(), i * clips.views * record.itemsize)             # not through a map: a full disk is an error, not a SIGBUS
+        except OSError as error:
+            raise BadInput(f"{file.name}: cannot be written ({error.strerror}); make room, or give another --cache-dir; --resume goes on") from None
+    for kind, y in batch["y"].items():
+        index["y"].setdefault(kind, {}).update(zip(map(str, batch["index"]), y.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A small VideoMAE, pre-trained here
+# ---------------------------------------------------------------------------------------------------------------------
+
+def tube_mask(count, cells, share, rng):
+    """int64 (count, kept): the cells of the frame that stay visible, drawn anew for each clip and the same in all its time steps ("tubes": else
+    what is hidden now could be copied from a moment ago). kept = (1 - share) cells, rounded, at least 1."""
+    kept = max(round(cells * (1 - share)), 1)
+    return torch.from_numpy(np.sort(rng.random((count, cells)).argsort(1)[:, :kept], 1))
+
+
+def normalised_pixels(tubes):
+    """tubes (b, n, 3·p) -> the same, each tubelet's each colour at mean 0 and deviation 1 (VideoMAE's target: structure, not brightness).
+    CHOICE: 1e-3 is added to the variance (two grey levels): most of a made ground is flat, and its rounding errors would be blown up to targets."""
+    x = rearrange(tubes, "b n (c p) -> b n c p", c=3)
+    var, mean = torch.var_mean(x, -1, keepdim=True, unbiased=False)
+    return rearrange((x - mean) / (var + 1e-3).sqrt(), "b n c p -> b n (c p)")
+
+
+class MaskedAutoencoder(nn.Module):
+    """VideoMAE's pre-training: the encoder sees the visible tubelets alone, a small decoder all places, and the loss is on what was hidden."""
+
+    def __init__(self, encoder, layers, width):
+        super().__init__()
+        self.encoder, n = encoder, math.prod(encoder.grid)
+        self.narrow, self.hole = nn.Linear(encoder.cfg.width, width), nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.register_buffer("places", sinusoid(n, width), persistent=False)
+        self.blocks = nn.ModuleList(Layer(width, width // 32) for _ in range(layers))
+        self.norm, self.pixels = nn.LayerNorm(width), nn.Linear(width, encoder.patch_embed["proj"].weight[0].numel())
+        nn.init.normal_(self.pixels.weight, std=1e-3)            # starts at the mean of every tubelet: a loss of 1, not of 1 + noise
+        nn.init.zeros_(self.pixels.bias)
+
+    def forward(self, video, visible):
+        """video uint8 (b, t, H, W, 3), visible (b·r, kept) from tube_mask: r masks of each clip, one after another
+        -> loss, prediction (b·r, n, 3·p), target (b·r, n, 3·p), hidden bool (b·r, n), True = the encoder did not see it."""
+        encoder, (t, h, w) = self.encoder, self.encoder.grid
+        tubes = encoder.tubes(normalise(video, encoder.cfg.mean, encoder.cfg.std))
+        tubes = tubes.repeat_interleave(len(visible) // len(tubes), 0)
+        seen = (visible[:, None] + h * w * torch.arange(t, device=visible.device)[:, None]).flatten(1)           # (b, t·kept) of the n places
+        take = lambda x: x.gather(1, seen[..., None].expand(-1, -1, x.shape[-1]))
+        z = encoder.encode(encoder.project(take(tubes)) + encoder.positions[seen])
+        y = self.narrow(z)
+        y = self.hole.to(y.dtype).expand(len(y), t * h * w, -1).scatter(1, seen[..., None].expand(-1, -1, y.shape[-1]), y) + self.places
+        for block in self.blocks:
+            y = block(y)
+        prediction, target = self.pixels(self.norm(y)).float(), normalised_pixels(tubes)
+        hidden = torch.ones(target.shape[:2], dtype=torch.bool, device=y.device).scatter(1, seen, False)
+        loss = ((prediction - target).square().mean(-1) * hidden).sum() / hidden.sum()
+        return loss, prediction, target, hidden
+
+
+def pretrain_videomae(cfg, folder, device):
+    """The nano VideoMAE on the procedural world -> folder/videomae/, which load_backbone reads."""
+    rank, world = ranks()
+    torch.manual_seed(cfg.seed)
+    shape = dataclasses.replace(BACKBONES["nano"], image_size=cfg.image_size, frames=cfg.frames)
+    model = MaskedAutoencoder(VideoMAE(shape), cfg.decoder_layers, cfg.decoder_width)
+    run = part_of(cfg, folder, "videomae", {"backbone": dataclasses.asdict(shape)})
+    model.to(device)
+    optimizer, began = make_optimizer(model, cfg), time.time()
+    start, cells = run.restore(model, optimizer), shape.grid[1] * shape.grid[2]
+    clips = shard(data.WorldBatches(world_of(cfg), cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000))
+    print(f"VideoMAE: {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M parameters, a decoder of {sum(p.numel() for n, p in model.named_parameters() if not n.startswith('encoder.')) / 1e6:.2f} M; "
+          f"{100 * cfg.mask:.0f} % of {cells} tubes hidden, {cfg.masks} masks a clip")
+    with sigterm() as asked_to_stop:
+        for step, batch in zip(range(start, cfg.steps), data.loader(clips, start, cfg.steps, cfg.workers)):
+            stop_if_asked(asked_to_stop, run, model, optimizer, step, device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg) * group["scale"]
+            video = data.finish(batch, device)["video"]
+            visible = tube_mask(cfg.masks * len(video), cells, cfg.mask, np.random.default_rng((cfg.seed, 8, step * world + rank))).to(device)
+            model.train()
+            optimizer.zero_grad()
+            with precision(device, cfg.bf16):
+                loss, _, target, hidden = model(video, visible)
+            (loss / world).backward()
+            sum_gradients(model.parameters())
+            # what predicting every tubelet's mean would score: the loss of an untrained model; 1 where nothing is flat
+            values = dict(zip(("loss", "even_guess"), total([loss.item() / world, target[hidden].square().mean().item() / world], device)))
+            values["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+            check_finite(values, step)
+            optimizer.step()
+            run.record(dict(step=step, **values, lr=learning_rate(step, cfg), seconds=round(time.time() - began, 2)))
+            if step % 20 == 0 or step == cfg.steps - 1:
+                print(f"step {step:5d}/{cfg.steps}  masked pixels {values['loss']:.3f} (untrained {values['even_guess']:.3f})  "
+                      f"{cfg.batch * world * (step + 1 - start) / (time.time() - began):.0f} clips/s  {time.time() - began:.0f} s", flush=True)
+            if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
+                run.save(model, optimizer, step + 1)
+    if not rank:
+        model.eval()
+        plot(run.folder / "curves.png", {"masked pixels": [(line["step"], line["loss"]) for line in run.history()]})
+        draw_reconstruction(run.folder / "reconstruction.png", model, data.finish(data.WorldBatches(world_of(cfg), 3, data.VALIDATION)[0], device)["video"], cfg)
+        write_weights(run.folder / "model.safetensors", model.encoder.state_dict())                  # last: it says that all is done
+    if world > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def draw_reconstruction(path, model, video, cfg):
+    """Of each clip: some frames, what the encoder saw of them, and what the decoder made of that, at the true mean and deviation of each tubelet."""
+    encoder, (t, h, w) = model.encoder, model.encoder.grid
+    visible = tube_mask(len(video), h * w, cfg.mask, np.random.default_rng(9)).to(video.device)
+    _, prediction, _, hidden = model(video, visible)
+    tubes = encoder.tubes(video.permute(0, 1, 4, 2, 3).float())
+    x = rearrange(tubes, "b n (c p) -> b n c p", c=3)
+    std = torch.tensor(encoder.cfg.std, device=x.device)[:, None] * 255
+    deviation = (x.var(-1, keepdim=True, unbiased=False) + 1e-3 * std ** 2).sqrt()                   # in grey levels, as the target's
+    guess = (rearrange(prediction, "b n (c p) -> b n c p", c=3) * deviation + x.mean(-1, keepdim=True)).flatten(2)
+    rows = (tubes, torch.where(hidden[..., None], 128.0, tubes), torch.where(hidden[..., None], guess, tubes))
+    back = lambda y: rearrange(y, "b (t h w) (c u p q) -> b (t u) (h p) (w q) c", t=t, h=h, c=3, u=encoder.cfg.tubelet, p=encoder.cfg.patch).clamp(0, 255).byte().cpu().numpy()
+    some = np.linspace(0, cfg.frames - 1, min(4, cfg.frames)).round().astype(int)
+    sheets = [np.concatenate([np.concatenate(list(clip[some]), 1) for clip in clips], 0) for clips in zip(*map(back, rows))]
+    sheet = np.concatenate([np.pad(s, ((4, 4), (4, 4), (0, 0)), constant_values=255) for s in sheets], 1)
+    scale = max(1, 128 // cfg.image_size)
+    write_png(path, sheet.repeat(scale, 0).repeat(scale, 1))
+
+
+def pretrain_segmenter(cfg, folder):
+    """`trajtok.py pretrain` on the same world -> folder/segmenter-nano/."""
+    target = Path(folder) / "segmenter-nano"
+    if (target / "result.json").exists() and cfg.resume:
+        return target
+    flags = dict(size="nano", steps=cfg.segmenter_steps, warmup=min(20, cfg.segmenter_steps // 2), image_size=cfg.image_size, frames=cfg.frames, max_objects=cfg.max_objects, seed=cfg.seed,
+                 out=folder, name="nano", device=cfg.device, workers=cfg.workers, save_every=cfg.save_every, batch=min(32, cfg.batch), eval_clips=min(64, cfg.valid_clips))
+    argv = [part for key, value in flags.items() for part in ("--" + key.replace("_", "-"), value)] + ["--shared-colours" if cfg.shared_colours else "--no-shared-colours"]
+    argv += ["--resume"] if cfg.resume and (target / "config.json").exists() else ["--overwrite"]
+    trajtok.pretrain([str(a) for a in argv])
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clips of a run: which are learnt from, chosen by, reported on
+# ---------------------------------------------------------------------------------------------------------------------
+
+def labelled_entries(path, wanted):
+    """Entries of a manifest that have a label (one of `wanted`, if any are)."""
+    entries = data.read_manifest(path)
+    without = [e["path"] for e in entries if not e["label"]]
+    if without:
+        raise BadInput(f"--data {path}: {len(without)} of {len(entries)} entries have no label, the first {without[0]}; give each a \"label\"")
+    if wanted and (missing := [l for l in wanted if not any(e["label"] == l for e in entries)]):
+        raise BadInput(f"--labels {','.join(missing)}: no entry of {path} has this label; it has {', '.join(sorted({e['label'] for e in entries})[:20])}")
+    return [e for e in entries if not wanted or e["label"] in wanted]
+
+
+def splits(cfg):
+    """--data and its kin -> entries, and folds: [(train, valid, test)], each a list of positions in entries. By the first rule that applies:
+      1. --test (and --valid): sets of their own
+      2. entries that say "split": train, valid, test
+      3. entries that all say "group" (a person, a scene), 3 groups at least: each is tested on in turn, the next one is chosen by, the others
+         are learnt from; of more than ten groups, ten bunches of them
+      4. a fifth of the videos is tested on, by a hash of their names
+    Where nothing says what to choose by, it is a tenth of the training videos, by that hash."""
+    wanted = cfg.labels.split(",") if cfg.labels else None
+    entries = labelled_entries(cfg.data, wanted)
+    place = {id(e): i for i, e in enumerate(entries)}
+    positions = lambda some: [place[id(e)] for e in some]
+
+    def with_valid(train, test):
+        if len(train) < 2 or not test:
+            raise BadInput(f"--data {cfg.data}: {len(train)} training and {len(test)} test videos; at least 2 and 1 are needed")
+        train, valid = split_entries(train, 0.1)
+        return positions(train), positions(valid), positions(test)
+    if cfg.test:
+        other = {name: labelled_entries(path, wanted) for name, path in (("valid", cfg.valid), ("test", cfg.test)) if path}
+        train, both = entries, entries + [e for some in other.values() for e in some]
+        place |= {id(e): i for i, e in enumerate(both)}
+        folds = [with_valid(train, other["test"]) if "valid" not in other else (positions(train), positions(other["valid"]), positions(other["test"]))]
+        entries = both
+    elif any("split" in e for e in entries):
+        parts = {name: [e for e in entries if e.get("split") == name] for name in ("train", "valid", "test")}
+        if not (parts["train"] and parts["test"]) or sum(map(len, parts.values())) < len(entries):
+            raise BadInput(f"--data {cfg.data}: {', '.join(f'{len(some)} {name}' for name, some in parts.items())} of {len(entries)} entries by their \"split\"; "
+                           "give every entry one, train and test at least once")
+        folds = [tuple(positions(parts[name]) for name in ("train", "valid", "test"))] if parts["valid"] else [with_valid(parts["train"], parts["test"])]
+    elif all("group" in e for e in entries) and len(names := sorted({e["group"] for e in entries})) > 2:
+        bunch, count = {name: i % 10 for i, name in enumerate(names)}, min(len(names), 10)
+        of = [bunch[e["group"]] for e in entries]
+        folds = [tuple([i for i, b in enumerate(of) if (b - turn) % count in kind] for kind in (range(2, count), (1,), (0,))) for turn in range(count)]
+    else:
+        folds = [with_valid(*split_entries(entries, 0.2))]
+    check_folds(cfg, entries, folds)
+    return entries, folds
+
+
+def check_folds(cfg, entries, folds):
+    names = sorted({e["label"] for e in entries})
+    if len(names) < 2:
+        raise BadInput(f"--data {cfg.data}: one class alone, {names[0]!r}; a probe needs two at least")
+    for train, valid, test in folds:
+        known, where = {entries[i]["label"] for i in train}, f"--data {cfg.data}" + (f", group {entries[test[0]]['group']} tested on" if len(folds) > 1 else "")
+        unseen = sorted({entries[i]["label"] for i in (*valid, *test)} - known)
+        if unseen:
+            raise BadInput(f"{where}: {len(unseen)} labels are in no training video, the first {unseen[0]!r}; leave them out with --labels {','.join(sorted(known)[:8])}")
+        twice = {os.path.realpath(entries[i]["path"]) for i in train} & {os.path.realpath(entries[i]["path"]) for i in (*valid, *test)}
+        if twice:
+            raise BadInput(f"{where}: {len(twice)} videos are both learnt from and tested on, the first {min(twice)}; leave them out of one")
+
+
+class Source(NamedTuple):
+    parts: dict                     # train, valid, test -> clips
+    folds: list                     # [(train, valid, test)]: positions in those clips
+    tasks: dict                     # {kind: names of its classes}
+
+
+def open_source(cfg, read):
+    """read: what `splits` gave, or None of the procedural world."""
+    if read is None:
+        # far up the training range, where no pre-training gets; validation and test have ranges of their own
+        begins = dict(train=(500_000_000, cfg.train_clips), valid=(data.VALIDATION, cfg.valid_clips), test=(data.TEST, cfg.test_clips))
+        parts = {name: WorldClips(world_of(cfg), *where) for name, where in begins.items()}
+        return Source(parts, [tuple(list(range(clips.count)) for clips in parts.values())], dict(appearance=list(data.SHAPES), motion=list(data.MOTIONS)))
+    entries, folds = read
+    names = sorted({e["label"] for e in entries})
+    y = torch.tensor([names.index(e["label"]) for e in entries])
+    parts, own = {}, []
+    for j, (name, views) in enumerate((("train", (cfg.train_segments, 1)), ("valid", (1, 1)), ("test", (cfg.segments, cfg.crops)))):
+        used = sorted({i for fold in folds for i in fold[j]})
+        parts[name] = EntryClips([entries[i] for i in used], y[used], cfg.frames, cfg.image_size, cfg.stride, *views)
+        own.append({i: n for n, i in enumerate(used)})
+    return Source(parts, [tuple([own[j][i] for i in fold[j]] for j in range(3)) for fold in folds], dict(label=names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and testing heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Setting(NamedTuple):
+    row: str
+    lr: float
+    weight_decay: float
+
+
+class Schedule(NamedTuple):
+    """What trajtok.learning_rate reads; lr 1: a factor for each head's own."""
+    steps: int
+    warmup: int
+    lr: float = 1.0
+
+
+def heads_of(settings, seed, frozen, tasks, cfg):
+    """A head for each setting; those of one row start alike, so that nothing but the setting tells them apart. CHOICE: with two kinds of classes a head
+    answers both at once, by a row of scores for each: half the work, the same for all heads."""
+    heads = nn.ModuleList()
+    for setting in settings:
+        torch.manual_seed(seed)
+        heads.append(new_head(setting.row, frozen.backbone.cfg.width, sum(map(len, tasks.values())), frozen.segmenter.cfg.num_queries, cfg))
+    return heads
+
+
+def optimizer_of(heads, settings):
+    """One AdamW for all; each group keeps its head's own rate as `peak`. Weight decay on matrices alone."""
+    groups = [dict(params=[p for p in head.parameters() if (p.dim() > 1) == matrix], peak=s.lr, weight_decay=s.weight_decay if matrix else 0.0)
+              for head, s in zip(heads, settings) for matrix in (True, False)]
+    return torch.optim.AdamW(groups, lr=1.0)
+
+
+def pooled_by(batch, grid):
+    """A finished batch -> {row: Segmentation or None}."""
+    seg = as_segmentation(batch["logits"], grid)
+    true = None if batch["truth"] is None else oracle(batch["truth"], batch["index"], grid)
+    return dict(linear=None, attentive=None, trajadapter=seg, oracle=true)
+
+
+def step_heads(heads, settings, batch, count, m, tasks, grid, device, cfg):
+    """One step's gradients of every head on one batch, their losses (heads,): the sum of both kinds' cross-entropies, a mean over `count` clips, those of
+    all processes. CHOICE: a plain loop over heads. They are independent, and the features, which are what is large, are read once for all."""
+    losses = torch.zeros(len(heads), device=device)
+    if batch["features"] is not None:
+        masks, y = pooled_by(batch, grid), {kind: y.to(device) for kind, y in batch["y"].items()}
+        for i, (head, setting) in enumerate(zip(heads, settings)):
+            with precision(device, cfg.bf16):
+                scores = head(batch["features"], masks[setting.row], m).float().split([len(names) for names in tasks.values()], -1)
+            loss = sum(F.cross_entropy(s, y[kind], reduction="sum") for kind, s in zip(tasks, scores)) / count
+            loss.backward()
+            losses[i] = loss.detach()
+    sum_gradients(heads.parameters())
+    return losses
+
+
+def train_heads(settings, clips, positions, seed, folder, name, frozen, tasks, device, cfg):
+    """All settings' heads at once: every head sees the same batches, and the same number of tokens a trajectory in each step
+    (PAPER: drawn at random while training). -> ModuleList, on the device."""
+    rank, world = ranks()
+    heads = heads_of(settings, seed, frozen, tasks, cfg).to(device)
+    optimizer = optimizer_of(heads, settings)
+    run = part_of(cfg, folder, name, {"settings": [" ".join(map(str, s)) for s in settings]})
+    start, began, damage = run.restore(heads, optimizer), time.time(), Damage()
+    batches = Batches(clips, positions, cfg.head_batch, seed)
+    steps = -(-cfg.epochs * len(batches) // world)
+    schedule = Schedule(steps, round(cfg.head_warmup * steps))
+    with sigterm() as asked_to_stop:
+        for step, batch in zip(range(start, steps), data.loader(shard(batches), start, steps, cfg.workers)):
+            stop_if_asked(asked_to_stop, run, heads, optimizer, step, device)
+            damage.add(batch["bad"], len(positions) + 1)
+            batch = finish(batch, frozen, device, cfg)
+            count = total([0 if batch["features"] is None else len(batch["index"])], device)[0]
+            if not count:
+                continue
+            factor, m = learning_rate(step, schedule), int(np.random.default_rng((seed, 5, step)).choice(cfg.choices))
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak"]
+            heads.train()
+            optimizer.zero_grad()
+            losses = step_heads(heads, settings, batch, count, m, tasks, frozen.backbone.grid, device, cfg)
+            for head in heads:                                   # each by itself: one head's gradient must not shrink another's
+                nn.utils.clip_grad_norm_(head.parameters(), cfg.clip)
+            optimizer.step()
+            losses = total(losses.tolist(), device)
+            line = {row: min(loss if math.isfinite(loss) else math.inf for s, loss in zip(settings, losses) if s.row == row) for row in dict.fromkeys(s.row for s in settings)}
+            run.record(dict(step=step, losses=[loss if math.isfinite(loss) else None for loss in losses], tokens=m, factor=factor, clips=int(count), seconds=round(time.time() - began, 2)))
+            if step % 50 == 0 or step == steps - 1:
+                print(f"{name}  step {step:5d}/{steps}  " + "  ".join(f"{row} {loss:.3f}" for row, loss in line.items()) + f"  {time.time() - began:.0f} s", flush=True)
+            if (step + 1) % cfg.save_every == 0 or step == steps - 1:
+                run.save(heads, optimizer, step + 1)
+    return heads.eval()
+
+
+@torch.no_grad()
+def confusions(wanted, heads, settings, clips, positions, frozen, tasks, device, cfg):
+    """wanted: [(number of a head, tokens a trajectory)] -> {(number, tokens): {kind: int64 (true, predicted)}} over all processes. A clip's
+    probabilities are the mean of its views'."""
+    rank, world = ranks()
+    heads.eval()
+    sizes = [len(names) for names in tasks.values()]
+    found = {key: {kind: torch.zeros(n, n, dtype=torch.int64) for kind, n in zip(tasks, sizes)} for key in wanted}
+    batches = Batches(clips, positions, max(cfg.head_batch // clips.views, 1))
+    for batch in data.loader(shard(batches), 0, len(range(rank, len(batches), world)), cfg.workers):
+        batch = finish(batch, frozen, device, cfg)
+        if batch["features"] is None:
+            continue
+        batch["index"] = np.repeat(batch["index"], clips.views)
+        masks = pooled_by(batch, frozen.backbone.grid)
+        for i, m in wanted:
+            with precision(device, cfg.bf16):
+                scores = heads[i](batch["features"], masks[settings[i].row], m).float().split(sizes, -1)
+            for (kind, y), s in zip(batch["y"].items(), scores):
+                p = reduce(s.softmax(-1), "(b v) c -> b c", "mean", v=clips.views).argmax(-1).cpu()  # softmax over the classes
+                found[i, m][kind].view(-1).index_add_(0, y * len(p.new_zeros(sizes[list(tasks).index(kind)])) + p, torch.ones_like(p))
+    flat = total([float(x) for kinds in found.values() for c in kinds.values() for x in c.flatten().tolist()], device)
+    for kinds in found.values():
+        for kind, c in kinds.items():
+            kinds[kind], flat = torch.tensor(flat[:c.numel()], dtype=torch.float64).long().view(c.shape), flat[c.numel():]
+    return found
+
+
+def accuracy(confusion):
+    return confusion.diagonal().sum().item() / max(confusion.sum().item(), 1)
+
+
+def one_seed(settings, chosen, seed, fold, number, source, parts, folder, frozen, device, cfg):
+    """Trains, chooses on validation clips if nothing is chosen yet, reports on test clips. -> dict(chosen {variant: {kind: setting}}, valid, test
+    {variant: {kind: confusion}}), kept in the run's folder."""
+    name = f"heads-{number}-{seed}"
+    path = folder / name / "result.json"
+    if not (cfg.resume and path.exists()):
+        heads = train_heads(settings, parts["train"], fold[0], seed, folder, name, frozen, source.tasks, device, cfg)
+        lines = variants(dict.fromkeys(s.row for s in settings), cfg.choices)
+        args = (heads, settings, parts["valid"], fold[1], frozen, source.tasks, device, cfg)
+        whole = [all(bool(p.isfinite().all()) for p in head.parameters()) for head in heads]
+        wanted = [(i, m) for i, s in enumerate(settings) for row, m in lines if row == s.row and whole[i]]
+        valid = confusions(wanted, *args)
+        picked = chosen or {called(row, m): {kind: choose(row, m, kind, settings, valid) for kind in source.tasks} for row, m in lines}
+        where = {(row, m, kind): settings.index(tuple(picked[called(row, m)][kind])) for row, m in lines for kind in source.tasks}
+        if broken := [settings[i] for i in where.values() if not whole[i]]:
+            raise BadInput(f"seed {seed}: the {broken[0].row} head chosen, of learning rate {broken[0].lr:g}, has diverged; give lower --lrs")
+        test = confusions(sorted({(i, m) for (_, m, _), i in where.items()}, key=str), heads, settings, parts["test"], fold[2], frozen, source.tasks, device, cfg)
+        result = dict(settings=settings, chosen=picked, valid=[dict(setting=settings[i], tokens=m, **{kind: accuracy(c) for kind, c in kinds.items()}) for (i, m), kinds in valid.items()],
+                      diverged=[s for s, ok in zip(settings, whole) if not ok],
+                      test={called(row, m): {kind: test[where[row, m, kind], m][kind].tolist() for kind in source.tasks} for row, m in lines})
+        if not ranks()[0]:
+            write_json(path, result)
+        if ranks()[1] > 1:
+            dist.barrier()
+    return json.loads(path.read_text())
+
+
+def choose(row, m, kind, settings, valid):
+    """The setting of a row that is best on validation clips; of equals the first."""
+    scores = {settings[i]: accuracy(kinds[kind]) for (i, tokens), kinds in valid.items() if settings[i].row == row and tokens == m}
+    if not scores:
+        raise BadInput(f"every {row} head has diverged; give lower --lrs than {', '.join(f'{s.lr:g}' for s in settings if s.row == row)}")
+    return max(scores, key=scores.get)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def milliseconds(work, count, device, repeats=5):
+    """Of a clip, in a batch of `count`: the median of some runs of work(), after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 1e3 * float(np.median(times[1:])) / count
+
+
+@torch.no_grad()
+def measure(source, parts, frozen, device, cfg):
+    """Milliseconds a clip and parameters of the frozen parts and of each line's head; live trajectories, and in the made world the mean best IoU of
+    the true objects on the backbone's grid, over the first test clips."""
+    grid, facts, some = frozen.backbone.grid, {}, list(range(min(32, source.parts["test"].count)))
+    raw = data.finish(source.parts["test"].get(some), device)
+    if raw["video"] is not None:
+        video = raw["video"]
+        with precision(device, cfg.bf16):
+            facts = dict(backbone_ms=milliseconds(lambda: frozen.backbone(video), len(video), device), segmenter_ms=milliseconds(lambda: frozen.segmenter(video), len(video), device)
+                         if video.shape[2] == frozen.side else None)
+    batch = finish(parts["train"].get(parts["train"].kept[:32] if isinstance(parts["train"], CachedClips) else some), frozen, device, cfg)
+    batch["index"] = np.repeat(batch["index"], len(batch["features"]) // len(batch["index"]))
+    masks, rows = pooled_by(batch, grid), {}
+    for row, m in variants(cfg.rows.split(","), cfg.choices):
+        torch.manual_seed(0)
+        head = new_head(row, frozen.backbone.cfg.width, sum(map(len, source.tasks.values())), frozen.segmenter.cfg.num_queries, cfg).to(device).eval()
+        with precision(device, cfg.bf16):
+            ms = milliseconds(lambda: head(batch["features"], masks[row], m), len(batch["features"]), device)
+        rows[called(row, m)] = dict(parameters=sum(p.numel() for p in head.parameters()), ms=ms)
+    live, overlaps = [], []
+    for i in range(0, min(256, parts["test"].count), 32):
+        batch = finish(parts["test"].get(range(i, min(i + 32, parts["test"].count))), frozen, device, cfg)
+        if batch["features"] is None:
+            continue
+        seg = as_segmentation(batch["logits"], grid)
+        live += seg.alive.sum(1).tolist()
+        if batch["truth"] is not None:                           # ids of objects begin after those of grounds
+            overlaps += best_overlaps(*(x.view(len(x), *grid) for x in (seg.ids, batch["truth"])), data.MAX_GROUNDS)
+    return rows, facts | dict(live_trajectories=float(np.mean(live)), object_iou=float(np.mean(overlaps)) if overlaps else None)
+
+
+def summary(results, source, rows):
+    """results {fold: [result of each seed]} -> {line: dict(accuracy {kind: [of each seed, over all folds]}, confusion {kind: (C, C) of all seeds},
+    parameters, ms, chosen)}."""
+    lines = {}
+    for line, facts in rows.items():
+        counts = {kind: [sum(torch.tensor(of_seeds[n]["test"][line][kind]) for of_seeds in results) for n in range(len(results[0]))] for kind in source.tasks}
+        lines[line] = facts | dict(accuracy={kind: [accuracy(c) for c in seeds] for kind, seeds in counts.items()}, confusion={kind: sum(seeds) for kind, seeds in counts.items()},
+                                   chosen=[of_seeds[0]["chosen"][line] for of_seeds in results])
+    return lines
+
+
+def spread_of(values):
+    return f"{100 * np.mean(values):.1f}" + (f" +-{100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def table(lines, tasks, choice):
+    """-> lines of text: mean +- deviation over the seeds, in percent."""
+    cells = [["", *(f"{kind} %" for kind in tasks), "parameters", "ms a clip"]]
+    for name, line in lines.items():
+        cells.append([name, *(spread_of(line["accuracy"][kind]) for kind in tasks), f"{line['parameters'] / 1e6:.3f} M", f"{line['ms']:.2f}"])
+    cells.append(["most frequent class", *(f"{100 * choice[kind]:.1f}" for kind in tasks), "", ""])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))) for row in cells]
+
+
+def draw_confusions(path, lines, tasks):
+    """A picture: a row of matrices for each kind of classes, one for each line of the table: true class downwards, predicted to the right, dark = often."""
+    bands = []
+    for kind, names in tasks.items():
+        side, label = max(1, min(14, 400 // len(names))), 90 if len(names) <= 40 else 8
+        panels = []
+        for name, line in lines.items():
+            c = line["confusion"][kind].numpy().astype(float)
+            dark = (255 * (1 - c / c.sum(1, keepdims=True).clip(1))).astype(np.uint8).repeat(side, 0).repeat(side, 1)
+            panel = np.full((26 + len(dark) + 8, max(label + len(dark) + 10, 8 * len(name) + 20), 3), 255, np.uint8)
+            panel[26:26 + len(dark), label:label + len(dark), 0] = panel[26:26 + len(dark), label:label + len(dark), 1] = dark
+            write_text(panel, name, 2, label)
+            write_text(panel, f"{kind} {spread_of(line['accuracy'][kind])}", 14, label, scale=1)
+            for i, text in enumerate(names if len(names) <= 40 else ()):
+                write_text(panel, text[:20], 26 + i * side + max(side - 5, 0) // 2, 4, scale=1)
+            panels.append(panel)
+        bands.append(np.concatenate(panels, 1))
+    width = max(band.shape[1] for band in bands)
+    write_png(path, np.concatenate([np.pad(band, ((0, 0), (0, width - band.shape[1]), (0, 0)), constant_values=255) for band in bands], 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def part_of(cfg, folder, name, extra=None):
+    """A run within the run: its log, its checkpoint; of a resumed run it goes on, or begins if it had not."""
+    return Run(dataclasses.replace(cfg, out=str(folder), resume=cfg.resume and (folder / name / "config.json").exists()), name, extra, told=False)
+
+
+def stop_if_asked(asked_to_stop, run, model, optimizer, step, device):
+    """SIGTERM: one process was told: all save, and end at the same step."""
+    if total([float(asked_to_stop())], device)[0]:
+        run.save(model, optimizer, step)
+        print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
+        if ranks()[1] > 1:
+            dist.destroy_process_group()
+        raise SystemExit(143)
+
+
+def given_backbone(cfg):
+    """--backbone, at the clip that the flags ask for. CHOICE: of a V-JEPA2, whose configuration says 64 frames, 16, the published probes' number."""
+    net = load_backbone(cfg.backbone)
+    own = net.cfg
+    size, frames = cfg.image_size or own.image_size, cfg.frames or min(own.frames, 16)
+    if own.kind == "videomae" and (size, frames) != (own.image_size, own.frames):
+        raise BadInput(f"--image-size {size} --frames {frames}: the backbone in {cfg.backbone} takes {own.frames} frames of {own.image_size} px and nothing else; leave the flags out")
+    net.cfg = dataclasses.replace(own, image_size=size, frames=frames)       # of rotary positions: no weight depends on it
+    if net.left_out:
+        print(f"{cfg.backbone}: left out: {net.left_out}")
+    return net
+
+
+def given_segmenter(path):
+    """--tokenizer -> Segmenter, pixels of a side that it was trained on."""
+    if Path(path).is_file():
+        return Segmenter.load_official(path), 224
+    tokenizer = TrajTok.from_pretrained(path)
+    return tokenizer.segmenter, tokenizer.cfg.image_size
+
+
+def resolve(cfg, net):
+    shape = BACKBONES["nano"] if net is None else net.cfg
+    return dataclasses.replace(cfg, image_size=cfg.image_size or shape.image_size, frames=cfg.frames or shape.frames)
+
+
+def weights_key(*modules):
+    """A number that tells weights apart: a checksum of all of them."""
+    crc = 0
+    for module in modules:
+        for key, value in module.state_dict().items():
+            crc = zlib.crc32(np.ascontiguousarray(value.detach().cpu().float().numpy()), zlib.crc32(key.encode(), crc))
+    return f"{crc:08x}"
+
+
+def train(cfg):
+    began, device = time.time(), setup(cfg)
+    meet(device)
+    rank, world = ranks()
+    # 1. what is given: refused before anything is written
+    read = None if cfg.data == "world" else splits(cfg)
+    if cfg.size == "full" and not (cfg.backbone and cfg.tokenizer):
+        raise BadInput("--size full: needs --backbone and --tokenizer (`python trajtok.py pretrain` makes one); what is pre-trained here is small: --size nano")
+    if world > 1 and not cfg.tokenizer:
+        raise BadInput("several processes: give --tokenizer; `python trajtok.py pretrain` makes one, in one process")
+    net = given_backbone(cfg) if cfg.backbone else None
+    cfg = resolve(cfg, net)
+    segmenter = given_segmenter(cfg.tokenizer) if cfg.tokenizer else None
+    if read is not None or cfg.data != "world":
+        cfg = dataclasses.replace(cfg, rows=",".join(r for r in cfg.rows.split(",") if r != "oracle"))       # real videos have no true masks
+    if not cfg.rows:
+        raise BadInput("--rows oracle: the true masks are those of made clips; give another row")
+    data_name = run_name(cfg)
+    run = Run(cfg, f"adapter-{data_name}")
+    folder, seconds = run.folder, {}
+    # 2. what is not: pre-trained now
+    if net is None:
+        mark = time.time()
+        if not (cfg.resume and (folder / "videomae" / "model.safetensors").exists()):
+            pretrain_videomae(cfg, folder, device)
+        net = load_backbone(folder / "videomae")
+        seconds["videomae"] = time.time() - mark
+    if segmenter is None:
+        mark, path = time.time(), pretrain_segmenter(cfg, folder)
+        segmenter = given_segmenter(path)
+        seconds["segmenter"] = time.time() - mark
+    frozen = Frozen(net.to(device).eval().requires_grad_(False), segmenter[0].to(device).eval().requires_grad_(False), segmenter[1], weights_key(net, segmenter[0]))
+    if frozen.side != cfg.image_size:
+        print(f"the segmenter was trained on {frozen.side} px: it sees the frames of {cfg.image_size} px at its own size")
+    # 3. the clips, and their features
+    source, mark = open_source(cfg, read), time.time()
+    parts = source.parts
+    if cfg.cache:
+        where, record = Path(cfg.cache_dir or folder / "cache"), record_of(frozen, read is None)
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--cache-dir {where}: cannot make this folder ({error.strerror}); give another") from None
+        announce(parts, record, where, cfg)
+        parts = {name: fill(where, name, clips, record, frozen, device, cfg) for name, clips in parts.items()}
+        for name, clips in parts.items():
+            Damage().add(clips.bad, math.inf)
+        source = source._replace(folds=[tuple([i for i in some if i in kept] for some, kept in zip(fold, (set(clips.kept) for clips in parts.values()))) for fold in source.folds])
+        if empty := [name for fold in source.folds for name, some in zip(parts, fold) if not some]:
+            raise BadInput(f"--data {cfg.data}: not one clip to use for {empty[0]}: all were left out")
+    seconds["features"] = time.time() - mark
+    # 4. the heads: the whole grid by the first seed, what it chose by the others
+    mark, grid = time.time(), [Setting(row, *pair) for row in dict.fromkeys(cfg.rows.split(",")) for pair in cfg.grid]
+    results = []
+    for number, fold in enumerate(source.folds):
+        results.append([])
+        for seed in dict.fromkeys(map(int, cfg.seeds.split(","))):
+            chosen = results[-1][0]["chosen"] if results[-1] else None
+            settings = [Setting(*s) for s in dict.fromkeys(tuple(s) for kinds in chosen.values() for s in kinds.values())] if chosen else grid
+            results[-1].append(one_seed(settings, chosen, seed, fold, number, source, parts, folder, frozen, device, cfg))
+    seconds["heads"] = time.time() - mark
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        return                                                   # the rest is for one
+    # 5. the report
+    rows, facts = measure(source, parts, frozen, device, cfg)
+    lines = summary(results, source, rows)
+    first = next(iter(lines.values()))["confusion"]
+    choice = {kind: (c.sum(1).max() / c.sum()).item() for kind, c in first.items()}
+    draw_confusions(folder / "confusion.png", lines, source.tasks)
+    clips = {name: sum(len(fold[j]) for fold in source.folds) for j, name in enumerate(parts)}
+    seconds["all"] = time.time() - began
+    result = dict(rows={name: {k: {kind: c.tolist() for kind, c in v.items()} if k == "confusion" else v for k, v in line.items()} for name, line in lines.items()},
+                  most_frequent_class=choice, classes=source.tasks, clips=clips, folds=len(source.folds), **facts, seconds=seconds, peak_memory_gb=peak_memory_gb(device))
+    write_json(folder / "result.json", result)
+    out = Path(cfg.results) / f"adapter-{data_name}.json"
+    data.make_room(str(out))
+    write_json(out, dict(command="python train_adapter.py " + " ".join(sys.argv[1:]), torch=torch.__version__, threads=torch.get_num_threads(),
+                         gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, config=dataclasses.asdict(cfg), **result))
+    print(f"\n{clips['test']} test clips" + (f", {len(source.folds)} groups, each left out once" if len(source.folds) > 1 else "") + f", {clips['train']} training clips, seeds {cfg.seeds}; "
+          f"settings chosen on {clips['valid']} validation clips by the first seed")
+    print("\n".join(table(lines, source.tasks, choice)))
+    print(f"  {facts['live_trajectories']:.1f} live trajectories a clip" + (f"; the true objects' best IoU on the backbone's grid {100 * facts['object_iou']:.1f} %" if facts["object_iou"] is not None else "")
+          + "".join(f"; {name} {facts[name + '_ms']:.2f} ms a clip" for name in ("backbone", "segmenter") if facts.get(name + "_ms")))
+    print("  " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()) + f", {result['peak_memory_gb']:.1f} GB")
+    print(f"wrote {folder}/: result.json, confusion.png, cache/, and {out}")
+
+
+@data.one_line_errors
+def main(argv=None):
+    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if any(a.split("=")[0] == "--backbone" for a in argv) and not any(a.split("=")[0] == "--size" for a in argv):
+        argv = [*argv, "--size", "full"]                         # a published backbone is probed as published
+    cfg = configure(AdapterConfig, ADAPTER_SIZES, argv)
+    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    processes = cfg.processes or max(gpus, 1)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        if cfg.data != "world":
+            splits(cfg)                                          # refused once, here, not by each process
+        folder = Path(cfg.out) / f"adapter-{run_name(cfg)}"
+        if not cfg.tokenizer and cfg.size == "nano" and (cfg.resume or cfg.overwrite or not (folder / "config.json").exists()):
+            argv += ["--tokenizer", str(pretrain_segmenter(resolve(cfg, None), folder))]             # in one process, before the others start
+        return launch(__file__, argv, processes)
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()

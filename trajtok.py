@@ -487,9 +487,9 @@ class Run:
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
     VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips", "heldout_clips",
-                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames"}
+                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames", "cache_dir"}
 
-    def __init__(self, cfg, name, extra=None):
+    def __init__(self, cfg, name, extra=None, told=True):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
         self.state, self.log = self.folder / "state.pt", self.folder / "log.jsonl"
         if ranks()[0]:
@@ -516,7 +516,8 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)     # nothing of an older run stays beside the new one's
         for stale in self.folder.glob(".*.[0-9]*"):              # what a kill in the middle of `replace` left
             stale.unlink(missing_ok=True)
-        print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
+        if told:
+            print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
         write_json(config, values)
 
     @classmethod
