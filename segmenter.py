@@ -52,14 +52,14 @@ KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int6
 
 def read_weights(path, wrappings=("model", "state_dict")):
     """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
-    model.safetensors, model.safetensors.index.json (and the shards that it names) or pytorch_model.bin -> {name: tensor}, on the CPU.
+    model.safetensors or pytorch_model.bin, or either's .index.json and the shards that it names -> {name: tensor}, on the CPU.
     Wrappings, {"model": ...}, {"state_dict": ...}, are taken off, of several in one file the first, and `module.`. Half a file, no
     weights, or weights that are not finite numbers: BadInput."""
     path = Path(path)
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / n for n in names if (path / n).exists()), None) if path.is_dir() else path
     if file is None or not file.exists():
-        raise BadInput(f"{path}: " + ("holds neither model.safetensors (nor its .index.json) nor pytorch_model.bin" if path.is_dir() else "no such file or folder; check the path"))
+        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin, nor the index of their shards" if path.is_dir() else "no such file or folder; check the path"))
     if file.name.endswith(".index.json"):
         return read_shards(file)
     try:
@@ -81,7 +81,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
 
 
 def read_shards(index):
-    """model.safetensors.index.json -> the weights of all the files that it names; each must be there and hold what the index says."""
+    """A hub's index of shards (JSON) -> the weights of all the files that it names; each must be there and hold what the index says."""
     try:
         places = json.loads(index.read_text())["weight_map"]
         files = sorted(set(places.values()))

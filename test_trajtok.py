@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 import data
 import encoder
 import segmenter
+import train_adapter
 import train_clip
 import trajtok
 from data import BadInput, BadVideo
@@ -3352,6 +3353,333 @@ def test_convnext_is_the_published_implementation(tmp_path, kind):
     raw.norm = nn.Identity()
     with torch.no_grad():
         close(norm(raw(x)[3].mean((2, 3))), pooled, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_adapter.py: the backbones, and the layouts in which they are published
+# ---------------------------------------------------------------------------------------------------------------------
+
+# head widths that the rotary split does not divide evenly (64: 4 channels stay, 80: 2), sizes other than the published
+VJEPA = {64: train_adapter.BackboneConfig("vjepa2", 128, 2, 2, 512, 16, 2, 4, 48), 80: train_adapter.BackboneConfig("vjepa2", 160, 2, 2, 640, 16, 2, 6, 32)}
+MAE = {64: train_adapter.BackboneConfig("videomae", 128, 2, 2, 192, 16, 2, 4, 32, eps=1e-12, norm="none"),
+       88: train_adapter.BackboneConfig("videomae", 88, 2, 1, 96, 14, 2, 6, 42, eps=1e-6, norm="pooled"),
+       80: train_adapter.BackboneConfig("videomae", 160, 2, 2, 192, 8, 2, 2, 24, eps=1e-12, norm="tokens")}
+
+
+def wave(*shape, k=0):
+    """Numbers in [-1, 1] that anyone can make again, without a generator, and that have no short period: sin(0.7 i² + k)."""
+    return torch.sin(0.7 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2 + k).float().view(shape)
+
+
+def waving(cfg):
+    """A backbone with such weights, and a clip for it."""
+    net = (train_adapter.VJEPA2 if cfg.kind == "vjepa2" else train_adapter.VideoMAE)(cfg)
+    for k, (name, p) in enumerate(net.named_parameters()):
+        p.data = 0.2 * wave(*p.shape, k=k) + (name.endswith("weight") and "norm" in name)
+    return net.requires_grad_(False), wave(2, cfg.frames, 3, cfg.image_size, cfg.image_size, k=99)
+
+
+def on_the_hub(net):
+    """A backbone's weights under the hub's names, written from SPECS 4 the other way round than the code reads them."""
+    out, jepa = {}, net.cfg.kind == "vjepa2"
+    stem, block, last = ("encoder.embeddings.patch_embeddings.proj", "encoder.layer.{}.attention.{}", "encoder.layernorm") if jepa else (
+        "embeddings.patch_embeddings.projection", "encoder.layer.{}.attention.attention.{}", "layernorm")
+    mae = dict(norm1="layernorm_before", norm2="layernorm_after", fc1="intermediate.dense", fc2="output.dense", proj="attention.output.dense")
+    for key, value in net.state_dict().items():
+        part = key.split(".")
+        if part[0] != "blocks":
+            out[{"patch_embed": stem, "norm": last, "fc_norm": "fc_norm"}[part[0]] + "." + part[-1]] = value
+        elif part[3] == "qkv":
+            out |= {block.format(part[1], n) + "." + part[-1]: v.clone() for n, v in zip(("query", "key", "value"), value.chunk(3))}
+        elif part[3] in ("q_bias", "v_bias"):
+            out[block.format(part[1], dict(q_bias="query.bias", v_bias="value.bias")[part[3]])] = value
+        elif jepa:
+            out[f"encoder.layer.{part[1]}." + ".".join(part[2:]).replace("attn", "attention")] = value
+        else:
+            out[f"encoder.layer.{part[1]}.{mae[part[-2]]}.{part[-1]}"] = value
+    return out
+
+
+def published_model(cfg, kind="Model", **more):
+    """The published implementation in the shape of cfg, tiny beside it."""
+    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
+    torch.manual_seed(0)
+    common = dict(hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads, patch_size=cfg.patch, tubelet_size=cfg.tubelet,
+                  layer_norm_eps=cfg.eps)
+    if cfg.kind == "vjepa2":
+        return transformers.VJEPA2Model(transformers.VJEPA2Config(**common, crop_size=cfg.image_size, frames_per_clip=cfg.frames, mlp_ratio=cfg.mlp / cfg.width,
+                                                                  pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1, **more)).eval()
+    config = transformers.VideoMAEConfig(**common, image_size=cfg.image_size, num_frames=cfg.frames, intermediate_size=cfg.mlp, decoder_hidden_size=24,
+                                         decoder_intermediate_size=24, decoder_num_attention_heads=2, decoder_num_hidden_layers=1, use_mean_pooling=cfg.norm != "tokens", **more)
+    return getattr(transformers, "VideoMAE" + kind)(config).eval()
+
+
+def shaken(model):
+    """Every weight moved: norms that are 1, biases that are 0, could be missing or mixed up and nobody would see it."""
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("head", VJEPA)
+def test_vjepa2_is_the_published_implementation(tmp_path, head):
+    """Catches: a rotation that is right where the release's is not, channels or axes shared out differently, names remembered wrongly, a size
+    read from the wrong place, features after the predictor, positions that are those of another size."""
+    cfg = VJEPA[head]
+    theirs = shaken(published_model(cfg))
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1         # shards and their index
+    mine = train_adapter.load_backbone(tmp_path)
+    assert mine.cfg == cfg and isinstance(mine, train_adapter.VJEPA2) and mine.left_out.startswith("predictor (")
+    for size in (cfg.image_size, 80):
+        model = published_model(dataclasses.replace(cfg, image_size=size))
+        model.load_state_dict(theirs.state_dict())
+        for frames in (cfg.frames, 2):
+            x = torch.randn(2, frames, 3, size, size)
+            close(mine.features(x), model(x, skip_predictor=True).last_hidden_state)
+
+
+@pytest.mark.parametrize("head, kind", ((64, "Model"), (88, "ForVideoClassification"), (80, "ForPreTraining")))
+def test_videomae_is_the_published_implementation(tmp_path, head, kind):
+    """Catches: a bias on the keys, positions in another order or precision, the last norm where there is none, eps of the other release,
+    names remembered wrongly, a classifier or decoder that stops the encoder from loading."""
+    cfg = MAE[head]
+    theirs = shaken(published_model(cfg, kind))
+    theirs.save_pretrained(tmp_path)
+    mine = train_adapter.VideoMAE.from_pretrained(tmp_path)
+    assert mine.cfg == cfg
+    assert [w.split(" ")[0] for w in mine.left_out.split(", ") if w] == dict(Model=[], ForVideoClassification=["classifier"],
+                                                                           ForPreTraining=["decoder", "encoder_to_decoder", "mask_token"])[kind]
+    x = torch.randn(2, cfg.frames, 3, cfg.image_size, cfg.image_size)
+    z = mine.features(x)
+    close(z, getattr(theirs, "videomae", theirs)(x).last_hidden_state)
+    if kind == "ForVideoClassification":
+        close(theirs.classifier(mine.pool(z)), theirs(x).logits)
+
+
+# Numbers of the published implementation for the weights and the clip of `waving`: features [0, 0, :3] and [1, -1, :3], mean |feature|
+EXPECTED = {
+    ("vjepa2", 64): [-0.53427, 1.32241, 0.50350, 2.16953, -0.00380, 1.78117, 0.81989],
+    ("vjepa2", 80): [0.97383, -1.06259, -0.52621, 0.22460, 0.51514, 0.96814, 0.80815],
+    ("videomae", 64): [8.14542, 4.78715, -12.96603, 10.42636, 9.12931, -3.55290, 5.24711],
+    ("videomae", 88): [2.42030, -1.71862, 2.42908, 3.47750, 4.99470, 0.42243, 3.76700],
+    ("videomae", 80): [-0.31647, -0.38177, -0.76208, -0.13818, -0.33352, -1.08937, 0.80462],
+}
+
+
+@pytest.mark.parametrize("kind, head", [("vjepa2", h) for h in VJEPA] + [("videomae", h) for h in MAE])
+def test_features_are_the_published_numbers(kind, head):
+    """Catches, without the published implementation at hand: any change of what the backbones compute."""
+    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
+    z = net.features(x)
+    mine = [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()]
+    assert mine == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind, head", EXPECTED)
+def test_expected_numbers_are_those_of_the_published_implementation(kind, head):
+    """Catches: numbers above that our own code made."""
+    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
+    model = published_model(net.cfg)
+    lacking, unexpected = model.load_state_dict({k: v for k, v in on_the_hub(net).items() if "fc_norm" not in k}, strict=False)
+    assert not unexpected and all(k.startswith("predictor") for k in lacking)
+    z = model(x, skip_predictor=True).last_hidden_state if kind == "vjepa2" else model(x).last_hidden_state
+    assert [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()] == pytest.approx(EXPECTED[kind, head], rel=1e-5, abs=2e-5)
+
+
+def test_a_rotation_is_the_sum_over_axes_that_the_release_makes():
+    """Catches: t, h and w swapped on grids that are not square, angles of the wrong channel, channels that should stay and turn."""
+    grid, c = (2, 3, 4), 16                                      # 16 channels: 4 for each axis, 4 stay
+    cos, sin = train_adapter.rotary_3d(grid, c)
+    x = wave(1, 1, 24, c)
+    out = train_adapter.turn(x, cos, sin)[0, 0]
+    for i, place in enumerate(itertools.product(*map(range, grid))):
+        for j in range(c):
+            partner = -x[0, 0, i, j + 1] if j % 2 == 0 else x[0, 0, i, j - 1]
+            angle = place[j // 4] * 1e4 ** (-(j % 4 % 2) / 2) if j < 12 else 0.0                     # [w0 w1 w0 w1], and pairs (0, 1), (2, 3)
+            assert out[i, j].item() == pytest.approx(x[0, 0, i, j].item() * math.cos(angle) + partner.item() * math.sin(angle), abs=1e-5)
+
+
+def test_tubelets_are_in_row_major_order():
+    """Catches: features whose order is not (t', h', w'), the order that masks are resized to; a cut that mixes neighbours."""
+    for net in (waving(VJEPA[64])[0], waving(MAE[64])[0]):
+        cfg, (t, h, w) = net.cfg, net.grid
+        black = torch.zeros(1, cfg.frames, 3, cfg.image_size, cfg.image_size)
+        for k, (i, j, l) in enumerate(itertools.product(range(t), range(h), range(w))):
+            x = black.clone()
+            x[0, i * 2 + 1, 1, j * 16 + 15, l * 16 + 15] = 1.0   # the last pixel of one tubelet
+            changed = (net.embed(x) != net.embed(black)).any(-1)[0]
+            assert changed.nonzero().flatten().tolist() == [k]
+    x = wave(1, 4, 3, 32, 48)
+    assert waving(VJEPA[64])[0].grid_of(x) == (2, 2, 3) and waving(VJEPA[64])[0].features(x).shape == (1, 12, 128)
+
+
+def test_bfloat16_features_are_close():
+    """Catches: positions or the residual stream in half precision, which autocast would leave there."""
+    for cfg in (VJEPA[80], MAE[80]):
+        net, x = waving(cfg)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net.features(x)
+        assert half.dtype == torch.float32
+        close(half, net.features(x), 0.05)
+
+
+def test_videos_are_normalised_as_the_backbone_wants_them():
+    """Catches: ImageNet's numbers for a backbone that was trained with others, 0 .. 255 taken for 0 .. 1."""
+    net, _ = waving(dataclasses.replace(MAE[64], mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)))
+    video = (wave(2, 4, 32, 32, 3) * 127 + 128).to(torch.uint8)
+    x = torch.stack([(video[..., c] / 255 - m) / s for c, (m, s) in enumerate(zip((0.5, 0.4, 0.3), (0.25, 0.5, 0.2)))], 2)
+    close(net(video), net.features(x), 1e-5)
+    with pytest.raises(ValueError, match="uint8"):
+        net(x)
+
+
+def test_published_backbones_have_their_sizes():
+    """Catches: a table with a wrong width, depth or head count; biases too many or too few."""
+    counts = {"vjepa2-l": 303_885_312, "vjepa2-h": 631_648_000, "vjepa2-g": 1_012_173_952, "vjepa2-g-384": 1_012_173_952,
+              "videomae2-b": 86_227_200, "videomae2-h": 631_607_040, "videomae2-g": 1_011_610_752, "nano": 842_112}
+    assert counts.keys() == train_adapter.BACKBONES.keys()
+    for name, cfg in train_adapter.BACKBONES.items():
+        with torch.device("meta"):
+            net = (train_adapter.VJEPA2 if cfg.kind == "vjepa2" else train_adapter.VideoMAE)(cfg)
+        d, m = cfg.width, cfg.mlp                                # a linear map of tubelets; attention, MLP, two norms a block; one norm at the end
+        block = 4 * d * d + (4 if cfg.kind == "vjepa2" else 3) * d + 2 * d * m + m + d + 4 * d
+        assert sum(p.numel() for p in net.parameters()) == counts[name] == 3 * cfg.tubelet * cfg.patch ** 2 * d + d + cfg.depth * block + 2 * d
+        assert cfg.width // cfg.heads == {"vjepa2-h": 80, "videomae2-h": 80, "videomae2-g": 88, "nano": 32}.get(name, 64)
+    assert {n: c.image_size for n, c in train_adapter.BACKBONES.items() if c.image_size not in (224, 256)} == {"vjepa2-g-384": 384, "nano": 64}
+
+
+def test_a_backbones_gflops_are_the_formulas():
+    """Catches: a patch embedding that is computed at every stride, attention in another form that costs more, products that nobody needs."""
+    for cfg in (VJEPA[64], MAE[80]):
+        net, x = waving(cfg)
+        n, d = math.prod(cfg.grid), cfg.width
+        products = n * 3 * cfg.tubelet * cfg.patch ** 2 * d + cfg.depth * (4 * n * d * d + 2 * n * n * d + 2 * n * d * cfg.mlp)
+        assert trajtok.count_gflops(lambda: net.features(x)) == pytest.approx(2 * len(x) * products / 1e9, rel=1e-9)
+
+
+def released(net, layout):
+    """A backbone's weights as the original releases pack them."""
+    own = {k: v.clone() for k, v in net.state_dict().items()}
+    under = lambda prefix: {prefix + k: v for k, v in own.items()}
+    other = {k: torch.zeros_like(v) for k, v in own.items()}
+    return {"plain": own, "jepa": {"encoder": {"module.backbone." + k: v for k, v in other.items()}, "target_encoder": under("module.backbone."),
+                                   "predictor": {"x": torch.zeros(1)}, "epoch": 3, "lr": 0.1},
+            "encoder only": {"encoder": under("module.backbone.")}, "module": {"module": own | {"head.weight": torch.zeros(3, 3), "head.bias": torch.zeros(3)}},
+            "pretraining": {"model": under("encoder.") | {"decoder.blocks.0.norm1.weight": torch.zeros(3), "encoder_to_decoder.weight": torch.zeros(3, 3),
+                                                         "mask_token": torch.zeros(1, 1, 3)}},
+            "authors' hub": under("model."), "hub": on_the_hub(net)}[layout]
+
+
+@pytest.mark.parametrize("layout, kind, suffix", (
+    ("plain", "vjepa2", "safetensors"), ("jepa", "vjepa2", "pt"), ("encoder only", "vjepa2", "pth"), ("hub", "vjepa2", "safetensors"), ("plain", "videomae", "pth"),
+    ("module", "videomae", "pth"), ("pretraining", "videomae", "pth"), ("authors' hub", "videomae", "safetensors"), ("hub", "videomae", "safetensors")))
+def test_every_published_backbone_layout_loads(tmp_path, layout, kind, suffix):
+    """Catches: a layout whose keys are renamed wrongly or in part, the student taken for its teacher, a shape read wrongly off the tensors,
+    a weight that is missing and nobody says so."""
+    cfg = dataclasses.replace(VJEPA[64] if kind == "vjepa2" else MAE[80 if layout in ("pretraining", "hub") else 88],
+                              eps=1e-12 if (kind, layout) == ("videomae", "hub") else 1e-6)          # what each is published with
+    net, x = waving(cfg)
+    file, save = tmp_path / f"weights.{suffix}", save_file if suffix == "safetensors" else torch.save
+    load = lambda: train_adapter.load_backbone(file, heads=cfg.heads, image_size=cfg.image_size, frames=cfg.frames)
+    weights = released(net, layout)
+    save(weights, file)
+    loaded = load()
+    assert loaded.cfg == cfg
+    z = net.features(x)
+    assert torch.equal(loaded.features(x), z) and torch.equal(loaded.pool(z), net.pool(z))
+    inner = next((weights[k] for k in train_adapter.WRAPPINGS if k in weights), weights)
+    del inner[next(k for k in inner if k.endswith(("mlp.fc2.weight", "1.output.dense.weight")) and ".1." in k)]
+    save(weights, file)
+    with pytest.raises(BadInput, match=r"missing blocks\.1\.mlp\.fc2\.weight"):
+        load()
+
+
+def test_a_saved_backbone_is_the_same_backbone(tmp_path):
+    """Catches: a self-pretrained backbone that cannot be loaded again, or only without the size that it was trained at."""
+    net, x = waving(dataclasses.replace(MAE[64], mean=(0.5, 0.5, 0.5), eps=1e-5))
+    net.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved", tmp_path / "saved" / "model.safetensors"):
+        loaded = train_adapter.load_backbone(path)
+        assert loaded.cfg == net.cfg and torch.equal(loaded.features(x), net.features(x))
+
+
+def hub_folder(folder, net, config, **files):
+    """A folder as the hub serves it."""
+    folder.mkdir(parents=True)
+    save_file({k: v.clone() for k, v in on_the_hub(net).items()}, folder / "model.safetensors")
+    for name, content in dict(files, config=config).items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+TINY_JEPA = dict(model_type="vjepa2", hidden_size=128, num_hidden_layers=2, num_attention_heads=2, crop_size=48, frames_per_clip=4)
+TINY_MAE = dict(model_type="videomae", hidden_size=160, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192, image_size=24, num_frames=2, patch_size=8,
+                use_mean_pooling=False)
+
+
+def test_a_folder_says_size_frames_and_pixels(tmp_path):
+    """Catches: defaults of this file where config.json is silent and the hub's apply, normalisation that is not the folder's, the authors' own
+    form of config.json, a g shape whose MLP is a ratio that no float holds."""
+    folder = hub_folder(tmp_path / "jepa", waving(VJEPA[64])[0], TINY_JEPA, video_preprocessor_config=dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.1, 0.2, 0.3]))
+    assert train_adapter.load_backbone(folder).cfg == dataclasses.replace(VJEPA[64], mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.3))
+    assert train_adapter.load_backbone(folder, image_size=80, frames=2).grid == (1, 5, 5)
+    folder = hub_folder(tmp_path / "mae", waving(MAE[80])[0], TINY_MAE, preprocessor_config=dict(image_mean=[0.4] * 3, image_std=[0.3] * 3, rescale_factor=1 / 255))
+    assert train_adapter.load_backbone(folder).cfg == dataclasses.replace(MAE[80], mean=(0.4,) * 3, std=(0.3,) * 3)
+    net, x = waving(dataclasses.replace(MAE[88], mlp=384))
+    inside = dict(img_size=42, patch_size=14, in_chans=3, embed_dim=88, depth=2, num_heads=1, mlp_ratio=4.3637, qkv_bias=True, norm_layer="nn.LayerNorm",
+                  layer_norm_eps=1e-6, init_values=0.0, use_learnable_pos_emb=False, tubelet_size=2, use_mean_pooling=True, num_frames=6, cos_attn=False)
+    (tmp_path / "v2").mkdir()
+    save_file(released(net, "authors' hub"), tmp_path / "v2" / "model.safetensors")
+    (tmp_path / "v2" / "config.json").write_text(json.dumps(dict(model_type="VideoMAEv2_Base", model_config=inside)))
+    loaded = train_adapter.load_backbone(tmp_path / "v2")
+    assert loaded.cfg == net.cfg and torch.equal(loaded.features(x), net.features(x))
+    for family, shape in (("vjepa2", "vjepa2-l"), ("videomae", "videomae2-b"), ("VideoMAEv2", "videomae2-b")):       # a silent config.json: the hub's defaults
+        silent = train_adapter.hub_config(dict(model_type=family), "config.json")
+        norm = train_adapter.BACKBONES[shape].norm if family == "vjepa2" else None
+        assert silent == {k: v for k, v in dataclasses.asdict(train_adapter.BACKBONES[shape]).items() if k not in ("mean", "std")} | dict(
+            norm=norm, eps=1e-12 if family == "videomae" else 1e-6)
+
+
+def test_bad_backbones_are_refused(tmp_path):
+    """Catches: a traceback, a part of a model, or another model, where a person gave the wrong folder."""
+    jepa, mae = waving(VJEPA[64])[0], waving(MAE[80])[0]
+    folder = lambda name, config=TINY_JEPA, net=jepa, **files: hub_folder(tmp_path / name, net, config, **files)
+    (folder("no config") / "config.json").unlink()
+    (folder("no weights") / "model.safetensors").unlink()
+    half = folder("half") / "model.safetensors"
+    half.write_bytes(half.read_bytes()[:-1000])
+    for name, places in (("lacking shards", {"encoder.layernorm.weight": "model-2.safetensors"}), ("wrong shard", {"predictor.x": "model-1.safetensors"}), ("no map", [])):
+        (folder(name) / "model.safetensors").rename(tmp_path / name / "model-1.safetensors")
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=places)))
+    weights = on_the_hub(jepa)
+    save_file({k: v.clone() for k, v in weights.items() if "norm1" not in k} | {"encoder.more": torch.zeros(1), "encoder.layernorm.bias": torch.zeros(7)},
+              folder("other keys") / "model.safetensors")
+    save_file({k: v.clone() for k, v in weights.items()} | {"norm.weight": torch.zeros(128)}, folder("twice") / "model.safetensors")
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    save_file({k: v.clone() for k, v in jepa.state_dict().items()}, tmp_path / "heads.safetensors")
+    for path, words in ((folder("type", dict(TINY_JEPA, model_type="clip")), "type clip; vjepa2, videomae"), (folder("none", {}), "type None"),
+                        (folder("text", "no json"), "JSON"), (folder("list", "[]"), "JSON object"), (folder("heads", dict(TINY_JEPA, num_attention_heads=3)), "3 heads"),
+                        (folder("word", dict(TINY_JEPA, hidden_size="wide")), "config"), (folder("eps", dict(TINY_JEPA, layer_norm_eps=None)), "eps None"),
+                        (folder("bias", dict(TINY_JEPA, qkv_bias=False)), "qkv_bias False"), (folder("size", dict(TINY_JEPA, crop_size=50)), "50 px"),
+                        (folder("ours", dict(backbone=dict(witdh=3))), "witdh"), (folder("pixels", preprocessor_config=dict(image_mean=0.5)), "preprocessor"),
+                        (folder("grey", preprocessor_config=dict(image_mean=[0.5])), "three numbers"), (folder("raw", preprocessor_config=dict(do_rescale=False)), "divided by 255"),
+                        (folder("kind", TINY_MAE), "another model or size"), (folder("depth", dict(TINY_JEPA, num_hidden_layers=3)), "missing blocks.2.norm1.weight"),
+                        (tmp_path / "no config", "holds no config.json"), (tmp_path / "no weights", "model.safetensors"), (tmp_path / "half", "whole file"),
+                        (tmp_path / "lacking shards", "not beside it: model-2.safetensors"), (tmp_path / "wrong shard", "predictor.x in model-1"), (tmp_path / "no map", "no index"),
+                        (tmp_path / "twice", "twice"), (tmp_path / "other.safetensors", "fc.weight"), (tmp_path / "heads.safetensors", "how many heads"),
+                        (tmp_path / "nowhere", "no such file")):
+        with pytest.raises(BadInput, match=re.escape(words)) as caught:
+            train_adapter.load_backbone(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match=r"(?=.*missing blocks\.1\.norm1\.bias)(?=.*unexpected encoder\.more)(?=.*norm\.bias is \(7,\), not \(128,\))"):
+        train_adapter.load_backbone(tmp_path / "other keys")
+    with pytest.raises(BadInput, match="holds a videomae, not a vjepa2"):
+        train_adapter.VJEPA2.from_pretrained(folder("mae", TINY_MAE, mae))
+    for net, shape, words in ((jepa, (1, 3, 3, 48, 48), "tubelets of 2 frames"), (jepa, (1, 4, 3, 40, 48), "40 x 48 px"), (mae, (1, 4, 3, 24, 24), "2 frames of 24 px"),
+                              (jepa, (1, 0, 3, 48, 48), "0 frames")):
+        with pytest.raises(BadInput, match=words):
+            net.features(torch.zeros(shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

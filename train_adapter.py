@@ -211,6 +211,8 @@ class BackboneConfig:
                            + ", with 6 channels a head at least" * (self.kind == "vjepa2"))
         if self.image_size % self.patch or self.frames % self.tubelet:
             raise BadInput(f"backbone: {self.frames} frames of {self.image_size} px: not a multiple of tubelets of {self.tubelet} frames x {self.patch} px")
+        if not isinstance(self.eps, (int, float)) or not 0 < self.eps < 1:
+            raise BadInput(f"backbone: eps {self.eps!r} of the norms: a small number above 0, such as 1e-6")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise BadInput(f"backbone: pixel mean {self.mean} and deviation {self.std}: three numbers each, deviations above 0")
 
@@ -303,6 +305,7 @@ class Backbone(nn.Module):
 
     def embed(self, x):
         """(b, t, 3, H, W) -> (b, n, d): each tubelet through the 3-D convolution, which is a matrix product, as kernel and stride are one."""
+        self.grid_of(x)                                          # whole tubelets?
         return self.project(self.tubes(x))
 
     def tubes(self, x):
@@ -320,7 +323,7 @@ class Backbone(nn.Module):
         return self.norm(z)
 
     def pool(self, features):
-        """(b, n, d) -> (b, d): the mean, and where the published model has it, fc_norm."""
+        """(b, n, d) -> (b, d): the mean over tokens, and after it fc_norm, where the published model has that one (norm `pooled`)."""
         return self.fc_norm(features.mean(1))
 
     def forward(self, video):
@@ -365,7 +368,9 @@ def turn(x, cos, sin):
 
 
 class VJEPA2(Backbone):
-    """V-JEPA2's encoder. Positions are rotary, so clips of any number of tubelets go through; cfg.frames and image_size are its own."""
+    """V-JEPA2's encoder. Positions are rotary, so clips of any number of tubelets go through; cfg.frames and image_size are its own.
+    CHOICE: a tubelet's place is its place in this clip. (The hub's implementation counts off rows of its config's crop_size
+    whatever comes in; at that size, or with a config of the size that comes in, both are the same.)"""
     kind = "vjepa2"
 
     def features(self, x):
@@ -440,18 +445,14 @@ def load_backbone(path, heads=None, image_size=None, frames=None):
     heads, image_size, frames: instead of what the folder says, or for files that say nothing. Strict: BadInput lists what is missing,
     unexpected or of another shape; what is known to stand beside an encoder is left out and named in .left_out."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    config = read_config(folder) if Path(path).is_dir() or (folder / "config.json").exists() and Path(path).exists() else None
-    weights, hub, left_out = backbone_names(read_weights(path, WRAPPINGS), path)
-    pooled = "pooled" if "fc_norm.weight" in weights else "none"
-    if config is None:
-        config = shape_of(weights, hub, heads, path) | dict(norm="tokens" if "norm.weight" in weights else pooled)
-    elif config.get("norm") is None:
-        config["norm"] = pooled
     told = {k: v for k, v in dict(heads=heads, image_size=image_size, frames=frames).items() if v is not None}
-    try:
-        cfg = BackboneConfig(**config | told)
-    except TypeError as error:
-        raise BadInput(f"{folder / 'config.json'}: no backbone's configuration ({error})") from None
+    config = read_config(folder) if Path(path).is_dir() or (folder / "config.json").is_file() and Path(path).is_file() else None
+    weights, hub, left_out = backbone_names(read_weights(path, WRAPPINGS), path)
+    if config is None:
+        config = shape_of(weights, hub, heads, path)
+    if config["norm"] is None:
+        config["norm"] = "pooled" if "fc_norm.weight" in weights else "none"
+    cfg = BackboneConfig(**config | told)
     net = fit_weights((VJEPA2 if cfg.kind == "vjepa2" else VideoMAE)(cfg), weights, path)
     net.left_out = left_out
     return net
@@ -487,8 +488,9 @@ def shape_of(weights, hub, heads, where):
     if like is None and heads is None:
         raise BadInput(f"{where}: a {kind} of width {width} and {shown['depth']} blocks is none that was published; say how many heads it has, or put its config.json beside it")
     like = dataclasses.asdict(like or BackboneConfig(kind, width, shown["depth"], heads, frames=16, image_size=224 // patch * patch))
+    norm = "tokens" if kind == "vjepa2" or "norm.weight" in weights else None
     # the hub's VideoMAE has another eps unless its config.json says otherwise
-    return like | shown | (dict(eps=1e-12) if hub and kind == "videomae" else {})
+    return like | shown | dict(norm=norm) | (dict(eps=1e-12) if hub and kind == "videomae" else {})
 
 
 def read_json(path):
@@ -516,13 +518,21 @@ CONFIG_FIXED = dict(in_chans=3, num_channels=3, hidden_act="gelu", qkv_bias=True
 
 
 def read_config(folder):
-    """A folder's config.json (and preprocessor files) -> fields of a BackboneConfig; norm None: the weights will show it."""
+    """A folder's config.json, and preprocessor files beside it -> fields of a BackboneConfig (norm None: the weights will show it)."""
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder}: holds no config.json; give a folder as the model hub serves it, or a file of weights")
     config = read_json(path)
-    if isinstance(config.get("backbone"), dict):                 # save_pretrained's
-        return config["backbone"]
+    try:
+        fields = dataclasses.asdict(BackboneConfig(**config["backbone"])) if "backbone" in config else hub_config(config, path) | read_pixels(folder)
+        BackboneConfig(**fields | ({} if fields["norm"] else dict(norm="none")))     # checks itself, before gigabytes are read
+    except (TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: no backbone's configuration, or preprocessor files that are none ({error})") from None
+    return fields
+
+
+def hub_config(config, path):
+    """The hub's config.json -> fields of a BackboneConfig, all but the pixels'; norm None: the weights will show it."""
     family = str(config.get("model_type"))
     family = "VideoMAEv2" if family.startswith("VideoMAEv2") else family             # the authors' own folders: VideoMAEv2_Base, ...
     if family not in CONFIG_NAMES:
@@ -535,7 +545,7 @@ def read_config(folder):
     if CONFIG_NAMES[family]["mlp"][0] == "mlp_ratio":            # of the g shapes 48 / 11, which no float holds
         fields["mlp"] = round(fields["width"] * fields["mlp"])
     norm = None if family != "vjepa2" and config.get("use_mean_pooling", True) else "tokens"
-    return fields | dict(kind="vjepa2" if family == "vjepa2" else "videomae", norm=norm) | read_pixels(folder)
+    return fields | dict(kind="vjepa2" if family == "vjepa2" else "videomae", norm=norm)
 
 
 def read_pixels(folder):
