@@ -45,7 +45,7 @@ import trajtok
 from data import BadInput, BadVideo, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder, compact
 from segmenter import MEAN, STD, Segmentation, Segmenter, best_overlaps, count, fit_weights, normalise, read_weights, rename
-from trajtok import (Damage, Run, TrajTok, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
                      run_name, setup, shard, sigterm, split_entries, sum_gradients, total, world_of, write_text, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,11 +779,10 @@ def finish(batch, frozen, device, cfg):
     if "features" in batch:
         moved = {k: None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in ("features", "logits", "truth")}
         return batch | {k: x if x is None else x.long() if k == "truth" else x.float() for k, x in moved.items()}
-    batch = data.finish(batch, device)
-    if batch["video"] is None:
-        return batch | dict(features=None)
+    if "scripts" in batch:
+        batch = data.finish(batch, device)
     video, labels = batch.pop("video"), batch.pop("labels")
-    return batch | look(frozen, video, labels, cfg)
+    return batch | (dict(features=None) if video is None else look(frozen, video.to(device, non_blocking=True), labels, cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -978,11 +977,15 @@ class MaskedAutoencoder(nn.Module):
         return loss, prediction, target, hidden
 
 
+def nano_shape(cfg):
+    return dataclasses.replace(BACKBONES["nano"], image_size=cfg.image_size, frames=cfg.frames)
+
+
 def pretrain_videomae(cfg, folder, device):
     """The nano VideoMAE on the procedural world -> folder/videomae/, which load_backbone reads."""
     rank, world = ranks()
     torch.manual_seed(cfg.seed)
-    shape = dataclasses.replace(BACKBONES["nano"], image_size=cfg.image_size, frames=cfg.frames)
+    shape = nano_shape(cfg)
     model = MaskedAutoencoder(VideoMAE(shape), cfg.decoder_layers, cfg.decoder_width)
     run = part_of(cfg, folder, "videomae", {"backbone": dataclasses.asdict(shape)})
     model.to(device)
@@ -1072,24 +1075,30 @@ def labelled_entries(path, wanted):
     return [e for e in entries if not wanted or e["label"] in wanted]
 
 
+def split_by_class(entries, share, salt=""):
+    """trajtok.split_entries of each class by itself, so that none is held out that nothing can be learnt of: (training, held out)."""
+    parts = [split_entries([e for e in entries if e["label"] == label], share, salt) for label in sorted({e["label"] for e in entries})]
+    return tuple(sum(side, []) for side in zip(*parts))
+
+
 def splits(cfg):
     """--data and its kin -> entries, and folds: [(train, valid, test)], each a list of positions in entries. By the first rule that applies:
       1. --test (and --valid): sets of their own
       2. entries that say "split": train, valid, test
       3. entries that all say "group" (a person, a scene), 3 groups at least: each is tested on in turn, the next one is chosen by, the others
          are learnt from; of more than ten groups, ten bunches of them
-      4. a fifth of the videos is tested on, by a hash of their names
-    Where nothing says what to choose by, it is a tenth of the training videos, by that hash."""
+      4. a fifth of each class's videos is tested on, by a hash of their names
+    Where nothing says what to choose by, it is a tenth of each class's training videos, by such a hash."""
     wanted = cfg.labels.split(",") if cfg.labels else None
     entries = labelled_entries(cfg.data, wanted)
     place = {id(e): i for i, e in enumerate(entries)}
     positions = lambda some: [place[id(e)] for e in some]
 
     def with_valid(train, test):
-        if len(train) < 2 or not test:
-            raise BadInput(f"--data {cfg.data}: {len(train)} training and {len(test)} test videos; at least 2 and 1 are needed")
-        train, valid = split_entries(train, 0.1)
-        return positions(train), positions(valid), positions(test)
+        learnt, valid = split_by_class(train, 0.1, "valid") if train else ((), ())
+        if not valid or not test:
+            raise BadInput(f"--data {cfg.data}: {len(train)} training and {len(test)} test videos; at least two videos of a class are needed to learn from, and one to test on")
+        return positions(learnt), positions(valid), positions(test)
     if cfg.test:
         other = {name: labelled_entries(path, wanted) for name, path in (("valid", cfg.valid), ("test", cfg.test)) if path}
         train, both = entries, entries + [e for some in other.values() for e in some]
@@ -1107,7 +1116,7 @@ def splits(cfg):
         of = [bunch[e["group"]] for e in entries]
         folds = [tuple([i for i, b in enumerate(of) if (b - turn) % count in kind] for kind in (range(2, count), (1,), (0,))) for turn in range(count)]
     else:
-        folds = [with_valid(*split_entries(entries, 0.2))]
+        folds = [with_valid(*split_by_class(entries, 0.2))]
     check_folds(cfg, entries, folds)
     return entries, folds
 
@@ -1337,9 +1346,10 @@ def measure(source, parts, frozen, device, cfg):
     """Milliseconds a clip and parameters of the frozen parts and of each line's head; live trajectories, and in the made world the mean best IoU of
     the true objects on the backbone's grid, over the first test clips."""
     grid, facts, some = frozen.backbone.grid, {}, list(range(min(32, source.parts["test"].count)))
-    raw = data.finish(source.parts["test"].get(some), device)
-    if raw["video"] is not None:
-        video = raw["video"]
+    raw = source.parts["test"].get(some)
+    video = (data.finish(raw, device) if "scripts" in raw else raw)["video"]
+    if video is not None:
+        video = video.to(device)
         with precision(device, cfg.bf16):
             facts = dict(backbone_ms=milliseconds(lambda: frozen.backbone(video), len(video), device), segmenter_ms=milliseconds(lambda: frozen.segmenter(video), len(video), device)
                          if video.shape[2] == frozen.side else None)
@@ -1477,6 +1487,12 @@ def train(cfg):
     net = given_backbone(cfg) if cfg.backbone else None
     cfg = resolve(cfg, net)
     segmenter = given_segmenter(cfg.tokenizer) if cfg.tokenizer else None
+    shape = nano_shape(cfg) if net is None else net.cfg
+    if segmenter is None:
+        dataclasses.replace(SIZES["nano"], image_size=cfg.image_size, frames=cfg.frames)             # refuses what its strides do not divide
+    with torch.device("meta"):
+        for row in cfg.rows.split(","):                          # ... and heads that do not divide a width
+            new_head(row, shape.width, 2, 2, cfg)
     if read is not None:
         cfg = dataclasses.replace(cfg, rows=",".join(r for r in cfg.rows.split(",") if r != "oracle"))       # real videos have no true masks
     if not cfg.rows:
@@ -1564,7 +1580,7 @@ def main(argv=None):
         if cfg.data != "world":
             splits(cfg)                                          # refused once, here, not by each process
         folder = Path(cfg.out) / f"adapter-{run_name(cfg)}"
-        if not cfg.tokenizer and cfg.size == "nano" and (cfg.resume or cfg.overwrite or not (folder / "config.json").exists()):
+        if not cfg.tokenizer and not cfg.backbone and (cfg.resume or cfg.overwrite or not (folder / "config.json").exists()):
             argv += ["--tokenizer", str(pretrain_segmenter(resolve(cfg, None), folder))]             # in one process, before the others start
         return launch(__file__, argv, processes)
     train(cfg)

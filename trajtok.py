@@ -619,12 +619,13 @@ def mean_of(rows):
 # What every run shares: data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def split_entries(entries, share):
+def split_entries(entries, share, salt=""):
     """(training, held out): every entry goes where the hash of its name says, so that a file stays on its side when others
     are added. Of two dozen or fewer, chance may hold out next to none: then the sixth with the smallest hashes is held out, and
-    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more)."""
+    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more).
+    salt: what is split again needs another hash: those that the first left are all above its share."""
     def number(entry):
-        return zlib.crc32(os.path.basename(entry["path"]).encode())
+        return zlib.crc32((salt + os.path.basename(entry["path"])).encode())
     order = sorted(entries, key=number)
     least = -(-len(order) // 6) if len(order) <= 24 else 1
     n = min(max(sum(number(e) < share * 2 ** 32 for e in order), least), max(len(order) - 1, 0))
