@@ -839,8 +839,11 @@ def fill(folder, name, clips, record, frozen, device, cfg):
     """Features of all clips into folder/name.bin, what is there already kept -> CachedClips. Several processes write into one file, each its own
     batches and its own index; the first gives the whole its name.  The index is written after the rows that it tells of are on the disk."""
     rank, world = ranks()
-    source = f"{frozen.key} {zlib.crc32(json.dumps([e['path'] for e in clips.entries]).encode())}" if isinstance(clips, EntryClips) else f"{frozen.key} {clips.world} {clips.begin}"
-    shape = dict(source=source, record=str(record), clips=clips.count, views=clips.views) | ({k: getattr(clips, k) for k in ("stride", "segments", "crops")} if isinstance(clips, EntryClips) else {})
+    if isinstance(clips, EntryClips):
+        source = [[e["path"] for e in clips.entries], clips.y.tolist(), clips.stride, clips.segments, clips.crops]
+    else:
+        source = [str(clips.world), clips.begin]
+    shape = dict(source=f"{frozen.key} {zlib.crc32(json.dumps(source).encode()):08x}", record=str(record), clips=clips.count, views=clips.views)
     whole, part, told = folder / f"{name}.bin", folder / f"{name}.part", folder / f"{name}.json"
     if (index := read_index(told, shape)) is not None and whole.exists():
         print(f"  {name}: kept from before")
@@ -1298,7 +1301,7 @@ def one_seed(settings, chosen, seed, fold, number, source, parts, folder, frozen
         lines = variants(dict.fromkeys(s.row for s in settings), cfg.choices)
         whole = [all(bool(p.isfinite().all()) for p in head.parameters()) for head in heads]
         wanted = [(i, m) for i, s in enumerate(settings) for row, m in lines if row == s.row and whole[i]]
-        valid = confusions(wanted, heads, settings, parts["valid"], fold[1], frozen, source.tasks, device, cfg)
+        valid = confusions(wanted, heads, settings, parts["valid"], fold[1], frozen, source.tasks, device, cfg) if chosen is None else {}
         valid = {key: {kind: accuracy(c) for kind, c in kinds.items()} for key, kinds in valid.items()}
         picked = {row: best_setting(row, settings, valid) for row in dict.fromkeys(row for row, _ in lines)} if chosen is None else chosen
         where = {row: settings.index(setting) for row, setting in picked.items()}
@@ -1343,34 +1346,27 @@ def milliseconds(work, count, device, repeats=5):
 
 @torch.no_grad()
 def measure(source, parts, frozen, device, cfg):
-    """Milliseconds a clip and parameters of the frozen parts and of each line's head; live trajectories, and in the made world the mean best IoU of
-    the true objects on the backbone's grid, over the first test clips."""
-    grid, facts, some = frozen.backbone.grid, {}, list(range(min(32, source.parts["test"].count)))
-    raw = source.parts["test"].get(some)
-    video = (data.finish(raw, device) if "scripts" in raw else raw)["video"]
-    if video is not None:
-        video = video.to(device)
-        with precision(device, cfg.bf16):
-            facts = dict(backbone_ms=milliseconds(lambda: frozen.backbone(video), len(video), device), segmenter_ms=milliseconds(lambda: frozen.segmenter(video), len(video), device)
-                         if video.shape[2] == frozen.side else None)
-    batch = finish(parts["train"].get(parts["train"].kept[:32] if isinstance(parts["train"], CachedClips) else some), frozen, device, cfg)
-    batch["index"] = np.repeat(batch["index"], len(batch["features"]) // len(batch["index"]))
-    masks, rows = pooled_by(batch, grid), {}
-    for row, m in variants(cfg.rows.split(","), cfg.choices):
-        torch.manual_seed(0)
-        head = new_head(row, frozen.backbone.cfg.width, sum(map(len, source.tasks.values())), frozen.segmenter.cfg.num_queries, cfg).to(device).eval()
-        with precision(device, cfg.bf16):
-            ms = milliseconds(lambda: head(batch["features"], masks[row], m), len(batch["features"]), device)
-        rows[called(row, m)] = dict(parameters=sum(p.numel() for p in head.parameters()), ms=ms)
-    live, overlaps = [], []
-    for i in range(0, min(256, parts["test"].count), 32):
-        batch = finish(parts["test"].get(range(i, min(i + 32, parts["test"].count))), frozen, device, cfg)
-        if batch["features"] is None:
+    """Milliseconds a clip and parameters of each line's head and of what is frozen; over the first 256 test clips live trajectories, and in the made
+    world the mean best IoU of the true objects on the backbone's grid."""
+    grid, rows, facts, live, overlaps = frozen.backbone.grid, {}, {}, [], []
+    batches = Batches(parts["test"], source.folds[0][2][:256], max(32 // parts["test"].views, 1))
+    for i in range(len(batches)):
+        batch = finish(batches[i], frozen, device, cfg)
+        if (x := batch["features"]) is None:
             continue
-        seg = as_segmentation(batch["logits"], grid)
-        live += seg.alive.sum(1).tolist()
+        batch["index"] = np.repeat(batch["index"], parts["test"].views)
+        masks = pooled_by(batch, grid)
+        for row, m in variants(cfg.rows.split(","), cfg.choices) if not rows else ():
+            head = heads_of([Setting(row, 0, 0)], 0, frozen, source.tasks, cfg)[0].to(device).eval()
+            with precision(device, cfg.bf16):
+                rows[called(row, m)] = dict(parameters=sum(p.numel() for p in head.parameters()), ms=milliseconds(lambda: head(x, masks[row], m), len(x), device))
+        live += masks["trajadapter"].alive.sum(1).tolist()
         if batch["truth"] is not None:                           # ids of objects begin after those of grounds
-            overlaps += best_overlaps(*(x.view(len(x), *grid) for x in (seg.ids, batch["truth"])), data.MAX_GROUNDS)
+            overlaps += best_overlaps(*(ids.view(len(ids), *grid) for ids in (masks["trajadapter"].ids, batch["truth"])), data.MAX_GROUNDS)
+    video = torch.zeros(16, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
+    with precision(device, cfg.bf16):
+        facts["backbone_ms"] = milliseconds(lambda: frozen.backbone(video), len(video), device)
+        facts["segmenter_ms"] = milliseconds(lambda: frozen.segmenter(video[:, :, :1, :1].expand(-1, -1, frozen.side, frozen.side, -1)), len(video), device)
     return rows, facts | dict(live_trajectories=float(np.mean(live)), object_iou=float(np.mean(overlaps)) if overlaps else None)
 
 
