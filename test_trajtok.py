@@ -3540,7 +3540,7 @@ def test_videos_are_normalised_as_the_backbone_wants_them():
 
 
 def test_published_backbones_have_their_sizes():
-    """Catches: a table with a wrong width, depth or head count; biases too many or too few."""
+    """Catches: a table with a wrong width, depth or head count; biases too many or too few; a file's shape that is read off its tensors wrongly."""
     counts = {"vjepa2-l": 303_885_312, "vjepa2-h": 631_648_000, "vjepa2-g": 1_012_173_952, "vjepa2-g-384": 1_012_173_952,
               "videomae2-b": 86_227_200, "videomae2-h": 631_607_040, "videomae2-g": 1_011_610_752, "nano": 842_112}
     assert counts.keys() == train_adapter.BACKBONES.keys()
@@ -3550,6 +3550,8 @@ def test_published_backbones_have_their_sizes():
         d, m = cfg.width, cfg.mlp                                # a linear map of tubelets; attention, MLP, two norms a block; one norm at the end
         block = 4 * d * d + (4 if cfg.kind == "vjepa2" else 3) * d + 2 * d * m + m + d + 4 * d
         assert sum(p.numel() for p in net.parameters()) == counts[name] == 3 * cfg.tubelet * cfg.patch ** 2 * d + d + cfg.depth * block + 2 * d
+        read = train_adapter.shape_of(net.state_dict(), False, None, name)           # off the tensors alone: all but the size
+        assert train_adapter.BackboneConfig(**read | dict(norm=cfg.norm, image_size=cfg.image_size)) == cfg
         assert cfg.width // cfg.heads == {"vjepa2-h": 80, "videomae2-h": 80, "videomae2-g": 88, "nano": 32}.get(name, 64)
     assert {n: c.image_size for n, c in train_adapter.BACKBONES.items() if c.image_size not in (224, 256)} == {"vjepa2-g-384": 384, "nano": 64}
 

@@ -63,7 +63,8 @@ class BackboneConfig:
         for eps in (self.eps, self.pool_eps):
             if not isinstance(eps, (int, float)) or not 0 < eps < 1:
                 raise BadInput(f"backbone: eps {eps!r} of the norms: a small number above 0, such as 1e-6")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
+        pixels = (*self.mean, *self.std)
+        if not len(self.mean) == len(self.std) == 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pixels) or min(self.std) <= 0:
             raise BadInput(f"backbone: pixel mean {self.mean} and deviation {self.std}: three numbers each, deviations above 0")
 
     @property
@@ -321,7 +322,7 @@ def backbone_names(weights, where):
     for i in range(count(own, r"blocks\.(\d+)\.")):
         for part in ("weight", "bias"):
             names = [f"blocks.{i}.attn.{x}.{part}" for x in ("query", "key", "value")]
-            if all(n in own for n in names) and len({own[n].shape for n in names}) == 1:             # else: named by fit_weights
+            if all(n in own and own[n].dim() for n in names) and len({own[n].shape for n in names}) == 1:             # else: named by fit_weights
                 own[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([own.pop(n) for n in names])
     return own, hub, ", ".join(f"{name} ({n:,} parameters)" for name, n in beside.items())
 
@@ -335,7 +336,8 @@ def shape_of(weights, hub, heads, where):
     shown = dict(kind=kind, width=width, depth=count(weights, r"blocks\.(\d+)\."), mlp=len(weights["blocks.0.mlp.fc1.weight"]), patch=patch, tubelet=tubelet)
     like = next((c for c in BACKBONES.values() if (c.kind, c.width, c.depth, c.patch) == (kind, width, shown["depth"], patch)), None)
     if like is None and heads is None:
-        raise BadInput(f"{where}: a {kind} of width {width} and {shown['depth']} blocks is none that was published; say how many heads it has, or put its config.json beside it")
+        raise BadInput(f"{where}: a {kind} of width {width} and {shown['depth']} blocks is none that was published; say how many heads it has, "
+                       "or put its config.json beside it")
     like = dataclasses.asdict(like or BackboneConfig(kind, width, shown["depth"], heads, frames=16, image_size=224 // patch * patch))
     norm = "tokens" if kind == "vjepa2" or "norm.weight" in weights else None
     # the hub's VideoMAE has another eps unless its config.json says otherwise
