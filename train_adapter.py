@@ -194,6 +194,7 @@ class BackboneConfig:
     frames: int = 16                            # of a clip
     image_size: int = 224
     eps: float = 1e-6                           # of the LayerNorms
+    pool_eps: float = 1e-6                      # of the norm after the mean; the hub's VideoMAE: 1e-5, whatever its config.json says of the others
     norm: str = "tokens"                        # where the last norm stands: after every token (`tokens`), after their mean (`pooled`), nowhere (`none`)
     mean: tuple = MEAN
     std: tuple = STD
@@ -211,9 +212,11 @@ class BackboneConfig:
                            + ", with 6 channels a head at least" * (self.kind == "vjepa2"))
         if self.image_size % self.patch or self.frames % self.tubelet:
             raise BadInput(f"backbone: {self.frames} frames of {self.image_size} px: not a multiple of tubelets of {self.tubelet} frames x {self.patch} px")
-        if not isinstance(self.eps, (int, float)) or not 0 < self.eps < 1:
-            raise BadInput(f"backbone: eps {self.eps!r} of the norms: a small number above 0, such as 1e-6")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
+        for eps in (self.eps, self.pool_eps):
+            if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+                raise BadInput(f"backbone: eps {eps!r} of the norms: a small number above 0, such as 1e-6")
+        pixels = (*self.mean, *self.std)
+        if not len(self.mean) == len(self.std) == 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pixels) or min(self.std) <= 0:
             raise BadInput(f"backbone: pixel mean {self.mean} and deviation {self.std}: three numbers each, deviations above 0")
 
     @property
@@ -282,7 +285,7 @@ class Backbone(nn.Module):
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, cfg.width, (cfg.tubelet, cfg.patch, cfg.patch), (cfg.tubelet, cfg.patch, cfg.patch))))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, eps=cfg.eps) if cfg.norm == "tokens" else nn.Identity()
-        self.fc_norm = nn.LayerNorm(cfg.width, eps=cfg.eps) if cfg.norm == "pooled" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(cfg.width, eps=cfg.pool_eps) if cfg.norm == "pooled" else nn.Identity()
         for name, p in self.named_parameters():
             if p.dim() > 1:                                      # 1 / sqrt(fan in), as in train_clip.py; the ends of branches shrink with depth
                 ends = name.endswith(("attn.proj.weight", "fc2.weight"))
@@ -404,6 +407,11 @@ class VideoMAE(Backbone):
         return self.encode(self.place(x))
 
 
+def new_backbone(cfg):
+    """A VJEPA2 or a VideoMAE of that shape with random weights."""
+    return (VJEPA2 if cfg.kind == "vjepa2" else VideoMAE)(cfg)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Published backbones: the hub's folders and the original releases' files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,7 +461,7 @@ def load_backbone(path, heads=None, image_size=None, frames=None):
     if config["norm"] is None:
         config["norm"] = "pooled" if "fc_norm.weight" in weights else "none"
     cfg = BackboneConfig(**config | told)
-    net = fit_weights((VJEPA2 if cfg.kind == "vjepa2" else VideoMAE)(cfg), weights, path)
+    net = fit_weights(new_backbone(cfg), weights, path)
     net.left_out = left_out
     return net
 
@@ -472,7 +480,7 @@ def backbone_names(weights, where):
     for i in range(count(own, r"blocks\.(\d+)\.")):
         for part in ("weight", "bias"):
             names = [f"blocks.{i}.attn.{x}.{part}" for x in ("query", "key", "value")]
-            if all(n in own for n in names) and len({own[n].shape for n in names}) == 1:             # else: named by fit_weights
+            if all(n in own and own[n].dim() for n in names) and len({own[n].shape for n in names}) == 1:             # else: named by fit_weights
                 own[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([own.pop(n) for n in names])
     return own, hub, ", ".join(f"{name} ({n:,} parameters)" for name, n in beside.items())
 
@@ -486,11 +494,12 @@ def shape_of(weights, hub, heads, where):
     shown = dict(kind=kind, width=width, depth=count(weights, r"blocks\.(\d+)\."), mlp=len(weights["blocks.0.mlp.fc1.weight"]), patch=patch, tubelet=tubelet)
     like = next((c for c in BACKBONES.values() if (c.kind, c.width, c.depth, c.patch) == (kind, width, shown["depth"], patch)), None)
     if like is None and heads is None:
-        raise BadInput(f"{where}: a {kind} of width {width} and {shown['depth']} blocks is none that was published; say how many heads it has, or put its config.json beside it")
+        raise BadInput(f"{where}: a {kind} of width {width} and {shown['depth']} blocks is none that was published; say how many heads it has, "
+                       "or put its config.json beside it")
     like = dataclasses.asdict(like or BackboneConfig(kind, width, shown["depth"], heads, frames=16, image_size=224 // patch * patch))
     norm = "tokens" if kind == "vjepa2" or "norm.weight" in weights else None
     # the hub's VideoMAE has another eps unless its config.json says otherwise
-    return like | shown | dict(norm=norm) | (dict(eps=1e-12) if hub and kind == "videomae" else {})
+    return like | shown | dict(norm=norm) | (dict(eps=1e-12, pool_eps=1e-5) if hub and kind == "videomae" else {})
 
 
 def read_json(path):
@@ -545,7 +554,7 @@ def hub_config(config, path):
     if CONFIG_NAMES[family]["mlp"][0] == "mlp_ratio":            # of the g shapes 48 / 11, which no float holds
         fields["mlp"] = round(fields["width"] * fields["mlp"])
     norm = None if family != "vjepa2" and config.get("use_mean_pooling", True) else "tokens"
-    return fields | dict(kind="vjepa2" if family == "vjepa2" else "videomae", norm=norm)
+    return fields | dict(kind="vjepa2" if family == "vjepa2" else "videomae", norm=norm, pool_eps=1e-5 if family == "videomae" else 1e-6)
 
 
 def read_pixels(folder):
