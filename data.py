@@ -1217,7 +1217,7 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True):
+def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True, whole=False):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
@@ -1229,10 +1229,11 @@ def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE
     then seems to stay); so is one of fewer than T frames, and one that takes longer than `limit` seconds.
 
     threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
-    not be exact to the frame, which saves reading a file through whose header does not count its frames."""
+    not be exact to the frame, which saves reading a file through whose header does not count its frames.  whole: frames (T, h, w, 3), not
+    cut, the short side `size`."""
     if threads is None:
         threads = 0 if torch.utils.data.get_worker_info() is None else 1
-    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places))
+    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places, whole))
 
 
 HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
@@ -1404,8 +1405,8 @@ def packets(container, stream, late):
         return
 
 
-def _decode(path, frames, size, start, stride, threads, late, exact):
-    square = framer(path, size)
+def _decode(path, frames, size, start, stride, threads, late, exact, whole):
+    square = framer(path, size, whole)
     with opened(path) as container:
         stream = container.streams.video[0]
         total, rate, own = timeline(container, stream)
@@ -1706,8 +1707,9 @@ EXPECTED = 'a JSON list of {"video": path, "caption": text}'
 
 def read_manifest(path):
     """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
-    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph; from `data.py make` also
-    appearance, motion (class ids) and qa; `talk` of a row in the form of LLaVA (`conversations`): turns of one talk. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
+    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph, group, split (train, valid
+    or test); from `data.py make` also appearance, motion (class ids) and qa; `talk` of a row in the form of LLaVA (`conversations`): turns of one
+    talk. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
     return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
 
 
@@ -1761,7 +1763,7 @@ def csv_rows(text, path):
             raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` (or `path,caption`, under a header that says so); "
                            "quote a path that holds the separator")
         columns = dict(zip(header or ("video", "label"), cells))
-        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph") and v}, f"line {number}"
+        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph", "group", "split") and v}, f"line {number}"
 
 
 def line_rows(text, path):
@@ -1825,6 +1827,7 @@ def to_entry(row, where, folder, path):
                  caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
                  label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
                  group=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
+                 split=(lambda x: x in ("train", "valid", "val", "test"), '"train", "valid" or "test"'),
                  appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
                  qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
                      'a list of {"question": text, "answer": text}'),
@@ -1844,6 +1847,7 @@ def to_entry(row, where, folder, path):
         if empty := [t for t in turns if not t["value"]]:
             refuse(f'"conversations" holds a turn of "{empty[0]["from"]}" without a question; write one beside <video>')
         entry["talk"] = [dict(question=q["value"], answer=g["value"]) | {k: q[k] for k in ("type", "options") if k in q} for q, g in zip(turns[::2], turns[1::2])]
+    entry |= {"split": row["split"].replace("valid", "val").replace("val", "valid")} if row.get("split") is not None else {}
     return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
 
 

@@ -15,8 +15,10 @@ Training: labels are matched to queries (exact Hungarian, batched, below), then 
 """
 from __future__ import annotations
 
+import json
 import math
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +36,11 @@ from data import BadInput
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet, as every backbone here expects
 
 
-def normalise(video):
-    """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W), ImageNet mean 0 and deviation 1, on the video's device."""
+def normalise(video, mean=MEAN, std=STD):
+    """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W), mean 0 and deviation 1 (of ImageNet, unless told), on the video's device."""
     if video.dtype != torch.uint8 or video.dim() != 5 or video.shape[-1] != 3:
         raise ValueError(f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}")
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1) * 255 for v in (mean, std))
     return (video.movedim(-1, 2).float() - mean) / std
 
 
@@ -49,19 +51,23 @@ def normalise(video):
 KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)      # numbers; the last two: counters
 
 
-def read_weights(path):
+def read_weights(path, wrappings=("model", "state_dict")):
     """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
-    model.safetensors or pytorch_model.bin -> {name: tensor}, on the CPU. The wrappings {"model": ...}, {"state_dict": ...} are
-    taken off, and `module.`. Half a file, no weights, or weights that are not finite numbers: BadInput."""
+    model.safetensors or pytorch_model.bin, or either's .index.json and the shards that it names -> {name: tensor}, on the CPU.
+    Wrappings, {"model": ...}, {"state_dict": ...}, are taken off, of several in one file the first, and `module.`. Half a file, no
+    weights, or weights that are not finite numbers: BadInput."""
     path = Path(path)
-    file = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()), None) if path.is_dir() else path
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    file = next((path / n for n in names if (path / n).exists()), None) if path.is_dir() else path
     if file is None or not file.exists():
-        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin" if path.is_dir() else "no such file or folder; check the path"))
+        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin, nor the index of their shards" if path.is_dir() else "no such file or folder; check the path"))
+    if file.name.endswith(".index.json"):
+        return read_shards(file)
     try:
-        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:                                   # torch.load raises many types on a file that is not its own
         raise BadInput(f"{file}: not a whole file of weights ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}); fetch it again") from None
-    while isinstance(weights, dict) and (inner := next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), None)):
+    while isinstance(weights, dict) and (inner := next((weights[k] for k in wrappings if isinstance(weights.get(k), dict)), None)):
         weights = inner
     if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights) or not any(torch.is_tensor(v) for v in weights.values()):
         raise BadInput(f"{file}: holds no named weights; expected a state dict")
@@ -73,6 +79,21 @@ def read_weights(path):
     if broken:
         raise BadInput(f"{file}: weights that are NaN or infinite: {', '.join(broken)}; fetch or train it again")
     return weights
+
+
+def read_shards(index):
+    """A hub's index of shards (JSON) -> the weights of all the files that it names; each must be there and hold what the index says."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise BadInput(f"{index}: no index of shards ({type(error).__name__}: {error}); fetch it again") from None
+    if lacking := [f for f in files if not (index.parent / f).is_file()]:
+        raise BadInput(f"{index}: names shards that are not beside it: {', '.join(lacking)}; fetch them too")
+    shards = {f: read_weights(index.parent / f) for f in files}
+    if lacking := [f"{k} in {f}" for k, f in places.items() if k not in shards[f]]:
+        raise BadInput(f"{index}: weights that are not where it says: {', '.join(lacking)}; fetch the folder again")
+    return {k: v for shard in shards.values() for k, v in shard.items()}
 
 
 def fit_weights(module, weights, where):

@@ -488,9 +488,9 @@ class Run:
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
     VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips", "heldout_clips",
-                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames"}
+                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames", "cache_dir"}
 
-    def __init__(self, cfg, name, extra=None):
+    def __init__(self, cfg, name, extra=None, told=True):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
         self.state, self.log = self.folder / "state.pt", self.folder / "log.jsonl"
         if ranks()[0]:
@@ -517,7 +517,8 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)     # nothing of an older run stays beside the new one's
         for stale in self.folder.glob(".*.[0-9]*"):              # what a kill in the middle of `replace` left
             stale.unlink(missing_ok=True)
-        print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
+        if told:
+            print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
         write_json(config, values)
 
     @classmethod
@@ -622,12 +623,13 @@ def mean_of(rows):
 # What every run shares: data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def split_entries(entries, share):
+def split_entries(entries, share, salt=""):
     """(training, held out): every entry goes where the hash of its name says, so that a file stays on its side when others
     are added. Of two dozen or fewer, chance may hold out next to none: then the sixth with the smallest hashes is held out, and
-    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more)."""
+    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more).
+    salt: what is split again needs another hash: those that the first left are all above its share."""
     def number(entry):
-        return zlib.crc32(os.path.basename(entry["path"]).encode())
+        return zlib.crc32((salt + os.path.basename(entry["path"])).encode())
     order = sorted(entries, key=number)
     least = -(-len(order) // 6) if len(order) <= 24 else 1
     n = min(max(sum(number(e) < share * 2 ** 32 for e in order), least), max(len(order) - 1, 0))
