@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from einops import rearrange
 from tqdm import tqdm
 
 import data
