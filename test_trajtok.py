@@ -6748,7 +6748,7 @@ TASKS = dict(appearance=list(data.SHAPES), motion=list(data.MOTIONS))
 CPU = torch.device("cpu")
 
 
-def filled(folder, clips, frozen, cfg=HEADS):
+def cache_of(folder, clips, frozen, cfg=HEADS):
     truth = isinstance(clips, train_adapter.WorldClips)
     return train_adapter.fill(folder, "train", clips, train_adapter.record_of(frozen, truth), frozen, CPU, cfg)
 
@@ -6756,7 +6756,7 @@ def filled(folder, clips, frozen, cfg=HEADS):
 def test_features_survive_the_disk(tmp_path):
     """Catches: rows that change places, fields that overlap, features of other weights or clips that are taken for these; a file of another size than announced."""
     frozen, clips = frozen_pair(), train_adapter.WorldClips(data.World(32, 2), 100, 21)
-    cached = filled(tmp_path, clips, frozen)
+    cached = cache_of(tmp_path, clips, frozen)
     assert sorted(os.listdir(tmp_path)) == ["train.bin", "train.json"] and cached.kept == list(range(21)) and cached.views == 1
     record = train_adapter.record_of(frozen, True)
     assert os.path.getsize(tmp_path / "train.bin") == 21 * record.itemsize == 21 * 16 * (2 * 128 + 2 * 6 + 1)
@@ -6767,8 +6767,8 @@ def test_features_survive_the_disk(tmp_path):
     assert torch.equal(kept["truth"], fresh["truth"]) and kept["index"] == fresh["index"] == some
     assert all(torch.equal(kept["y"][kind], fresh["y"][kind]) for kind in TASKS)
     made = os.stat(tmp_path / "train.bin").st_mtime_ns
-    assert filled(tmp_path, clips, frozen).y["motion"].tolist() == cached.y["motion"].tolist() and os.stat(tmp_path / "train.bin").st_mtime_ns == made
-    assert filled(tmp_path, clips, frozen._replace(key="y")).count == 21 and os.stat(tmp_path / "train.bin").st_mtime_ns != made
+    assert cache_of(tmp_path, clips, frozen).y["motion"].tolist() == cached.y["motion"].tolist() and os.stat(tmp_path / "train.bin").st_mtime_ns == made
+    assert cache_of(tmp_path, clips, frozen._replace(key="y")).count == 21 and os.stat(tmp_path / "train.bin").st_mtime_ns != made
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, capsys):
@@ -6783,17 +6783,17 @@ def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, capsys):
         return look(*args)
     monkeypatch.setattr(train_adapter, "look", counted)
     with pytest.raises(SystemExit) as stop:
-        filled(tmp_path, clips, frozen)
+        cache_of(tmp_path, clips, frozen)
     assert stop.value.code == 143 and len(calls) == 2 and sorted(os.listdir(tmp_path)) == ["train.0of1.json", "train.part"]
-    assert "goes on at clip 16" in (filled(tmp_path, clips, frozen), capsys.readouterr().out)[1] and len(calls) == 4
+    assert "goes on at clip 16" in (cache_of(tmp_path, clips, frozen), capsys.readouterr().out)[1] and len(calls) == 4
     (tmp_path / "b").mkdir()
-    assert (filled(tmp_path / "b", clips, frozen), (tmp_path / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes())[1]
+    assert (cache_of(tmp_path / "b", clips, frozen), (tmp_path / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes())[1]
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(BadInput, match="No space left"):
-        filled(tmp_path / "b", clips, frozen._replace(key="z"))
+        cache_of(tmp_path / "b", clips, frozen._replace(key="z"))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(adapter_run, tmp_path, capsys, monkeypatch):
@@ -6943,7 +6943,7 @@ def test_a_grid_of_heads_is_each_head_alone(adapter_run, tmp_path, monkeypatch):
     cfg = dataclasses.replace(HEADS, out=str(tmp_path))
     clips, frozen = train_adapter.WorldClips(data.World(32, 2), 100, 24), frozen_pair()
     settings = [train_adapter.Setting(row, lr, decay) for row in train_adapter.ROWS for lr, decay in ((1e-3, 0.05), (1e-2, 0.05), (1e-2, 2.0))]
-    cached, args = filled(tmp_path, clips, frozen), (range(24), 3, tmp_path)
+    cached, args = cache_of(tmp_path, clips, frozen), (range(24), 3, tmp_path)
     together = train_adapter.train_heads(settings, cached, *args, "all", frozen, TASKS, CPU, cfg)
     states = [head.state_dict() for head in together]
     for i in (0, 4, 8, 11):
