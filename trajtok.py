@@ -1184,6 +1184,7 @@ def peak_of(run, device):
             return None
         return (torch.cuda.max_memory_allocated() - held) / 2 ** 30
     before = 0.0
+    run()                                                        # the libraries' own code, read on the first pass, is not what a pass takes
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)            # what is free already must not hide what the pass takes
         Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
