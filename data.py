@@ -221,6 +221,7 @@ def cores():
 def serve(connection):
     """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # by way of every `finally`: nothing half-written stays
     torch.set_num_threads(1)
     answer = None, None
     while True:
@@ -256,6 +257,8 @@ def in_processes(work, jobs, workers, seconds=math.inf):
             pool[ours] = process, starting, math.inf
 
     def end(ours, process):
+        process.terminate()
+        process.join(2)                                          # to remove what it was writing; what hangs does not answer, and is killed
         process.kill()
         process.join()
         ours.close()
