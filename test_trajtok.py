@@ -7095,7 +7095,7 @@ def test_bad_adapter_data_is_refused(adapter_run, labelled_films, tokenizer_fold
     assert "2 of 3 entries have no label" in told([(0, {}), (1, {}), (2, label("a"))])
     assert "the first 'c'" in told([*part, (5, label("c", split="test"))])
     assert "group g tested on" in told([(i, label("ab"[i % 2], group="ghi"[i // 2])) for i in range(6)] + [(6, label("odd", group="g"))])
-    assert "both learnt from and tested on" in told([*part, (0, label("a", split="test"))])
+    assert "in two of the sets" in told([*part, (0, label("a", split="test"))])
     assert "give every entry one" in told([*part, (5, label("b"))])
     assert '"train", "valid" or "test"' in told([(0, label("a", split="later"))])
     assert "no entry of" in told(part, "--labels", "a,z")

@@ -1142,9 +1142,10 @@ def check_folds(cfg, entries, folds):
         unseen = sorted({entries[i]["label"] for i in (*valid, *test)} - known)
         if unseen:
             raise BadInput(f"{where}: {len(unseen)} labels are in no training video, the first {unseen[0]!r}; leave them out with --labels {','.join(sorted(known)[:8])}")
-        twice = {os.path.realpath(entries[i]["path"]) for i in train} & {os.path.realpath(entries[i]["path"]) for i in (*valid, *test)}
+        learnt, chosen, tested = ({os.path.realpath(entries[i]["path"]) for i in part} for part in (train, valid, test))
+        twice = learnt & (chosen | tested) | chosen & tested
         if twice:
-            raise BadInput(f"{where}: {len(twice)} videos are both learnt from and tested on, the first {min(twice)}; leave them out of one")
+            raise BadInput(f"{where}: {len(twice)} videos are in two of the sets to learn from, to choose by and to test on, the first {min(twice)}; leave them out of one")
 
 
 class Source(NamedTuple):

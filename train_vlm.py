@@ -1056,8 +1056,8 @@ def story_world(cfg, frames):
 class Stories(NamedTuple):
     """Made stories of one length, looked at once: the segmenter is frozen, so what it sees of them never changes."""
     features: torch.Tensor          # float16 (n, windows, t, h, w, d)
-    ids: torch.Tensor               # int8 (n, windows, t, h, w): the segmenter's trajectories
-    truth: torch.Tensor             # int8, the true ones
+    ids: torch.Tensor               # int16 (n, windows, t, h, w): the segmenter's trajectories
+    truth: torch.Tensor             # int16, the true ones
     qa: list                        # of each clip its questions
     captions: list
     times: list                     # seconds of each frame, of all clips
@@ -1077,8 +1077,8 @@ def look_at_stories(cfg, segmenter, size, side, frames, first, count, device):
         video, labels = (windowed(x, cfg.window) for x in data.rasterise(data.stack(scripts), size, device))
         with precision(device, cfg.bf16):
             features, ids = perceive(segmenter, video, size, side)
-        truth = labels_on_grid(labels, (video.shape[1], side, side), cfg.num_queries).view(ids.shape)
-        parts.append([x.unflatten(0, (len(scripts), -1)).cpu() for x in (features.to(torch.float16), ids.to(torch.int8), truth.to(torch.int8))])
+        truth = labels_on_grid(labels, (video.shape[1], side, side), segmenter.cfg.num_queries).view(ids.shape)
+        parts.append([x.unflatten(0, (len(scripts), -1)).cpu() for x in (features.to(torch.float16), ids.to(torch.int16), truth.to(torch.int16))])
     return Stories(*(torch.cat(x) for x in zip(*parts)), qa, captions, [i / FPS for i in range(frames)])
 
 
@@ -1417,7 +1417,7 @@ def evaluate(model, parts, cfg, held_out, device):
 
 def accuracies(rows):
     """Rows of `judged` -> {"all", each type, each length, and each type at each length: dict(choice, open, chance, questions)}."""
-    parts = {"all": rows}
+    parts = {"all": list(rows)}
     for row in rows:
         for key in (row["type"], f"{row['frames']} frames", f"{row['type']}, {row['frames']} frames"):
             parts.setdefault(key, []).append(row)
@@ -1577,7 +1577,8 @@ def open_films(cfg, parts):
         if turn.get("options") and (not isinstance(turn["options"], list) or turn["answer"] not in turn["options"]):
             raise BadInput(f'--data {cfg.data}: the options {str(turn["options"])[:80]} of {turn["question"][:60]!r} do not hold its answer {turn["answer"][:40]!r}')
     train_, test = split_entries(entries, 0.25)
-    captioned = [e for e in (data.read_manifest(cfg.captions) if cfg.captions else train_) if e["caption"]]
+    held_out = {os.path.realpath(e["path"]) for e in test}       # a caption may say what a question about its video asks
+    captioned = [e for e in (data.read_manifest(cfg.captions) if cfg.captions else train_) if e["caption"] and os.path.realpath(e["path"]) not in held_out]
     if cfg.caption_steps and not captioned:
         raise BadInput(f"--caption-steps {cfg.caption_steps}: {cfg.captions or cfg.data} has no captions; give --captions MANIFEST, or --caption-steps 0")
     films = functools.partial(Films, frames=frames, size=size, batch=cfg.batch, seed=cfg.seed)
