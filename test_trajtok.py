@@ -6744,7 +6744,7 @@ def frozen_pair(key="x"):
     return train_adapter.Frozen(backbone, segmenter.Segmenter(TINY.segmenter).eval().requires_grad_(False), 32, key)
 
 
-TASKS = dict(appearance=list(data.SHAPES), motion=list(data.MOTIONS))
+TASKS = dict(colour=list(data.COLOURS), appearance=list(data.SHAPES), motion=list(data.MOTIONS))
 CPU = torch.device("cpu")
 
 
@@ -6931,7 +6931,7 @@ def test_adapter_run_on_the_world(adapter_run):
         scores = {}
         for v in first["valid"]:
             if v["setting"][0] == row:
-                scores.setdefault(tuple(v["setting"]), []).append(v["appearance"] + v["motion"])
+                scores.setdefault(tuple(v["setting"]), []).append(v["colour"] + v["appearance"] + v["motion"])
         assert np.mean(scores[tuple(setting)]) == max(map(np.mean, scores.values()))
     table = json.loads((adapter_run.parent / "adapter-nano.json").read_text())
     assert table["rows"] == result["rows"] and table["config"]["train_clips"] == 24
