@@ -6687,6 +6687,7 @@ def test_ten_percent_of_the_tubes_stay():
     assert len(set(visible.flatten().tolist())) == 64            # every cell has its turn
     model, rng = masked_autoencoder(), torch.Generator().manual_seed(0)
     video = torch.randint(0, 256, (2, 4, 64, 64, 3), dtype=torch.uint8, generator=rng)
+    video[:, :, :, :32] = 90                                     # flat: a loss on all places, or on the visible ones, is another
     loss, prediction, target, hidden = model(video, visible[:4])
     assert prediction.shape == target.shape == (4, 2 * 64, 384) and hidden.shape == (4, 128)
     assert torch.equal(hidden[:, :64], hidden[:, 64:]) and (~hidden).sum(1).tolist() == [12] * 4
@@ -6867,9 +6868,9 @@ def test_splits(monkeypatch):
             for e in sets[name]:
                 e["path"] = name + e["path"]
         return train_adapter.splits(train_adapter.AdapterConfig(data="m", **flags))
-    entries, folds = split(rows_of("abcab" * 20))
-    assert len(folds) == 1 and sorted(sum(folds[0], [])) == list(range(100)) and 10 < len(folds[0][2]) < 30 and 3 < len(folds[0][1]) < 16
-    again = split(rows_of("abcab" * 20 + "ab"))[1]
+    entries, folds = split(rows_of("abcab" * 60))
+    assert len(folds) == 1 and sorted(sum(folds[0], [])) == list(range(300)) and 40 < len(folds[0][2]) < 80 and 12 < len(folds[0][1]) < 40
+    again = split(rows_of("abcab" * 60 + "ab"))[1]
     assert set(folds[0][0]) <= set(again[0][0]) and set(folds[0][2]) <= set(again[0][2])             # a video stays on its side when others come
     entries, folds = split(rows_of("ab" * 12, group=[str(i // 6) for i in range(24)]))
     assert len(folds) == 4 and sorted(i for fold in folds for i in fold[2]) == list(range(24))

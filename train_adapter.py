@@ -76,8 +76,8 @@ class AdapterConfig:
     # the procedural world
     max_objects: int = 4                        # 1 .. 8 objects in a clip
     shared_colours: bool = False                # may two objects of a made clip wear the same colour?
-    camera: bool = True                         # may the camera of a made clip pan and zoom?
-    light: bool = True                          # may a made clip get lighter or darker?
+    camera: bool = False                        # may the camera of a made clip pan and zoom?
+    light: bool = False                         # may a made clip get lighter or darker?
     train_clips: int = 3000                     # made clips that heads learn from
     valid_clips: int = 500                      # made clips that settings are chosen by
     test_clips: int = 1000                      # made clips that are reported on
@@ -170,6 +170,9 @@ class AdapterConfig:
         return [(lr, decay) for lr in dict.fromkeys(lrs) for decay in dict.fromkeys(decays)]
 
 
+# CHOICE: camera and light of the world keep still. Chosen on validation clips, one seed, 300 steps of 32 clips, as a question that minutes of heads can
+# answer in part: colour of the largest object, linear / attentive / TrajAdapter x4 / true masks x4: still 20 / 64 / 72 / 75 %; moving 15 / 51 / 62 / 61 %.
+# (Among two objects at most 64 and 81 % for attentive and true masks: less headroom.)
 # full: the published protocol of V-JEPA2's probes (SPECS 4): 20 epochs, 3 layers of self-attention before the query, 16 heads.
 ADAPTER_SIZES = {
     "nano": dict(size="nano"),
