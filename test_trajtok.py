@@ -6571,7 +6571,7 @@ def test_bad_questions_and_films_are_refused(vlm_run, media, tmp_path, capsys):
 # train_adapter.py: heads, and masks on the backbone's grid
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEADS = train_adapter.AdapterConfig(image_size=32, frames=2, width=32, heads=2, layers=1, probe_heads=2, decoder_width=32, decoder_layers=1, head_batch=8, feature_batch=8)
+HEADS = train_adapter.AdapterConfig(image_size=32, frames=2, width=32, heads=2, layers=1, probe_heads=2, decoder_width=32, decoder_layers=1, head_batch=8, feature_batch=8, epochs=3)
 
 
 def two_halves(count, seed=0):
@@ -6600,7 +6600,7 @@ def test_trajadapter_separates_what_the_mean_mixes():
         torch.manual_seed(0)
         head = train_adapter.new_head(row, 16, 2, 4, HEADS)
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-        for _ in range(40):
+        for _ in range(25):
             optimizer.zero_grad()
             F.cross_entropy(head(x, seg, m), y).backward()
             optimizer.step()
