@@ -500,7 +500,7 @@ def script(index, world=World()):
     light (T, 3): gain per colour; place (8, T, 4): x, y, radius, angle of each object on the *screen*, painted in order
     of the first axis (object 0 lies deepest); shape (8,), count: objects that exist; surface (12, 11): texture kind,
     tiles per unit, cos, sin, shading, colour A (3), colour B (3) of grounds 0..3 and objects 4..11.
-    caption, qa (list of {type, question, answer}), appearance and motion (class ids), index.
+    caption, qa (list of {type, question, answer}), appearance, colour and motion (class ids of the subject), index.
     Of a skinned world also skin and bend: see `dress`."""
     dice = Dice(index)
     skinner = None if world.textures is None else Dice(index, 1)             # a stream of its own: pictures do not change who does what
@@ -654,7 +654,7 @@ def script(index, world=World()):
     return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
                 light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
                 surface=surface.astype(np.float32), **words,
-                appearance=min(looks[0]["shape"], BLOB), motion=MOTIONS.index(program), **skins)
+                appearance=min(looks[0]["shape"], BLOB), colour=looks[0]["colour"], motion=MOTIONS.index(program), **skins)
 
 
 def tell(looks, T, acts, dice):
@@ -2708,7 +2708,7 @@ class WorldBatches(torch.utils.data.Dataset):
         chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
         scripts = [script(j, self.world) for j in chosen]
         return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
-                    appearance=torch.tensor([s["appearance"] for s in scripts]),
+                    appearance=torch.tensor([s["appearance"] for s in scripts]), colour=torch.tensor([s["colour"] for s in scripts]),
                     motion=torch.tensor([s["motion"] for s in scripts]), qa=[s["qa"] for s in scripts], index=[s["index"] for s in scripts])
 
 

@@ -76,23 +76,23 @@ class AdapterConfig:
     # the procedural world
     max_objects: int = 4                        # 1 .. 8 objects in a clip
     shared_colours: bool = False                # may two objects of a made clip wear the same colour?
-    camera: bool = True                         # may the camera of a made clip pan and zoom?
-    light: bool = True                          # may a made clip get lighter or darker?
-    train_clips: int = 2000                     # made clips that heads learn from
+    camera: bool = False                        # may the camera of a made clip pan and zoom?
+    light: bool = False                         # may a made clip get lighter or darker?
+    train_clips: int = 3000                     # made clips that heads learn from
     valid_clips: int = 500                      # made clips that settings are chosen by
     test_clips: int = 1000                      # made clips that are reported on
     # pre-training, without --backbone and --tokenizer
-    steps: int = 500                            # steps of the VideoMAE
-    batch: int = 64                             # clips a step of each process
+    steps: int = 600                            # steps of the VideoMAE
+    batch: int = 32                             # clips a step of each process
     masks: int = 2                              # masks that each of these clips is seen under
     mask: float = 0.9                           # share of tubes that is hidden (published: 0.9)
     decoder_layers: int = 2                     # its decoder, which is thrown away: layers, width
-    decoder_width: int = 96                     # a multiple of 32 (heads of 32 channels)
+    decoder_width: int = 64                     # a multiple of 32 (heads of 32 channels)
     lr: float = 2e-3                            # peak learning rate
     warmup: int = 40                            # steps of linear warm-up; then a cosine to 1 %
     weight_decay: float = 0.05                  # on matrices
     clip: float = 1.0                           # largest gradient norm, of the VideoMAE and of each head
-    segmenter_steps: int = 200                  # steps of `trajtok.py pretrain`
+    segmenter_steps: int = 300                  # steps of `trajtok.py pretrain`
     # the heads
     rows: str = "linear,attentive,trajadapter,oracle"   # with commas; oracle: the true masks, of made clips only
     tokens: str = "1,2,4"                       # tokens a trajectory: one of these is drawn at each step, all are reported
@@ -102,9 +102,9 @@ class AdapterConfig:
     depth: int = 1                              # trajadapter: layers of the trajectory encoder
     layers: int = 2                             # trajadapter: layers of the transformer over live tokens
     heads: int = 4                              # trajadapter: heads
-    lrs: str = "1e-3,4e-3"                      # learning rates of the grid, with commas
+    lrs: str = "1e-3,2e-3"                      # learning rates of the grid, with commas
     weight_decays: str = "0.05"                 # weight decays of the grid, with commas
-    epochs: int = 8                             # over the training clips
+    epochs: int = 5                             # over the training clips
     head_batch: int = 32                        # clips a step of each process
     head_warmup: float = 0.1                    # share of the steps that warms up; then a cosine to 1 %
     seeds: str = "0,1,2"                        # of the heads and of the order of their clips, with commas; the first one chooses from the grid
@@ -170,6 +170,9 @@ class AdapterConfig:
         return [(lr, decay) for lr in dict.fromkeys(lrs) for decay in dict.fromkeys(decays)]
 
 
+# CHOICE: camera and light of the world keep still. Chosen on validation clips, one seed, 300 steps of 32 clips, as a question that minutes of heads can
+# answer in part: colour of the largest object, linear / attentive / TrajAdapter x4 / true masks x4: still 20 / 64 / 72 / 75 %; moving 15 / 51 / 62 / 61 %.
+# (Among two objects at most 64 and 81 % for attentive and true masks: less headroom.)
 # full: the published protocol of V-JEPA2's probes (SPECS 4): 20 epochs, 3 layers of self-attention before the query, 16 heads.
 ADAPTER_SIZES = {
     "nano": dict(size="nano"),
@@ -590,6 +593,15 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))                                                           # 2
 
 
+def start(module, depth):
+    """Matrices of a head start at a deviation of 1 / sqrt(fan in), the ends of its `depth` branches smaller: PyTorch's own start, 0.58 of that, leaves
+    attention faint. Of both kinds of heads: after 300 steps on 2 000 made clips the attentive probe named the largest object's colour in 51 instead of
+    47 % of 400 validation clips (one seed each)."""
+    for name, p in module.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5 / (math.sqrt(2 * depth) if name.endswith(("proj.weight", "mlp.2.weight")) else 1))
+
+
 class Linear(nn.Module):
     """The mean of all tokens, a LayerNorm (VideoMAE's fc_norm), a linear layer."""
 
@@ -614,6 +626,7 @@ class Attentive(nn.Module):
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.norm1, self.q, self.kv = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
         self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        start(self, layers + 1)
         self.head = nn.Linear(dim, classes)
 
     def forward(self, x, seg, m):
@@ -628,14 +641,18 @@ class Attentive(nn.Module):
 
 class TrajAdapter(nn.Module):
     """Features pooled by trajectory: m tokens of each (the encoder of TrajTok, with keys that know when and where), then a small
-    transformer over [CLS; live tokens]. CHOICE: a LayerNorm before the projection (VideoMAE's tokens come without one)."""
+    transformer over [CLS; live tokens]. CHOICE: a LayerNorm before the projection (VideoMAE's tokens come without one), and a projection that starts at a
+    deviation of 2, like the segmenter's F (four normed maps, summed): at 0.58 z_init drowned in the learned codes beside it. Measured as in `start`, with the
+    true masks: 43 % at 0.58, 57 at 1, 63 at 2."""
 
     def __init__(self, dim, classes, num_queries, cfg):
         super().__init__()
         self.norm, self.proj = nn.LayerNorm(dim), nn.Linear(dim, cfg.width)
+        nn.init.normal_(self.proj.weight, std=2 * dim ** -0.5)
         self.encoder = TrajectoryEncoder(EncoderConfig(cfg.width, num_queries, cfg.depth, cfg.heads, max(cfg.choices), cfg.width))
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.blocks = nn.ModuleList(Layer(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        start(self.blocks, cfg.layers)
         self.out, self.head = nn.LayerNorm(cfg.width), nn.Linear(cfg.width, classes)
 
     def forward(self, x, seg, m):
@@ -704,7 +721,9 @@ def oracle(ids, index, grid):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class WorldClips:
-    """Clips begin ... of the procedural world; two classes each: `appearance` (shape of the largest object) and `motion` (what it does)."""
+    """Clips begin ... of the procedural world; three classes each, all of the largest object: its `colour`, its `appearance` (shape) and its `motion`.
+    CHOICE: colour is asked beside the two kinds that the world has names for. Shapes and motions take more than minutes to learn; which of several
+    colours is the largest thing's does not, and a mean over all tokens cannot tell."""
     views = 1
 
     def __init__(self, world, begin, count):
@@ -712,7 +731,7 @@ class WorldClips:
 
     def get(self, positions, draw=None):
         batch = data.WorldBatches(self.world, len(positions), indices=[self.begin + i for i in positions])[0]
-        return batch | dict(index=list(positions), y={kind: batch[kind] for kind in ("appearance", "motion")})
+        return batch | dict(index=list(positions), y={kind: batch[kind] for kind in ("colour", "appearance", "motion")})
 
 
 class EntryClips:
@@ -1160,7 +1179,7 @@ def open_source(cfg, read):
         # far up the training range, where no pre-training gets; validation and test have ranges of their own
         begins = dict(train=(500_000_000, cfg.train_clips), valid=(data.VALIDATION, cfg.valid_clips), test=(data.TEST, cfg.test_clips))
         parts = {name: WorldClips(world_of(cfg), *where) for name, where in begins.items()}
-        return Source(parts, [tuple(list(range(clips.count)) for clips in parts.values())], dict(appearance=list(data.SHAPES), motion=list(data.MOTIONS)))
+        return Source(parts, [tuple(list(range(clips.count)) for clips in parts.values())], dict(colour=list(data.COLOURS), appearance=list(data.SHAPES), motion=list(data.MOTIONS)))
     entries, folds = read
     names = sorted({e["label"] for e in entries})
     y = torch.tensor([names.index(e["label"]) for e in entries])
