@@ -6198,7 +6198,22 @@ def test_what_is_seen_is_the_segmenters_on_the_vision_grid():
             logits = F.interpolate(seg.logits[0].view(8, 8, 8, 12).permute(0, 3, 1, 2), size=(4, 4), mode="bilinear").argmax(1)
             assert torch.equal(got.ids[clip, window].long(), logits)
             close(got.features[clip, window].float(), seg.features[0].view(8, 4, 2, 4, 2, 32).mean((2, 4)), 1e-2)
-            assert torch.equal(got.truth[clip, window].long(), labels[clip, part, 4::8, 4::8])
+            order = torch.from_numpy(np.random.default_rng((5, 2 * clip + window)).permutation(12))   # no number means the same thing in two windows
+            assert torch.equal(got.truth[clip, window].long(), order[labels[clip, part, 4::8, 4::8]])
+    few = vlm_parts(window=8, queries=5)                         # of a segmenter that has fewer queries than the flag says
+    assert int(train_vlm.look_at_stories(cfg, few.segmenter, 32, 4, 16, 5, 2, torch.device("cpu")).truth.max()) == 4
+
+
+def test_captions_tell_nothing_of_films_that_are_asked_about_later(tmp_path):
+    """Catches: a manifest of captions that holds the held-out films too, by the same path or through a link."""
+    rows = [dict(video=f"clip{i}.mp4", caption=f"story {i}", qa=[dict(question="What?", answer="x")]) for i in range(20)]
+    for i in range(20):
+        (tmp_path / f"clip{i}.mp4").write_bytes(b"")
+        (tmp_path / f"link{i}.mp4").symlink_to(tmp_path / f"clip{i}.mp4")
+    cfg = train_vlm.VLMConfig(data=str(manifest(tmp_path / "qa.json", rows)), frames="8", captions=str(manifest(tmp_path / "captions.json", [r | dict(video=f"link{i}.mp4") for i, r in enumerate(rows)])))
+    (captioned, learnt), held_out = train_vlm.open_films(cfg, vlm_parts(window=8))
+    told, asked = ({e["caption"] for e in films.entries} for films in (captioned, held_out))
+    assert asked and told == {e["caption"] for e in learnt.entries} == {r["caption"] for r in rows} - asked
 
 
 def test_time_stamps_stand_before_their_windows():
@@ -6531,7 +6546,8 @@ def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypat
     (["--connector", "trajtok,qformer"], "no 'qformer'"), (["--frames", "12"], "--frames 12: a multiple of --window 8, e.g. 8"), (["--frames", "4"], "at least 8 frames"),
     (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "0"], "--clips 0: at least 1"),
     (["--frames", "8,4096"], "give at most"), (["--size", "8b"], "--size 8b"), (["--tokenizer", "nowhere"], "nowhere: neither"), (["--decoder", "nowhere"], "nowhere"),
-    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--vision", "siglip"], "made stories are looked at"), (["--steps", "0"], "at least 1"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
+    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--vision", "siglip"], "made stories are looked at"), (["--steps", "0"], "at least 1"), (["--width", -5], "--width -5: at least 1"),
+    (["--sft-rates", "0,0,0"], "nothing to train"), (["--rates", "1e-3,0,0", "--caption-steps", 1, "--connector", "trajtok,blind"], "leave blind out"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
     (["--data", "x.jsonl", "--connector", "oracle", "--frames", 8], "made stories"), (["--resume", "--connector", "trajtok", "--lr", "1"], "unrecognized")])
 def test_bad_flags_of_the_vlm_are_refused(vlm_run, tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a traceback, or a run that begins, where one line should name the value and the mend."""
@@ -6567,6 +6583,11 @@ def test_bad_questions_and_films_are_refused(vlm_run, media, tmp_path, capsys):
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     films = ["--data", tmp_path / "qa.jsonl", "--frames", 8, "--caption-steps", 0, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--results", tmp_path]
     assert "<|video_pad|>" in refused(capsys, train_vlm.main, *films)
+    for extra, words in ((dict(type="all"), "the type 'all'"), (dict(type=["x"]), "the type"), (dict(options=["x", 3]), "give texts"), (dict(options=["x"] + [f"y{i}" for i in range(63)]), "at most 63"),
+                         (dict(options=["y", "z"]), "do not hold its answer")):
+        asked = [r | dict(conversations=[dict(r["conversations"][0], value="What?") | extra, r["conversations"][1]]) for r in rows]
+        (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        assert words in refused(capsys, train_vlm.main, "--data", tmp_path / "odd.jsonl", *films[2:])
     assert "at least 2 rows" in refused(capsys, train_vlm.main, *films[:1], manifest(tmp_path / "none.json", [dict(video=str(clip), caption="a")]), *films[2:])
 # train_adapter.py: heads, and masks on the backbone's grid
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6773,6 +6794,20 @@ def test_features_survive_the_disk(tmp_path):
     made = os.stat(tmp_path / "train.bin").st_mtime_ns
     assert cache_of(tmp_path, clips, frozen).y["motion"].tolist() == cached.y["motion"].tolist() and os.stat(tmp_path / "train.bin").st_mtime_ns == made
     assert cache_of(tmp_path, clips, frozen._replace(key="y")).count == 21 and os.stat(tmp_path / "train.bin").st_mtime_ns != made
+
+
+def test_features_of_other_inputs_are_other_features():
+    """Catches: a cache that is kept where the weights are the same, and frames, size, pixels, the segmenter's size or the precision are not."""
+    segmenter_, cfg = trajtok.TrajTok(TINY).segmenter, VJEPA[64]
+    nets = {change: train_adapter.new_backbone(dataclasses.replace(cfg, **dict([change]))) for change in (("frames", cfg.frames), ("frames", 8), ("image_size", 96), ("mean", (0.5, 0.5, 0.5)))}
+    for net in nets.values():
+        net.load_state_dict(nets["frames", cfg.frames].state_dict())
+    plain = nets["frames", cfg.frames]
+    keys = [train_adapter.frozen_key(net, segmenter_, 32, False) for net in nets.values()]
+    keys += [train_adapter.frozen_key(plain, segmenter_, 64, False), train_adapter.frozen_key(plain, segmenter_, 32, True)]
+    assert len(set(keys)) == 6 and keys[0] == train_adapter.frozen_key(plain, segmenter_, 32, False)
+    segmenter_.log_scale.data += 1
+    assert train_adapter.frozen_key(plain, segmenter_, 32, False) not in keys
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, capsys):

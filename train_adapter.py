@@ -786,7 +786,7 @@ class Frozen(NamedTuple):
     backbone: nn.Module
     segmenter: nn.Module
     side: int                       # pixels that the segmenter was trained on
-    key: str                        # tells other weights apart
+    key: str                        # tells other weights apart, and other frames, sizes and pixels
 
 
 @torch.no_grad()
@@ -1490,10 +1490,10 @@ def resolve(cfg, net):
     return dataclasses.replace(cfg, image_size=cfg.image_size or shape.image_size, frames=cfg.frames or shape.frames)
 
 
-def weights_key(*modules):
-    """A number that tells weights apart: a checksum of all of them."""
-    crc = 0
-    for module in modules:
+def frozen_key(net, segmenter, side, bf16):
+    """What tells features apart: a checksum of all weights, and all else that they depend on: frames, sizes, pixels of the backbone, the segmenter's side."""
+    crc = zlib.crc32(f"{net.cfg} {side} {bf16}".encode())
+    for module in (net, segmenter):
         for key, value in module.state_dict().items():
             crc = zlib.crc32(np.ascontiguousarray(value.detach().cpu().float().numpy()), zlib.crc32(key.encode(), crc))
     return f"{crc:08x}"
@@ -1536,7 +1536,8 @@ def train(cfg):
         mark, path = time.time(), pretrain_segmenter(cfg, folder)
         segmenter = given_segmenter(path)
         seconds["segmenter"] = time.time() - mark
-    frozen = Frozen(net.to(device).eval().requires_grad_(False), segmenter[0].to(device).eval().requires_grad_(False), segmenter[1], weights_key(net, segmenter[0]))
+    frozen = Frozen(net.to(device).eval().requires_grad_(False), segmenter[0].to(device).eval().requires_grad_(False), segmenter[1],
+                    frozen_key(net, *segmenter, cfg.bf16))
     if frozen.side != cfg.image_size:
         print(f"the segmenter was trained on {frozen.side} px: it sees the frames of {cfg.image_size} px at its own size")
     # 3. the clips, and their features

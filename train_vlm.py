@@ -66,7 +66,7 @@ def read_config(folder, kinds, what):
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: no configuration ({type(error).__name__}: {error}); give the folder of a published {what}, config.json and safetensors") from None
+        raise BadInput(f"{path}: no configuration ({type(error).__name__}: {error}); give the folder of {what} as published, config.json and safetensors") from None
     if kind not in kinds:
         raise BadInput(f"{path}: model_type {kind!r} is another architecture; {what} is read here ({', '.join(kinds)})")
     return config
@@ -771,8 +771,16 @@ class VLMConfig:
                              ("caption_steps", 0), ("row", 0), ("warmup", 0), ("window", 0), ("workers", 0), ("processes", 0), ("weight_decay", 0), ("seed", 0)):
             if not least <= getattr(self, field) < math.inf:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least {least}")
+        for field in ("layers", "width", "image_size"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
         if not 0 < self.clip < math.inf:
             raise BadInput(f"--clip {self.clip}: above 0")
+        for field, count in (("rates", self.caption_steps), ("sft_rates", self.steps)):          # the blind row has neither connector nor vision
+            connector, vision, decoder = numbers(getattr(self, field), float)
+            if count and not decoder and ("blind" in names or not connector and not (vision and self.vision)):
+                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: leaves {'the blind row ' if 'blind' in names else ''}nothing to train in this stage; "
+                               f"give a rate above 0, {'leave blind out of --connector, ' if 'blind' in names else ''}or no steps")
         if wrong := [t for t in numbers(self.frames) if self.window and t > self.window and t % self.window]:
             raise BadInput(f"--frames {wrong[0]}: a multiple of --window {self.window}, e.g. {max(wrong[0] // self.window, 1) * self.window}, or fewer than it")
         if self.eval_split not in ("test", "validation"):
@@ -961,6 +969,9 @@ def visual(encoding, marks, counts):
     return [part for mark, n in zip(marks, counts) for part in (mark, *[special(encoding, VIDEO)] * int(n))]
 
 
+MOST_OPTIONS = 63                                                # talk q has the code 64 q, its option o 64 q + o
+
+
 def sequence(encoding, marks, counts, talks, options=None):
     """One clip: marks, time stamps of its windows; counts, visual tokens of each; talks: lists of turns dict(question, answer).
     options: of each talk a list of answers to its last question, scored one by one; None: all answers of a talk are learnt. -> list of Pieces.
@@ -1068,6 +1079,13 @@ def windowed(x, window):
     return x if not window or x.shape[1] <= window else x.unflatten(1, (-1, window)).flatten(0, 1)
 
 
+def renumbered(truth, K, seed):
+    """True labels (v, t, h, w), -1 = none, each window's in an order of its own. A made clip's labels are in order of depth, the subject's always last, and the
+    same in all windows: a code learnt for a number would tell what no segmenter can."""
+    order = torch.stack([torch.from_numpy(np.random.default_rng((seed, i)).permutation(K)) for i in range(len(truth))]).to(truth.device)
+    return torch.where(truth < 0, truth, order.gather(1, truth.clamp(min=0).flatten(1)).view_as(truth))
+
+
 def look_at_stories(cfg, segmenter, size, side, frames, first, count, device):
     """Stories first .. first + count - 1 of so many frames, drawn and segmented a few at a time -> Stories."""
     world, parts, qa, captions = dataclasses.replace(story_world(cfg, frames), size=size), [], [], []
@@ -1078,6 +1096,7 @@ def look_at_stories(cfg, segmenter, size, side, frames, first, count, device):
         with precision(device, cfg.bf16):
             features, ids = perceive(segmenter, video, size, side)
         truth = labels_on_grid(labels, (video.shape[1], side, side), segmenter.cfg.num_queries).view(ids.shape)
+        truth = renumbered(truth, segmenter.cfg.num_queries, first + i)
         parts.append([x.unflatten(0, (len(scripts), -1)).cpu() for x in (features.to(torch.float16), ids.to(torch.int16), truth.to(torch.int16))])
     return Stories(*(torch.cat(x) for x in zip(*parts)), qa, captions, [i / FPS for i in range(frames)])
 
@@ -1574,6 +1593,11 @@ def open_films(cfg, parts):
         raise BadInput(f'--data {cfg.data}: {len(entries)} entries with questions; give at least 2 rows with "conversations" (or "qa")')
     for turn in (t for e in entries for talk in talks_of(e) for t in talk):
         check_question(turn["question"])
+        kind, options = turn.get("type"), turn.get("options")
+        if kind is not None and (not isinstance(kind, str) or kind == "all" or "," in kind or "frames" in kind):
+            raise BadInput(f'--data {cfg.data}: the type {str(kind)[:40]!r} of {turn["question"][:60]!r}: give a word other than "all", without a comma or "frames": it names a column')
+        if options and isinstance(options, list) and (len(options) > MOST_OPTIONS or not all(isinstance(o, str) for o in options)):
+            raise BadInput(f'--data {cfg.data}: the options of {turn["question"][:60]!r}: give texts, at most {MOST_OPTIONS}')
         if turn.get("options") and (not isinstance(turn["options"], list) or turn["answer"] not in turn["options"]):
             raise BadInput(f'--data {cfg.data}: the options {str(turn["options"])[:80]} of {turn["question"][:60]!r} do not hold its answer {turn["answer"][:40]!r}')
     train_, test = split_entries(entries, 0.25)
