@@ -5432,7 +5432,7 @@ def test_flags_give_back_the_configuration():
     """Catches: a row of the comparison that is trained with other numbers than the comparison's."""
     for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(train_clip.COMPARE["nano"], tokenizer="rlt", run_lengths=True)):
         cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES[changes.get("size", "nano")], **changes})
-        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, train_clip.flags(cfg)) == cfg
+        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, train_clip.flags(cfg, train_clip.CLIP_SIZES)) == cfg
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
@@ -7110,7 +7110,7 @@ def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys, ca
     (["--weight-decays", "-1"], "--weight-decays"), (["--mask", 1], "--mask 1"), (["--seeds", "x"], "--seeds x"), (["--epochs", 0], "--epochs 0"), (["--heads", 3], "--heads 3"),
     (["--data", "world", "--labels", "a"], "--labels"), (["--data", "nothing.csv"], "no such file"), (["--backbone", ""], "empty name"), (["--size", "full"], "--tokenizer"),
     (["--backbone", "nowhere", "--tokenizer", "x"], "nowhere"), (["--tokenizer", "nowhere"], "nowhere"), (["--valid", "v", "--data", "m"], "--test"), (["--image-size", 33], "33"),
-    (["--probe-heads", 3], "--probe-heads 3"), (["--frames", 3], "3 frames"), (["--resume"], "no run"), (["--device", "abacus"], "abacus"), (["--segments", 0], "--segments 0")))
+    (["--probe-heads", 3], "--probe-heads 3"), (["--frames", 3], "3 frames"), (["--resume"], "no run"), (["--device", "abacus"], "abacus"), (["--segments", 0], "--segments 0"), (["--results", "/dev/null/x"], "--results")))
 def test_bad_adapter_flags_are_refused(tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the pre-training is over."""
     monkeypatch.chdir(tmp_path)

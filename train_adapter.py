@@ -45,8 +45,8 @@ import trajtok
 from data import BadInput, BadVideo, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder, compact
 from segmenter import MEAN, STD, Segmentation, Segmenter, best_overlaps, count, fit_weights, normalise, read_weights, rename
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
-                     run_name, setup, shard, sigterm, split_entries, sum_gradients, total, world_of, write_text, write_weights)
+from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
+                     results_folder, run_name, setup, shard, sigterm, split_entries, spread_of, sum_gradients, total, world_of, write_text, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -1410,18 +1410,13 @@ def summary(results, source, rows):
     return lines
 
 
-def spread_of(values):
-    return f"{100 * np.mean(values):.1f}" + (f" +-{100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
 def table(lines, tasks, choice):
     """-> lines of text: mean +- deviation over the seeds, in percent."""
     cells = [["", *(f"{kind} %" for kind in tasks), "parameters", "ms a clip"]]
     for name, line in lines.items():
-        cells.append([name, *(spread_of(line["accuracy"][kind]) for kind in tasks), f"{line['parameters'] / 1e6:.3f} M", f"{line['ms']:.3f}"])
+        cells.append([name, *(spread_of(100 * np.array(line["accuracy"][kind])) for kind in tasks), f"{line['parameters'] / 1e6:.3f} M", f"{line['ms']:.3f}"])
     cells.append(["most frequent class", *(f"{100 * choice[kind]:.1f}" for kind in tasks), "", ""])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))) for row in cells]
+    return aligned(cells)
 
 
 def draw_confusions(path, lines, tasks):
@@ -1436,7 +1431,7 @@ def draw_confusions(path, lines, tasks):
             panel = np.full((26 + len(dark) + 8, max(label + len(dark) + 10, 8 * len(name) + 20), 3), 255, np.uint8)
             panel[26:26 + len(dark), label:label + len(dark), 0] = panel[26:26 + len(dark), label:label + len(dark), 1] = dark
             write_text(panel, name, 2, label)
-            write_text(panel, f"{kind} {spread_of(line['accuracy'][kind])}", 14, label, scale=1)
+            write_text(panel, f"{kind} {spread_of(100 * np.array(line['accuracy'][kind]))}", 14, label, scale=1)
             for i, text in enumerate(names if len(names) <= 40 else ()):
                 write_text(panel, text[:20], 26 + i * side + max(side - 5, 0) // 2, 4, scale=1)
             panels.append(panel)
@@ -1518,6 +1513,7 @@ def train(cfg):
     with torch.device("meta"):
         for row in cfg.rows.split(","):                          # ... and heads that do not divide a width
             new_head(row, shape.width, 2, 2, cfg)
+    results_folder(cfg.results)
     if read is not None:
         cfg = dataclasses.replace(cfg, rows=",".join(r for r in cfg.rows.split(",") if r != "oracle"))       # real videos have no true masks
     if not cfg.rows:
@@ -1582,7 +1578,6 @@ def train(cfg):
     result = dict(rows=plain, most_frequent_class=choice, classes=source.tasks, clips=clips, folds=len(source.folds), **facts, seconds=seconds, peak_memory_gb=peak_memory_gb(device))
     write_json(folder / "result.json", result | dict(confusion={name: {kind: c.tolist() for kind, c in line["confusion"].items()} for name, line in lines.items()}))
     out = Path(cfg.results) / f"adapter-{data_name}.json"
-    data.make_room(str(out))
     write_json(out, dict(command="python train_adapter.py " + " ".join(sys.argv[1:]), torch=torch.__version__, threads=torch.get_num_threads(),
                          gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, config=dataclasses.asdict(cfg), **result))
     print(f"\n{clips['test']} test clips" + (f", {len(source.folds)} groups, each left out once" if len(source.folds) > 1 else "") + f", {clips['train']} training clips, seeds {cfg.seeds}; "

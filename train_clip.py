@@ -48,10 +48,10 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, free_memory_gb, gather, in_process,
+from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, free_memory_gb, gather, in_process,
                      launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
-                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, start, sum_gradients, tokenizer_config, too_large, total,
-                     world_of, write_weights)
+                     ranks, results_folder, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, spread_of, start, sum_gradients, tokenizer_config,
+                     too_large, total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -1118,29 +1118,9 @@ COLUMNS = (("appearance", "appearance", 100), ("motion", "motion", 100), ("t2v_r
 def table(rows):
     """{row: results of its seeds} -> lines of text, mean +- deviation over the seeds."""
     def cell(results, key, times):
-        values = [times * r[key] for r in results if r.get(key) is not None]
-        return "-" if not values else f"{np.mean(values):.1f}" + (f" +-{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+        return spread_of([times * r[key] for r in results if r.get(key) is not None])
     lines = [["", *(name for _, name, _ in COLUMNS), "seeds"]]
-    lines += [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in lines]
-
-
-def flags(cfg):
-    """A configuration -> the command line that gives it."""
-    defaults, argv = ClipConfig(**CLIP_SIZES[cfg.size]), ["--size", cfg.size]
-    for field in dataclasses.fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if value != getattr(defaults, field.name) and field.name != "size":
-            argv += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
-    return argv
-
-
-def results_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--results {path}: cannot make this folder ({error.strerror}); give another") from None
+    return aligned(lines + [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()])
 
 
 def compare(cfg):
@@ -1169,7 +1149,7 @@ def compare(cfg):
                                       warmup=min(cfg.warmup, steps[name] // 2),
                                       name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
             rows[name].append(one_row(row))
-            write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),
+            write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), torch=torch.__version__, threads=torch.get_num_threads(),
                                   gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, steps=steps, batch=cfg.batch, seeds=cfg.seeds, rows=rows))
     print("\n" + "\n".join(table(rows)) + f"\nwrote {path}")
 
@@ -1186,7 +1166,7 @@ def one_row(cfg):
         print(f"{cfg.name}: finished before", flush=True)
     else:
         print(f"\n{cfg.name}", flush=True)
-        code = start([sys.executable, Path(__file__).resolve(), *flags(cfg), *(["--resume"] if config.exists() else [])])
+        code = start([sys.executable, Path(__file__).resolve(), *flags(cfg, CLIP_SIZES), *(["--resume"] if config.exists() else [])])
         if code:
             raise SystemExit(code)                               # it has said itself why
     return json.loads(result.read_text())
@@ -1268,7 +1248,7 @@ def bench(cfg):
                   f"{number('forward_clips_per_second', '8.2f')} {number('forward_memory_gb', '11.2f')} {number('forward_mfu', '6.0f', 100)} %  | "
                   f"{number('training_clips_per_second', '17.2f')} {number('training_memory_gb', '11.2f')} {number('training_mfu', '6.0f', 100)} %", flush=True)
     path = base / f"bench-clip-{cfg.size}.json"
-    write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg)), device=f"{device.type}, {machine}", torch=torch.__version__, rows=rows))
+    write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), device=f"{device.type}, {machine}", torch=torch.__version__, rows=rows))
     panels = {}
     for key, title in (("forward_gflops" if cfg.bench_run else "most_gflops", "gflops of a clip"), ("forward_clips_per_second", "clips a second"),
                        ("training_clips_per_second", "clips a second in training"), ("training_memory_gb", "gb in training")):

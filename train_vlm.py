@@ -51,8 +51,8 @@ import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder
 from segmenter import Segmenter, fit_weights, fourier_codes, labels_on_grid, read_weights, rename
-from trajtok import (Damage, Run, TrajTok, TrajTokConfig, check_finite, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
-                     run_name, setup, sigterm, split_entries, tokenizer_config, total, write_text, write_weights)
+from trajtok import (Damage, Run, TrajTok, TrajTokConfig, aligned, check_finite, flags, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
+                     results_folder, run_name, setup, sigterm, split_entries, spread_of, tokenizer_config, total, write_text, write_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1656,7 +1656,7 @@ def compare(cfg):
             model = None if several else train(one, parts, learnt, grid, device)
             result = examine(one, parts, held_out, grid, device, model)
         rows[one.connector].append(result)
-        write_json(path, dict(command="python train_vlm.py " + " ".join(flags(cfg)), torch=torch.__version__, threads=torch.get_num_threads(),
+        write_json(path, dict(command="python train_vlm.py " + " ".join(flags(cfg, VLM_SIZES, ("resume", "overwrite"))), torch=torch.__version__, threads=torch.get_num_threads(),
                               gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, seeds=cfg.seeds, live_tokens=live, patch_grid=grid,
                               seconds=time.time() - began, rows=rows))
     print("\n".join(table(rows)))
@@ -1687,23 +1687,6 @@ def check_fit(cfg, parts, grid, names):
             raise BadInput(f"--frames {cfg.frames}: {marked} tokens a window of {parts.window} frames ({name}), and a context of {parts.decoder.context}: give at most {fits} frames")
 
 
-def results_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--results {path}: cannot make this folder ({error.strerror}); give another") from None
-
-
-def flags(cfg):
-    """A configuration -> the command line that gives it."""
-    defaults, argv = VLMConfig(**VLM_SIZES[cfg.size]), ["--size", cfg.size]
-    for field in dataclasses.fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if value != getattr(defaults, field.name) and field.name not in ("size", "resume", "overwrite"):
-            argv += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
-    return argv
-
-
 def table(rows):
     """{connector: results of its seeds} -> lines: a column for each type and length, mean +- deviation over the seeds, and chance."""
     some = next(r[0]["accuracy"] for r in rows.values() if r)
@@ -1711,12 +1694,10 @@ def table(rows):
     keys = ["all", *sorted((k for k in keys if k.endswith(" frames")), key=lambda k: int(k.split()[0])), *(k for k in keys if k != "all" and not k.endswith(" frames"))]
 
     def cell(results, key, what):
-        values = [100 * r["accuracy"][key][what] for r in results if key in r["accuracy"]]
-        return "-" if not values else f"{np.mean(values):.1f}" + (f" +-{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+        return spread_of([100 * r["accuracy"][key][what] for r in results if key in r["accuracy"]])
     lines = [["%", *keys]] + [[name + (" (open)" if what == "open" else ""), *(cell(results, key, what) for key in keys)] for what in ("choice", "open") for name, results in rows.items() if results]
     lines += [["chance", *(f"{100 * some[key]['chance']:.1f}" for key in keys)], ["questions", *(str(some[key]["questions"]) for key in keys)]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in lines]
+    return aligned(lines)
 
 
 def picture(path, rows):

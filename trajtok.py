@@ -471,6 +471,35 @@ def sigterm():
 # What every run shares: files. All are written beside and renamed into place
 # ---------------------------------------------------------------------------------------------------------------------
 
+def flags(cfg, sizes, without=()):
+    """A configuration -> the command line that gives it; sizes: the script's table."""
+    defaults, argv = type(cfg)(**sizes[cfg.size]), ["--size", cfg.size]
+    for field in dataclasses.fields(cfg):
+        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        if value != getattr(defaults, field.name) and field.name not in ("size", *without):
+            argv += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+    return argv
+
+
+def results_folder(path):
+    """--results, made before the work that ends there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--results {path}: cannot make this folder ({error.strerror}); give another") from None
+
+
+def spread_of(values):
+    """Of each seed -> mean +- deviation, as text; "-" of none."""
+    return "-" if not len(values) else f"{np.mean(values):.1f}" + (f" +-{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def aligned(lines):
+    """Lines of cells -> lines of text: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in lines]
+
+
 def write_weights(path, state):
     replace(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, p))
 
