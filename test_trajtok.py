@@ -4029,6 +4029,22 @@ def test_a_stream_is_one_pass(change, m):
             assert torch.equal(alone.trajectory[:, 6 * m * i:6 * m * i + 6 * m], part.trajectory + 6 * i)
 
 
+@pytest.mark.parametrize("change", ({}, dict(places=True), dict(normed_residual=True, norm_media=True, last_points=2), dict(hard_mask=False)))
+def test_the_tokenizer_by_the_book_is_the_same_function(change):
+    """Catches: a gradient of any weight that the forms which save time and memory get wrong; a reference in the benchmark that computes something else."""
+    torch.manual_seed(0)
+    tokenizer = trajtok.TrajTok(dataclasses.replace(TINY, **change))
+    video = torch.randint(0, 256, (2, 2, 32, 64, 3), dtype=torch.uint8)
+    found = []
+    for z in (tokenizer(video, 2)[0].z, trajtok.straightforward(tokenizer, video, 2)[0]):
+        found.append((z, *torch.autograd.grad((z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum(), list(tokenizer.parameters()), allow_unused=True)))
+    names = [None, *(name for name, _ in tokenizer.named_parameters())]
+    assert {n for n, g in zip(names, found[0]) if g is None} == {n for n, g in zip(names, found[1]) if g is None}
+    for name, one, two in zip(names, *found):
+        if one is not None:
+            assert (one - two).abs().max() <= 2e-4 * two.abs().max().clamp(min=1e-3), name
+
+
 def test_long_positions_are_exact():
     """Catches: rotary angles in float32, which are wrong by more than 0.03 after some millions of points."""
     far = torch.tensor([18_000 * 256 - 1])
