@@ -3157,6 +3157,7 @@ def bench_films(files, count=300, height=480, width=854):
         for path, options in files.items():
             file = stack_of_files.enter_context(av.open(str(path), "w"))
             outputs.append((file, file.add_stream("libx264", rate=30)))
+            outputs[-1][1].thread_type = "FRAME"                 # a slice a frame, as encoders do unless told; PyAV's own choice here are slices
             outputs[-1][1].height, outputs[-1][1].width, outputs[-1][1].pix_fmt, outputs[-1][1].options = height, width, "yuv420p", options
         for t in range(count):
             if t % piece == 0:
