@@ -395,11 +395,15 @@ class CrossAttention(nn.Module):
         q, here = self.query(x).transpose(1, 2), torch.arange(x.shape[1], device=x.device)
         if isinstance(points, list):
             (y, positions), = points
-            y = self.norm_media(y)
-            k = torch.cat((self.key(x, here), self.key(y, positions, affine)), 1).transpose(1, 2)
-            v = torch.cat((self.value(x), self.value(y, affine)), 1).transpose(1, 2)
-            # softmax over all latents and points that a query may see (here: all): what to read is a query's own business
-            out = F.scaled_dot_product_attention(q, k, v)
+
+            def attend(q, x, y):
+                y = self.norm_media(y)
+                k = torch.cat((self.key(x, here), self.key(y, positions, affine)), 1).transpose(1, 2)
+                v = torch.cat((self.value(x), self.value(y, affine)), 1).transpose(1, 2)
+                # softmax over all latents and points that a query may see (here: all): what to read is a query's own business
+                return F.scaled_dot_product_attention(q, k, v)
+            # keys and values of all points are 2 n d numbers a layer: not kept for the backward pass, but made again there
+            out = checkpoint(attend, q, x, y, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else attend(q, x, y)
         else:
             out = self.read(q, x, here)
             for y, positions in points:                          # the same softmax, a chunk at a time
