@@ -1989,6 +1989,20 @@ def test_bench_of_data(media, tmp_path, capsys, monkeypatch):
     assert all(row["clips_per_second"] > 0 for row in result["rows"]) and all(row["times_ours"] == 1 for row in result["rows"] if row["name"] == "ours")
 
 
+def test_the_benchs_films_have_a_slice_a_frame(tmp_path):
+    """Catches: films that PyAV's encoder cut into slices, which only a decoder with a thread for each slice is fast on: no usual encoder does."""
+    av = pytest.importorskip("av")
+    data.bench_films({tmp_path / "a.mp4": {}}, count=6, height=96, width=128)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        for packet in container.demux(video=0):
+            kinds, rest = [], bytes(packet)
+            while rest:                                          # length, then a unit, whose first byte tells its kind
+                length = int.from_bytes(rest[:4], "big")
+                kinds.append(rest[4] & 31)
+                rest = rest[4 + length:]
+            assert not kinds or sum(kind in (1, 5) for kind in kinds) == 1
+
+
 @pytest.mark.parametrize("argv, words", (
     ([], "bench"), (["sing"], "bench"), (["bench", "--repeats", "0"], "--repeats 0"), (["bench", "--data", "/nowhere"], "no such file"),
     (["bench", "--device", "warp"], "--device"), (["bench", "--out", "/"], "--out"), (["bench", "--colour"], "--help")))
@@ -2704,6 +2718,28 @@ def test_perceiver_reads_each_clips_points_in_order():
     points_of_2[0, 3] *= -1
     changed = (read(latents, points_of_2) - out).abs().amax((1, 2))
     assert changed[0] > 1e-4 and changed[1] < 1e-5
+
+
+def test_keys_and_values_of_the_points_are_not_kept():
+    """Catches: a backward pass of the segmenter's Perceiver that holds every layer's keys and values, 2 n d numbers each; recomputed ones that
+    give other gradients."""
+    torch.manual_seed(0)
+    n, d, saved = 2000, 32, []
+    perceiver, latents, points = segmenter.Perceiver(d, 3, 2), torch.randn(1, 4, d), torch.randn(1, n, d)
+
+    def gradients():
+        perceiver(latents, [(points, torch.arange(4, 4 + n))]).sin().sum().backward()
+        found = [p.grad.clone() for p in perceiver.parameters()]
+        perceiver.zero_grad()
+        return found
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        once = gradients()
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4 for x in saved}
+    assert n * d <= sum(kept.values()) < 2 * n * d               # the normalised points alone; with keys and values seven times as much
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenter, "checkpoint", lambda f, *args, **_: f(*args))
+        for one, other in zip(once, gradients()):
+            torch.testing.assert_close(one, other)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4167,6 +4203,18 @@ def test_a_killed_worker_of_the_bench_is_a_row_that_does_not_fit():
         broken.ask("no such question", False)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is done")
+def test_large_tensors_begin_at_pages():
+    """Catches: PyTorch's switch thrown too late, after it was read; or a rival of the bench that inherits it, and is no PyTorch as it comes."""
+    code = """import torch, trajtok
+for keep in KEEP:
+    trajtok.setup(trajtok.PretrainConfig(device="cpu"), keep=keep)
+print([torch.empty(2 ** 23 + i, dtype=torch.uint8).data_ptr() % 4096 for i in range(3)])"""
+    told = [subprocess.run([sys.executable, "-c", code.replace("KEEP", keep)], cwd=HERE, capture_output=True, text=True, timeout=60, check=True,
+                           env={k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}).stdout for keep in ("[True]", "[False]")]
+    assert told[0].strip() == "[0, 0, 0]" != told[1].strip()
+
+
 def test_bench(tmp_path, capsys):
     """Catches: a bench whose two sides do not compute the same, or which loses a row."""
     trajtok.main(["bench", "--size", "nano", "--frames", "2", "--repeats", "1", "--out", str(tmp_path / "o" / "bench-tokenizer.json")])
@@ -5409,6 +5457,55 @@ def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
         assert words in refused(capsys, train_clip.main, "--eval", clip_run, "--data", bare, *extra)
     assert "give its folder" in refused(capsys, train_clip.main, "--eval", tmp_path / "nowhere")
     assert "one at a time" in refused(capsys, train_clip.main, "--eval", clip_run, "--bench")
+
+
+def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
+    """Catches: an oracle whose tokens are those of its own masks after all, whose trajectories are numbered by depth as the world's objects are, whose
+    masks do not learn; a saved one that is evaluated with its own masks."""
+    torch.manual_seed(0)
+    world = data.World(size=64, frames=4)
+    batch = data.finish(data.WorldBatches(world, 6, begin=data.VALIDATION)[0], torch.device("cpu"))
+    tokenizer = train_clip.Oracle("nano").eval()
+    with torch.no_grad():
+        tokens, seg = tokenizer(batch["video"], 2, batch["labels"])
+        again, _ = tokenizer(batch["video"][3:4], 2, batch["labels"][3:4])
+        own, theirs = trajtok.TrajTok.forward(tokenizer, batch["video"], 2)
+    points = segmenter.labels_on_grid(batch["labels"], seg.grid)
+    assert tokens.mask.sum(1).tolist() == [2 * len(set(p[p >= 0].tolist())) for p in points]
+    assert torch.equal(seg.ids, theirs.ids) and not torch.equal(tokens.mask, own.mask)
+    torch.testing.assert_close(tokens.z[3:4], again.z, rtol=1e-4, atol=1e-5)     # a clip's numbers are its own, whatever stands beside it
+    assert tokens.mask[:, 0].any() and not tokens.mask[:, 0].all(), "each clip has a trajectory 0, or none: not shuffled"
+    small = ["--frames", 4, "--steps", 2, "--batch", 4, "--eval-clips", 8, "--probe-clips", 8, "--layers", 1, "--text-layers", 1, "--out", tmp_path]
+    run(train_clip.main, *small, "--true-masks", "--eval-split", "validation")
+    result = json.loads((tmp_path / "clip-nano" / "result.json").read_text())
+    assert "8 validation clips" in capsys.readouterr().out and 2 <= result["live_tokens"] <= 6           # at most four objects and grounds
+    assert "dice" in json.loads((tmp_path / "clip-nano" / "log.jsonl").read_text().splitlines()[0])
+    run(train_clip.main, "--eval", tmp_path / "clip-nano")
+    scores = json.loads((tmp_path / "clip-nano" / "eval-world.json").read_text())
+    assert {k: scores[k] for k in ("t2v_r10", "live_tokens", "appearance")} == {k: result[k] for k in ("t2v_r10", "live_tokens", "appearance")}
+    assert "leave it out with --tokenizer vit3d" in refused(capsys, train_clip.main, *small, "--true-masks", "--tokenizer", "vit3d")
+    assert "--true-masks: is given its trajectories" in refused(capsys, train_clip.main, "--eval", tmp_path / "clip-nano", "--data",
+                                                              manifest(tmp_path / "m.json", [{"video": "a.mp4", "caption": "a"}, {"video": "b.mp4", "caption": "b"}]))
+
+
+def test_a_recipe_is_chosen_on_clips_of_its_own(monkeypatch):
+    """Catches: `--eval-split validation` that looks at a clip of the test, or the other way round."""
+    seen, real_batches = [], data.WorldBatches
+
+    class Spy(real_batches):
+        def __getitem__(self, i):
+            batch = super().__getitem__(i)
+            seen.extend(batch["index"])
+            return batch
+    monkeypatch.setattr(data, "WorldBatches", Spy)
+    for split, wrong in (("validation", lambda i: data.TEST <= i < data.HELDOUT + 50_000_000), ("test", lambda i: data.VALIDATION + 50_000_000 <= i < data.TEST or i >= data.HELDOUT + 50_000_000)):
+        cfg = train_clip.resolve(train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(tokenizer="vit3d", frames=2, batch=4, eval_clips=4, heldout_clips=4, probe_clips=8, eval_split=split)))
+        encoding = data.load_encoding("world")
+        model, _ = train_clip.build(cfg, encoding)
+        _, test, count, _ = trajtok.open_data(cfg, "caption")
+        seen.clear()
+        train_clip.evaluate(model, test, count, cfg, torch.device("cpu"), encoding)
+        assert len(seen) >= 20 and not any(map(wrong, seen)) and any(i >= data.HELDOUT for i in seen)
 
 
 def test_a_run_on_a_skinned_mixture_is_evaluated_on_each_of_its_sets(media, skins, tmp_path, capsys, monkeypatch):

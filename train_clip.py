@@ -78,6 +78,7 @@ class ClipConfig:
     textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
     places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
+    true_masks: bool = False                    # trajvit2: tokens of the labels' trajectories, not of its own: what would perfect masks bring?
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
     tokenlearner_v1: bool = False               # tokenlearner: version 1 (three convolutions, sigmoid) instead of 1.1 (an MLP, softmax)
@@ -117,6 +118,7 @@ class ClipConfig:
     recompute: bool = False                     # keep no activations of tokenizer and layers: compute them again in the backward pass
     # the evaluation
     tokens_per_trajectory: int = 1              # 1, 2 or 4 at evaluation (training draws one of them at each step)
+    eval_split: str = "test"                    # of made clips: test, or validation to choose a recipe by
     eval_clips: int = 256                       # held-out made clips, all captions distinct
     heldout_clips: int = 0                      # made clips whose subject is a shape and colour never seen together: retrieval among them
     probe_clips: int = 1024                     # made clips that the linear probes learn from
@@ -161,8 +163,12 @@ class ClipConfig:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
         if self.places and (self.init_tokenizer or self.tokenizer != "trajvit2" and not self.compare):
             raise BadInput("--places: makes a new tokenizer of trajvit2 so; leave out --init-tokenizer (a saved one keeps its own setting), and other tokenizers")
+        if self.true_masks and self.tokenizer != "trajvit2" and not self.compare:
+            raise BadInput(f"--true-masks: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
         if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
+        if self.eval_split not in ("test", "validation"):
+            raise BadInput(f"--eval-split {self.eval_split}: test or validation")
         if self.compare_by not in ("steps", "seconds"):
             raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
         if "{}" not in self.prompt:
@@ -442,6 +448,22 @@ class TrajViT(Tokenizer):
         return tokens.view(b, m, -1), alive.view(b, m)
 
 
+class Oracle(TrajTok):
+    """trajvit2 under given masks: all is as in TrajTok, and learns the same, but its encoder reads the labels' trajectories in place of the segmenter's.
+    What would perfect masks, from the first step on, bring?"""
+    given_masks = True
+
+    def forward(self, video, tokens_per_trajectory=None, labels=None):
+        seg = self.segmenter(video)
+        ids, K = labels_on_grid(labels, seg.grid, self.cfg.num_queries), self.cfg.num_queries        # (b, n), -1 = of no trajectory
+        # made clips number their objects by depth. Shuffled, each clip's always in the same way: or the number of a code would tell what is in front
+        order = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(int(own.sum()) + ids.shape[1])) for own in ids.cpu()]).to(ids.device)
+        ids = torch.where(ids < 0, ids, order.gather(1, ids.clamp(min=0)))
+        sure = 20.0 * F.one_hot(ids.clamp(min=0), K).to(seg.logits.dtype) * (ids >= 0)[..., None]    # e^20 : 1, hard to all purposes
+        alive = torch.zeros(len(ids), K + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids + 1, True)[:, 1:]
+        return self.encoder(seg.features, seg._replace(logits=sure, ids=ids, alive=alive), tokens_per_trajectory), seg
+
+
 TOKENIZERS = {"trajvit2": TrajTok, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,7 +501,7 @@ class VideoEncoder(nn.Module):
         """-> Tokens, their mask or None, Segmentation or None."""
         run = functools.partial(checkpoint, self.tokenizer, use_reentrant=False) if self.transformer.recompute and torch.is_grad_enabled() else self.tokenizer
         if isinstance(self.tokenizer, TrajTok):                  # the one whose masks are learnt, and which has 1, 2 or 4 tokens for each
-            tokens, seg = run(video, tokens_per_trajectory)
+            tokens, seg = run(video, tokens_per_trajectory, labels) if isinstance(self.tokenizer, Oracle) else run(video, tokens_per_trajectory)
             return tokens, tokens.mask, seg
         z, mask = run(video, labels) if self.tokenizer.given_masks else run(video)
         index = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
@@ -573,7 +595,9 @@ def build(cfg, encoding):
     """-> VideoCLIP, TrajTokConfig. The tokenizer from --init-tokenizer, or new, in the run's size."""
     shape, cfg = shape_of(cfg), resolve(cfg)
     if cfg.tokenizer == "trajvit2":
-        tokenizer = load_weights(TrajTok(shape), cfg.init_tokenizer, "video.tokenizer.") if cfg.init_tokenizer else TrajTok(shape)
+        tokenizer = (Oracle if cfg.true_masks else TrajTok)(shape)
+        if cfg.init_tokenizer:
+            load_weights(tokenizer, cfg.init_tokenizer, "video.tokenizer.")
         shape.encoder.check(cfg.tokens_per_trajectory)           # refused now, not after the training
     else:
         tokenizer = TOKENIZERS[cfg.tokenizer](cfg)
@@ -834,11 +858,12 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     if cfg.data in ("world", "plain"):
         world, size = world_of(cfg), cfg.batch
         if cfg.heldout_clips:
-            novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT, cfg.heldout_clips))
+            novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT + 50_000_000 * (cfg.eval_split == "validation"), cfg.heldout_clips))
             novel, _ = embed(model, novel, -(-cfg.heldout_clips // size), cfg, device, "new combinations")
             result |= {f"heldout_{k}": v for k, v in retrieval(model, novel.vectors, captions_of(novel), cfg, device, encoding)[0].items()}
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
-        sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (data.TEST, max(cfg.probe_clips // 2, 1))]
+        last = dict(test=data.TEST, validation=data.VALIDATION + 50_000_000)[cfg.eval_split]
+        sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (last, max(cfg.probe_clips // 2, 1))]
         split = [embed(model, data.WorldBatches(world, size, begin), -(-n // size), cfg, device, "probe clips")[0] for begin, n in sets]
         for kind in ("appearance", "motion"):
             result[kind] = linear_probe(*(x for s in split for x in (s.features, torch.cat([b[kind] for b in s.batches]))))
@@ -956,7 +981,12 @@ def train(cfg):
                    evaluation_seconds=time.time() - began, peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
     write_json(run.folder / "result.json", result)
     save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories" if cfg.tokenizer == "trajvit2" else "tokens"))
-    report(result, run.folder, cfg.textures is not None)
+    report(result, run.folder, cfg.textures is not None, cfg.eval_split)
+
+
+def gets_masks(cfg):
+    """Is the tokenizer given its trajectories?"""
+    return cfg.true_masks or cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
 
 
 def check_masks(cfg, dataset):
@@ -964,16 +994,16 @@ def check_masks(cfg, dataset):
     sets = getattr(dataset, "datasets", [dataset])               # of a mixture: each set, the held-out ones as Subsets
     entries = [e for one in sets for e in getattr(getattr(one, "dataset", one), "entries", [])]
     without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
-    if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks and without:
-        raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
+    if gets_masks(cfg) and without:
+        raise BadInput(f"{'--true-masks' if cfg.true_masks else '--tokenizer ' + cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
                        f"the first {without[0]}; make them, or take another tokenizer")
 
 
-def report(result, folder, skinned=False):
+def report(result, folder, skinned=False, split="test"):
     def cell(key, percent=True):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
-    print(f"\n{n} held-out clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
+    print(f"\n{n} {'held-out' if split == 'test' else split} clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
     for begin, what in (("", ""), ("heldout_", "   (new combinations)")):
         if f"{begin}t2v_r1" in result:
             for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
@@ -1145,7 +1175,7 @@ def compare(cfg):
     quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
     for seed in seeds:
         for name in names:
-            row = dataclasses.replace(cfg, **quiet, tokenizer=name, places=cfg.places and name == "trajvit2", seed=seed, steps=steps[name],
+            row = dataclasses.replace(cfg, **quiet, tokenizer=name, places=cfg.places and name == "trajvit2", true_masks=cfg.true_masks and name == "trajvit2", seed=seed, steps=steps[name],
                                       warmup=min(cfg.warmup, steps[name] // 2),
                                       name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
             rows[name].append(one_row(row))
@@ -1179,7 +1209,7 @@ def one_row(cfg):
 def most_gflops(cfg):
     """GFLOPs of embedding one clip, at any size, without running it: tensors without numbers. Counts the worst case: all K trajectories alive,
     no patch dropped; of given masks, which do not exist here, None."""
-    if cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks:
+    if gets_masks(cfg):
         return None
     cfg = resolve(dataclasses.replace(cfg, compile=False))
     with torch.device("meta"):
