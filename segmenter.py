@@ -356,6 +356,9 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+MUCH = 2 ** 24                                                   # numbers: 64 MiB. A batch at nano is below, one of base or large above
+
+
 class CrossAttention(nn.Module):
     """Latents read [latents; points]: queries from the latents, keys and values from both, no biases.
     Rotary positions on the first half of each head's channels: latents 0 .. s-1, points s ..; 1-D, in the points' row-major
@@ -402,8 +405,9 @@ class CrossAttention(nn.Module):
                 v = torch.cat((self.value(x), self.value(y, affine)), 1).transpose(1, 2)
                 # softmax over all latents and points that a query may see (here: all): what to read is a query's own business
                 return F.scaled_dot_product_attention(q, k, v)
-            # keys and values of all points are 2 n d numbers a layer: not kept for the backward pass, but made again there
-            out = checkpoint(attend, q, x, y, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else attend(q, x, y)
+            # keys and values of all points are 2 b n d numbers a layer: where that is much, not kept for the backward pass, but made again there
+            recompute = torch.is_grad_enabled() and y.numel() > MUCH
+            out = checkpoint(attend, q, x, y, use_reentrant=False, preserve_rng_state=False) if recompute else attend(q, x, y)
         else:
             out = self.read(q, x, here)
             for y, positions in points:                          # the same softmax, a chunk at a time

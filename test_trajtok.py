@@ -2720,9 +2720,10 @@ def test_perceiver_reads_each_clips_points_in_order():
     assert changed[0] > 1e-4 and changed[1] < 1e-5
 
 
-def test_keys_and_values_of_the_points_are_not_kept():
+def test_keys_and_values_of_many_points_are_not_kept(monkeypatch):
     """Catches: a backward pass of the segmenter's Perceiver that holds every layer's keys and values, 2 n d numbers each; recomputed ones that
     give other gradients."""
+    monkeypatch.setattr(segmenter, "MUCH", 60_000)
     torch.manual_seed(0)
     n, d, saved = 2000, 32, []
     perceiver, latents, points = segmenter.Perceiver(d, 3, 2), torch.randn(1, 4, d), torch.randn(1, n, d)
@@ -2736,10 +2737,10 @@ def test_keys_and_values_of_the_points_are_not_kept():
         once = gradients()
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4 for x in saved}
     assert n * d <= sum(kept.values()) < 2 * n * d               # the normalised points alone; with keys and values seven times as much
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmenter, "checkpoint", lambda f, *args, **_: f(*args))
-        for one, other in zip(once, gradients()):
-            torch.testing.assert_close(one, other)
+    monkeypatch.setattr(segmenter, "MUCH", 70_000)
+    monkeypatch.setattr(segmenter, "checkpoint", None)           # few points: kept
+    for one, other in zip(once, gradients()):
+        torch.testing.assert_close(one, other)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
