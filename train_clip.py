@@ -1244,10 +1244,12 @@ def bench_row(cfg, pipe):
         if memory is None:
             break
         run(backward)                                            # warm; the first one may have compiled
-        began = time.perf_counter()
-        for i in range(repeats):
-            run(backward, i)
-        speed = repeats * cfg.bench_batch / (time.perf_counter() - began)
+        times = []
+        while len(times) < repeats or sum(times) < 2:            # seconds: one pass of a small size is over before the machine has noticed
+            began = time.perf_counter()
+            run(backward, len(times) % repeats)
+            times.append(time.perf_counter() - began)
+        speed = cfg.bench_batch / float(np.median(times))
         counted = sum(count_gflops(lambda: run(backward, i)) for i in range(repeats)) / (repeats * cfg.bench_batch)
         row |= {f"{what}_clips_per_second": speed, f"{what}_gflops": counted, f"{what}_memory_gb": memory, f"{what}_mfu": speed * counted * 1e9 / rate}
     pipe.send(row | dict(tokens=float(np.mean(tokens)), parameters=sum(p.numel() for p in model.parameters())))
