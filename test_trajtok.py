@@ -4991,6 +4991,11 @@ def test_pretrained_tokenizers_can_be_frozen(tmp_path):
     assert all(torch.equal(start[key], states["frozen"][key]) for key in start)
     assert not any(torch.equal(start[key], states["free"][key]) for key in ("segmenter.latents", "encoder.latents", "segmenter.backbone.stages.0.0.dwconv.weight"))
     assert all((start[key] - states["free"][key]).abs().max() < 0.1 for key in start)
+    # with --places: the same weights, and new ones for what the saved tokenizer has not
+    run(train_clip.main, *CLIP, "--probe-clips", 8, "--init-tokenizer", tmp_path / "tokenizer", "--freeze-tokenizer", "--places", "--name", "placed", "--out", tmp_path)
+    placed = trajtok.TrajTok.from_pretrained(tmp_path / "clip-placed").state_dict()
+    assert all(torch.equal(start[key], placed[key]) for key in start)
+    assert {key.split(".")[1] for key in placed.keys() - start.keys()} == {"places"}
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
@@ -5620,7 +5625,7 @@ def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
     (["--device", "abacus"], "--device abacus"), (["--text", "nowhere"], "--text nowhere"), (["--num-queries", 0], "quer"),
     (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
     (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
-    (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--acts", 3], "acts"), (["--compare", "vit3d,magic"], "magic"), (["--seeds", "a"], "--seeds a"),
+    (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--tokenizer", "rlt", "--places"], "--places"), (["--eval-split", "train"], "--eval-split train"), (["--acts", 3], "acts"), (["--compare", "vit3d,magic"], "magic"), (["--seeds", "a"], "--seeds a"),
     (["--compare-by", "luck"], "steps or seconds"), (["--bench-frames", "8;9"], "--bench-frames"), (["--bench-frames", 0], "--bench-frames"), (["--eval", ""], "--eval"), (["--compare", ""], "--compare"), (["--prompt", "a thing"], "--prompt"),
     (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):

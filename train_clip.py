@@ -161,11 +161,11 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
-        if self.places and (self.init_tokenizer or self.tokenizer != "trajvit2" and not self.compare):
-            raise BadInput("--places: makes a new tokenizer of trajvit2 so; leave out --init-tokenizer (a saved one keeps its own setting), and other tokenizers")
+        if self.places and self.tokenizer != "trajvit2" and not self.compare:
+            raise BadInput(f"--places: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
         if self.true_masks and self.tokenizer != "trajvit2" and not self.compare:
             raise BadInput(f"--true-masks: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.init_tokenizer and self.tokenizer != "trajvit2":
+        if self.init_tokenizer and self.tokenizer != "trajvit2" and not self.compare:
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
@@ -582,7 +582,7 @@ def shape_of(cfg):
         raise BadInput(f"--init-tokenizer {cfg.init_tokenizer}: its tokens are {shape.out_dim} wide, the transformer of --size {cfg.size} {cfg.width}; "
                        f"give the size that it was trained with, or --width {shape.out_dim}")
     overrides.pop("num_queries", None)
-    return dataclasses.replace(shape, **overrides)
+    return dataclasses.replace(shape, places=shape.places or cfg.places, **overrides)
 
 
 def resolve(cfg):
@@ -596,8 +596,9 @@ def build(cfg, encoding):
     shape, cfg = shape_of(cfg), resolve(cfg)
     if cfg.tokenizer == "trajvit2":
         tokenizer = (Oracle if cfg.true_masks else TrajTok)(shape)
-        if cfg.init_tokenizer:
-            load_weights(tokenizer, cfg.init_tokenizer, "video.tokenizer.")
+        if cfg.init_tokenizer:                                   # one that was made without places gets new ones
+            saved = load_weights(TrajTok(tokenizer_config(cfg.init_tokenizer)), cfg.init_tokenizer, "video.tokenizer.").state_dict()
+            tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith("encoder.places.")} | saved)
         shape.encoder.check(cfg.tokens_per_trajectory)           # refused now, not after the training
     else:
         tokenizer = TOKENIZERS[cfg.tokenizer](cfg)
@@ -1172,10 +1173,12 @@ def compare(cfg):
             raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
                            f"run --compare with trajvit2 and {','.join(names)} first") from None
     path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.size}-seconds.json", {name: [] for name in names}
-    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
+    # what is of trajvit2 alone, the others do without
+    own = dict(places=cfg.places, true_masks=cfg.true_masks, init_tokenizer=cfg.init_tokenizer, freeze_tokenizer=cfg.freeze_tokenizer)
+    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False, places=False, true_masks=False, init_tokenizer=None, freeze_tokenizer=False)
     for seed in seeds:
         for name in names:
-            row = dataclasses.replace(cfg, **quiet, tokenizer=name, places=cfg.places and name == "trajvit2", true_masks=cfg.true_masks and name == "trajvit2", seed=seed, steps=steps[name],
+            row = dataclasses.replace(cfg, **quiet | (own if name == "trajvit2" else {}), tokenizer=name, seed=seed, steps=steps[name],
                                       warmup=min(cfg.warmup, steps[name] // 2),
                                       name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
             rows[name].append(one_row(row))
