@@ -48,7 +48,7 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, free_memory_gb, gather, in_process,
+from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, free_memory_gb, gather, held_out_share, in_process,
                      launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
                      ranks, results_folder, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, spread_of, start, sum_gradients, tokenizer_config,
                      too_large, total, world_of, write_weights)
@@ -169,6 +169,8 @@ class ClipConfig:
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
+        if self.eval_split == "validation" and not {"world", "plain"} & set(self.data.split(",")):
+            raise BadInput(f"--eval-split validation: is of made clips; leave it out with --data {self.data}")
         if self.compare_by not in ("steps", "seconds"):
             raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
         if "{}" not in self.prompt:
@@ -588,7 +590,7 @@ def shape_of(cfg):
 def resolve(cfg):
     """The configuration with what its size or its tokenizer decides filled in."""
     shape = shape_of(cfg)
-    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
+    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries, places=shape.places)
 
 
 def build(cfg, encoding):
@@ -1035,7 +1037,7 @@ def saved_config(folder):
         raise BadInput(f"--eval {folder}: its config.json is not of train_clip.py; give the folder of one of its runs, e.g. out/clip-nano")
     saved["tokenizer"] = "trajvit2" if isinstance(saved["tokenizer"], dict) else saved["tokenizer"]
     # the tokenizer's weights are in the run's own file: not where it started from
-    values = {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False)
+    values = {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False, eval_split="test")
     try:
         ClipConfig(**values)
     except (TypeError, ValueError) as error:
@@ -1070,12 +1072,12 @@ def evaluate_saved(cfg):
         same = lambda name: (Path(name) / "manifest.json" if (Path(name) / "manifest.json").exists() else Path(name)).resolve()
         held_out = same(cfg.data) in map(same, trained_on)
         if held_out:                                             # what it has learnt by heart proves nothing
-            entries = split_entries(entries, 0.25)[1]
+            entries = split_entries(entries, held_out_share(entries))[1]
         result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
         source = source.parent.name if source.stem == "manifest" else source.stem
-    path = Path(cfg.eval) / f"eval-{source}.json"
-    write_json(path, result | dict(data=cfg.data, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
-    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ""))
+    path = Path(cfg.eval) / f"eval-{source}{'-validation' * (cfg.eval_split == 'validation')}.json"
+    write_json(path, result | dict(data=cfg.data, eval_split=cfg.eval_split, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
+    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ", validation clips" if cfg.eval_split == "validation" else ""))
     for key, value in result.items():
         if isinstance(value, float):
             print(f"  {key:28s} {value:8.1f}" if key.endswith("tokens") else f"  {key:28s} {100 * value:8.1f} %")
@@ -1154,14 +1156,24 @@ def table(rows):
     return aligned(lines + [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()])
 
 
+def row_of(cfg, name):
+    """The configuration of a row: what is of trajvit2 alone, the others do without."""
+    own = dict(places=False, true_masks=False, init_tokenizer=None, freeze_tokenizer=False)
+    return dataclasses.replace(cfg, tokenizer=name, **(own if name != "trajvit2" else {}))
+
+
 def compare(cfg):
     """Trains each row with each seed in a process of its own (so that memory is the row's), a seed after the other; what is finished is
     kept, what was stopped goes on. Prints the table and writes results/compare-<size>.json after every row."""
     names = list(TOKENIZERS) if cfg.compare == "all" else list(dict.fromkeys(cfg.compare.split(",")))
     if unknown := [n for n in names if n not in TOKENIZERS]:
         raise BadInput(f"--compare {cfg.compare}: no tokenizer {', '.join(unknown)}; {', '.join(TOKENIZERS)}, or all")
+    if (cfg.places or cfg.true_masks or cfg.init_tokenizer) and "trajvit2" not in names:
+        raise BadInput(f"--compare {cfg.compare}: --places, --true-masks and --init-tokenizer are of trajvit2, which is not among these rows")
     seeds, steps, base = list(dict.fromkeys(map(int, cfg.seeds.split(",")))), dict.fromkeys(names, cfg.steps), Path(cfg.results)
-    by_steps = base / f"compare-{cfg.size}.json"
+    if cfg.init_tokenizer and "trajvit2" in names:               # the others see clips of the same size
+        cfg = dataclasses.replace(resolve(cfg), places=cfg.places)
+    by_steps = base / f"compare-{cfg.name or cfg.size}.json"
     results_folder(base)
     if cfg.compare_by == "seconds":                              # the schedule needs a number of steps: as many as fit into trajvit2's time
         try:
@@ -1172,14 +1184,11 @@ def compare(cfg):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
                            f"run --compare with trajvit2 and {','.join(names)} first") from None
-    path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.size}-seconds.json", {name: [] for name in names}
-    # what is of trajvit2 alone, the others do without
-    own = dict(places=cfg.places, true_masks=cfg.true_masks, init_tokenizer=cfg.init_tokenizer, freeze_tokenizer=cfg.freeze_tokenizer)
-    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False, places=False, true_masks=False, init_tokenizer=None, freeze_tokenizer=False)
+    path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.name or cfg.size}-seconds.json", {name: [] for name in names}
+    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
     for seed in seeds:
         for name in names:
-            row = dataclasses.replace(cfg, **quiet | (own if name == "trajvit2" else {}), tokenizer=name, seed=seed, steps=steps[name],
-                                      warmup=min(cfg.warmup, steps[name] // 2),
+            row = dataclasses.replace(row_of(cfg, name), **quiet, seed=seed, steps=steps[name], warmup=min(cfg.warmup, steps[name] // 2),
                                       name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
             rows[name].append(one_row(row))
             write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), torch=torch.__version__, threads=torch.get_num_threads(),
@@ -1193,7 +1202,7 @@ def one_row(cfg):
     config, result = folder / "config.json", folder / "result.json"
     if config.exists() and result.exists():
         values, old = dataclasses.asdict(resolve(cfg)) | dict(textures_crc=data.open_textures(cfg.textures)), json.loads(config.read_text())
-        differ = Run.differences(old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
+        differ = Run.differences({f.name: f.default for f in dataclasses.fields(cfg)} | old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
         if differ:
             raise BadInput(f"{folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
         print(f"{cfg.name}: finished before", flush=True)
@@ -1270,7 +1279,7 @@ def bench(cfg):
     print("frames  tokenizer     tokens  GFLOPs   clips/s   memory GB   MFU    | training: clips/s   memory GB   MFU")
     for frames in map(int, cfg.bench_frames.split(",")):
         for name in TOKENIZERS:
-            one = dataclasses.replace(cfg, tokenizer=name, frames=frames, bench=False)
+            one = dataclasses.replace(row_of(cfg, name), frames=frames, bench=False)
             row = dict(frames=frames, tokenizer=name, most_gflops=most_gflops(one))
             # what would not fit is not tried: the system kills what asks for too much
             if cfg.bench_run and not (device.type == "cpu" and too_large(frames, last.get(name), free_memory_gb())):

@@ -51,7 +51,7 @@ import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import EncoderConfig, TrajectoryEncoder
 from segmenter import Segmenter, fit_weights, fourier_codes, labels_on_grid, read_weights, rename
-from trajtok import (Damage, Run, TrajTok, TrajTokConfig, aligned, check_finite, flags, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
+from trajtok import (Damage, Run, TrajTok, TrajTokConfig, aligned, check_finite, flags, held_out_share, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
                      results_folder, run_name, setup, sigterm, split_entries, spread_of, tokenizer_config, total, write_text, write_weights)
 
 
@@ -1600,7 +1600,7 @@ def open_films(cfg, parts):
             raise BadInput(f'--data {cfg.data}: the options of {turn["question"][:60]!r}: give texts, at most {MOST_OPTIONS}')
         if turn.get("options") and (not isinstance(turn["options"], list) or turn["answer"] not in turn["options"]):
             raise BadInput(f'--data {cfg.data}: the options {str(turn["options"])[:80]} of {turn["question"][:60]!r} do not hold its answer {turn["answer"][:40]!r}')
-    train_, test = split_entries(entries, 0.25)
+    train_, test = split_entries(entries, held_out_share(entries))
     held_out = {os.path.realpath(e["path"]) for e in test}       # a caption may say what a question about its video asks
     captioned = [e for e in (data.read_manifest(cfg.captions) if cfg.captions else train_) if e["caption"] and os.path.realpath(e["path"]) not in held_out]
     if cfg.caption_steps and not captioned:

@@ -302,7 +302,7 @@ def setup(cfg, keep=True):
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:            # one of several processes: each has a GPU of its own
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name == "cpu" and keep:
+    if name.split(":")[0] == "cpu" and keep:
         keep_memory()                                            # before the first tensor
     try:
         device = torch.device(name)
@@ -323,7 +323,7 @@ def keep_memory():
     """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and given back, page
     by page, at each step. On two CPU cores that made a nano step twice as fast. Linux; elsewhere nothing.
     Kept memory gets holes, which the next large tensor may not fit into. Tensors that begin at a page of memory, and huge pages where there
-    are any, leave fewer: one clip of 16 frames at `large`, forward and backward, 1.7 GB instead of 2.5, in the same time."""
+    are any, leave fewer."""
     if sys.platform == "linux":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")       # PyTorch's own switch, read when the first tensor is made
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # glibc's; musl has none
@@ -536,7 +536,7 @@ class Run:
                 old = json.loads(config.read_text())
             except ValueError:
                 raise BadInput(f"{config}: damaged; --overwrite starts the run again") from None
-            if differ := self.differences(old, values):
+            if differ := self.differences({f.name: f.default for f in dataclasses.fields(cfg)} | old, values):       # a flag that is newer than the run
                 raise BadInput(f"--resume: {self.folder} was made with {differ}; give the same flags, or another --name")
         elif cfg.resume:
             raise BadInput(f"--resume: no run in {self.folder}; leave --resume out to start one")
@@ -656,6 +656,11 @@ def mean_of(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # What every run shares: data
 # ---------------------------------------------------------------------------------------------------------------------
+
+def held_out_share(entries):
+    """A quarter, of large sets 5 000: whatever is held out is embedded at the end, and compared with all captions."""
+    return min(0.25, 5000 / max(len(entries), 1))
+
 
 def split_entries(entries, share, salt=""):
     """(training, held out): every entry goes where the hash of its name says, so that a file stays on its side when others
@@ -908,7 +913,7 @@ def open_data(cfg, need):
         raise BadInput(f"--data {cfg.data}: {len(without)} of {len(entries)} entries have no {need}, the first {without[0]}; {mend}")
     if len(entries) < 2:
         raise BadInput(f"--data {cfg.data}: {len(entries)} entry; training and held-out clips need at least 2")
-    train, test = split_entries(entries, 0.25)
+    train, test = split_entries(entries, held_out_share(entries))
     test = data.VideoBatches(test, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
     return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, stride=cfg.stride), test, len(test), len(train)
 
