@@ -1544,6 +1544,8 @@ def coded(path, count, codec, pixels="yuv420p", times=None, **options):
                 frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    if hasattr(os, "sched_setscheduler"):                        # SVT-AV1, run by root, makes the thread that calls it a real-time one, and all that it starts
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
