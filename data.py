@@ -1145,7 +1145,9 @@ def _rasterise(s, size, device, textures):
             kept = ((fu.abs() < 1) & (fv.abs() < 1)).nonzero()[:, 0]
             hit, fu, fv = hit.index_select(0, kept), fu.index_select(0, kept), fv.index_select(0, kept)
         kind = s["shape"][:, j].index_select(0, hit // (t * w * w))
-        inside = flat.index_select(0, (kind * SHAPE_RES + (fv * half + half).long()) * SHAPE_RES + (fu * half + half).long())
+        # just below 1, a coordinate is rounded up to SHAPE_RES, which is beyond the last row
+        row, column = ((f * half + half).long().clamp_(max=SHAPE_RES - 1) for f in (fv, fu))
+        inside = flat.index_select(0, (kind * SHAPE_RES + row) * SHAPE_RES + column)
         where = (frame + iy[..., None] * size + ix[:, :, None]).flatten()[hit[inside]]
         u.view(-1)[where], v.view(-1)[where] = fu[inside], fv[inside]
         ids.view(-1)[where] = MAX_GROUNDS + j

@@ -316,6 +316,16 @@ def test_splits_are_disjoint():
     assert len(set(prints)) == len(prints)
 
 
+def test_a_point_on_the_rim_of_an_outline_is_drawn():
+    """Catches: a coordinate just below 1 that is rounded up, beyond the last row of the last outline: one made clip in tens of thousands, this one among
+    them, ended a training after hours."""
+    world = data.World(size=64, frames=12, max_objects=6, shared_colours=True, acts=2)
+    scene = data.script(24076, world)
+    assert scene["shape"][0] == len(data.SHAPES) - 1
+    video, labels = data.rasterise(data.stack([scene]), 64)
+    assert video.shape == (1, 12, 64, 64, 3) and (labels == data.MAX_GROUNDS).any()
+
+
 def test_held_out_pairs_stay_out():
     """Catches: a held-out combination that training sees after all (on any object), or a held-out clip without one."""
     colours = [[c for c in range(len(data.COLOURS)) if data.held_out(shape, c)] for shape in range(len(data.SHAPES))]
