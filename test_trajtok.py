@@ -5669,6 +5669,20 @@ def test_bench_of_the_tokenizers(tmp_path, monkeypatch, capsys):
     assert all(r["most_gflops"] > 100 for r in rows if r["tokenizer"] != "trajvit") and "forward_gflops" not in rows[0]
 
 
+def test_the_bench_of_the_tokenizers_takes_medians(monkeypatch):
+    """Catches: the mean of the repetitions, one of which another process disturbed; the first, cold pass among them; clips that are not counted."""
+    seconds = iter([9.0, 1.0, 1.0, 20.0, 2.0, 2.0])               # three passes forward, three of training
+    ticks = (value for s in seconds for value in (0.0, s))
+    sent = []
+    monkeypatch.setattr(train_clip, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(train_clip, "matrix_rate", lambda device: 1e11)
+    cfg = trajtok.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, [str(a) for a in CLIP + ["--tokenizer", "vit3d", "--bench-batch", 2, "--device", "cpu"]])
+    train_clip.bench_row(cfg, types.SimpleNamespace(send=sent.append))
+    row, = sent
+    assert row["forward_clips_per_second"] == 2.0 and row["training_clips_per_second"] == 1.0
+    assert row["forward_mfu"] == pytest.approx(2.0 * row["forward_gflops"] * 1e9 / 1e11) and next(ticks, None) is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
 # ---------------------------------------------------------------------------------------------------------------------
