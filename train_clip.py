@@ -370,14 +370,23 @@ class RLT(ViT3D):
         return z, kept.flatten(1)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """ResNet's own. In training a clip is seen beside the others of its (micro-)batch, on its own process; saved and evaluated, by their running averages,
+    alone. Norms that look at one frame, which would spare us that, hide what colour its ground has (GroupNorm) or leave nearly all points alike (LayerNorm):
+    with them 100 steps taught nothing (contrastive loss 3.2 and 3.4 of ln 32 = 3.5; so 2.5; a core, one seed)."""
+
+    def forward(self, x):
+        alone = self.training and x.shape[:1] + x.shape[2:] == (1, 1, 1)     # one number a channel: it has no variance
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps) if alone else super().forward(x)
+
+
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut. DEVIATION: GroupNorm, not BatchNorm: a clip's tokens must not depend on its neighbours."""
+    """Two 3 x 3 convolutions beside a shortcut."""
 
     def __init__(self, before, dim, stride):
         super().__init__()
-        norm = lambda: nn.GroupNorm(8, dim)
-        self.branch = nn.Sequential(nn.Conv2d(before, dim, 3, stride, 1, bias=False), norm(), nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1, bias=False), norm())
-        self.shortcut = nn.Sequential() if stride == 1 and before == dim else nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), norm())
+        self.branch = nn.Sequential(nn.Conv2d(before, dim, 3, stride, 1, bias=False), BatchNorm(dim), nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1, bias=False), BatchNorm(dim))
+        self.shortcut = nn.Sequential() if stride == 1 and before == dim else nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), BatchNorm(dim))
 
     def forward(self, x):
         return F.relu(self.branch(x) + self.shortcut(x))
@@ -411,7 +420,7 @@ class TrajViT(Tokenizer):
         shape = SIZES[cfg.size]
         d, dims = shape.dim, (64, 128, 256, 512) if shape.dim >= 512 else shape.dims                 # ResNet-18's widths; smaller sizes' own
         self.most = cfg.num_queries                              # trajectories a clip at most: the largest
-        self.stem = nn.Sequential(nn.Conv2d(3, dims[0], 7, 2, 3, bias=False), nn.GroupNorm(8, dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(nn.Conv2d(3, dims[0], 7, 2, 3, bias=False), BatchNorm(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         self.stages = nn.ModuleList(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1))
                                     for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)))
         self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
@@ -638,7 +647,7 @@ def step_gradients(model, batch, totals, m, cfg, device):
       1. embed all micro-batches, without keeping what a backward pass needs (with one micro-batch, keeping it),
       2. gather the vectors of all processes, and take the loss and its gradient on the own vectors,
       3. embed each micro-batch again, now with a graph, and send those gradients back through it, together with its segmentation loss.
-    Nothing in the model is random once m is drawn, and no layer looks at a batch's statistics: gradients are those of the whole batch.
+    Nothing in the model is random once m is drawn, and no layer but TrajViT's BatchNorm looks at a batch's statistics: gradients are those of the whole batch.
     batch: dict(video, labels, ids, mask); totals: [labelled points, regions] of all processes."""
     count, segmented = len(batch["video"]), cfg.tokenizer == "trajvit2" and cfg.segmentation_weight and not cfg.freeze_tokenizer
     size = cfg.micro_batch or max(count, 1)
