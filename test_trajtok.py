@@ -5479,7 +5479,8 @@ def test_grouped_probes_never_see_their_group():
 
 
 def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
-    """Catches: an evaluation that needs the training's flags, scores a damaged file, takes clips that were trained on, or loses what there is to score."""
+    """Catches: an evaluation that needs the training's flags, scores a damaged file, takes clips that were trained on, loses what there is to score, or
+    calls five trajectories 500 %."""
     rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}", "label": ("fast", "slow_fade", "only_once")[i % 2 if i < 4 else 2 * (i == 4)]} for i in range(6)]
     rows += [{"video": str(media / "text.mp4"), "caption": "none", "label": "fast"}]
     path = manifest(tmp_path / "m.json", rows)
@@ -5493,6 +5494,7 @@ def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
     assert all(0 <= result[k] <= 1 for k in ("t2v_r1", "v2t_r5", "zero_shot")) and "zero_shot" in capsys.readouterr().out
     before = json.loads((clip_run / "config.json").read_text())
     run(train_clip.main, "--eval", clip_run)                     # the world, as after the training
+    assert not re.search(r"(tokens|trajectories|cells) +[0-9.]+ %", capsys.readouterr().out)         # numbers of things are not shares
     again, first = json.loads((clip_run / "eval-world.json").read_text()), json.loads((clip_run / "result.json").read_text())
     assert {k: again[k] for k in ("t2v_r5", "motion", "veq")} == {k: first[k] for k in ("t2v_r5", "motion", "veq")}
     assert json.loads((clip_run / "config.json").read_text()) == before

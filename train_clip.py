@@ -1089,7 +1089,7 @@ def evaluate_saved(cfg):
     print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ", validation clips" if cfg.eval_split == "validation" else ""))
     for key, value in result.items():
         if isinstance(value, float):
-            print(f"  {key:28s} {value:8.1f}" if key.endswith("tokens") else f"  {key:28s} {100 * value:8.1f} %")
+            print(f"  {key:28s} {value:8.1f}" if key.endswith(("tokens", "trajectories", "cells")) else f"  {key:28s} {100 * value:8.1f} %")
         elif isinstance(value, int):
             print(f"  {key:28s} {value:8d}")
     print(f"wrote {path}")
