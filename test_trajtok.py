@@ -6349,6 +6349,37 @@ def vlm_batch(parts, model, clips=3, windows=2, talks=None, seed=0):
     return train_vlm.with_counts(dict(features=features, ids=ids), [[i / 8 for i in range(parts.window * windows)]] * clips, talks, ["a clip"] * clips, model, parts, torch.device("cpu"))
 
 
+def test_what_all_features_share_is_taken_off():
+    """Catches: features nine tenths of which are the same for all points, beside which the rest is not seen; a channel that never changes and becomes
+    infinite; processes that calibrate by their own clips."""
+    dice, dim = torch.Generator().manual_seed(0), 32
+    places = train_vlm.Places(dim, 4, 3)
+    x = 5 + 3 * torch.randn(dim, generator=dice) + 0.5 * torch.randn(6, 4, 3, 3, dim, generator=dice)
+    codes = lambda f: places(f) - places.frame[:4, None, None] - places.row[:, None] - places.column
+    with torch.no_grad():
+        close(codes(x), F.layer_norm(x, (dim,)), 1e-5)           # before: as it is
+        places.calibrate(x)
+        y = codes(x).flatten(0, 3)
+        assert y.mean(0).abs().max() < 1e-4 and (y.square().mean(0) - 1).abs().max() < 1e-3
+        assert y.norm(dim=-1).mean() < 0.7 * places.row.norm(dim=-1).mean()  # a place is twice as large as what is there
+        same = torch.cat((torch.ones(6, 4, 3, 3, 1), -torch.ones(6, 4, 3, 3, 1)), -1).repeat(1, 1, 1, 1, dim // 2)
+        places.calibrate(same)
+        assert codes(same).abs().max() < 1e-3 and places.deviation.min() > 0
+
+
+@pytest.mark.parametrize("name", ["trajtok", "patch", "oracle"])
+def test_a_run_calibrates_by_its_first_batch(vlm_run, name):
+    """Catches: a run that never calibrates, or by something else than the features of its first step."""
+    cfg, parts, model = train_vlm.open_model(vlm_run / "out" / f"vlm-nano-{name}-0", torch.device("cpu"))
+    learnt, _ = train_vlm.open_stories(cfg, parts, torch.device("cpu"))
+    frames, chosen = train_vlm.draw(cfg, 0, list(learnt), [len(s.qa) for s in learnt.values()])
+    places = train_vlm.Places(parts.dim, parts.window, parts.side)
+    places.calibrate(learnt[frames].features[chosen].flatten(0, 1))
+    close(model.connector.places.mean, places.mean, 1e-4)
+    close(model.connector.places.deviation, places.deviation, 1e-4)
+    assert places.mean.abs().max() > 0.1
+
+
 def test_dead_trajectories_take_no_place():
     """Catches: a place in the sequence for a trajectory that owns no point, counts that are not those of the tokens, points of no trajectory (-1) that
     are read all the same, tokens that depend on another window's points."""
