@@ -7205,7 +7205,7 @@ def test_adapter_run_on_the_world(adapter_run):
     assert {"reconstruction.png", "curves.png", "model.safetensors", "log.jsonl"} <= set(os.listdir(adapter_run / "videomae"))
     assert read_picture(adapter_run / "confusion.png").ndim == read_picture(adapter_run / "videomae" / "reconstruction.png").ndim == 3
     first, second = (json.loads((adapter_run / f"heads-0-{seed}" / "result.json").read_text()) for seed in (0, 1))
-    assert len(first["settings"]) == 4 * 2 and len(second["settings"]) == 4 and first["chosen"] == second["chosen"]
+    assert len(first["settings"]) == 4 * 2 + 2 and len(second["settings"]) == 4 and first["chosen"] == second["chosen"]
     for row, setting in first["chosen"].items():                 # the best on validation clips, in the mean
         scores = {}
         for v in first["valid"]:
@@ -7245,6 +7245,13 @@ def test_a_head_that_diverges_is_not_chosen():
     assert train_adapter.best_setting("linear", settings, valid) == settings[1]
     with pytest.raises(BadInput, match="every linear head has diverged"):
         train_adapter.best_setting("linear", settings, {})
+
+
+def test_a_linear_head_may_learn_faster():
+    """Catches: a linear probe that is compared half trained, rates that are tried twice, other rows whose grid grows."""
+    cfg = dataclasses.replace(train_adapter.AdapterConfig(), lrs="1e-3,1e-2", weight_decays="0.1")
+    found = train_adapter.settings_of(["linear", "attentive", "linear"], cfg.grid)
+    assert [tuple(s) for s in found] == [("linear", 1e-3, 0.1), ("linear", 1e-2, 0.1), ("linear", 0.1, 0.1), ("attentive", 1e-3, 0.1), ("attentive", 1e-2, 0.1)]
 
 
 def test_adapter_sigterm_and_resume(adapter_run, tmp_path, monkeypatch):
