@@ -371,9 +371,9 @@ class RLT(ViT3D):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """ResNet's own. In training a clip is seen beside the others of its (micro-)batch, on its own process; saved and evaluated, by their running averages,
-    alone. Norms that look at one frame, which would spare us that, hide what colour its ground has (GroupNorm) or leave nearly all points alike (LayerNorm):
-    with them 100 steps taught nothing (contrastive loss 3.2 and 3.4 of ln 32 = 3.5; so 2.5; a core, one seed)."""
+    """ResNet's own. In training a clip is seen beside the others of its (micro-)batch, on its own process; saved (by the first process) and evaluated, by
+    their running averages, alone. GroupNorm would spare us that, but statistics of one frame take away half of the distance between plain grounds of different
+    colours: with it the comparison's three seeds stood at R@5 21 +-15 % (results/remedies-nano.json), now at 76 +-4."""
 
     def forward(self, x):
         alone = self.training and x.shape[:1] + x.shape[2:] == (1, 1, 1)     # one number a channel: it has no variance

@@ -767,10 +767,12 @@ class VLMConfig:
                 fits = False
             if not fits:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: three numbers from 0 (frozen) to 1, with commas: connector, vision, decoder")
-        for field, least in (("batch", 1), ("steps", 1), ("save_every", 1), ("clips", 1), ("eval_clips", 1), ("segmenter_steps", 1), ("num_queries", 1), ("tokens_per_trajectory", 1), ("max_objects", 1),
+        for field, least in (("batch", 1), ("steps", 1), ("save_every", 1), ("clips", 1), ("eval_clips", 1), ("segmenter_steps", 1), ("num_queries", 1), ("max_objects", 1),
                              ("caption_steps", 0), ("row", 0), ("warmup", 0), ("window", 0), ("workers", 0), ("processes", 0), ("weight_decay", 0), ("seed", 0)):
             if not least <= getattr(self, field) < math.inf:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least {least}")
+        if self.tokens_per_trajectory not in (1, 2, 4):
+            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: one of 1, 2, 4")
         for field in ("layers", "width", "image_size"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
@@ -812,8 +814,9 @@ def numbers(text, kind=int):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Places(nn.Module):
-    """Features (v, t, h, w, d) -> LayerNorm, what all of them share taken off, + a learned code of row, column and frame within the window. CHOICE: SigLIP2's
-    features know their place in the picture, a ConvNeXt's hardly, and none the frame; a token is a mean of values, and rotary keys only decide of which."""
+    """Features (v, t, h, w, d) -> LayerNorm, what all of them share taken off (of the segmenter's features; SigLIP2's, which may learn, stay as they are), + a
+    learned code of row, column and frame within the window. CHOICE: SigLIP2's features know their place in the picture, a ConvNeXt's hardly, and none the
+    frame; a token is a mean of values, and rotary keys only decide of which."""
 
     def __init__(self, dim, window, side):
         super().__init__()
@@ -828,13 +831,14 @@ class Places(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features):
-        """Frozen features (v, t, h, w, d) of the first batch, in all processes: their mean and deviation will be taken off each channel. CHOICE: 0.89 of a nano
-        segmenter's normed feature is the same for all points; a decoder that starts from nothing, and has minutes, does not see the colours beside it."""
+        """Frozen features (v, t, h, w, d) of the first batch, in all processes: their mean and deviation will be taken off each channel. CHOICE: the mean of a nano
+        segmenter's normed features is 0.89 as long as they are; a decoder that starts from nothing, and has minutes, does not see the colours beside it.
+        A channel's deviation counts as 0.1 at least: a first batch that shows nothing must not make what comes later huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2).cpu().double()
         count, *sums = total([len(x), *x.sum(0).tolist(), *x.square().sum(0).tolist()], features.device)
         mean, square = torch.tensor(sums, dtype=torch.float64).div(count).chunk(2)
         self.mean.copy_(mean)
-        self.deviation.copy_((square - mean ** 2).clamp(min=1e-4).sqrt())
+        self.deviation.copy_((square - mean ** 2).clamp(min=1e-2).sqrt())
 
     def forward(self, x):
         x = self.norm(x.to(self.row.dtype))
@@ -1597,7 +1601,10 @@ def open_stories(cfg, parts, device):
     lengths = sorted(numbers(cfg.frames))
     begin = dict(test=data.TEST, validation=data.VALIDATION)[cfg.eval_split]
     look = functools.partial(look_at_stories, cfg, parts.segmenter, parts.shape.image_size, parts.side)
-    learnt = {t: look(t, data.TRAIN + 10_000_000 * i, max(round(cfg.clips * (lengths[0] / t) ** 0.5), 1), device) for i, t in enumerate(lengths)}
+    counts = [max(round(cfg.clips * (lengths[0] / t) ** 0.5), 1) for t in lengths]
+    if counts[-1] < ranks()[1]:
+        raise BadInput(f"--clips {cfg.clips}: leaves {counts[-1]} stories of {lengths[-1]} frames, fewer than processes ({ranks()[1]}); give more")
+    learnt = {t: look(t, data.TRAIN + 10_000_000 * i, count, device) for i, (t, count) in enumerate(zip(lengths, counts))}
     return learnt, {t: look(t, begin + 1_000_000 * i, cfg.eval_clips, device) for i, t in enumerate(lengths)}
 
 

@@ -576,7 +576,7 @@ class Run:
                 raise BadInput(f"{self.state}: not a whole checkpoint ({type(error).__name__}); remove it to start again") from None
             if len(state["rng"]) != world:                       # each step's clips are those of all processes: another number, other steps
                 raise BadInput(f"--resume: {self.state} was made by {len(state['rng'])} process(es), now there are {world}; start as many")
-            model.load_state_dict(state["model"])
+            fit_weights(model, state["model"], self.state)      # an older version's are refused, not a traceback
             optimizer.load_state_dict(state["optimizer"])
             rng, cuda_rng = state["rng"][rank]
             torch.set_rng_state(rng)
