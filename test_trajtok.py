@@ -2003,7 +2003,6 @@ def test_bench_of_data(media, tmp_path, capsys, monkeypatch):
 
 def test_the_benchs_films_have_a_slice_a_frame(tmp_path):
     """Catches: films that PyAV's encoder cut into slices, which only a decoder with a thread for each slice is fast on: no usual encoder does."""
-    av = pytest.importorskip("av")
     data.bench_films({tmp_path / "a.mp4": {"threads": "2"}}, count=3)            # of two threads PyAV would make two slices of a frame so large
     with av.open(str(tmp_path / "a.mp4")) as container:
         for packet in container.demux(video=0):
@@ -6380,6 +6379,16 @@ def test_what_all_features_share_is_taken_off(monkeypatch):
         same = torch.cat((torch.ones(6, 4, 3, 3, 1), -torch.ones(6, 4, 3, 3, 1)), -1).repeat(1, 1, 1, 1, dim // 2)
         places.calibrate(same)
         assert codes(same).abs().max() < 1e-3 and places.deviation.min() == pytest.approx(0.1)
+
+
+def test_fewer_stories_than_processes_are_refused(monkeypatch):
+    """Catches: a process that has no story of some length, and ends the run with a traceback in the middle of the training."""
+    monkeypatch.setattr(train_vlm, "ranks", lambda: (0, 5))
+    monkeypatch.setattr(train_vlm, "look_at_stories", lambda cfg, segmenter, size, side, t, first, count, device: count)
+    cfg = dataclasses.replace(train_vlm.VLMConfig(), frames="8,32", eval_clips=3)
+    assert train_vlm.open_stories(dataclasses.replace(cfg, clips=10), vlm_parts(), torch.device("cpu"))[0] == {8: 10, 32: 5}
+    with pytest.raises(BadInput, match="--clips 8: leaves 4 stories of 32 frames, fewer than processes \\(5\\)"):
+        train_vlm.open_stories(dataclasses.replace(cfg, clips=8), vlm_parts(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["trajtok", "patch", "oracle"])

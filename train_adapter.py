@@ -1202,9 +1202,13 @@ class Setting(NamedTuple):
 
 
 def settings_of(rows, grid):
-    """Every row with every (learning rate, weight decay). CHOICE: the linear head also at ten times the rates: five epochs at 2e-3 leave it at 20 % (colour,
-    500 validation clips of the default run, mean of three seeds), at 1e-2 to 3e-2 at 26 to 27 %; it would be compared unfairly."""
-    return list(dict.fromkeys(Setting(row, round(times * lr, 12), decay) for row in rows for times in ((1, 10) if row == "linear" else (1,)) for lr, decay in grid))
+    """Every row with every (learning rate, weight decay), each once. CHOICE: the linear head also at ten times the rates. In the default run five epochs at
+    1e-3, 2e-3, 1e-2, 2e-2 bring it to 18, 20, 26, 26 % of the colours of the validation clips (heads-0-0/result.json): the grid of the others would be unfair to it."""
+    found = []
+    for row in rows:
+        found += [Setting(row, lr, decay) for lr, decay in grid]
+        found += [Setting(row, float(f"{10 * lr:.6g}"), decay) for lr, decay in grid if row == "linear"]         # ten times 3e-4 is 3e-3, not 2.9999999999999996e-3
+    return list(dict.fromkeys(found))
 
 
 class Schedule(NamedTuple):
