@@ -22,8 +22,6 @@ Everything a run trains on comes through this file, in one form whatever its sou
     python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
     python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
     python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
-    python data.py bench                                            # clips a second: the procedural world, and decoding beside a plain loop
-    python data.py bench --data videos/                             # ... of your own files
 """
 from __future__ import annotations
 
@@ -47,7 +45,6 @@ import queue
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -3127,175 +3124,6 @@ def summary(count, found, problems):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python data.py bench
-# ---------------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """Times where clips come from: the procedural world, and the decoding of files beside a loop that decodes everything."""
-    data: str | None = None             # a manifest or folder of videos; default: two clips of 854 x 480 px, made on the spot
-    files: int = 8                      # how many of its videos, at most
-    size: str = "large"                 # clips as these sizes take them: nano (64 px, 8 frames), tiny (128 px, 8), base, large (224 px, 16)
-    image_size: int | None = None       # pixels of a side; default: the size's
-    frames: int | None = None           # frames of a clip; default: the size's
-    repeats: int = 5                    # timings of each, taken in turn
-    out: str = "results/bench-data.json"        # file for the figures
-    device: str = "auto"                # what the world is drawn on, beside the CPU: cpu, cuda, ...
-
-    def __post_init__(self):
-        for field in ("files", "repeats", "frames", "image_size"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
-
-
-def bench_films(files, count=300, height=480, width=854):
-    """files {path: encoder's options}: one clip of `count` frames, as a camera would leave it: a long scene of the world, drawn at a third of
-    the size (so that edges come out soft), with a sensor's noise, so that it costs as many bits as a filmed one. H.264, 30 frames a second."""
-    import av
-    noise, small, piece = np.random.default_rng(0), -(-width // 3), 10
-    scene = stack([script(VALIDATION + 7, World(small, count, acts=max(count // 30, 1)))])
-    with contextlib.ExitStack() as stack_of_files:
-        outputs = []
-        for path, options in files.items():
-            file = stack_of_files.enter_context(av.open(str(path), "w"))
-            outputs.append((file, file.add_stream("libx264", rate=30)))
-            outputs[-1][1].thread_type = "FRAME"                 # a slice a frame, as encoders do unless told; PyAV's own choice here are slices
-            outputs[-1][1].height, outputs[-1][1].width, outputs[-1][1].pix_fmt, outputs[-1][1].options = height, width, "yuv420p", options
-        for t in range(count):
-            if t % piece == 0:
-                part = {k: v[:, t:t + piece] if k in ("camera", "light") else v[:, :, t:t + piece] if k == "place" else v for k, v in scene.items()}
-                drawn = rasterise(part, small)[0][0].numpy()
-            frame = av.VideoFrame.from_ndarray(drawn[t % piece], format="rgb24").reformat(width=width, height=width, format="rgb24", interpolation="BICUBIC")
-            big = frame.to_ndarray()[(width - height) // 2:][:height] + noise.integers(-6, 7, (height, width, 3), np.int16)
-            big = av.VideoFrame.from_ndarray(big.clip(0, 255).astype(np.uint8), format="rgb24")
-            for file, stream in outputs:
-                file.mux(stream.encode(big))
-        for file, stream in outputs:
-            file.mux(stream.encode())
-
-
-def decode_everything(path, frames, size, keep):
-    """The plain loop, for comparison: every frame is decoded, then T are chosen. keep: what of each frame is kept until then:
-    `rgb` (all of it as RGB, scaled after the choice: what one writes first), `square` (what a clip needs), `decoded` (as the
-    decoder gave it: only the chosen ones are turned into RGB)."""
-    import av
-    square = framer(path, size)
-    turn = {"rgb": lambda frame: frame.to_ndarray(format="rgb24"), "square": square, "decoded": lambda frame: frame}[keep]
-    with av.open(str(path)) as container:
-        video = [turn(frame) for frame in container.decode(video=0)]
-        video = [video[int((i + 0.5) * len(video) / frames)] for i in range(frames)]
-        finish = {"rgb": lambda array: square(av.VideoFrame.from_ndarray(array, format="rgb24")), "square": lambda array: array, "decoded": square}[keep]
-        return np.stack([finish(frame) for frame in video])
-
-
-def readers(frames, size):
-    """{name: a function of a path -> (T, ., ., 3) frames}. decord is no part of this project: it is timed where it is installed."""
-    found = {"ours": lambda p: decode(p, frames, size)[0], "ours, one thread": lambda p: decode(p, frames, size, threads=1)[0]}
-    found |= {f"plain loop, keeping {keep}": functools.partial(decode_everything, frames=frames, size=size, keep=keep) for keep in ("rgb", "square", "decoded")}
-    try:
-        import decord
-    except ImportError:
-        return found
-
-    def by_decord(path, threads):
-        with open(path, "rb") as file:
-            h, w, top, left = fit(*decord.VideoReader(file, num_threads=1)[0].shape[:2], size)
-        video = decord.VideoReader(str(path), num_threads=threads, width=w, height=h)
-        return video.get_batch([int((i + 0.5) * len(video) / frames) for i in range(frames)]).asnumpy()[:, top:top + size, left:left + size]
-    return found | {"decord": lambda p: by_decord(p, 0), "decord, one thread": lambda p: by_decord(p, 1)}
-
-
-def in_turn(functions, repeats, first=0):
-    """{name: function} -> {name: seconds of each repeat (r,)}. In turn, so that the machine's moods meet all; `first` rounds more, to begin
-    with, are not counted."""
-    seconds = {name: [] for name in functions}
-    for _ in range(first + repeats):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(times[first:]) for name, times in seconds.items()}
-
-
-def bench_world(cfg, device):
-    """-> rows: clips a second of writing scripts, and of drawing them, on each device."""
-    world, rows = World(cfg.image_size, cfg.frames), []
-    batch = max(1, min(32, 2 ** 22 // (cfg.frames * cfg.image_size ** 2)))
-    scripts = stack([script(VALIDATION + i, world) for i in range(batch)])
-
-    def draw(device):
-        rasterise(scripts, cfg.image_size, device)
-        if device != "cpu":
-            torch.cuda.synchronize()
-    functions = {"world, script": lambda: [script(VALIDATION + i, world) for i in range(batch)], "world, drawn on cpu": lambda: draw("cpu")}
-    if device.type != "cpu":
-        functions[f"world, drawn on {device.type}"] = lambda: draw(device)
-    for name, seconds in in_turn(functions, cfg.repeats, first=1).items():
-        rows.append(dict(source="world", name=name, clips_per_second=batch / float(np.median(seconds)), batch=batch))
-        print(f"{name:46s} {rows[-1]['clips_per_second']:9.1f} clips/s", flush=True)
-    return rows
-
-
-def bench_file(path, cfg):
-    """-> rows: milliseconds of each reader for one file, and how many times as long as ours it takes (median of the pairs)."""
-    import av
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        what = f"{Path(path).name}, {stream.codec_context.name} {stream.width} x {stream.height}, {timeline(container, stream)[0]} frames"
-    rows, seconds = [], in_turn({name: functools.partial(f, str(path)) for name, f in readers(cfg.frames, cfg.image_size).items()}, cfg.repeats)
-    print(f"{what}: {cfg.frames} frames of {cfg.image_size} px")
-    for name, times in seconds.items():
-        ratio = {base: float(np.median(times / seconds[base])) for base in ("ours", "ours, one thread")}
-        rows.append(dict(source=what, name=name, ms=1e3 * float(np.median(times)), clips_per_second=1 / float(np.median(times)), times_ours=ratio["ours"],
-                         times_ours_one_thread=ratio["ours, one thread"]))
-        print(f"    {name:42s} {rows[-1]['clips_per_second']:9.1f} clips/s  {rows[-1]['ms']:7.0f} ms   {ratio['ours']:5.2f} x ours   "
-              f"{ratio['ours, one thread']:5.2f} x ours with one thread", flush=True)
-    return rows
-
-
-def bench(argv):
-    sizes = {name: dict(size=name, image_size=size, frames=frames) for name, size, frames in
-             (("nano", 64, 8), ("tiny", 128, 8), ("base", 224, 16), ("large", 224, 16))}
-    cfg = configure(BenchConfig, sizes, argv)
-    make_room(cfg.out)
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else torch.device(cfg.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
-    entries = [e["path"] for e in read_manifest(cfg.data) if not e["image"]][:cfg.files] if cfg.data else []
-    card = device.type
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-    print(f"{cores()} cores, {torch.get_num_threads()} torch threads, {card}; medians of {cfg.repeats} in turn; clips of {cfg.frames} frames, {cfg.image_size} px")
-    rows, bad = bench_world(cfg, device), []
-    with tempfile.TemporaryDirectory() as folder:
-        if not cfg.data:
-            films = {f"{folder}/gop250.mp4": {}, f"{folder}/gop30.mp4": {"g": "30"}}         # key frames: an encoder's own choice; a streaming site's
-            bench_films(films)
-            entries = list(films)
-        for path in entries:
-            try:
-                decode(path, cfg.frames, cfg.image_size)         # the plain loop would end in a traceback
-                rows += bench_file(path, cfg)
-            except BadVideo as error:
-                bad.append(str(error))
-                print(f"left out: {error}", file=sys.stderr)
-    if len(bad) == len(entries):
-        raise BadInput(f"--data {cfg.data}: none of the {len(entries)} videos can be decoded; the last: {bad[-1] if bad else '-'}")
-    for name in dict.fromkeys(row["name"] for row in rows if "ms" in row):
-        of = [row for row in rows if row["name"] == name]
-        rows.append(dict(source="all files", name=name, clips_per_second=len(of) / sum(row["ms"] for row in of) * 1e3,
-                         times_ours=float(np.median([row["times_ours"] for row in of])), times_ours_one_thread=float(np.median([row["times_ours_one_thread"] for row in of]))))
-        print(f"{f'all {len(of)} files, {name}':46s} {rows[-1]['clips_per_second']:9.1f} clips/s   {rows[-1]['times_ours']:5.2f} x ours   "
-              f"{rows[-1]['times_ours_one_thread']:5.2f} x ours with one thread")
-    import av
-    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=card, cores=cores(), torch_threads=torch.get_num_threads(), torch=torch.__version__,
-                             av=av.__version__, left_out=bad, rows=rows))
-    print(f"wrote {cfg.out}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # python data.py label
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3405,7 +3233,7 @@ def label(argv):
 
 @one_line_errors
 def main(argv=None):
-    dispatch("data.py", __doc__, {"label": label, "make": make, "check": check, "bench": bench}, argv)
+    dispatch("data.py", __doc__, {"label": label, "make": make, "check": check}, argv)
 
 
 if __name__ == "__main__":
