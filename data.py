@@ -1854,41 +1854,6 @@ def to_entry(row, where, folder, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: the DAVIS layout
-# ---------------------------------------------------------------------------------------------------------------------
-
-def read_davis(folder):
-    """JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png -> a list of dict(name, frames, masks): paths, one mask a frame, by name."""
-    images, annotations = (Path(folder) / kind / "480p" for kind in ("JPEGImages", "Annotations"))
-    for part in (images, annotations):
-        if not part.is_dir():
-            raise BadInput(f"{folder}: no folder {part}; expected the DAVIS layout, JPEGImages/480p/<name>/*.jpg and Annotations/480p/<name>/*.png")
-    sequences = []
-    for one in sorted(p for p in images.iterdir() if p.is_dir()):
-        frames, masks = sorted(one.glob("*.jpg")), sorted((annotations / one.name).glob("*.png"))
-        if not frames or [p.stem for p in frames] != [p.stem for p in masks]:
-            alone = sorted({p.stem for p in frames} ^ {p.stem for p in masks})
-            raise BadInput(f"{one}: {len(frames)} frames, {len(masks)} masks in {annotations / one.name}" + (f"; {alone[0]} is one without the other" if alone else "")
-                           + "; each frame needs its mask, of the same name")
-        sequences.append(dict(name=one.name, frames=[str(p) for p in frames], masks=[str(p) for p in masks]))
-    if not sequences:
-        raise BadInput(f"{images}: holds no sequence; expected {images}/<name>/*.jpg")
-    return sequences
-
-
-def read_mask(path, size):
-    """A label picture -> uint8 (size, size), cut as `decode` cuts: the palette's numbers where it has one, else its grey values."""
-    with opened(path) as container:
-        frame = next(container.decode(container.streams.video[0]), None)
-    if frame is None or frame.format.name not in ("pal8", "gray", "monob", "monow"):
-        raise BadVideo(f"{path}: not a label picture ({'empty' if frame is None else frame.format.name}); give a PNG of one channel or with a palette")
-    ids = frame.to_ndarray()[0] if frame.format.name == "pal8" else frame.reformat(format="gray").to_ndarray()
-    h, w, top, left = fit(*ids.shape, size)
-    rows, columns = (((np.arange(size) + begin + 0.5) * n / scaled).astype(int) for begin, n, scaled in ((top, ids.shape[0], h), (left, ids.shape[1], w)))
-    return ids[rows][:, columns]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 2. Real video: dense motion
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2027,7 +1992,7 @@ def dense_motion(a, b):
 #      looks like them says no;
 #   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are merged with what they touch,
 #      in space and along the motion, as colour, texture and place tell.
-# Measured by `python trajtok.py score` (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
+# Measured on DAVIS-2016 (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
 
 PATCH = 10                                                       # pixels of a superpixel's side
 REGIONS = 40                                                     # trajectories of a stretch, at most
