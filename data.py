@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import collections
 import colorsys
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import csv
 import dataclasses
@@ -39,7 +39,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import queue
 import re
@@ -47,7 +46,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import unicodedata
 import zipfile
 import zlib
@@ -215,83 +213,26 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def serve(connection):
-    """A process of `in_processes`: says that it is there, then answers (work, job) with (work(job), None), or with what was raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # ctrl-C is the parent's business, whose end ends this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # by way of every `finally`: nothing half-written stays
+def alone():
+    """What a process of `in_processes` does first: it keeps to one core, and ends with its parent, or by ctrl-C, at once."""
     torch.set_num_threads(1)
-    answer = None, None
-    while True:
-        try:
-            connection.send(answer)
-            work, job = connection.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):            # the parent is gone
-            return
-        try:
-            answer = work(job), None
-        except BadInput as error:
-            answer = None, error
-        except Exception:
-            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
 
 
-def in_processes(work, jobs, workers, seconds=math.inf):
-    """work(job) in `workers` processes of their own (0: in this one) -> an iterator over (job, result, failure), in the order in which they
-    are done. A process that dies, or takes more than `seconds` for a job, is not waited for: it is killed, another one takes its place,
-    and `failure` tells in a few words what happened. What `work` raises is raised here, and ends it all."""
+def in_processes(work, jobs, workers):
+    """An iterator over (job, work(job)), in order; in `workers` processes of their own (0: in this one)."""
     if not workers:
-        yield from ((job, work(job), None) for job in jobs)
+        yield from ((job, work(job)) for job in jobs)
         return
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
-    context, jobs, pool, starting = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, object()
-
-    def start():
-        if jobs:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            pool[ours] = process, starting, math.inf
-
-    def end(ours, process):
-        process.terminate()
-        process.join(2)                                          # to remove what it was writing; what hangs does not answer, and is killed
-        process.kill()
-        process.join()
-        ours.close()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), alone)
     try:
-        for _ in range(min(workers, len(jobs))):
-            start()
-        while pool:
-            patience = min(until for _, _, until in pool.values()) - time.monotonic()
-            ready = multiprocessing.connection.wait(list(pool), None if patience == math.inf else max(patience, 0))
-            for ours in ready or [c for c, (_, _, until) in pool.items() if until <= time.monotonic()]:
-                process, job, _ = pool[ours]
-                try:
-                    result, error = ours.recv() if ready else (None, None)
-                    failure = None if ready else f"not done within {seconds:g} s"
-                except (EOFError, ConnectionResetError):
-                    process.join()
-                    code = process.exitcode
-                    result, error, failure = None, None, f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-                if job is starting and failure:
-                    raise BadInput(f"a worker process cannot be started: {failure}; give fewer --workers")
-                if failure or error or not jobs:
-                    del pool[ours]
-                    end(ours, process)
-                    if error:
-                        raise error
-                    if failure:
-                        start()
-                else:
-                    pool[ours] = process, jobs.popleft(), time.monotonic() + seconds
-                    with contextlib.suppress(BrokenPipeError):   # it died between two jobs: the next `wait` tells
-                        ours.send((work, pool[ours][1]))
-                if job is not starting:
-                    yield job, result, failure
+        yield from zip(jobs, pool.map(work, jobs))
+    except concurrent.futures.process.BrokenProcessPool:
+        raise BadInput("a worker process died (killed for want of memory?); what was written is whole: give fewer --workers, and run it again") from None
     finally:
-        for ours, (process, _, _) in pool.items():
-            end(ours, process)
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2942,10 +2883,8 @@ def make(argv):
     rows, kept, size = {}, 0, 0
     workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
-        for (_, first, count), done, failure in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
-            if failure:
-                raise BadInput(f"{out}: clips {first} .. {first + count - 1}: {failure}; what is written is whole: give fewer --workers and run it again")
-            rows[first], old, written = done
+        for (_, first, count), (made, old, written) in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
+            rows[first] = made
             kept, size = kept + old, size + written
             bar.update(count)
     lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
@@ -3004,47 +2943,40 @@ class CheckConfig:
     manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
     frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
     image_size: int = 64                # pixels of a side that frames are decoded to
-    seconds: float = 60.0               # time limit for a file: a decoder that hangs is ended
-    workers: int | None = None          # processes, at least 1; default: one for each core
+    workers: int | None = None          # processes; 0: none but this one; default: one for each core
 
     def __post_init__(self):
-        for name, least in (("frames", 1), ("image_size", 8), ("workers", 1)):
+        for name, least in (("frames", 1), ("image_size", 8), ("workers", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
-        if not 0 < self.seconds < math.inf:
-            raise BadInput(f"--seconds {self.seconds}: more than 0")
 
 
 def check(argv):
     """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
-    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], {}
+    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], []
     for number, (row, where, folder) in enumerate(rows):
         try:
             jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
         except BadInput as error:
             problems.append((number, "entry", str(error)))
     with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
-        for (_, number, entry), result, failure in in_processes(inspect_entry, jobs, cores() if cfg.workers is None else cfg.workers, cfg.seconds):
-            hangs = dict(NOTHING, wrong=[("hangs", f"{entry['path']}: {failure}; leave it out or re-encode it")])
-            found[number] = entry, result or hangs
-            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in found[number][1]["wrong"]]
+        for (_, number, entry), result in in_processes(inspect_entry, jobs, min(cores() if cfg.workers is None else cfg.workers, len(jobs))):
+            found.append((entry, result))
+            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in result["wrong"]]
             bar.update()
     for _, _, text in sorted(problems):
         print(text)
-    summary(len(rows), list(found.values()), problems)
+    summary(len(rows), found, problems)
     if problems:
         raise SystemExit(1)
-
-
-NOTHING = dict(seconds=0.0, bytes=0, shape=None, strangers=False)            # what is known of a file that could not be opened
 
 
 def inspect_entry(job):
     """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
     strangers: has the mask ids that no trajectory owns?)."""
     cfg, _, entry = job
-    path, wrong, where, result = entry["path"], [], None, dict(NOTHING)
+    path, wrong, where, result = entry["path"], [], None, dict(seconds=0.0, bytes=0, shape=None, strangers=False)
     if not os.path.exists(path):
         hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
         return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
@@ -3172,9 +3104,9 @@ def label(argv):
     usual = 1 if cfg.method == "sam2" else cores()               # each process holds a model of its own
     workers = min(usual if cfg.workers is None else cfg.workers, len(jobs))
     with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
-        for (_, path, *_), result, failure in in_processes(label_video, list(jobs.values()), workers):
-            if failure or isinstance(result, str):
-                bad[path] = result or f"{path}: {failure} while it was labelled; run it again, with fewer --workers"
+        for (_, path, *_), result in in_processes(label_video, list(jobs.values()), workers):
+            if isinstance(result, str):
+                bad[path] = result
                 tqdm.write(f"left out: {bad[path]}", file=sys.stderr)
             else:
                 made.append(result[0])
