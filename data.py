@@ -1028,17 +1028,17 @@ def pyramid(folder, device):
 
 
 @torch.no_grad()
-def rasterise(scripts, size, device="cpu", chunk=None, textures=None):
+def rasterise(scripts, size, device="cpu", textures=None):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
     Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
-    that covered it and the surface's own coordinates there, and is coloured once, at the end. `chunk` clips
-    are drawn together; 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
+    that covered it and the surface's own coordinates there, and is coloured once, at the end. So many clips
+    are drawn together, 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
     textures: of a skinned world, its folder."""
     device = torch.device(device)
     if "skin" in scripts and textures is None:
         raise ValueError("scripts of a skinned world are drawn with rasterise(..., textures=world.textures)")
     b = len(scripts["count"])
-    chunk = chunk or (16 if device.type == "cpu" else 64)
+    chunk = 16 if device.type == "cpu" else 64
     out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device, textures) for i in range(0, b, chunk)]
     return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
 
@@ -1160,7 +1160,7 @@ def fit(height, width, size):
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE_SECONDS, places=True, whole=False):
+def decode(path, frames, size, start=None, stride=None, threads=None, places=True, whole=False):
     """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
     positions of these frames in the file, as a fraction in [0, 1).
 
@@ -1169,14 +1169,14 @@ def decode(path, frames, size, start=None, stride=None, threads=None, limit=FILE
     variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
     by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
     cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
-    then seems to stay); so is one of fewer than T frames, and one that takes longer than `limit` seconds.
+    then seems to stay); so is one of fewer than T frames, and one that takes longer than FILE_SECONDS.
 
     threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
     not be exact to the frame, which saves reading a file through whose header does not count its frames.  whole: frames (T, h, w, 3), not
     cut, the short side `size`."""
     if threads is None:
         threads = 0 if torch.utils.data.get_worker_info() is None else 1
-    return within(limit, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places, whole))
+    return within(FILE_SECONDS, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places, whole))
 
 
 HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
@@ -1247,8 +1247,8 @@ def opened(path):
         raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
 
 
-def read_frames(path, size, chunk=8, whole=False):
-    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= chunk, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
+def read_frames(path, size, whole=False):
+    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
     the short side `size`. Memory does not grow with the video. A file that ends long before its header says, in a damaged part, or
     holds no frame: BadVideo."""
     held, count, upright = [], 0, framer(path, size, whole)
@@ -1264,7 +1264,7 @@ def read_frames(path, size, chunk=8, whole=False):
             held.append(upright(frame))
             count += 1
             end = max(frame.time if frame.time is not None else base + count / rate, end)
-            if len(held) == chunk:
+            if len(held) == 8:
                 yield np.stack(held)
                 held = []
     if held:
@@ -2216,12 +2216,6 @@ def anchors(t):
     return ((torch.arange(s) + 0.5) * t / s).long()
 
 
-def classic_labels(frames):
-    """One stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W): `classic` without key frames, for few frames or one short take."""
-    where = anchors(len(frames))
-    return classic_track(frames, where, classic_segment(frames[where]))
-
-
 # `sam2`: automatic masks of the key frame, then video propagation, by the optional package `transformers` and a folder that holds a published
 # SAM2. Its image processors want two more packages; what they do is three lines (`sam2_pixels`).
 SAM2_POINTS, SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 32, 0.8, 0.95, 0.7     # prompts a side; a mask's own estimate; steadiness; duplicates
@@ -2383,13 +2377,13 @@ def stretches(pieces, longest):
         yield np.stack(held), False
 
 
-def linked(before, after, least=0.5):
-    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU >= least, one to one, best first."""
+def linked(before, after):
+    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU >= 0.5, one to one, best first."""
     p, q = int(before.max()) + 1, int(after.max()) + 1
     both = torch.bincount(((before + 1) * (q + 1) + after + 1).flatten(), minlength=(p + 1) * (q + 1)).view(p + 1, q + 1)
     iou = (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp(min=1))[1:, 1:]
     found, taken = {}, set()
-    i, j = (iou >= least).nonzero(as_tuple=True)
+    i, j = (iou >= 0.5).nonzero(as_tuple=True)
     for k in iou[i, j].argsort(descending=True, stable=True).tolist():       # at IoU 0.5 exactly, two may claim one
         if int(j[k]) not in found and int(i[k]) not in taken:
             found[int(j[k])] = int(i[k])
