@@ -15,7 +15,6 @@
     python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
     python train_clip.py --compare all --seeds 0,1,2             # the paper's table: every row on the same clips, one after another
     python train_clip.py --eval out/clip-nano --data m.json      # a saved model alone: retrieval, probes, zero-shot classes
-    python train_clip.py --bench                                 # clips/s, GFLOPs, memory, MFU of every row at 8 to 128 frames
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
 A tokenizer of your own: one class with one forward (class Tokenizer) and one line in TOKENIZERS.
@@ -48,10 +47,10 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, free_memory_gb, gather, held_out_share, in_process,
-                     launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
+from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, gather, held_out_share,
+                     launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
                      ranks, results_folder, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, spread_of, start, sum_gradients, tokenizer_config,
-                     too_large, total, world_of, write_weights)
+                     total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -131,25 +130,20 @@ class ClipConfig:
     compare: str | None = None                  # train these rows one after another, with commas, or `all`; print the table
     compare_by: str = "steps"                   # `steps`: as many for each row; `seconds`: each row as long as trajvit2 (needs the first table)
     seeds: str = "0"                            # --compare: seeds, with commas
-    bench: bool = False                         # measure every tokenizer's speed, GFLOPs and memory with random weights
-    bench_frames: str = "8,16,32,64,128"        # --bench: frames of a clip, with commas
-    bench_batch: int = 1                        # --bench: clips at once
-    bench_run: bool = True                      # --bench: run them; off: only count GFLOPs, at any size on any machine
-    results: str = "results"                    # folder for the tables of --compare and --bench
+    results: str = "results"                    # folder for the tables of --compare
 
     def __post_init__(self):
         check_flags(self)
         if self.tokenizer not in TOKENIZERS:
             raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}")
-        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens", "bench_batch"):
+        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
         for field in ("micro_batch", "heldout_clips", "processes", "rlt_threshold"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        for field, form in (("seeds", r"\d{1,9}"), ("bench_frames", r"[1-9]\d{0,4}")):
-            if not re.fullmatch(f"{form}(,{form})*", getattr(self, field)):
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: whole numbers{' from 1 on' if field != 'seeds' else ''}, with commas")
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", self.seeds):
+            raise BadInput(f"--seeds {self.seeds}: whole numbers, with commas")
         if self.eval == "" or self.compare == "":
             raise BadInput("--eval '' or --compare '': an empty name; give the folder of a run, or tokenizers")
         for width in (self.width, self.text_width):
@@ -175,8 +169,8 @@ class ClipConfig:
             raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
         if "{}" not in self.prompt:
             raise BadInput(f"--prompt {self.prompt!r}: {{}} must stand where the class's name goes")
-        if sum(map(bool, (self.eval, self.compare, self.bench))) > 1:
-            raise BadInput("--eval, --compare and --bench: one at a time")
+        if self.eval and self.compare:
+            raise BadInput("--eval and --compare: one at a time")
 
     def text_of(self, label):
         return self.prompt.replace("{}", label.replace("_", " "))
@@ -1224,94 +1218,6 @@ def one_row(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --bench: the paper's efficiency figure
-# ---------------------------------------------------------------------------------------------------------------------
-
-def most_gflops(cfg):
-    """GFLOPs of embedding one clip, at any size, without running it: tensors without numbers. Counts the worst case: all K trajectories alive,
-    no patch dropped; of given masks, which do not exist here, None."""
-    if gets_masks(cfg):
-        return None
-    cfg = resolve(dataclasses.replace(cfg, compile=False))
-    with torch.device("meta"):
-        model, _ = build(cfg, data.load_encoding(cfg.text))
-        model.requires_grad_(False).eval().video.compact = False
-        video = torch.zeros(1, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
-        return count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory))
-
-
-def bench_row(cfg, pipe):
-    """One tokenizer at one number of frames, in a process of its own -> dict, sent through the pipe."""
-    device = setup(cfg)
-    model, _ = build(cfg, data.load_encoding(cfg.text))
-    cfg = resolve(cfg)
-    model.to(device).video.compact = cfg.tokenizer != "trajvit2"             # untrained, its trajectories mean nothing: all of them are paid for
-    repeats, tokens = 3 if device.type == "cpu" else 10, []
-    clips = [data.finish(data.WorldBatches(world_of(cfg), cfg.bench_batch, data.VALIDATION)[i], device) for i in range(repeats)]     # they differ in what is kept
-
-    def run(backward, i=0):
-        model.requires_grad_(backward)
-        with precision(device, cfg.bf16):
-            encoded = model.video(clips[i]["video"], cfg.tokens_per_trajectory, clips[i]["labels"])
-        tokens.append(encoded.tokens.mask.float().sum(1).mean().item() if model.video.compact else encoded.tokens.z.shape[1])
-        if backward:
-            encoded.cls.float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    row, rate = {}, matrix_rate(device)
-    for what, backward in (("forward", False), ("training", True)):
-        memory = peak_of(lambda: run(backward), device)          # also warms up
-        if memory is None:
-            break
-        run(backward)                                            # warm; the first one may have compiled
-        times = []
-        while len(times) < repeats or sum(times) < 2:            # seconds: one pass of a small size is over before the machine has noticed
-            began = time.perf_counter()
-            run(backward, len(times) % repeats)
-            times.append(time.perf_counter() - began)
-        speed = cfg.bench_batch / float(np.median(times))
-        counted = sum(count_gflops(lambda: run(backward, i)) for i in range(repeats)) / (repeats * cfg.bench_batch)
-        row |= {f"{what}_clips_per_second": speed, f"{what}_gflops": counted, f"{what}_memory_gb": memory, f"{what}_mfu": speed * counted * 1e9 / rate}
-    pipe.send(row | dict(tokens=float(np.mean(tokens)), parameters=sum(p.numel() for p in model.parameters())))
-
-
-def bench(cfg):
-    """Every tokenizer at every number of frames -> a table, results/bench-clip-<size>.json and its picture."""
-    rows, last, base = [], {}, Path(cfg.results)
-    results_folder(base)
-    device = setup(cfg)
-    data.open_textures(cfg.textures)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{cfg.size}, {cfg.bench_batch} clip(s) at once, random weights; {device.type}, {machine}; trajvit2 with all {resolve(cfg).num_queries} trajectories alive, "
-          f"{cfg.tokens_per_trajectory} token(s) each; trajvit and rlt on made clips")
-    print("frames  tokenizer     tokens  GFLOPs   clips/s   memory GB   MFU    | training: clips/s   memory GB   MFU")
-    for frames in map(int, cfg.bench_frames.split(",")):
-        for name in TOKENIZERS:
-            one = dataclasses.replace(row_of(cfg, name), frames=frames, bench=False)
-            row = dict(frames=frames, tokenizer=name, most_gflops=most_gflops(one))
-            # what would not fit is not tried: the system kills what asks for too much
-            if cfg.bench_run and not (device.type == "cpu" and too_large(frames, last.get(name), free_memory_gb())):
-                measured = in_process(bench_row, one)
-                last[name] = (frames, measured.get("training_memory_gb") if measured else None)
-                row |= measured or {}
-            rows.append(row)
-            number = lambda key, form, times=1: f"{times * row[key]:{form}}" if row.get(key) is not None else "-".rjust(int(form.split(".")[0]))
-            print(f"{frames:6d}  {name:12s} {number('tokens', '7.0f')} {number('forward_gflops' if 'forward_gflops' in row else 'most_gflops', '8.1f')} "
-                  f"{number('forward_clips_per_second', '8.2f')} {number('forward_memory_gb', '11.2f')} {number('forward_mfu', '6.0f', 100)} %  | "
-                  f"{number('training_clips_per_second', '17.2f')} {number('training_memory_gb', '11.2f')} {number('training_mfu', '6.0f', 100)} %", flush=True)
-    path = base / f"bench-clip-{cfg.size}.json"
-    write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), device=f"{device.type}, {machine}", torch=torch.__version__, rows=rows))
-    panels = {}
-    for key, title in (("forward_gflops" if cfg.bench_run else "most_gflops", "gflops of a clip"), ("forward_clips_per_second", "clips a second"),
-                       ("training_clips_per_second", "clips a second in training"), ("training_memory_gb", "gb in training")):
-        lines = {name: [(r["frames"], r[key]) for r in rows if r["tokenizer"] == name and r.get(key)] for name in TOKENIZERS}
-        panels |= {title: lines} if any(lines.values()) else {}
-    plot_lines(path.with_suffix(".png"), panels)
-    print(f"wrote {path} and {path.with_suffix('.png')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @data.one_line_errors
 def main(argv=None):
@@ -1321,8 +1227,6 @@ def main(argv=None):
         return evaluate_saved(eval_config(cfg.eval, argv))
     if cfg.compare:
         return compare(configure(ClipConfig, COMPARE, argv))
-    if cfg.bench:
-        return bench(cfg)
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or max(gpus, 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:

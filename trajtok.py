@@ -295,14 +295,14 @@ def check_flags(cfg):
         raise BadInput(f"--textures {cfg.textures}: paints the procedural world, but --data is {cfg.data}; leave one of the two out")
 
 
-def setup(cfg, keep=True):
-    """-> torch.device. Seeds, and on a CPU keeps to the cores there are, and (keep) to the memory it once had."""
+def setup(cfg):
+    """-> torch.device. Seeds, and on a CPU keeps to the cores there are, and to the memory it once had."""
     if not 0 <= cfg.seed < 2 ** 32:
         raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:            # one of several processes: each has a GPU of its own
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.split(":")[0] == "cpu" and keep:
+    if name.split(":")[0] == "cpu":
         keep_memory()                                            # before the first tensor
     try:
         device = torch.device(name)
@@ -522,7 +522,7 @@ class Run:
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
     VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips", "heldout_clips",
-                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "bench_frames", "cache_dir"}
+                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "cache_dir"}
 
     def __init__(self, cfg, name, extra=None, told=True):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
@@ -1086,295 +1086,6 @@ def show_stream(tokenizer, cfg, path, size, scale):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python trajtok.py bench
-# ---------------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """Times the tokenizer against the straightforward implementation of the same formulas, with the same weights."""
-    size: str = "large"                 # one of SIZES: nano, tiny, base, large
-    frames: str = "16"                  # frames of a clip, several with commas: 8,16,32,64,128
-    tokens_per_trajectory: int = 4      # 1, 2 or 4
-    batch: int = 1                      # clips at once
-    repeats: int = 5                    # timings of each, taken in turn
-    backward: bool = True               # time and measure forward + backward as well
-    only: bool = False                  # ours alone, without the straightforward implementation
-    compile: bool = False               # torch.compile both, whole (no graph break allowed)
-    out: str = "results/bench-tokenizer.json"   # file for the figures
-    seed: int = 0                       # of weights and pixels
-    device: str = "auto"                # cpu, cuda, ...
-
-    def __post_init__(self):
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.frames):
-            raise BadInput(f"--frames {self.frames}: numbers from 1 on, with commas")
-        if min(self.batch, self.repeats) < 1:
-            raise BadInput(f"--batch {self.batch} --repeats {self.repeats}: at least 1")
-        if max(map(int, self.frames.split(","))) > 100_000:
-            raise BadInput(f"--frames {self.frames}: at most 100000")
-
-
-# the same formulas by the book: in PyTorch as it comes, and, to tell arithmetic from memory management, under our keep_memory
-PLAIN, KEPT = "straightforward", "straightforward, kept"
-
-
-def straightforward(tokenizer, video, m):
-    """tokenizer(video, m) by the book, for comparison: PyTorch's own layers, which keep what they like; keys and values are projected for
-    all points, attention is a dense (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
-    segmenter, encoder, K = tokenizer.segmenter, tokenizer.encoder, tokenizer.cfg.num_queries
-
-    def extract(x):                                              # (b, t, 3, H, W) -> F (b, n, d), (t, h, w)
-        x, total, t = rearrange(x, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last), 0, x.shape[1]
-        last = lambda f, x: f(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                             # f over the channels
-        for i, (down, stage) in enumerate(zip(segmenter.backbone.downsample_layers, segmenter.backbone.stages)):
-            x = down(x)
-            for block in stage:
-                x = x + last(lambda y: block.gamma * block.pwconv2(F.gelu(block.pwconv1(block.norm(y)))), block.dwconv(x))
-            if i < len(segmenter.proj):
-                y = segmenter.proj[i](last(segmenter.backbone.norm, x) if i == 3 else x)
-                y = last(segmenter.ln, y)
-                h, w = y.shape[-2:] if i == 0 else (h, w)
-                total = total + (F.interpolate(y, size=(h, w), mode="bilinear", align_corners=False) if i else y)
-        return rearrange(total, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
-
-    def perceive(perceiver, latents, points, visible=None):
-        points = perceiver.norm_ctx(points)
-        for attention, mlp in perceiver.layers:
-            x = perceiver.norm_lat(latents)
-            y = torch.cat((attention.norm_latents(x), attention.norm_media(points)), 1)
-            heads = lambda z: z.unflatten(-1, (attention.heads, -1))
-            q, (k, v) = heads(attention.to_q(y[:, :x.shape[1]])), map(heads, attention.to_kv(y).chunk(2, -1))
-            table = rotary_table(torch.arange(y.shape[1], device=y.device), q.shape[-1])
-            q, k = rotate(q, table[:x.shape[1]]), rotate(k, table)
-            scores = torch.einsum("biac,bjac->baij", q, k) / math.sqrt(q.shape[-1])
-            if visible is not None:
-                scores = scores.masked_fill(~visible[:, None], -math.inf)
-            out = torch.einsum("baij,bjac->biac", scores.softmax(-1), v).flatten(2)                  # over all points and latents
-            latents = (x if perceiver.normed_residual else latents) + attention.to_out(out)
-            latents = latents + mlp(latents)
-        return latents
-
-    features, grid = extract(normalise(video))
-    points = features.detach() if segmenter.cfg.detach else features
-    latents = perceive(segmenter.perceiver, segmenter.latents.expand(len(video), -1, -1), points)
-    seg = segmenter.assign(latents, features, grid)
-    features = encoder.see(features, grid)
-    z = encoder.aggregate(features, seg.logits)
-    trajectory = torch.arange(K, device=z.device).repeat_interleave(m)
-    visible = None
-    if encoder.cfg.hard_mask:                                    # (b, K m, K m + n), True = may be seen
-        sees = trajectory[:, None] == seg.ids[:, None]
-        sees[..., sees.shape[-1] - encoder.cfg.last_points:] = True
-        visible = torch.cat(((trajectory[:, None] == trajectory).expand(len(z), -1, -1), sees), 2)
-    z = (encoder.latents[:, :m] + z[:, :, None] if encoder.cfg.mean_start else encoder.latents[:, :m].expand(len(z), -1, -1, -1)).flatten(1, 2)
-    return encoder.output_projector(perceive(encoder.perceiver, z, features, visible)), seg.ids
-
-
-def bench_pass(cfg, frames, name, device, compiled):
-    """run(backward) -> z: a pass of one implementation over the same clips of so many frames, with the same random weights."""
-    torch.manual_seed(cfg.seed)
-    tokenizer = TrajTok(cfg.size).to(device)
-    size, m = tokenizer.cfg.image_size, cfg.tokens_per_trajectory
-    video, _ = data.rasterise(data.stack([data.script(data.VALIDATION + i, data.World(size, frames)) for i in range(cfg.batch)]), size, device)
-    forward = (lambda: tokenizer(video, m)[0].z) if name == "ours" else lambda: straightforward(tokenizer, video, m)[0]
-    forward = torch.compile(forward, fullgraph=True) if compiled else forward
-
-    def run(backward):
-        tokenizer.requires_grad_(backward)                       # off: nothing is kept for a backward pass, and the counter of FLOPs works
-        with precision(device):
-            z = forward()
-        if backward:
-            tokenizer.zero_grad(set_to_none=True)
-            z.float().square().mean().backward()
-            tokenizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return z.detach()
-    return run
-
-
-def bench_worker(cfg, frames, name, pipe):
-    """One implementation in a process of its own, so that how one handles memory is not the other's business. Answers, until it reads None,
-    (what, backward): `memory` GB, or None if the card has no room; `seconds`; `gflops`; `tokens`."""
-    device = setup(cfg, keep=name != PLAIN)
-    run, plain = bench_pass(cfg, frames, name, device, cfg.compile), None
-
-    def seconds(backward):
-        began = time.perf_counter()
-        run(backward)
-        return time.perf_counter() - began
-    while (message := pipe.recv()) is not None:
-        what, backward = message
-        if what == "gflops":                                     # compiled code cannot be counted
-            plain = plain or (bench_pass(cfg, frames, name, device, False) if cfg.compile else run)
-        pipe.send({"memory": lambda: peak_of(lambda: run(backward), device), "seconds": lambda: seconds(backward),
-                   "gflops": lambda: count_gflops(lambda: plain(backward)), "tokens": lambda: run(backward).float().cpu().numpy()}[what]())
-
-
-def peak_of(run, device):
-    """What memory grew by during run(), at its peak, in GB; None where a card has no room for it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        try:
-            run()
-        except torch.cuda.OutOfMemoryError:
-            return None
-        return (torch.cuda.max_memory_allocated() - held) / 2 ** 30
-    before = 0.0
-    run()                                                        # the libraries' own code, read on the first pass, is not what a pass takes
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)            # what is free already must not hide what the pass takes
-        Path("/proc/self/clear_refs").write_text("5")            # the peak begins anew, at what is resident now
-        before = peak_memory_gb(device)
-    run()
-    return peak_memory_gb(device) - before
-
-
-def free_memory_gb():
-    return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2 ** 20 if sys.platform == "linux" else math.inf
-
-
-def too_large(frames, before, free):
-    """Will a clip of so many frames need more than is free? before: (frames, GB) of the last, shorter clip, GB None = it did not fit; or None.
-    The system kills what asks for too much, so on a CPU it is not tried."""
-    return before is not None and (before[1] is None or before[1] * frames / before[0] > 0.8 * free)
-
-
-class Worker:
-    """bench_worker in a process: ask(what, backward) -> its answer, or None once the system has killed it (no memory left)."""
-
-    def __init__(self, cfg, frames, name):
-        context = torch.multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=bench_worker, args=(cfg, frames, name, there), daemon=True)
-        self.process.start()
-        there.close()
-
-    def ask(self, what, backward):
-        try:
-            self.pipe.send((what, backward))
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            if self.process.exitcode != -9:
-                raise RuntimeError(f"a process of the benchmark ended with code {self.process.exitcode}") from None
-            return None
-
-    def close(self):
-        if self.process.is_alive():
-            self.pipe.send(None)
-        self.process.join()
-
-
-def in_process(function, cfg):
-    """What function(cfg, pipe) sends, run in a process of its own; None if the system killed it for want of memory."""
-    context = torch.multiprocessing.get_context("spawn")
-    pipe, there = context.Pipe()
-    process = context.Process(target=function, args=(cfg, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        return pipe.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode != -9:
-            raise RuntimeError(f"a process of the benchmark ended with code {process.exitcode}") from None
-        return None
-    finally:
-        process.join()
-
-
-def race(cfg, workers, frames, backward, device, last, tokens):
-    """Memory and time of one pass of each worker, timed in turn, so that the machine's moods meet all -> {name: dict(memory_gb, ms, gflops; of a
-    rival also how much faster ours is, and its memory in ours)}, None where it does not fit."""
-    memory = {name: None if device.type == "cpu" and too_large(frames, last.get((name, backward)), free_memory_gb()) else worker.ask("memory", backward)
-              for name, worker in workers.items()}
-    last |= {(name, backward): (frames, gb) for name, gb in memory.items()}
-    fits = [name for name in workers if memory[name] is not None]
-    tokens |= {name: workers[name].ask("tokens", backward) for name in fits}                         # this run also compiles and warms up
-    seconds = {name: [] for name in workers}
-    for _ in range(cfg.repeats):
-        for name in fits:
-            seconds[name].append(workers[name].ask("seconds", backward))
-    found = {}
-    for name in workers:
-        killed = name not in fits or None in seconds[name] or tokens[name] is None
-        found[name] = dict(memory_gb=memory[name], gflops=None if killed else workers[name].ask("gflops", backward), ms=None if killed else float(np.median(seconds[name])) * 1e3)
-        if name != "ours" and not killed and found["ours"]["ms"]:
-            found[name] |= dict(faster=float(np.median([b / a for a, b in zip(seconds["ours"], seconds[name])])), less_memory=memory[name] / max(memory["ours"], 1e-3))
-    return found
-
-
-def bench_row(row, rate):
-    text = f"{row['frames']:6d}  {'forward + backward' if row['backward'] else 'forward':18s}  {row['name']:24s} "
-    if row["ms"] is None:
-        print(text + "  does not fit into memory", flush=True)
-        return
-    text += (f"{row['gflops']:9.0f} {row['ms']:8.0f}  {row['ms'] / row['frames']:9.1f} {row['gflops'] / row['ms']:8.2f} {100 * row['gflops'] * 1e12 / row['ms'] / rate:12.0f} %   "
-             f"{row['memory_gb']:5.2f}")
-    print(text + (f"     ours: {row['faster']:.2f}x as fast, 1/{row['less_memory']:.2f} of the memory" if "faster" in row else ""), flush=True)
-
-
-def bench(argv):
-    cfg = configure(BenchConfig, {name: {"size": name} for name in SIZES}, argv)
-    SIZES[cfg.size].encoder.check(cfg.tokens_per_trajectory)    # refused now, not after a minute
-    data.make_room(cfg.out)
-    device = setup(cfg, keep=False)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    rate = matrix_rate(device)
-    parameters = sum(p.numel() for p in TrajTok(cfg.size).parameters())
-    print(f"{cfg.size}: {parameters / 1e6:.1f} M parameters, {cfg.batch} clip(s), {cfg.tokens_per_trajectory} tokens a trajectory; {device.type}, {card}, "
-          f"{rate / 1e12:.2f} TFLOP/s in a large matrix product")
-    overlap = np.random.default_rng(cfg.seed).random((3, 64, 40, 128))
-    costs = {"random": overlap[0], "overlaps, mostly 0": -overlap[1] * (overlap[2] < 0.1), "ties": np.round(overlap[1] * 4)}
-    matching = {}
-    for name, cost in costs.items():
-        times = []
-        for _ in range(cfg.repeats + 1):
-            began = time.perf_counter()
-            hungarian(cost)
-            times.append(time.perf_counter() - began)
-        matching[name] = float(np.median(times)) * 1e3
-    print("64 matchings of 40 labels x 128 queries: " + ", ".join(f"{ms:.0f} ms ({name})" for name, ms in matching.items()))
-    print("frames  pass                implementation              GFLOPs      ms   ms/frame  TFLOP/s  of the machine   GB     how much faster, less memory")
-    rows, last = [], {}
-    for frames in sorted(map(int, cfg.frames.split(","))):
-        # one rival at a time: a process that keeps its memory keeps it from the others
-        for rival in (None,) if cfg.only else (PLAIN, KEPT) if device.type == "cpu" else (PLAIN,):
-            names = ["ours"] if rival is None else ["ours", rival]
-            workers, tokens = {name: Worker(cfg, frames, name) for name in names}, {}
-            for backward in (False, True) if cfg.backward else (False,):
-                measured = race(cfg, workers, frames, backward, device, last, tokens)
-                for name in names:
-                    if name != "ours" or rival in (None, PLAIN):
-                        rows.append(dict(frames=frames, backward=backward, name=name) | measured[name])
-                        bench_row(rows[-1], rate)
-            for worker in workers.values():
-                worker.close()
-            if len(tokens) == 2 and rival == PLAIN:
-                worst = float(np.abs(tokens["ours"] - tokens[PLAIN]).max() / np.abs(tokens[PLAIN]).max())
-                print(f"        largest difference of their tokens: {worst:.1e} of the largest value")
-                rows.append(dict(frames=frames, difference=worst))
-    write_json(cfg.out, dict(dataclasses.asdict(cfg), device=f"{device.type}, {card}", torch=torch.__version__,
-                                                            parameters=parameters, tflops_of_the_machine=rate / 1e12, matching_ms=matching, rows=rows))
-    print(f"wrote {cfg.out}")
-
-
-def matrix_rate(device, side=None):
-    """FLOP/s of a large matrix product in the type that the model runs in: the most that there is to have."""
-    dtype, side = (torch.bfloat16, side or 8192) if device.type == "cuda" else (torch.float32, side or 1536)
-    x, times = torch.randn(side, side, device=device, dtype=dtype), []
-    for _ in range(8):
-        began = time.perf_counter()
-        x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * side ** 3 / float(np.median(times[2:]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # python trajtok.py score
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1517,7 +1228,7 @@ def score_picture(sequences, clips, kept):
 
 @data.one_line_errors
 def main(argv=None):
-    data.dispatch("trajtok.py", __doc__, {"pretrain": pretrain, "show": show, "score": score, "bench": bench}, argv)
+    data.dispatch("trajtok.py", __doc__, {"pretrain": pretrain, "show": show, "score": score}, argv)
 
 
 if __name__ == "__main__":
