@@ -4710,7 +4710,7 @@ def test_pretrain_on_videos_and_pictures(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# trajtok.py score
+# segmenter.py: scores of an object
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_object_scores_are_naive():
@@ -4727,69 +4727,6 @@ def test_object_scores_are_naive():
     assert segmenter.object_scores(*half) == (0.5, 0.0)
     assert segmenter.object_scores(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).bool()) == (0.0, 0.0)
     assert segmenter.object_scores(torch.full((1, 2, 2), -1), torch.ones(1, 2, 2).bool()) == (0.0, 0.0)
-
-
-def test_k_means_tubes_are_a_fixed_point():
-    """Catches: a baseline that is worse than it has to be: pixels that another centre would fit better, clusters that are not used."""
-    video = panned_square(2, 32, 12, 4)[0]
-    ids = trajtok.k_means_tubes(video, 9, rounds=200)
-    y, x = torch.meshgrid(torch.arange(32) / 32, torch.arange(32) / 32, indexing="ij")
-    points = torch.cat([video / 255, torch.stack([y, x], -1).expand(2, 32, 32, 2)], -1).flatten(0, 2)
-    centres = torch.stack([points[ids.flatten() == k].mean(0) for k in range(9)])
-    assert (torch.cdist(points, centres).argmin(1) == ids.flatten()).float().mean() > 0.99
-
-
-def davis(folder, names=("a", "b"), count=9):
-    """A folder in the DAVIS layout: the square of `panned_square`, its masks as grey pictures with id 1."""
-    def grey_png(path, ids):
-        with av.open(str(path), "w", format="image2") as file:
-            stream = file.add_stream("png", rate=1)
-            stream.height, stream.width, stream.pix_fmt = *ids.shape, "gray"
-            for packet in (*stream.encode(av.VideoFrame.from_ndarray(ids, format="gray")), *stream.encode()):
-                file.mux(packet)
-    for name in names:
-        frames, object_ = panned_square(count, 64, 24, 3)
-        for kind in ("JPEGImages", "Annotations"):
-            (folder / kind / "480p" / name).mkdir(parents=True)
-        for i in range(count):
-            with av.open(str(folder / "JPEGImages" / "480p" / name / f"{i:05d}.jpg"), "w", format="image2") as file:
-                stream = file.add_stream("mjpeg", rate=1)
-                stream.height, stream.width, stream.pix_fmt, stream.options = 64, 64, "yuvj444p", {"qmin": "1", "qmax": "2"}
-                for packet in (*stream.encode(av.VideoFrame.from_ndarray(frames[i].numpy(), format="rgb24")), *stream.encode()):
-                    file.mux(packet)
-            grey_png(folder / "Annotations" / "480p" / name / f"{i:05d}.png", object_[i].numpy().astype(np.uint8))
-    return folder
-
-
-def test_score(tmp_path, tokenizer_folder, capsys):
-    """Catches: masks of other frames or another crop than the frames, methods that share a row, a table that is not what the file holds."""
-    davis(tmp_path / "d")
-    for extra in ([], ["--whole"]):
-        run(trajtok.main, "score", tmp_path / "d", "--frames", 4, "--image-size", 64, "--weights", tokenizer_folder, "--out", tmp_path / "r" / "s.json", *extra)
-        out, result = capsys.readouterr().out, json.loads((tmp_path / "r" / "s.json").read_text())
-        rows = {r["method"]: r for r in result["rows"]}
-        assert list(rows) == ["6 x 6 grid", "k-means 36", "k-means 121", "classic labels", tokenizer_folder.name]
-        for name, r in rows.items():
-            assert f"{name[:24]:24s} {r['best']:5.3f}  {r['union']:5.3f}" in out and len(r["sequences"]) == 2 and r["frames_per_second"] > 0
-            assert r["best"] == pytest.approx(sum(s["best"] for s in r["sequences"]) / 2)
-        assert rows["classic labels"]["best"] > 0.5 and rows["6 x 6 grid"]["best"] < 0.3 and rows["6 x 6 grid"]["tubes"] == 36
-        assert read_picture(tmp_path / "r" / "s.png").shape[2] == 3
-    assert segmenter.object_scores(segmenter.grid_tubes((1, 4, 64, 64), 6, 6)[0], panned_square(9, 64, 24, 3)[1][[1, 3, 5, 7]])[0] == pytest.approx(rows["6 x 6 grid"]["best"])
-
-
-def test_score_refuses(tmp_path, capsys):
-    """Catches: a folder of another layout, a frame without its mask, a sequence too short or misnamed, colour pictures as masks: a traceback, or a score all the same."""
-    score = functools.partial(refused, capsys, trajtok.main, "score")
-    assert "JPEGImages" in score(tmp_path / "none")
-    davis(tmp_path / "d", ("a",), 3)
-    assert "fewer than --frames 8" in score(tmp_path / "d", "--out", tmp_path / "s.json")
-    assert "--names z" in score(tmp_path / "d", "--names", "z", "--out", tmp_path / "s.json")
-    assert "--method sam2" in score(tmp_path / "d", "--method", "sam2") and "--frames 0" in score(tmp_path / "d", "--frames", 0)
-    data.write_png(tmp_path / "d" / "Annotations" / "480p" / "a" / "00002.png", np.zeros((64, 64, 3), np.uint8))
-    assert "not a label picture" in score(tmp_path / "d", "--frames", 3, "--out", tmp_path / "s.json")
-    (tmp_path / "d" / "Annotations" / "480p" / "a" / "00002.png").unlink()
-    assert "00002" in score(tmp_path / "d")
-    assert not (tmp_path / "s.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
