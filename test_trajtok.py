@@ -5370,7 +5370,7 @@ def test_ways_to_compute_are_the_same_computation(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train_clip.py: --eval, --compare
+# train_clip.py: --eval
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_recalls_with_several_captions():
@@ -5436,7 +5436,6 @@ def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
         bare = manifest(tmp_path / "bare.json", [{"video": r["video"]} | ({"label": r["label"]} if extra else {}) for r in rows[:3]])
         assert words in refused(capsys, train_clip.main, "--eval", clip_run, "--data", bare, *extra)
     assert "give its folder" in refused(capsys, train_clip.main, "--eval", tmp_path / "nowhere")
-    assert "one at a time" in refused(capsys, train_clip.main, "--eval", clip_run, "--compare", "all")
 
 
 def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
@@ -5477,21 +5476,8 @@ def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
                                                               manifest(tmp_path / "m.json", [{"video": "a.mp4", "caption": "a"}, {"video": "b.mp4", "caption": "b"}]))
 
 
-def test_what_is_of_trajvit2_alone_stays_there(tmp_path, monkeypatch, capsys):
-    """Catches: rows of a comparison that are refused, or changed, by flags of trajvit2; that see clips of another size than a tokenizer which was
-    made with one; a table of such a comparison that overwrites the plain one's."""
-    trajtok.TrajTok(dataclasses.replace(trajtok.SIZES["nano"], image_size=32, frames=4)).save_pretrained(tmp_path / "tokenizer")
-    rows = []
-    monkeypatch.setattr(train_clip, "one_row", lambda cfg: rows.append(train_clip.resolve(cfg)) or dict.fromkeys((key for key, _, _ in train_clip.COLUMNS), 0.5))
-    flags = ["--init-tokenizer", tmp_path / "tokenizer", "--freeze-tokenizer", "--places", "--true-masks"]
-    run(train_clip.main, "--compare", "vit3d,trajvit2", *flags, "--name", "warm", "--frames", 8, "--results", tmp_path)
-    assert [(r.tokenizer, r.image_size, r.frames) for r in rows] == [("vit3d", 32, 8), ("trajvit2", 32, 8)]
-    assert [(r.places, r.true_masks, r.freeze_tokenizer, bool(r.init_tokenizer)) for r in rows] == [(False,) * 4, (True,) * 4]
-    assert (tmp_path / "compare-warm.json").exists() and not (tmp_path / "compare-nano.json").exists()
-
-
 def test_a_run_that_is_older_than_a_flag_goes_on(tmp_path):
-    """Catches: a new flag that makes every earlier run impossible to resume, or to reuse in a comparison."""
+    """Catches: a new flag that makes every earlier run impossible to resume,"""
     run(train_clip.main, *CLIP, "--probe-clips", 8, "--out", tmp_path)
     path = tmp_path / "clip-nano" / "config.json"
     config = json.loads(path.read_text())
@@ -5509,14 +5495,14 @@ def test_a_recipe_is_chosen_on_clips_of_its_own(monkeypatch):
             seen.extend(batch["index"])
             return batch
     monkeypatch.setattr(data, "WorldBatches", Spy)
-    for split, wrong in (("validation", lambda i: data.TEST <= i < data.HELDOUT + 50_000_000), ("test", lambda i: data.VALIDATION + 50_000_000 <= i < data.TEST or i >= data.HELDOUT + 50_000_000)):
-        cfg = train_clip.resolve(train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(tokenizer="vit3d", frames=2, batch=4, eval_clips=4, heldout_clips=4, probe_clips=8, eval_split=split)))
+    for split, wrong in (("validation", lambda i: data.TEST <= i < data.HELDOUT + 50_000_000), ("test", lambda i: data.VALIDATION + 50_000_000 <= i < data.TEST or i >= data.HELDOUT)):
+        cfg = train_clip.resolve(train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(tokenizer="vit3d", frames=2, batch=4, eval_clips=4, probe_clips=8, eval_split=split)))
         encoding = data.load_encoding("world")
         model, _ = train_clip.build(cfg, encoding)
         _, test, count, _ = trajtok.open_data(cfg, "caption")
         seen.clear()
         train_clip.evaluate(model, test, count, cfg, torch.device("cpu"), encoding)
-        assert len(seen) >= 20 and not any(map(wrong, seen)) and any(i >= data.HELDOUT for i in seen)
+        assert len(seen) >= 16 and not any(map(wrong, seen))
         last = range(data.TEST, data.HELDOUT) if split == "test" else range(data.VALIDATION + 50_000_000, data.TEST)
         assert any(i in last for i in seen)                      # the probes' penalty is not chosen by the clips that they are scored on
 
@@ -5555,45 +5541,10 @@ def test_several_captions_and_groups_of_entries(clip_run, media):
 
 
 def test_flags_give_back_the_configuration():
-    """Catches: a row of the comparison that is trained with other numbers than the comparison's."""
-    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(train_clip.COMPARE["nano"], tokenizer="rlt", run_lengths=True)):
+    """Catches: a command line, as a result is written beside it, that gives another run."""
+    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(tokenizer="rlt", run_lengths=True)):
         cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES[changes.get("size", "nano")], **changes})
-        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, train_clip.flags(cfg, train_clip.CLIP_SIZES)) == cfg
-
-
-def test_compare(tmp_path, monkeypatch, capsys):
-    """Catches: rows that are trained twice, or on other clips or steps than the others; an interrupted row that begins anew; a finished one
-    of other flags that is taken for this one's; equal seconds that are not."""
-    commands = []
-
-    def start(command):
-        commands.append(command[2:])
-        train_clip.main(command[2:])
-        return 0
-    monkeypatch.setattr(train_clip, "start", start)
-    argv = [*CLIP, "--probe-clips", 8, "--heldout-clips", 4, "--frames", 8, "--out", tmp_path / "out", "--results", tmp_path / "results"]
-    run(train_clip.main, "--compare", "vit3d,trajvit2", "--seeds", "0,1", *argv)
-    result = json.loads((tmp_path / "results" / "compare-nano.json").read_text())
-    assert len(commands) == 4 and {k: len(v) for k, v in result["rows"].items()} == dict(vit3d=2, trajvit2=2)
-    configs = [json.loads((tmp_path / "out" / f"clip-compare-nano-{name}-{seed}" / "config.json").read_text()) for name in ("vit3d", "trajvit2") for seed in (0, 1)]
-    assert all(c["acts"] == 2 and c["max_objects"] == 6 and c["shared_colours"] for c in configs)
-    same = [{k: v for k, v in c.items() if k not in ("name", "tokenizer")} for c in configs]
-    assert same[0] == same[2] and same[1] == same[3] and same[0]["seed"] != same[1]["seed"]
-    assert all("heldout_t2v_r5" in r for r in result["rows"]["vit3d"]) and "+-" in capsys.readouterr().out
-    (tmp_path / "out" / "clip-compare-nano-vit3d-1" / "result.json").unlink()    # as if it had been stopped before its evaluation
-    commands.clear()
-    run(train_clip.main, "--compare", "vit3d,trajvit2", "--seeds", "0,1", *argv)
-    assert len(commands) == 1 and commands[0][-1] == "--resume"
-    assert "lr" in refused(capsys, train_clip.main, "--compare", "vit3d", *argv, "--lr", 0.1)
-    path = tmp_path / "results" / "compare-nano.json"
-    rows = json.loads(path.read_text())
-    for name, seconds in (("vit3d", 2.0), ("trajvit2", 6.0)):
-        for r in rows["rows"][name]:
-            r["seconds"] = seconds
-    path.write_text(json.dumps(rows))
-    run(train_clip.main, "--compare", "vit3d", "--compare-by", "seconds", *argv)
-    assert len(log(tmp_path / "out" / "clip-compare-nano-vit3d-0-seconds")) == 6         # trajvit2's two steps took three times as long
-    assert "run --compare" in refused(capsys, train_clip.main, "--compare", "rlt", "--compare-by", "seconds", *argv)
+        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, trajtok.flags(cfg, train_clip.CLIP_SIZES)) == cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5608,8 +5559,8 @@ def test_compare(tmp_path, monkeypatch, capsys):
     (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
     (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
     (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--tokenizer", "rlt", "--places"], "--places"), (["--eval-split", "train"], "--eval-split train"), (["--eval-split", "validation", "--data", "m.json"], "--eval-split validation"),
-    (["--compare", "vit3d,rlt", "--places"], "not among these rows"), (["--compare", "vit3d,trajvit2", "--init-tokenizer", "nowhere"], "config.json"), (["--acts", 3], "acts"), (["--compare", "vit3d,magic"], "magic"), (["--seeds", "a"], "--seeds a"),
-    (["--compare-by", "luck"], "steps or seconds"), (["--eval", ""], "--eval"), (["--compare", ""], "--compare"), (["--prompt", "a thing"], "--prompt"),
+    (["--acts", 3], "acts"),
+    (["--eval", ""], "--eval"), (["--prompt", "a thing"], "--prompt"),
     (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""

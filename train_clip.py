@@ -13,7 +13,6 @@
     python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
     python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
     python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
-    python train_clip.py --compare all --seeds 0,1,2             # the paper's table: every row on the same clips, one after another
     python train_clip.py --eval out/clip-nano --data m.json      # a saved model alone: retrieval, probes, zero-shot classes
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
@@ -26,7 +25,6 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -39,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -47,9 +45,9 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, gather, held_out_share,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather, held_out_share,
                      launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
-                     ranks, results_folder, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, spread_of, start, sum_gradients, tokenizer_config,
+                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, sum_gradients, tokenizer_config,
                      total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +117,6 @@ class ClipConfig:
     tokens_per_trajectory: int = 1              # 1, 2 or 4 at evaluation (training draws one of them at each step)
     eval_split: str = "test"                    # of made clips: test, or validation to choose a recipe by
     eval_clips: int = 256                       # held-out made clips, all captions distinct
-    heldout_clips: int = 0                      # made clips whose subject is a shape and colour never seen together: retrieval among them
     probe_clips: int = 1024                     # made clips that the linear probes learn from
     resume: bool = False                        # go on with the run of this name, exactly
     overwrite: bool = False                     # start again over a run of this name
@@ -127,10 +124,6 @@ class ClipConfig:
     eval: str | None = None                     # evaluate the model of this run's folder, on --data; nothing is trained
     labels: str | None = None                   # --eval: these classes only, with commas; default: all that occur
     prompt: str = "{}"                          # --eval: what a class is called for zero-shot classification; {} is its name
-    compare: str | None = None                  # train these rows one after another, with commas, or `all`; print the table
-    compare_by: str = "steps"                   # `steps`: as many for each row; `seconds`: each row as long as trajvit2 (needs the first table)
-    seeds: str = "0"                            # --compare: seeds, with commas
-    results: str = "results"                    # folder for the tables of --compare
 
     def __post_init__(self):
         check_flags(self)
@@ -139,13 +132,11 @@ class ClipConfig:
         for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
-        for field in ("micro_batch", "heldout_clips", "processes", "rlt_threshold"):
+        for field in ("micro_batch", "processes", "rlt_threshold"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", self.seeds):
-            raise BadInput(f"--seeds {self.seeds}: whole numbers, with commas")
-        if self.eval == "" or self.compare == "":
-            raise BadInput("--eval '' or --compare '': an empty name; give the folder of a run, or tokenizers")
+        if self.eval == "":
+            raise BadInput("--eval '': an empty name; give the folder of a run")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
@@ -155,22 +146,18 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
-        if self.places and self.tokenizer != "trajvit2" and not self.compare:
+        if self.places and self.tokenizer != "trajvit2":
             raise BadInput(f"--places: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.true_masks and self.tokenizer != "trajvit2" and not self.compare:
+        if self.true_masks and self.tokenizer != "trajvit2":
             raise BadInput(f"--true-masks: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.init_tokenizer and self.tokenizer != "trajvit2" and not self.compare:
+        if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
         if self.eval_split == "validation" and not {"world", "plain"} & set(self.data.split(",")):
             raise BadInput(f"--eval-split validation: is of made clips; leave it out with --data {self.data}")
-        if self.compare_by not in ("steps", "seconds"):
-            raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
         if "{}" not in self.prompt:
             raise BadInput(f"--prompt {self.prompt!r}: {{}} must stand where the class's name goes")
-        if self.eval and self.compare:
-            raise BadInput("--eval and --compare: one at a time")
 
     def text_of(self, label):
         return self.prompt.replace("{}", label.replace("_", " "))
@@ -191,13 +178,6 @@ CLIP_SIZES = {
     "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
 }
 CLIP_SIZES = {name: {"size": name, **values} for name, values in CLIP_SIZES.items()}
-
-# --compare: a world in which no row can do all. A clip's subject does two things one after another (their order is in the caption, and in no
-# frame), among up to six objects that may share colours, and retrieval is also scored on shapes and colours never seen together.
-# CHOICE: set before any row was trained on it, the same for all rows.
-HEADROOM = dict(max_objects=6, shared_colours=True, acts=2, heldout_clips=256)
-COMPARE = {name: {**values, **HEADROOM} for name, values in CLIP_SIZES.items()}
-COMPARE["nano"] |= dict(frames=12)               # 8 leave four frames for each act
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
@@ -863,10 +843,6 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     result |= dict(appearance=None, motion=None)
     if cfg.data in ("world", "plain"):
         world, size = world_of(cfg), cfg.batch
-        if cfg.heldout_clips:
-            novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT + 50_000_000 * (cfg.eval_split == "validation"), cfg.heldout_clips))
-            novel, _ = embed(model, novel, -(-cfg.heldout_clips // size), cfg, device, "new combinations")
-            result |= {f"heldout_{k}": v for k, v in retrieval(model, novel.vectors, captions_of(novel), cfg, device, encoding)[0].items()}
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         last = dict(test=data.TEST, validation=data.VALIDATION + 50_000_000)[cfg.eval_split]
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (last, max(cfg.probe_clips // 2, 1))]
@@ -1010,10 +986,8 @@ def report(result, folder, skinned=False, split="test"):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
     print(f"\n{n} {'held-out' if split == 'test' else split} clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
-    for begin, what in (("", ""), ("heldout_", "   (new combinations)")):
-        if f"{begin}t2v_r1" in result:
-            for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
-                print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{begin}{way}_r{k}')}" for k in (1, 5, 10)) + what)
+    for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
+        print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{way}_r{k}')}" for k in (1, 5, 10)))
     if result["appearance"] is not None:
         # in a skinned world one class, the irregular outlines, is the likely guess
         chance = max(1 / len(data.SHAPES), data.SKINNED_CLIPS * data.IRREGULAR * skinned)
@@ -1143,81 +1117,6 @@ def classify(model, entries, clips, where, names, cfg, device, encoding):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --compare: the paper's table
-# ---------------------------------------------------------------------------------------------------------------------
-
-COLUMNS = (("appearance", "appearance", 100), ("motion", "motion", 100), ("t2v_r1", "t>v R@1", 100), ("t2v_r5", "t>v R@5", 100), ("v2t_r1", "v>t R@1", 100),
-           ("v2t_r5", "v>t R@5", 100), ("heldout_t2v_r5", "new t>v R@5", 100), ("live_tokens", "tokens", 1), ("gflops", "GFLOPs", 1),
-           ("clips_per_second", "clips/s", 1), ("peak_memory_gb", "GB", 1))
-
-
-def table(rows):
-    """{row: results of its seeds} -> lines of text, mean +- deviation over the seeds."""
-    def cell(results, key, times):
-        return spread_of([times * r[key] for r in results if r.get(key) is not None])
-    lines = [["", *(name for _, name, _ in COLUMNS), "seeds"]]
-    return aligned(lines + [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()])
-
-
-def row_of(cfg, name):
-    """The configuration of a row: what is of trajvit2 alone, the others do without."""
-    own = dict(places=False, true_masks=False, init_tokenizer=None, freeze_tokenizer=False)
-    return dataclasses.replace(cfg, tokenizer=name, **(own if name != "trajvit2" else {}))
-
-
-def compare(cfg):
-    """Trains each row with each seed in a process of its own (so that memory is the row's), a seed after the other; what is finished is
-    kept, what was stopped goes on. Prints the table and writes results/compare-<size>.json after every row."""
-    names = list(TOKENIZERS) if cfg.compare == "all" else list(dict.fromkeys(cfg.compare.split(",")))
-    if unknown := [n for n in names if n not in TOKENIZERS]:
-        raise BadInput(f"--compare {cfg.compare}: no tokenizer {', '.join(unknown)}; {', '.join(TOKENIZERS)}, or all")
-    if (cfg.places or cfg.true_masks or cfg.init_tokenizer) and "trajvit2" not in names:
-        raise BadInput(f"--compare {cfg.compare}: --places, --true-masks and --init-tokenizer are of trajvit2, which is not among these rows")
-    seeds, steps, base = list(dict.fromkeys(map(int, cfg.seeds.split(",")))), dict.fromkeys(names, cfg.steps), Path(cfg.results)
-    if cfg.init_tokenizer and "trajvit2" in names:               # the others see clips of the same size
-        cfg = dataclasses.replace(resolve(cfg), places=cfg.places)
-    by_steps = base / f"compare-{cfg.name or cfg.size}.json"
-    results_folder(base)
-    if cfg.compare_by == "seconds":                              # the schedule needs a number of steps: as many as fit into trajvit2's time
-        try:
-            seconds = {name: np.mean([r["seconds"] for r in results]) for name, results in json.loads(by_steps.read_text())["rows"].items()}
-            if not all(seconds[name] > 0 for name in (*names, "trajvit2")):
-                raise ValueError("a time that is not above 0")
-            steps = {name: max(round(cfg.steps * seconds["trajvit2"] / seconds[name]), 1) for name in names}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
-                           f"run --compare with trajvit2 and {','.join(names)} first") from None
-    path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.name or cfg.size}-seconds.json", {name: [] for name in names}
-    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
-    for seed in seeds:
-        for name in names:
-            row = dataclasses.replace(row_of(cfg, name), **quiet, seed=seed, steps=steps[name], warmup=min(cfg.warmup, steps[name] // 2),
-                                      name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
-            rows[name].append(one_row(row))
-            write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), torch=torch.__version__, threads=torch.get_num_threads(),
-                                  gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, steps=steps, batch=cfg.batch, seeds=cfg.seeds, rows=rows))
-    print("\n" + "\n".join(table(rows)) + f"\nwrote {path}")
-
-
-def one_row(cfg):
-    """A finished run's result, after whatever of it is still to be done."""
-    folder = Path(cfg.out) / f"clip-{cfg.name}"
-    config, result = folder / "config.json", folder / "result.json"
-    if config.exists() and result.exists():
-        values, old = dataclasses.asdict(resolve(cfg)) | dict(textures_crc=data.open_textures(cfg.textures)), json.loads(config.read_text())
-        differ = Run.differences({f.name: f.default for f in dataclasses.fields(cfg)} | old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
-        if differ:
-            raise BadInput(f"{folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
-        print(f"{cfg.name}: finished before", flush=True)
-    else:
-        print(f"\n{cfg.name}", flush=True)
-        code = start([sys.executable, Path(__file__).resolve(), *flags(cfg, CLIP_SIZES), *(["--resume"] if config.exists() else [])])
-        if code:
-            raise SystemExit(code)                               # it has said itself why
-    return json.loads(result.read_text())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @data.one_line_errors
 def main(argv=None):
@@ -1225,8 +1124,6 @@ def main(argv=None):
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
     if cfg.eval:
         return evaluate_saved(eval_config(cfg.eval, argv))
-    if cfg.compare:
-        return compare(configure(ClipConfig, COMPARE, argv))
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or max(gpus, 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:

@@ -521,8 +521,8 @@ class Run:
     checkpoint and no kill can leave two halves of different age."""
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
-    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips", "heldout_clips",
-                "results", "processes", "seeds", "compare", "compare_by", "labels", "prompt", "cache_dir"}
+    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips",
+                "results", "processes", "seeds", "labels", "prompt", "cache_dir"}
 
     def __init__(self, cfg, name, extra=None, told=True):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
