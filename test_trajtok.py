@@ -4927,7 +4927,7 @@ def test_a_runs_tokenizer_can_be_taken_out_and_shown(clip_run, tmp_path):
     assert (tmp_path / "world-trajectories.png").exists()
 
 
-def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys, monkeypatch):
+def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys):
     """Catches: a damaged file that ends a run or hides, made-up scores for what real video does not tell."""
     rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(5)] + [{"video": str(media / "text.mp4"), "caption": "none"}]
     run(train_clip.main, *CLIP, "--steps", 3, "--augment", "--data", manifest(tmp_path / "m.json", rows), "--name", "m", "--out", tmp_path / "out")
@@ -4937,10 +4937,6 @@ def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys, monkeypa
     assert result["appearance"] is None and result["motion"] is None and result["veq"] is None and result["clips"] >= 1
     assert all("contrastive" in line and "focal" not in line for line in log(folder)) and len(log(folder)) == 3
     assert capsys.readouterr().err.count("text.mp4") == 1
-    taken = []                                                   # evaluated alone on the same manifest: only what was held out
-    monkeypatch.setattr(train_clip, "evaluate_entries", lambda model, entries, *_: taken.extend(entries) or dict(clips=len(entries)))
-    run(train_clip.main, "--eval", folder)
-    assert taken == trajtok.split_entries(data.read_manifest(tmp_path / "m.json"), 0.25)[1] and len(taken) < 6
 
 
 def test_pretrained_tokenizers_can_be_frozen(tmp_path):
@@ -5370,7 +5366,7 @@ def test_ways_to_compute_are_the_same_computation(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train_clip.py: --eval
+# train_clip.py: the evaluation, continued
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_recalls_with_several_captions():
@@ -5386,61 +5382,11 @@ def test_recalls_with_several_captions():
         best = [max(float(similarity[c, v]) for c in range(len(owner)) if owner[c] == v) for v in range(30)]
         ranks = [sum(float(similarity[c, v]) >= best[v] for c in range(len(owner)) if owner[c] != v) for v in range(30)]
         assert two[f"v2t_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
-    drawn = torch.stack([train_clip.recalls(torch.rand(37, 30), "x", right)["x_r5"] * torch.ones(1) for _ in range(400)]).mean()
-    assert train_clip.chance(right) == pytest.approx(5 / 30) == pytest.approx(drawn.item(), abs=0.01)
-    drawn = torch.stack([train_clip.recalls(torch.rand(30, 37), "x", right.T)["x_r5"] * torch.ones(1) for _ in range(400)]).mean()
-    assert train_clip.chance(right.T) == pytest.approx(drawn.item(), abs=0.015) and train_clip.chance(torch.eye(3, dtype=torch.bool)) == 1
-
-
-def test_grouped_probes_never_see_their_group():
-    """Catches: a probe that is tested on what it has learnt: on noise it would be better than chance, and where the class goes with the
-    group it would be right; an attentive probe that reads padding or only the mean."""
-    generator = torch.Generator().manual_seed(0)
-    y, groups = torch.arange(120) % 3, (torch.arange(120) // 3) % 5
-    noise = torch.randn(120, 40, generator=generator)
-    assert (train_clip.grouped_probe(noise, y, groups) == y).float().mean() < 0.5
-    assert (train_clip.grouped_probe(noise + 3 * F.one_hot(y, 40), y, groups) == y).float().mean() > 0.9
-    known = noise + 9 * F.one_hot(groups, 40)                    # of each group's clips the group is plain, and says nothing of other groups
-    confounded = (groups + (torch.arange(120) % 7 == 0)) % 3
-    assert (train_clip.grouped_probe(known, confounded, groups) == confounded).float().mean() < 0.6
-    tokens, mask = torch.randn(120, 6, 16, generator=generator), torch.arange(6) < 3 + torch.arange(120)[:, None] % 4
-    place = torch.arange(120) % 3                                # one of the real tokens, now this, now that, tells the class
-    tokens[torch.arange(120), place, :3] += 6 * F.one_hot(y.roll(1), 3)
-    found = train_clip.attentive_probe(tokens, mask, y.roll(1), groups, 2)
-    assert (found == y.roll(1)).float().mean() > 0.8
-    other = torch.where(mask[..., None], tokens, 50.0)
-    assert torch.equal(train_clip.attentive_probe(other, mask, y.roll(1), groups, 2), found)
-
-
-def test_a_saved_model_is_evaluated_alone(clip_run, media, tmp_path, capsys):
-    """Catches: an evaluation that needs the training's flags, scores a damaged file, takes clips that were trained on, loses what there is to score, or
-    calls five trajectories 500 %."""
-    rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}", "label": ("fast", "slow_fade", "only_once")[i % 2 if i < 4 else 2 * (i == 4)]} for i in range(6)]
-    rows += [{"video": str(media / "text.mp4"), "caption": "none", "label": "fast"}]
-    path = manifest(tmp_path / "m.json", rows)
-    capsys.readouterr()
-    for row_, group in zip(rows, "aabbcc"):
-        row_["group"] = group
-    run(train_clip.main, "--eval", clip_run, "--data", manifest(path, rows))
-    assert json.loads((clip_run / "eval-m.json").read_text())["groups"] == 3     # the manifest's, not a hash's
-    result = json.loads((clip_run / "eval-m.json").read_text())
-    assert result["clips"] == 6 and result["left_out"] == 1 and result["captions"] == 6 and result["classes"] == 3
-    assert all(0 <= result[k] <= 1 for k in ("t2v_r1", "v2t_r5", "zero_shot")) and "zero_shot" in capsys.readouterr().out
-    before = json.loads((clip_run / "config.json").read_text())
-    run(train_clip.main, "--eval", clip_run)                     # the world, as after the training
-    assert not re.search(r"(tokens|trajectories|cells) +[0-9.]+ %", capsys.readouterr().out)         # numbers of things are not shares
-    again, first = json.loads((clip_run / "eval-world.json").read_text()), json.loads((clip_run / "result.json").read_text())
-    assert {k: again[k] for k in ("t2v_r5", "motion", "veq")} == {k: first[k] for k in ("t2v_r5", "motion", "veq")}
-    assert json.loads((clip_run / "config.json").read_text()) == before
-    for extra, words in (([], "neither two captions"), (["--labels", "fast,loud"], "--labels loud")):
-        bare = manifest(tmp_path / "bare.json", [{"video": r["video"]} | ({"label": r["label"]} if extra else {}) for r in rows[:3]])
-        assert words in refused(capsys, train_clip.main, "--eval", clip_run, "--data", bare, *extra)
-    assert "give its folder" in refused(capsys, train_clip.main, "--eval", tmp_path / "nowhere")
 
 
 def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
     """Catches: an oracle whose tokens are those of its own masks after all, whose trajectories are numbered by depth as the world's objects are, whose
-    masks do not learn; a saved one that is evaluated with its own masks."""
+    masks do not learn."""
     torch.manual_seed(0)
     world = data.World(size=64, frames=4)
     batch = data.finish(data.WorldBatches(world, 6, begin=data.VALIDATION)[0], torch.device("cpu"))
@@ -5466,14 +5412,7 @@ def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
     result = json.loads((tmp_path / "clip-nano" / "result.json").read_text())
     assert "8 validation clips" in capsys.readouterr().out and 2 <= result["live_tokens"] <= 6           # at most four objects and grounds
     assert "dice" in json.loads((tmp_path / "clip-nano" / "log.jsonl").read_text().splitlines()[0])
-    run(train_clip.main, "--eval", tmp_path / "clip-nano")
-    assert json.loads((tmp_path / "clip-nano" / "eval-world.json").read_text())["eval_split"] == "test"          # unless told otherwise
-    run(train_clip.main, "--eval", tmp_path / "clip-nano", "--eval-split", "validation")
-    scores = json.loads((tmp_path / "clip-nano" / "eval-world-validation.json").read_text())
-    assert {k: scores[k] for k in ("t2v_r10", "live_tokens", "appearance")} == {k: result[k] for k in ("t2v_r10", "live_tokens", "appearance")}
     assert "leave it out with --tokenizer vit3d" in refused(capsys, train_clip.main, *small, "--true-masks", "--tokenizer", "vit3d")
-    assert "--true-masks: is given its trajectories" in refused(capsys, train_clip.main, "--eval", tmp_path / "clip-nano", "--data",
-                                                              manifest(tmp_path / "m.json", [{"video": "a.mp4", "caption": "a"}, {"video": "b.mp4", "caption": "b"}]))
 
 
 def test_a_run_that_is_older_than_a_flag_goes_on(tmp_path):
@@ -5507,9 +5446,8 @@ def test_a_recipe_is_chosen_on_clips_of_its_own(monkeypatch):
         assert any(i in last for i in seen)                      # the probes' penalty is not chosen by the clips that they are scored on
 
 
-def test_a_run_on_a_skinned_mixture_is_evaluated_on_each_of_its_sets(media, skins, tmp_path, capsys, monkeypatch):
-    """Catches: shares and textures of the training that refuse every other set, a world that is evaluated without the textures it was learnt in,
-    clips that one set of a mixture trained on; TrajViT on a mixture of which one set has no masks."""
+def test_a_run_on_a_skinned_mixture(media, skins, tmp_path, capsys):
+    """Catches: a set of a mixture that is never drawn, textures that the run does not remember; TrajViT on a mixture of which one set has no masks."""
     path = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(6)])
     argv = [*CLIP, "--data", f"{path},world", "--mix", "1,1", "--textures", skins, "--out", tmp_path / "out"]
     assert "_mask.npz" in refused(capsys, train_clip.main, *argv, "--tokenizer", "trajvit")
@@ -5517,27 +5455,6 @@ def test_a_run_on_a_skinned_mixture_is_evaluated_on_each_of_its_sets(media, skin
     folder = tmp_path / "out" / "clip-nano-m+world"
     assert [line["segmentation"] for line in log(folder)].count(True) == 1       # of two steps one on made clips: each set is drawn
     assert json.loads((folder / "config.json").read_text())["textures_crc"] == data.open_textures(skins)
-    assert "several sets" in refused(capsys, train_clip.main, "--eval", folder)
-    taken, worlds = [], []
-    monkeypatch.setattr(train_clip, "evaluate_entries", lambda model, entries, *_: taken.extend(entries) or dict(clips=len(entries)))
-    run(train_clip.main, "--eval", folder, "--data", path)
-    assert taken == trajtok.split_entries(data.read_manifest(path), 0.25)[1] and len(taken) < 6
-    monkeypatch.setattr(train_clip, "evaluate", lambda model, test, count, *_: worlds.append(test[0]["textures"]) or (dict(clips=1), [], []))
-    for name in ("world", "plain"):
-        run(train_clip.main, "--eval", folder, "--data", name)
-        assert (folder / f"eval-{name}.json").exists()
-    assert worlds == [skins, None]
-
-
-def test_several_captions_and_groups_of_entries(clip_run, media):
-    """Catches: captions in a list of which one is scored, or none; groups of the manifest that the probes do not keep apart."""
-    cfg = data.configure(train_clip.ClipConfig, dict.fromkeys(train_clip.CLIP_SIZES, train_clip.saved_config(clip_run)), [])
-    encoding = data.load_encoding("world")
-    model, _ = train_clip.build(cfg, encoding)
-    entries = [entry(media / f"clip{i}.mp4", [f"grey {i}", f"number {i}", "a clip"][:1 + i % 3]) | dict(label="ab"[i % 2], group=f"person {i // 2}") for i in range(6)]
-    result = train_clip.evaluate_entries(model, entries, cfg, torch.device("cpu"), encoding)
-    assert result["captions"] == 11 and result["chance_t2v_r5"] > 5 / 6 and result["groups"] == 3 and result["probe_clips"] == 6 and result["most_frequent_class"] == 0.5
-    assert {"linear_probe", "attentive_probe", "pixels_probe", "linear_probe_balanced", "zero_shot"} <= set(result)
 
 
 def test_flags_give_back_the_configuration():
@@ -5560,7 +5477,6 @@ def test_flags_give_back_the_configuration():
     (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
     (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--tokenizer", "rlt", "--places"], "--places"), (["--eval-split", "train"], "--eval-split train"), (["--eval-split", "validation", "--data", "m.json"], "--eval-split validation"),
     (["--acts", 3], "acts"),
-    (["--eval", ""], "--eval"), (["--prompt", "a thing"], "--prompt"),
     (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
     """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""

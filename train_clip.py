@@ -13,7 +13,6 @@
     python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
     python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
     python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
-    python train_clip.py --eval out/clip-nano --data m.json      # a saved model alone: retrieval, probes, zero-shot classes
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
 A tokenizer of your own: one class with one forward (class Tokenizer) and one line in TOKENIZERS.
@@ -22,17 +21,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
 import time
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -45,9 +40,9 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather, held_out_share,
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather,
                      launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
-                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, sum_gradients, tokenizer_config,
+                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, sum_gradients, tokenizer_config,
                      total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,10 +115,6 @@ class ClipConfig:
     probe_clips: int = 1024                     # made clips that the linear probes learn from
     resume: bool = False                        # go on with the run of this name, exactly
     overwrite: bool = False                     # start again over a run of this name
-    # instead of a training
-    eval: str | None = None                     # evaluate the model of this run's folder, on --data; nothing is trained
-    labels: str | None = None                   # --eval: these classes only, with commas; default: all that occur
-    prompt: str = "{}"                          # --eval: what a class is called for zero-shot classification; {} is its name
 
     def __post_init__(self):
         check_flags(self)
@@ -135,8 +126,6 @@ class ClipConfig:
         for field in ("micro_batch", "processes", "rlt_threshold"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        if self.eval == "":
-            raise BadInput("--eval '': an empty name; give the folder of a run")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
@@ -156,11 +145,6 @@ class ClipConfig:
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
         if self.eval_split == "validation" and not {"world", "plain"} & set(self.data.split(",")):
             raise BadInput(f"--eval-split validation: is of made clips; leave it out with --data {self.data}")
-        if "{}" not in self.prompt:
-            raise BadInput(f"--prompt {self.prompt!r}: {{}} must stand where the class's name goes")
-
-    def text_of(self, label):
-        return self.prompt.replace("{}", label.replace("_", " "))
 
 
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
@@ -679,13 +663,6 @@ def recalls(similarity, prefix, right=None):
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
-def chance(right, n=5):
-    """R@n of a random order: the mean over queries of P(one of its answers is among n of all candidates)."""
-    count = right.shape[1]
-    n = min(n, count)
-    return float(np.mean([1 - math.comb(count - r, n) / math.comb(count, n) for r in right.sum(1).tolist()]))
-
-
 def logistic(x, y, penalty, classes):
     """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
     learning rate to tune, the same answer every time."""
@@ -715,64 +692,6 @@ def linear_probe(train, train_y, valid, valid_y, test, test_y):
     return best[1]
 
 
-def leave_one_out(fit, groups):
-    """The prediction for each clip, by a probe that saw nothing of its group. fit(train, test), bool (n,) each -> classes of the test clips."""
-    groups = torch.as_tensor(groups)
-    predicted = torch.full((len(groups),), -1)
-    for group in groups.unique():
-        predicted[groups == group] = fit(groups != group, groups == group)
-    return predicted
-
-
-def grouped_probe(x, y, groups):
-    """Class of each clip by a linear probe, one group left out at a time: features (n, w), y (n,), groups (n,) -> (n,). Its penalty is the best
-    when one of the *other* groups is left out in turn (of one other group alone nothing can be chosen: 0.1)."""
-    classes, groups = int(y.max()) + 1, torch.as_tensor(groups)
-
-    def with_penalty(x, y, penalty):
-        return lambda train, test: logistic(x[train], y[train], penalty, classes)(x[test]).argmax(1)
-
-    def fit(train, test):
-        inner, penalty = groups[train], 0.1
-        if len(inner.unique()) > 1:
-            right = {p: (leave_one_out(with_penalty(x[train], y[train], p), inner) == y[train]).sum() for p in PENALTIES}
-            penalty = max(reversed(PENALTIES), key=right.get)    # of equals the stronger
-        return with_penalty(x, y, penalty)(train, test)
-    return leave_one_out(fit, groups)
-
-
-class AttentiveProbe(nn.Module):
-    """One learned query reads all tokens (n, s, w), then a linear layer."""
-
-    def __init__(self, width, heads, classes):
-        super().__init__()
-        self.query, self.norm = nn.Parameter(0.02 * torch.randn(1, 1, width)), nn.LayerNorm(width)
-        self.attention, self.head = nn.MultiheadAttention(width, heads, batch_first=True), nn.Linear(width, classes)
-
-    def forward(self, x, mask):                                  # mask (n, s), True = a real token
-        x = self.norm(x)
-        return self.head(self.attention(self.query.expand(len(x), -1, -1), x, x, key_padding_mask=~mask, need_weights=False)[0][:, 0])
-
-
-def attentive_probe(x, mask, y, groups, heads, steps=200):
-    """Class of each clip by an attentive probe on frozen tokens, one group left out at a time. CHOICE: one fixed recipe (AdamW 1e-3, weight decay
-    0.05, cosine, 200 steps of at most 256 clips, seed 0), so that there is nothing to choose by the clips that are left out."""
-    def fit(train, test):
-        torch.manual_seed(0)
-        probe, chosen = AttentiveProbe(x.shape[-1], heads, int(y.max()) + 1), train.nonzero()[:, 0]
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
-        for step in range(steps):
-            some = chosen[torch.randperm(len(chosen))[:256]]
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            F.cross_entropy(probe(x[some], mask[some]), y[some]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return torch.cat([probe(x[some], mask[some]).argmax(1) for some in test.nonzero()[:, 0].split(256)])
-    return leave_one_out(fit, groups)
-
-
 class Embedded(NamedTuple):
     """What `embed` says of n clips."""
     vectors: torch.Tensor           # (n, e) unit vectors
@@ -780,15 +699,13 @@ class Embedded(NamedTuple):
     live: float                     # tokens a clip
     batches: list                   # the rest of each batch: captions, classes, indices; no pixels
     bad: list                       # files that could not be used
-    out: list                       # per clip (s, w): its real tokens after the transformer, if they were asked for
-    pixels: torch.Tensor            # (n, 192): the mean of its frames at 8 x 8 pixels, if they were asked for
 
 
 @torch.no_grad()
-def embed(model, batches, count, cfg, device, what, everything=False):
-    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files. everything: tokens and pixels as well."""
+def embed(model, batches, count, cfg, device, what):
+    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files."""
     model.eval()
-    vectors, features, live, kept, bad, out, pixels = [], [], [], [], [], [], []
+    vectors, features, live, kept, bad = [], [], [], [], []
     for batch in tqdm(data.loader(batches, 0, count, cfg.workers), total=count, desc=what, leave=False, disable=None):
         bad += batch["bad"]
         batch = data.finish(batch, device)
@@ -801,13 +718,9 @@ def embed(model, batches, count, cfg, device, what, everything=False):
         features.append(encoded.cls.float().cpu())
         live += encoded.tokens.mask.sum(1).tolist()
         kept.append(batch)
-        if everything:
-            real = torch.ones(encoded.out.shape[:2], dtype=torch.bool) if encoded.mask is None else encoded.mask.cpu()
-            out += [x[r] for x, r in zip(encoded.out.float().cpu(), real)]
-            pixels.append(F.adaptive_avg_pool2d(video.float().mean(1).permute(0, 3, 1, 2), 8).flatten(1).cpu() / 255)
     if not vectors:
         return None, bad
-    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad, out, torch.cat(pixels) if pixels else None), bad
+    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad), bad
 
 
 @torch.no_grad()
@@ -1001,129 +914,11 @@ def report(result, folder, skinned=False, split="test"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --eval: a saved model alone
-# ---------------------------------------------------------------------------------------------------------------------
-
-def saved_config(folder):
-    """The flags of a finished run, as values of ClipConfig."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--eval {folder}: no run of train_clip.py ({type(error).__name__}: {error}); give its folder, e.g. out/clip-nano") from None
-    if not isinstance(saved, dict) or not {"text_length", "tokenizer"} <= saved.keys():
-        raise BadInput(f"--eval {folder}: its config.json is not of train_clip.py; give the folder of one of its runs, e.g. out/clip-nano")
-    saved["tokenizer"] = "trajvit2" if isinstance(saved["tokenizer"], dict) else saved["tokenizer"]
-    # the tokenizer's weights are in the run's own file: not where it started from
-    values = {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False, eval_split="test")
-    try:
-        ClipConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"--eval {folder}: its config.json holds what no run has ({error})") from None
-    return values
-
-
-def eval_config(folder, argv):
-    """Defaults < what the run was made with < flags. Shares of sets say nothing here, and its textures only where the world is asked for."""
-    saved = saved_config(folder)
-    cfg = configure(ClipConfig, dict.fromkeys(CLIP_SIZES, saved | dict(mix=None, textures=None)), argv)
-    if len(sources(cfg)[0]) > 1:
-        raise BadInput(f"--eval {folder}: --data {cfg.data} is several sets; give one of them with --data")
-    return dataclasses.replace(cfg, textures=cfg.textures or saved.get("textures")) if cfg.data == "world" else cfg
-
-
-def evaluate_saved(cfg):
-    """Prints and writes what a saved model knows of --data: the world as after training; of a manifest, retrieval where there are
-    captions, probes and zero-shot classes where there are labels."""
-    saved = ClipConfig(**saved_config(cfg.eval))
-    trained_on, encoding, device = sources(saved)[0], data.load_encoding(cfg.text), setup(cfg)
-    data.open_textures(cfg.textures)
-    model, _ = build(cfg, encoding)
-    model = load_weights(model, cfg.eval).to(device)
-    held_out = False
-    if cfg.data in ("world", "plain"):
-        _, test, test_batches, _ = open_data(cfg, "caption")
-        result, _, _ = evaluate(model, test, test_batches, cfg, device, encoding)
-        source = cfg.data
-    else:
-        entries = data.read_manifest(cfg.data)
-        same = lambda name: (Path(name) / "manifest.json" if (Path(name) / "manifest.json").exists() else Path(name)).resolve()
-        held_out = same(cfg.data) in map(same, trained_on)
-        if held_out:                                             # what it has learnt by heart proves nothing
-            entries = split_entries(entries, held_out_share(entries))[1]
-        result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
-        source = source.parent.name if source.stem == "manifest" else source.stem
-    path = Path(cfg.eval) / f"eval-{source}{'-validation' * (cfg.eval_split == 'validation')}.json"
-    write_json(path, result | dict(data=cfg.data, eval_split=cfg.eval_split, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
-    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ", validation clips" if cfg.eval_split == "validation" else ""))
-    for key, value in result.items():
-        if isinstance(value, float):
-            print(f"  {key:28s} {value:8.1f}" if key.endswith(("tokens", "trajectories", "cells")) else f"  {key:28s} {100 * value:8.1f} %")
-        elif isinstance(value, int):
-            print(f"  {key:28s} {value:8d}")
-    print(f"wrote {path}")
-
-
-def evaluate_entries(model, entries, cfg, device, encoding):
-    """Entries of a manifest -> dict of scores."""
-    wanted = cfg.labels.split(",") if cfg.labels else None
-    if wanted and (missing := [l for l in wanted if not any(e["label"] == l for e in entries)]):
-        raise BadInput(f"--labels {','.join(missing)}: no entry of {cfg.data} has this label; it has {', '.join(sorted({e['label'] for e in entries if e['label']})[:20]) or 'none'}")
-    entries = [e for e in entries if not wanted or e["label"] in wanted]
-    check_masks(cfg, data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch))
-    batches = data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
-    clips, bad = embed(model, batches, len(batches), cfg, device, "clips", everything=True)
-    Damage().add(bad, math.inf)
-    if clips is None:
-        raise BadInput(f"--data {cfg.data}: not one clip can be read; the last: {bad[-1][1]}")
-    order = [j for b in clips.batches for j in b["index"]]
-    entries = [entries[j] for j in order]                        # as they were embedded, without the damaged ones
-    result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
-    captioned, captions = [i for i, e in enumerate(entries) if e["caption"]], captions_of(clips)
-    if len(captioned) > 1:
-        scores, right = retrieval(model, clips.vectors[captioned], [captions[i] for i in captioned], cfg, device, encoding)
-        result |= scores | dict(captions=len(right))
-        result |= dict(chance_t2v_r5=chance(right), chance_v2t_r5=chance(right.T))
-    names = sorted({e["label"] for e in entries if e["label"]})
-    if len(names) > 1:
-        result |= classify(model, [e for e in entries if e["label"]], clips, [i for i, e in enumerate(entries) if e["label"]], names, cfg, device, encoding)
-    if len(result) == 3:
-        raise BadInput(f"--data {cfg.data}: its {len(entries)} clips to score have neither two captions nor two labels; nothing can be scored")
-    return result
-
-
-def classify(model, entries, clips, where, names, cfg, device, encoding):
-    """Probes that never see the group they are tested on, beside one on raw pixels and chance; zero-shot classes from their names.
-    Groups are the entries' own ("group": a person, a scene), else four by a hash of the file's name. A class that occurs in one group only
-    cannot be learnt from the others: it is left out of the probes."""
-    groups = [e.get("group") or zlib.crc32(os.path.basename(e["path"]).encode()) % 4 for e in entries]
-    ids = {g: n for n, g in enumerate(sorted(set(groups), key=str))}
-    groups, y = torch.tensor([ids[g] for g in groups]), torch.tensor([names.index(e["label"]) for e in entries])
-    scores = clips.vectors[where] @ embed_texts(model, [cfg.text_of(name) for name in names], cfg, device, encoding).T
-    result = dict(classes=len(names), zero_shot=(scores.argmax(1) == y).float().mean().item(), zero_shot_chance=1 / len(names))
-    learnable = torch.tensor([len(groups[y == c].unique()) > 1 for c in range(len(names))])
-    keep = learnable[y]
-    if learnable.sum() < 2:
-        return result
-    y, groups, where = learnable.cumsum(0)[y[keep]] - 1, groups[keep], [i for i, k in zip(where, keep) if k]
-    out = nn.utils.rnn.pad_sequence([F.pad(clips.out[i], (0, 0, 0, int(not len(clips.out[i])))) for i in where], batch_first=True)   # of a clip without tokens: a zero
-    real = torch.arange(out.shape[1]) < torch.tensor([max(len(clips.out[i]), 1) for i in where])[:, None]
-    predictions = dict(linear=grouped_probe(clips.features[where], y, groups), attentive=attentive_probe(out, real, y, groups, cfg.heads),
-                       pixels=grouped_probe(clips.pixels[where], y, groups))
-    result |= dict(probe_clips=len(y), probe_classes=int(learnable.sum()), groups=len(groups.unique()), most_frequent_class=(y.bincount().max() / len(y)).item())
-    for name, predicted in predictions.items():
-        result[f"{name}_probe"] = (predicted == y).float().mean().item()
-        result[f"{name}_probe_balanced"] = torch.stack([(predicted[y == c] == c).float().mean() for c in y.unique()]).mean().item()
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @data.one_line_errors
 def main(argv=None):
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
-    if cfg.eval:
-        return evaluate_saved(eval_config(cfg.eval, argv))
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or max(gpus, 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:

@@ -522,7 +522,7 @@ class Run:
 
     # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
     VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips",
-                "results", "processes", "seeds", "labels", "prompt", "cache_dir"}
+                "results", "processes", "seeds", "labels", "cache_dir"}
 
     def __init__(self, cfg, name, extra=None, told=True):
         self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
