@@ -5023,10 +5023,9 @@ def test_vivit_is_the_naive_factorised_encoder():
         assert encoder_(video).out.shape == (1, 3, 32) and encoder_(video).tokens.z.shape[1] == 48
 
 
-@pytest.mark.parametrize("v1", (False, True))
-def test_tokenlearner_is_the_naive_weighted_sum(v1):
+def test_tokenlearner_is_the_naive_weighted_sum():
     """Catches: weights over the wrong axis, time steps that are mixed, sums of the normed x, a reduction at another depth."""
-    net, cfg, batch = row("tokenlearner", tokenlearner_v1=v1, learned_tokens=3)
+    net, cfg, batch = row("tokenlearner", learned_tokens=3)
     encoder_ = train_clip.VideoEncoder(net, cfg).eval()
     with torch.no_grad():
         z, _ = net(batch["video"][:1])
@@ -5034,10 +5033,7 @@ def test_tokenlearner_is_the_naive_weighted_sum(v1):
         learned = []
         for step in x[0, 1:].split(16):                          # (16, w)
             y = net.norm(step)
-            if v1:
-                weights = net.score(y.T.reshape(1, 32, 4, 4))[0].flatten(1).sigmoid()
-            else:
-                weights = torch.stack([(s - s.logsumexp(0)).exp() for s in net.score(y).T])
+            weights = torch.stack([(s - s.logsumexp(0)).exp() for s in net.score(y).T])
             learned += [sum(weights[s, p] * step[p] for p in range(16)) for s in range(3)]
         x = torch.cat((x[:, :1], torch.stack(learned)[None]), 1)
         wanted = encoder_.transformer.norm(encoder_.transformer.layers[2](x))
@@ -5046,8 +5042,8 @@ def test_tokenlearner_is_the_naive_weighted_sum(v1):
 
 
 def test_rlt_keeps_what_changes():
-    """Catches: a comparison of the wrong frames, a first step that is dropped, run lengths that count something else. Oracle: loops."""
-    net, cfg, batch = row("rlt", frames=8, run_lengths=True)
+    """Catches: a comparison of the wrong frames, a first step that is dropped. Oracle: loops."""
+    net, cfg, batch = row("rlt", frames=8)
     video = torch.full((1, 8, 32, 32, 3), 90, dtype=torch.uint8)
     video[0, 5:, 8:16, 16:24] = 200                              # patch (1, 2) changes between frames 4 and 5: within step 2
     video[0, 6:, 0:8, 0:8] += 1                                  # too little to count
@@ -5056,9 +5052,7 @@ def test_rlt_keeps_what_changes():
         kept = {(n // 16, n // 4 % 4, n % 4) for n in mask[0].nonzero()[:, 0].tolist()}
         # steps are frames (0 1) (2 3) (4 5) (6 7): step 2 ends otherwise than step 1 began, step 3 ends otherwise than step 2 began
         assert kept == {(0, i, j) for i in range(4) for j in range(4)} | {(2, 1, 2), (3, 1, 2)}
-        length = lambda n: (z[0, n] - net.embed(net.patches(video).flatten(4)).flatten(1, 3)[0, n] - net.position[0, n])
-        for n, run_ in ((0, 4), (6, 2), (2 * 16 + 6, 1), (3 * 16 + 6, 1)):                           # 6 = patch (1, 2)
-            close(length(n), net.length.weight[run_ - 1], 1e-4)
+        close(z[0], net.embed(net.patches(video).flatten(4)).flatten(1, 3)[0] + net.position[0], 1e-4)
         x = segmenter.normalise(batch["video"][:, :8])
         for threshold in (0.05, 0.3):
             net.threshold = threshold
@@ -5384,43 +5378,12 @@ def test_recalls_with_several_captions():
         assert two[f"v2t_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
 
 
-def test_true_masks_take_the_place_of_the_segmenters(tmp_path, capsys):
-    """Catches: an oracle whose tokens are those of its own masks after all, whose trajectories are numbered by depth as the world's objects are, whose
-    masks do not learn."""
-    torch.manual_seed(0)
-    world = data.World(size=64, frames=4)
-    batch = data.finish(data.WorldBatches(world, 6, begin=data.VALIDATION)[0], torch.device("cpu"))
-    tokenizer = train_clip.Oracle("nano").eval()
-    with torch.no_grad():
-        tokens, seg = tokenizer(batch["video"], 2, batch["labels"])
-        again, _ = tokenizer(batch["video"][3:4], 2, batch["labels"][3:4])
-        own, theirs = trajtok.TrajTok.forward(tokenizer, batch["video"], 2)
-    points = segmenter.labels_on_grid(batch["labels"], seg.grid)
-    assert tokens.mask.sum(1).tolist() == [2 * len(set(p[p >= 0].tolist())) for p in points]
-    assert torch.equal(seg.ids, theirs.ids) and not torch.equal(tokens.mask, own.mask)
-    torch.testing.assert_close(tokens.z[3:4], again.z, rtol=1e-4, atol=1e-5)     # a clip's numbers are its own, whatever stands beside it
-    read = []                                                    # what the encoder is given: hard and soft masks alike
-    hook = tokenizer.encoder.register_forward_pre_hook(lambda module, args: read.append(args[1]))
-    tokenizer(batch["video"], 1, batch["labels"])
-    hook.remove()
-    soft, ids = read[0].logits.softmax(-1), read[0].ids
-    assert all(len(set(zip(p.tolist(), i.tolist()))) == len(set(p.tolist())) == len(set(i.tolist())) for p, i in zip(points, ids)), "another partition"
-    assert (soft.gather(-1, ids.clamp(min=0)[..., None])[..., 0][ids >= 0] > 0.999).all()
-    assert tokens.mask[:, 0].any() and not tokens.mask[:, 0].all(), "each clip has a trajectory 0, or none: not shuffled"
-    small = ["--frames", 4, "--steps", 2, "--batch", 4, "--eval-clips", 8, "--probe-clips", 8, "--layers", 1, "--text-layers", 1, "--out", tmp_path]
-    run(train_clip.main, *small, "--true-masks", "--eval-split", "validation")
-    result = json.loads((tmp_path / "clip-nano" / "result.json").read_text())
-    assert "8 validation clips" in capsys.readouterr().out and 2 <= result["live_tokens"] <= 6           # at most four objects and grounds
-    assert "dice" in json.loads((tmp_path / "clip-nano" / "log.jsonl").read_text().splitlines()[0])
-    assert "leave it out with --tokenizer vit3d" in refused(capsys, train_clip.main, *small, "--true-masks", "--tokenizer", "vit3d")
-
-
 def test_a_run_that_is_older_than_a_flag_goes_on(tmp_path):
     """Catches: a new flag that makes every earlier run impossible to resume,"""
     run(train_clip.main, *CLIP, "--probe-clips", 8, "--out", tmp_path)
     path = tmp_path / "clip-nano" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("true_masks", "eval_split", "places")}))
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("eval_split", "places")}))
     run(train_clip.main, *CLIP, "--probe-clips", 8, "--out", tmp_path, "--resume")
 
 
@@ -5459,7 +5422,7 @@ def test_a_run_on_a_skinned_mixture(media, skins, tmp_path, capsys):
 
 def test_flags_give_back_the_configuration():
     """Catches: a command line, as a result is written beside it, that gives another run."""
-    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(tokenizer="rlt", run_lengths=True)):
+    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(tokenizer="rlt", rlt_threshold=0.2)):
         cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES[changes.get("size", "nano")], **changes})
         assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, trajtok.flags(cfg, train_clip.CLIP_SIZES)) == cfg
 

@@ -70,12 +70,9 @@ class ClipConfig:
     textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
     places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
-    true_masks: bool = False                    # trajvit2: tokens of the labels' trajectories, not of its own: what would perfect masks bring?
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
-    tokenlearner_v1: bool = False               # tokenlearner: version 1 (three convolutions, sigmoid) instead of 1.1 (an MLP, softmax)
     rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
-    run_lengths: bool = False                   # rlt: tell each token how long its patch stays as it is
     layers: int = 4                             # video transformer: layers, width, heads
     width: int = 128                            # w
     heads: int = 4                              # of both transformers
@@ -137,8 +134,6 @@ class ClipConfig:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
         if self.places and self.tokenizer != "trajvit2":
             raise BadInput(f"--places: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.true_masks and self.tokenizer != "trajvit2":
-            raise BadInput(f"--true-masks: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
         if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
@@ -273,23 +268,16 @@ class ViViT(ViT3D):
 class TokenLearner(ViT3D):
     """A ViT3D in which, two thirds of the way through (of 12 layers: before the ninth), the patches of each time step become
     `learned_tokens`: weighted sums whose weights are computed from the patches. v1.1: LN -> Dense 64 -> GELU -> Dense S -> softmax over the
-    patches -> sum of the un-normed x.  v1: three 3 x 3 convolutions -> sigmoid -> sum (SPECS 3)."""
+    patches -> sum of the un-normed x (SPECS 3)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.at, self.v1, w, s = 2 * cfg.layers // 3, cfg.tokenlearner_v1, cfg.width, cfg.learned_tokens
+        self.at, w, s = 2 * cfg.layers // 3, cfg.width, cfg.learned_tokens
         self.norm = nn.LayerNorm(w)
-        if self.v1:
-            self.score = nn.Sequential(nn.Conv2d(w, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1))
-        else:
-            self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
+        self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
 
     def learn(self, x):                                          # (b t, h w, d) -> (b t, S, d)
-        y = self.norm(x)
-        if self.v1:
-            s = self.score(rearrange(y, "n (h w) d -> n d h w", h=self.side)).flatten(2).sigmoid()   # each token looks where it likes
-        else:
-            s = self.score(y).transpose(1, 2).softmax(-1)        # over the patches of a time step: a token is a mean of them
+        s = self.score(self.norm(x)).transpose(1, 2).softmax(-1)             # over the patches of a time step: a token is a mean of them
         return s.to(x.dtype) @ x
 
     def through(self, transformer, x):
@@ -306,9 +294,6 @@ class RLT(ViT3D):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.threshold = cfg.rlt_threshold
-        self.length = nn.Embedding(-(-cfg.frames // 2), cfg.width) if cfg.run_lengths else None      # of a run of 1, 2, ... time steps
-        if self.length:
-            nn.init.normal_(self.length.weight, std=0.02)
 
     def changed(self, x):                                        # patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept
         change = (x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]).abs().mean((-3, -2, -1)) > self.threshold
@@ -318,14 +303,7 @@ class RLT(ViT3D):
         x = self.patches(video)
         kept = self.changed(x)
         z = self.embed(x.flatten(4)).flatten(1, 3)
-        z = z + self.position[:, :z.shape[1]]
-        if self.length:
-            run, runs = torch.zeros_like(kept[:, 0], dtype=torch.int64), []
-            for step in kept.flip(1).unbind(1):                  # from the end: how many time steps until the patch changes again
-                runs.append(run)
-                run = torch.where(step, 0, run + 1)
-            z = z + self.length(torch.stack(runs[::-1], 1).flatten(1))
-        return z, kept.flatten(1)
+        return z + self.position[:, :z.shape[1]], kept.flatten(1)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -417,22 +395,6 @@ class TrajViT(Tokenizer):
         return tokens.view(b, m, -1), alive.view(b, m)
 
 
-class Oracle(TrajTok):
-    """trajvit2 under given masks: all is as in TrajTok, and learns the same, but its encoder reads the labels' trajectories in place of the segmenter's.
-    What would perfect masks, from the first step on, bring?"""
-    given_masks = True
-
-    def forward(self, video, tokens_per_trajectory=None, labels=None):
-        seg = self.segmenter(video)
-        ids, K = labels_on_grid(labels, seg.grid, self.cfg.num_queries), self.cfg.num_queries        # (b, n), -1 = of no trajectory
-        # made clips number their objects by depth. Shuffled, each clip's always in the same way: or the number of a code would tell what is in front
-        order = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(int(own.sum()) + ids.shape[1])) for own in ids.cpu()]).to(ids.device)
-        ids = torch.where(ids < 0, ids, order.gather(1, ids.clamp(min=0)))
-        sure = 20.0 * F.one_hot(ids.clamp(min=0), K).to(seg.logits.dtype) * (ids >= 0)[..., None]    # e^20 : 1, hard to all purposes
-        alive = torch.zeros(len(ids), K + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids + 1, True)[:, 1:]
-        return self.encoder(seg.features, seg._replace(logits=sure, ids=ids, alive=alive), tokens_per_trajectory), seg
-
-
 TOKENIZERS = {"trajvit2": TrajTok, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,7 +432,7 @@ class VideoEncoder(nn.Module):
         """-> Tokens, their mask or None, Segmentation or None."""
         run = functools.partial(checkpoint, self.tokenizer, use_reentrant=False) if self.transformer.recompute and torch.is_grad_enabled() else self.tokenizer
         if isinstance(self.tokenizer, TrajTok):                  # the one whose masks are learnt, and which has 1, 2 or 4 tokens for each
-            tokens, seg = run(video, tokens_per_trajectory, labels) if isinstance(self.tokenizer, Oracle) else run(video, tokens_per_trajectory)
+            tokens, seg = run(video, tokens_per_trajectory)
             return tokens, tokens.mask, seg
         z, mask = run(video, labels) if self.tokenizer.given_masks else run(video)
         index = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
@@ -564,7 +526,7 @@ def build(cfg, encoding):
     """-> VideoCLIP, TrajTokConfig. The tokenizer from --init-tokenizer, or new, in the run's size."""
     shape, cfg = shape_of(cfg), resolve(cfg)
     if cfg.tokenizer == "trajvit2":
-        tokenizer = (Oracle if cfg.true_masks else TrajTok)(shape)
+        tokenizer = TrajTok(shape)
         if cfg.init_tokenizer:                                   # one that was made without places gets new ones
             saved = load_weights(TrajTok(tokenizer_config(cfg.init_tokenizer)), cfg.init_tokenizer, "video.tokenizer.").state_dict()
             tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith("encoder.places.")} | saved)
@@ -881,7 +843,7 @@ def train(cfg):
 
 def gets_masks(cfg):
     """Is the tokenizer given its trajectories?"""
-    return cfg.true_masks or cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
+    return cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
 
 
 def check_masks(cfg, dataset):
@@ -890,7 +852,7 @@ def check_masks(cfg, dataset):
     entries = [e for one in sets for e in getattr(getattr(one, "dataset", one), "entries", [])]
     without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
     if gets_masks(cfg) and without:
-        raise BadInput(f"{'--true-masks' if cfg.true_masks else '--tokenizer ' + cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
                        f"the first {without[0]}; make them, or take another tokenizer")
 
 
