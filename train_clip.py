@@ -42,7 +42,7 @@ from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
 from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather,
                      launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
-                     ranks, run_name, save_pictures, setup, shard, sigterm, sources, sum_gradients, tokenizer_config,
+                     ranks, run_name, save_pictures, setup, shard, sources, sum_gradients, tokenizer_config,
                      total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -765,62 +765,55 @@ def train(cfg):
         print(f"{world} process(es) x {cfg.batch} clips a step, {cfg.micro_batch or cfg.batch} at a time; each clip sees the captions of all {clips_a_step} as negatives")
     began, mark, told = time.time(), time.time(), False
     batches = data.loader(shard(dataset), start_step, cfg.steps, cfg.workers)
-    with sigterm() as asked_to_stop:
-        for step, batch in zip(range(start_step, cfg.steps), batches):
-            # 1. the learning rate
-            lr = learning_rate(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            # 2. the batch: clips, captions, and labels where there are any
-            damage.add(batch["bad"], files or math.inf)
-            batch, counts = data.finish(batch, device), [0.0, 0.0]
-            if batch["video"] is None:                           # every file of it was damaged
-                batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
-            elif cfg.augment:                                    # before the labels are counted: a crop cuts some away
-                # no flip of made clips: their captions tell left from right
-                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
-            if len(batch["video"]) and cfg.tokenizer == "trajvit2":
-                counts = labelled(batch["labels"], cfg.num_queries)
-            clips, stop, *counts = total([len(batch["video"]), asked_to_stop(), *counts], device)
-            if stop:                                             # one process was told: all save, and end at the same step
-                run.save(model, optimizer, step)
-                print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
-                if world > 1:
-                    dist.destroy_process_group()
-                raise SystemExit(143)
-            if not clips:
-                continue
-            batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
-            wait = time.time() - mark
-            # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
-            model.train()
-            choices = shape.encoder.choices
-            m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
-            optimizer.zero_grad()
-            values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
-            if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
-                told = True
-                print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
-                                                  "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
-            # 4. clip, step
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            values |= dict(gradient_norm=norm.item())
-            check_finite(values, step)                           # before the step: what is saved stays whole
-            optimizer.step()
-            with torch.no_grad():
-                model.temperature.clamp_(0.001, 0.5)
-            # 5. the log: one line a step
-            now, live, tokens = time.time(), live / clips, tokens / clips
-            run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
-                            clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
-            if step % 10 == 0 or step == cfg.steps - 1:
-                print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
-                      + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
-                      + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
-            mark = now
-            # 6. the checkpoint
-            if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
-                run.save(model, optimizer, step + 1)
+    for step, batch in zip(range(start_step, cfg.steps), batches):
+        # 1. the learning rate
+        lr = learning_rate(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        # 2. the batch: clips, captions, and labels where there are any
+        damage.add(batch["bad"], files or math.inf)
+        batch, counts = data.finish(batch, device), [0.0, 0.0]
+        if batch["video"] is None:                               # every file of it was damaged
+            batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
+        elif cfg.augment:                                        # before the labels are counted: a crop cuts some away
+            # no flip of made clips: their captions tell left from right
+            batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
+        if len(batch["video"]) and cfg.tokenizer == "trajvit2":
+            counts = labelled(batch["labels"], cfg.num_queries)
+        clips, *counts = total([len(batch["video"]), *counts], device)
+        if not clips:
+            continue
+        batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
+        wait = time.time() - mark
+        # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
+        model.train()
+        choices = shape.encoder.choices
+        m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
+        optimizer.zero_grad()
+        values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
+        if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
+            told = True
+            print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
+                                              "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
+        # 4. clip, step
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        values |= dict(gradient_norm=norm.item())
+        check_finite(values, step)                               # before the step: what is saved stays whole
+        optimizer.step()
+        with torch.no_grad():
+            model.temperature.clamp_(0.001, 0.5)
+        # 5. the log: one line a step
+        now, live, tokens = time.time(), live / clips, tokens / clips
+        run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
+                        clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
+        if step % 10 == 0 or step == cfg.steps - 1:
+            print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
+                  + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
+                  + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
+        mark = now
+        # 6. the checkpoint
+        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
+            run.save(model, optimizer, step + 1)
     if world > 1:
         dist.barrier()                                           # nobody leaves while another still waits for it
         dist.destroy_process_group()
