@@ -13,9 +13,6 @@
     python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
     python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
     python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
-    python train_clip.py --compare all --seeds 0,1,2             # the paper's table: every row on the same clips, one after another
-    python train_clip.py --eval out/clip-nano --data m.json      # a saved model alone: retrieval, probes, zero-shot classes
-    python train_clip.py --bench                                 # clips/s, GFLOPs, memory, MFU of every row at 8 to 128 frames
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
 A tokenizer of your own: one class with one forward (class Tokenizer) and one line in TOKENIZERS.
@@ -24,23 +21,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
-import re
 import sys
 import time
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -48,10 +40,10 @@ import data
 from data import BadInput, configure, write_json
 from encoder import Tokens, compact
 from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, count_gflops, evaluate_segmenter, flags, free_memory_gb, gather, held_out_share, in_process,
-                     launch, learning_rate, load_weights, make_optimizer, matrix_rate, meet, open_data, peak_memory_gb, peak_of, plot_lines, precision,
-                     ranks, results_folder, run_name, save_pictures, setup, shard, sigterm, sources, split_entries, spread_of, start, sum_gradients, tokenizer_config,
-                     too_large, total, world_of, write_weights)
+from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather,
+                     launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
+                     ranks, run_name, save_pictures, setup, shard, sources, sum_gradients, tokenizer_config,
+                     total, world_of, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -78,12 +70,9 @@ class ClipConfig:
     textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
     places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
-    true_masks: bool = False                    # trajvit2: tokens of the labels' trajectories, not of its own: what would perfect masks bring?
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
-    tokenlearner_v1: bool = False               # tokenlearner: version 1 (three convolutions, sigmoid) instead of 1.1 (an MLP, softmax)
     rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
-    run_lengths: bool = False                   # rlt: tell each token how long its patch stays as it is
     layers: int = 4                             # video transformer: layers, width, heads
     width: int = 128                            # w
     heads: int = 4                              # of both transformers
@@ -120,38 +109,20 @@ class ClipConfig:
     tokens_per_trajectory: int = 1              # 1, 2 or 4 at evaluation (training draws one of them at each step)
     eval_split: str = "test"                    # of made clips: test, or validation to choose a recipe by
     eval_clips: int = 256                       # held-out made clips, all captions distinct
-    heldout_clips: int = 0                      # made clips whose subject is a shape and colour never seen together: retrieval among them
     probe_clips: int = 1024                     # made clips that the linear probes learn from
     resume: bool = False                        # go on with the run of this name, exactly
     overwrite: bool = False                     # start again over a run of this name
-    # instead of a training
-    eval: str | None = None                     # evaluate the model of this run's folder, on --data; nothing is trained
-    labels: str | None = None                   # --eval: these classes only, with commas; default: all that occur
-    prompt: str = "{}"                          # --eval: what a class is called for zero-shot classification; {} is its name
-    compare: str | None = None                  # train these rows one after another, with commas, or `all`; print the table
-    compare_by: str = "steps"                   # `steps`: as many for each row; `seconds`: each row as long as trajvit2 (needs the first table)
-    seeds: str = "0"                            # --compare: seeds, with commas
-    bench: bool = False                         # measure every tokenizer's speed, GFLOPs and memory with random weights
-    bench_frames: str = "8,16,32,64,128"        # --bench: frames of a clip, with commas
-    bench_batch: int = 1                        # --bench: clips at once
-    bench_run: bool = True                      # --bench: run them; off: only count GFLOPs, at any size on any machine
-    results: str = "results"                    # folder for the tables of --compare and --bench
 
     def __post_init__(self):
         check_flags(self)
         if self.tokenizer not in TOKENIZERS:
             raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}")
-        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens", "bench_batch"):
+        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
-        for field in ("micro_batch", "heldout_clips", "processes", "rlt_threshold"):
+        for field in ("micro_batch", "processes", "rlt_threshold"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        for field, form in (("seeds", r"\d{1,9}"), ("bench_frames", r"[1-9]\d{0,4}")):
-            if not re.fullmatch(f"{form}(,{form})*", getattr(self, field)):
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: whole numbers{' from 1 on' if field != 'seeds' else ''}, with commas")
-        if self.eval == "" or self.compare == "":
-            raise BadInput("--eval '' or --compare '': an empty name; give the folder of a run, or tokenizers")
         for width in (self.width, self.text_width):
             if width % self.heads:
                 raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
@@ -161,25 +132,14 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
-        if self.places and self.tokenizer != "trajvit2" and not self.compare:
+        if self.places and self.tokenizer != "trajvit2":
             raise BadInput(f"--places: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.true_masks and self.tokenizer != "trajvit2" and not self.compare:
-            raise BadInput(f"--true-masks: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
-        if self.init_tokenizer and self.tokenizer != "trajvit2" and not self.compare:
+        if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
         if self.eval_split == "validation" and not {"world", "plain"} & set(self.data.split(",")):
             raise BadInput(f"--eval-split validation: is of made clips; leave it out with --data {self.data}")
-        if self.compare_by not in ("steps", "seconds"):
-            raise BadInput(f"--compare-by {self.compare_by}: steps or seconds")
-        if "{}" not in self.prompt:
-            raise BadInput(f"--prompt {self.prompt!r}: {{}} must stand where the class's name goes")
-        if sum(map(bool, (self.eval, self.compare, self.bench))) > 1:
-            raise BadInput("--eval, --compare and --bench: one at a time")
-
-    def text_of(self, label):
-        return self.prompt.replace("{}", label.replace("_", " "))
 
 
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
@@ -197,13 +157,6 @@ CLIP_SIZES = {
     "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
 }
 CLIP_SIZES = {name: {"size": name, **values} for name, values in CLIP_SIZES.items()}
-
-# --compare: a world in which no row can do all. A clip's subject does two things one after another (their order is in the caption, and in no
-# frame), among up to six objects that may share colours, and retrieval is also scored on shapes and colours never seen together.
-# CHOICE: set before any row was trained on it, the same for all rows.
-HEADROOM = dict(max_objects=6, shared_colours=True, acts=2, heldout_clips=256)
-COMPARE = {name: {**values, **HEADROOM} for name, values in CLIP_SIZES.items()}
-COMPARE["nano"] |= dict(frames=12)               # 8 leave four frames for each act
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
@@ -315,23 +268,16 @@ class ViViT(ViT3D):
 class TokenLearner(ViT3D):
     """A ViT3D in which, two thirds of the way through (of 12 layers: before the ninth), the patches of each time step become
     `learned_tokens`: weighted sums whose weights are computed from the patches. v1.1: LN -> Dense 64 -> GELU -> Dense S -> softmax over the
-    patches -> sum of the un-normed x.  v1: three 3 x 3 convolutions -> sigmoid -> sum (SPECS 3)."""
+    patches -> sum of the un-normed x (SPECS 3)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.at, self.v1, w, s = 2 * cfg.layers // 3, cfg.tokenlearner_v1, cfg.width, cfg.learned_tokens
+        self.at, w, s = 2 * cfg.layers // 3, cfg.width, cfg.learned_tokens
         self.norm = nn.LayerNorm(w)
-        if self.v1:
-            self.score = nn.Sequential(nn.Conv2d(w, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1), nn.GELU(), nn.Conv2d(s, s, 3, padding=1))
-        else:
-            self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
+        self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
 
     def learn(self, x):                                          # (b t, h w, d) -> (b t, S, d)
-        y = self.norm(x)
-        if self.v1:
-            s = self.score(rearrange(y, "n (h w) d -> n d h w", h=self.side)).flatten(2).sigmoid()   # each token looks where it likes
-        else:
-            s = self.score(y).transpose(1, 2).softmax(-1)        # over the patches of a time step: a token is a mean of them
+        s = self.score(self.norm(x)).transpose(1, 2).softmax(-1)             # over the patches of a time step: a token is a mean of them
         return s.to(x.dtype) @ x
 
     def through(self, transformer, x):
@@ -348,9 +294,6 @@ class RLT(ViT3D):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.threshold = cfg.rlt_threshold
-        self.length = nn.Embedding(-(-cfg.frames // 2), cfg.width) if cfg.run_lengths else None      # of a run of 1, 2, ... time steps
-        if self.length:
-            nn.init.normal_(self.length.weight, std=0.02)
 
     def changed(self, x):                                        # patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept
         change = (x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]).abs().mean((-3, -2, -1)) > self.threshold
@@ -360,14 +303,7 @@ class RLT(ViT3D):
         x = self.patches(video)
         kept = self.changed(x)
         z = self.embed(x.flatten(4)).flatten(1, 3)
-        z = z + self.position[:, :z.shape[1]]
-        if self.length:
-            run, runs = torch.zeros_like(kept[:, 0], dtype=torch.int64), []
-            for step in kept.flip(1).unbind(1):                  # from the end: how many time steps until the patch changes again
-                runs.append(run)
-                run = torch.where(step, 0, run + 1)
-            z = z + self.length(torch.stack(runs[::-1], 1).flatten(1))
-        return z, kept.flatten(1)
+        return z + self.position[:, :z.shape[1]], kept.flatten(1)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -459,22 +395,6 @@ class TrajViT(Tokenizer):
         return tokens.view(b, m, -1), alive.view(b, m)
 
 
-class Oracle(TrajTok):
-    """trajvit2 under given masks: all is as in TrajTok, and learns the same, but its encoder reads the labels' trajectories in place of the segmenter's.
-    What would perfect masks, from the first step on, bring?"""
-    given_masks = True
-
-    def forward(self, video, tokens_per_trajectory=None, labels=None):
-        seg = self.segmenter(video)
-        ids, K = labels_on_grid(labels, seg.grid, self.cfg.num_queries), self.cfg.num_queries        # (b, n), -1 = of no trajectory
-        # made clips number their objects by depth. Shuffled, each clip's always in the same way: or the number of a code would tell what is in front
-        order = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(int(own.sum()) + ids.shape[1])) for own in ids.cpu()]).to(ids.device)
-        ids = torch.where(ids < 0, ids, order.gather(1, ids.clamp(min=0)))
-        sure = 20.0 * F.one_hot(ids.clamp(min=0), K).to(seg.logits.dtype) * (ids >= 0)[..., None]    # e^20 : 1, hard to all purposes
-        alive = torch.zeros(len(ids), K + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids + 1, True)[:, 1:]
-        return self.encoder(seg.features, seg._replace(logits=sure, ids=ids, alive=alive), tokens_per_trajectory), seg
-
-
 TOKENIZERS = {"trajvit2": TrajTok, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +432,7 @@ class VideoEncoder(nn.Module):
         """-> Tokens, their mask or None, Segmentation or None."""
         run = functools.partial(checkpoint, self.tokenizer, use_reentrant=False) if self.transformer.recompute and torch.is_grad_enabled() else self.tokenizer
         if isinstance(self.tokenizer, TrajTok):                  # the one whose masks are learnt, and which has 1, 2 or 4 tokens for each
-            tokens, seg = run(video, tokens_per_trajectory, labels) if isinstance(self.tokenizer, Oracle) else run(video, tokens_per_trajectory)
+            tokens, seg = run(video, tokens_per_trajectory)
             return tokens, tokens.mask, seg
         z, mask = run(video, labels) if self.tokenizer.given_masks else run(video)
         index = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
@@ -606,7 +526,7 @@ def build(cfg, encoding):
     """-> VideoCLIP, TrajTokConfig. The tokenizer from --init-tokenizer, or new, in the run's size."""
     shape, cfg = shape_of(cfg), resolve(cfg)
     if cfg.tokenizer == "trajvit2":
-        tokenizer = (Oracle if cfg.true_masks else TrajTok)(shape)
+        tokenizer = TrajTok(shape)
         if cfg.init_tokenizer:                                   # one that was made without places gets new ones
             saved = load_weights(TrajTok(tokenizer_config(cfg.init_tokenizer)), cfg.init_tokenizer, "video.tokenizer.").state_dict()
             tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith("encoder.places.")} | saved)
@@ -705,13 +625,6 @@ def recalls(similarity, prefix, right=None):
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
-def chance(right, n=5):
-    """R@n of a random order: the mean over queries of P(one of its answers is among n of all candidates)."""
-    count = right.shape[1]
-    n = min(n, count)
-    return float(np.mean([1 - math.comb(count - r, n) / math.comb(count, n) for r in right.sum(1).tolist()]))
-
-
 def logistic(x, y, penalty, classes):
     """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
     learning rate to tune, the same answer every time."""
@@ -741,64 +654,6 @@ def linear_probe(train, train_y, valid, valid_y, test, test_y):
     return best[1]
 
 
-def leave_one_out(fit, groups):
-    """The prediction for each clip, by a probe that saw nothing of its group. fit(train, test), bool (n,) each -> classes of the test clips."""
-    groups = torch.as_tensor(groups)
-    predicted = torch.full((len(groups),), -1)
-    for group in groups.unique():
-        predicted[groups == group] = fit(groups != group, groups == group)
-    return predicted
-
-
-def grouped_probe(x, y, groups):
-    """Class of each clip by a linear probe, one group left out at a time: features (n, w), y (n,), groups (n,) -> (n,). Its penalty is the best
-    when one of the *other* groups is left out in turn (of one other group alone nothing can be chosen: 0.1)."""
-    classes, groups = int(y.max()) + 1, torch.as_tensor(groups)
-
-    def with_penalty(x, y, penalty):
-        return lambda train, test: logistic(x[train], y[train], penalty, classes)(x[test]).argmax(1)
-
-    def fit(train, test):
-        inner, penalty = groups[train], 0.1
-        if len(inner.unique()) > 1:
-            right = {p: (leave_one_out(with_penalty(x[train], y[train], p), inner) == y[train]).sum() for p in PENALTIES}
-            penalty = max(reversed(PENALTIES), key=right.get)    # of equals the stronger
-        return with_penalty(x, y, penalty)(train, test)
-    return leave_one_out(fit, groups)
-
-
-class AttentiveProbe(nn.Module):
-    """One learned query reads all tokens (n, s, w), then a linear layer."""
-
-    def __init__(self, width, heads, classes):
-        super().__init__()
-        self.query, self.norm = nn.Parameter(0.02 * torch.randn(1, 1, width)), nn.LayerNorm(width)
-        self.attention, self.head = nn.MultiheadAttention(width, heads, batch_first=True), nn.Linear(width, classes)
-
-    def forward(self, x, mask):                                  # mask (n, s), True = a real token
-        x = self.norm(x)
-        return self.head(self.attention(self.query.expand(len(x), -1, -1), x, x, key_padding_mask=~mask, need_weights=False)[0][:, 0])
-
-
-def attentive_probe(x, mask, y, groups, heads, steps=200):
-    """Class of each clip by an attentive probe on frozen tokens, one group left out at a time. CHOICE: one fixed recipe (AdamW 1e-3, weight decay
-    0.05, cosine, 200 steps of at most 256 clips, seed 0), so that there is nothing to choose by the clips that are left out."""
-    def fit(train, test):
-        torch.manual_seed(0)
-        probe, chosen = AttentiveProbe(x.shape[-1], heads, int(y.max()) + 1), train.nonzero()[:, 0]
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
-        for step in range(steps):
-            some = chosen[torch.randperm(len(chosen))[:256]]
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            F.cross_entropy(probe(x[some], mask[some]), y[some]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return torch.cat([probe(x[some], mask[some]).argmax(1) for some in test.nonzero()[:, 0].split(256)])
-    return leave_one_out(fit, groups)
-
-
 class Embedded(NamedTuple):
     """What `embed` says of n clips."""
     vectors: torch.Tensor           # (n, e) unit vectors
@@ -806,15 +661,13 @@ class Embedded(NamedTuple):
     live: float                     # tokens a clip
     batches: list                   # the rest of each batch: captions, classes, indices; no pixels
     bad: list                       # files that could not be used
-    out: list                       # per clip (s, w): its real tokens after the transformer, if they were asked for
-    pixels: torch.Tensor            # (n, 192): the mean of its frames at 8 x 8 pixels, if they were asked for
 
 
 @torch.no_grad()
-def embed(model, batches, count, cfg, device, what, everything=False):
-    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files. everything: tokens and pixels as well."""
+def embed(model, batches, count, cfg, device, what):
+    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files."""
     model.eval()
-    vectors, features, live, kept, bad, out, pixels = [], [], [], [], [], [], []
+    vectors, features, live, kept, bad = [], [], [], [], []
     for batch in tqdm(data.loader(batches, 0, count, cfg.workers), total=count, desc=what, leave=False, disable=None):
         bad += batch["bad"]
         batch = data.finish(batch, device)
@@ -827,13 +680,9 @@ def embed(model, batches, count, cfg, device, what, everything=False):
         features.append(encoded.cls.float().cpu())
         live += encoded.tokens.mask.sum(1).tolist()
         kept.append(batch)
-        if everything:
-            real = torch.ones(encoded.out.shape[:2], dtype=torch.bool) if encoded.mask is None else encoded.mask.cpu()
-            out += [x[r] for x, r in zip(encoded.out.float().cpu(), real)]
-            pixels.append(F.adaptive_avg_pool2d(video.float().mean(1).permute(0, 3, 1, 2), 8).flatten(1).cpu() / 255)
     if not vectors:
         return None, bad
-    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad, out, torch.cat(pixels) if pixels else None), bad
+    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad), bad
 
 
 @torch.no_grad()
@@ -869,10 +718,6 @@ def evaluate(model, test, test_batches, cfg, device, encoding):
     result |= dict(appearance=None, motion=None)
     if cfg.data in ("world", "plain"):
         world, size = world_of(cfg), cfg.batch
-        if cfg.heldout_clips:
-            novel = data.WorldBatches(world, size, indices=data.distinct(world, data.HELDOUT + 50_000_000 * (cfg.eval_split == "validation"), cfg.heldout_clips))
-            novel, _ = embed(model, novel, -(-cfg.heldout_clips // size), cfg, device, "new combinations")
-            result |= {f"heldout_{k}": v for k, v in retrieval(model, novel.vectors, captions_of(novel), cfg, device, encoding)[0].items()}
         # the probes' clips come from far up the training range, where the training itself never gets, and from validation
         last = dict(test=data.TEST, validation=data.VALIDATION + 50_000_000)[cfg.eval_split]
         sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (last, max(cfg.probe_clips // 2, 1))]
@@ -920,62 +765,55 @@ def train(cfg):
         print(f"{world} process(es) x {cfg.batch} clips a step, {cfg.micro_batch or cfg.batch} at a time; each clip sees the captions of all {clips_a_step} as negatives")
     began, mark, told = time.time(), time.time(), False
     batches = data.loader(shard(dataset), start_step, cfg.steps, cfg.workers)
-    with sigterm() as asked_to_stop:
-        for step, batch in zip(range(start_step, cfg.steps), batches):
-            # 1. the learning rate
-            lr = learning_rate(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            # 2. the batch: clips, captions, and labels where there are any
-            damage.add(batch["bad"], files or math.inf)
-            batch, counts = data.finish(batch, device), [0.0, 0.0]
-            if batch["video"] is None:                           # every file of it was damaged
-                batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
-            elif cfg.augment:                                    # before the labels are counted: a crop cuts some away
-                # no flip of made clips: their captions tell left from right
-                batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
-            if len(batch["video"]) and cfg.tokenizer == "trajvit2":
-                counts = labelled(batch["labels"], cfg.num_queries)
-            clips, stop, *counts = total([len(batch["video"]), asked_to_stop(), *counts], device)
-            if stop:                                             # one process was told: all save, and end at the same step
-                run.save(model, optimizer, step)
-                print(f"stopped by SIGTERM before step {step}: saved; --resume goes on from there", flush=True)
-                if world > 1:
-                    dist.destroy_process_group()
-                raise SystemExit(143)
-            if not clips:
-                continue
-            batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
-            wait = time.time() - mark
-            # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
-            model.train()
-            choices = shape.encoder.choices
-            m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
-            optimizer.zero_grad()
-            values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
-            if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
-                told = True
-                print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
-                                                  "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
-            # 4. clip, step
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            values |= dict(gradient_norm=norm.item())
-            check_finite(values, step)                           # before the step: what is saved stays whole
-            optimizer.step()
-            with torch.no_grad():
-                model.temperature.clamp_(0.001, 0.5)
-            # 5. the log: one line a step
-            now, live, tokens = time.time(), live / clips, tokens / clips
-            run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
-                            clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
-            if step % 10 == 0 or step == cfg.steps - 1:
-                print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
-                      + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
-                      + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
-            mark = now
-            # 6. the checkpoint
-            if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
-                run.save(model, optimizer, step + 1)
+    for step, batch in zip(range(start_step, cfg.steps), batches):
+        # 1. the learning rate
+        lr = learning_rate(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        # 2. the batch: clips, captions, and labels where there are any
+        damage.add(batch["bad"], files or math.inf)
+        batch, counts = data.finish(batch, device), [0.0, 0.0]
+        if batch["video"] is None:                               # every file of it was damaged
+            batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
+        elif cfg.augment:                                        # before the labels are counted: a crop cuts some away
+            # no flip of made clips: their captions tell left from right
+            batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
+        if len(batch["video"]) and cfg.tokenizer == "trajvit2":
+            counts = labelled(batch["labels"], cfg.num_queries)
+        clips, *counts = total([len(batch["video"]), *counts], device)
+        if not clips:
+            continue
+        batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
+        wait = time.time() - mark
+        # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
+        model.train()
+        choices = shape.encoder.choices
+        m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
+        optimizer.zero_grad()
+        values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
+        if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
+            told = True
+            print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
+                                              "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
+        # 4. clip, step
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        values |= dict(gradient_norm=norm.item())
+        check_finite(values, step)                               # before the step: what is saved stays whole
+        optimizer.step()
+        with torch.no_grad():
+            model.temperature.clamp_(0.001, 0.5)
+        # 5. the log: one line a step
+        now, live, tokens = time.time(), live / clips, tokens / clips
+        run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
+                        clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
+        if step % 10 == 0 or step == cfg.steps - 1:
+            print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
+                  + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
+                  + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
+        mark = now
+        # 6. the checkpoint
+        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
+            run.save(model, optimizer, step + 1)
     if world > 1:
         dist.barrier()                                           # nobody leaves while another still waits for it
         dist.destroy_process_group()
@@ -998,7 +836,7 @@ def train(cfg):
 
 def gets_masks(cfg):
     """Is the tokenizer given its trajectories?"""
-    return cfg.true_masks or cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
+    return cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
 
 
 def check_masks(cfg, dataset):
@@ -1007,7 +845,7 @@ def check_masks(cfg, dataset):
     entries = [e for one in sets for e in getattr(getattr(one, "dataset", one), "entries", [])]
     without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
     if gets_masks(cfg) and without:
-        raise BadInput(f"{'--true-masks' if cfg.true_masks else '--tokenizer ' + cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
                        f"the first {without[0]}; make them, or take another tokenizer")
 
 
@@ -1016,10 +854,8 @@ def report(result, folder, skinned=False, split="test"):
         return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
     n, left_out = result["clips"], result["left_out"]
     print(f"\n{n} {'held-out' if split == 'test' else split} clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
-    for begin, what in (("", ""), ("heldout_", "   (new combinations)")):
-        if f"{begin}t2v_r1" in result:
-            for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
-                print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{begin}{way}_r{k}')}" for k in (1, 5, 10)) + what)
+    for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
+        print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{way}_r{k}')}" for k in (1, 5, 10)))
     if result["appearance"] is not None:
         # in a skinned world one class, the irregular outlines, is the likely guess
         chance = max(1 / len(data.SHAPES), data.SKINNED_CLIPS * data.IRREGULAR * skinned)
@@ -1033,296 +869,11 @@ def report(result, folder, skinned=False, split="test"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --eval: a saved model alone
-# ---------------------------------------------------------------------------------------------------------------------
-
-def saved_config(folder):
-    """The flags of a finished run, as values of ClipConfig."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--eval {folder}: no run of train_clip.py ({type(error).__name__}: {error}); give its folder, e.g. out/clip-nano") from None
-    if not isinstance(saved, dict) or not {"text_length", "tokenizer"} <= saved.keys():
-        raise BadInput(f"--eval {folder}: its config.json is not of train_clip.py; give the folder of one of its runs, e.g. out/clip-nano")
-    saved["tokenizer"] = "trajvit2" if isinstance(saved["tokenizer"], dict) else saved["tokenizer"]
-    # the tokenizer's weights are in the run's own file: not where it started from
-    values = {f.name: saved[f.name] for f in dataclasses.fields(ClipConfig) if f.name in saved} | dict(init_tokenizer=None, freeze_tokenizer=False, resume=False, overwrite=False, eval_split="test")
-    try:
-        ClipConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"--eval {folder}: its config.json holds what no run has ({error})") from None
-    return values
-
-
-def eval_config(folder, argv):
-    """Defaults < what the run was made with < flags. Shares of sets say nothing here, and its textures only where the world is asked for."""
-    saved = saved_config(folder)
-    cfg = configure(ClipConfig, dict.fromkeys(CLIP_SIZES, saved | dict(mix=None, textures=None)), argv)
-    if len(sources(cfg)[0]) > 1:
-        raise BadInput(f"--eval {folder}: --data {cfg.data} is several sets; give one of them with --data")
-    return dataclasses.replace(cfg, textures=cfg.textures or saved.get("textures")) if cfg.data == "world" else cfg
-
-
-def evaluate_saved(cfg):
-    """Prints and writes what a saved model knows of --data: the world as after training; of a manifest, retrieval where there are
-    captions, probes and zero-shot classes where there are labels."""
-    saved = ClipConfig(**saved_config(cfg.eval))
-    trained_on, encoding, device = sources(saved)[0], data.load_encoding(cfg.text), setup(cfg)
-    data.open_textures(cfg.textures)
-    model, _ = build(cfg, encoding)
-    model = load_weights(model, cfg.eval).to(device)
-    held_out = False
-    if cfg.data in ("world", "plain"):
-        _, test, test_batches, _ = open_data(cfg, "caption")
-        result, _, _ = evaluate(model, test, test_batches, cfg, device, encoding)
-        source = cfg.data
-    else:
-        entries = data.read_manifest(cfg.data)
-        same = lambda name: (Path(name) / "manifest.json" if (Path(name) / "manifest.json").exists() else Path(name)).resolve()
-        held_out = same(cfg.data) in map(same, trained_on)
-        if held_out:                                             # what it has learnt by heart proves nothing
-            entries = split_entries(entries, held_out_share(entries))[1]
-        result, source = evaluate_entries(model, entries, cfg, device, encoding), Path(cfg.data).resolve()
-        source = source.parent.name if source.stem == "manifest" else source.stem
-    path = Path(cfg.eval) / f"eval-{source}{'-validation' * (cfg.eval_split == 'validation')}.json"
-    write_json(path, result | dict(data=cfg.data, eval_split=cfg.eval_split, labels=cfg.labels, frames=cfg.frames, image_size=cfg.image_size, tokens_per_trajectory=cfg.tokens_per_trajectory))
-    print(f"{cfg.eval} ({cfg.tokenizer}) on {cfg.data}" + (", the part held out of its training" if held_out else ", validation clips" if cfg.eval_split == "validation" else ""))
-    for key, value in result.items():
-        if isinstance(value, float):
-            print(f"  {key:28s} {value:8.1f}" if key.endswith(("tokens", "trajectories", "cells")) else f"  {key:28s} {100 * value:8.1f} %")
-        elif isinstance(value, int):
-            print(f"  {key:28s} {value:8d}")
-    print(f"wrote {path}")
-
-
-def evaluate_entries(model, entries, cfg, device, encoding):
-    """Entries of a manifest -> dict of scores."""
-    wanted = cfg.labels.split(",") if cfg.labels else None
-    if wanted and (missing := [l for l in wanted if not any(e["label"] == l for e in entries)]):
-        raise BadInput(f"--labels {','.join(missing)}: no entry of {cfg.data} has this label; it has {', '.join(sorted({e['label'] for e in entries if e['label']})[:20]) or 'none'}")
-    entries = [e for e in entries if not wanted or e["label"] in wanted]
-    check_masks(cfg, data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch))
-    batches = data.VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
-    clips, bad = embed(model, batches, len(batches), cfg, device, "clips", everything=True)
-    Damage().add(bad, math.inf)
-    if clips is None:
-        raise BadInput(f"--data {cfg.data}: not one clip can be read; the last: {bad[-1][1]}")
-    order = [j for b in clips.batches for j in b["index"]]
-    entries = [entries[j] for j in order]                        # as they were embedded, without the damaged ones
-    result = dict(clips=len(entries), left_out=len(bad), live_tokens=clips.live)
-    captioned, captions = [i for i, e in enumerate(entries) if e["caption"]], captions_of(clips)
-    if len(captioned) > 1:
-        scores, right = retrieval(model, clips.vectors[captioned], [captions[i] for i in captioned], cfg, device, encoding)
-        result |= scores | dict(captions=len(right))
-        result |= dict(chance_t2v_r5=chance(right), chance_v2t_r5=chance(right.T))
-    names = sorted({e["label"] for e in entries if e["label"]})
-    if len(names) > 1:
-        result |= classify(model, [e for e in entries if e["label"]], clips, [i for i, e in enumerate(entries) if e["label"]], names, cfg, device, encoding)
-    if len(result) == 3:
-        raise BadInput(f"--data {cfg.data}: its {len(entries)} clips to score have neither two captions nor two labels; nothing can be scored")
-    return result
-
-
-def classify(model, entries, clips, where, names, cfg, device, encoding):
-    """Probes that never see the group they are tested on, beside one on raw pixels and chance; zero-shot classes from their names.
-    Groups are the entries' own ("group": a person, a scene), else four by a hash of the file's name. A class that occurs in one group only
-    cannot be learnt from the others: it is left out of the probes."""
-    groups = [e.get("group") or zlib.crc32(os.path.basename(e["path"]).encode()) % 4 for e in entries]
-    ids = {g: n for n, g in enumerate(sorted(set(groups), key=str))}
-    groups, y = torch.tensor([ids[g] for g in groups]), torch.tensor([names.index(e["label"]) for e in entries])
-    scores = clips.vectors[where] @ embed_texts(model, [cfg.text_of(name) for name in names], cfg, device, encoding).T
-    result = dict(classes=len(names), zero_shot=(scores.argmax(1) == y).float().mean().item(), zero_shot_chance=1 / len(names))
-    learnable = torch.tensor([len(groups[y == c].unique()) > 1 for c in range(len(names))])
-    keep = learnable[y]
-    if learnable.sum() < 2:
-        return result
-    y, groups, where = learnable.cumsum(0)[y[keep]] - 1, groups[keep], [i for i, k in zip(where, keep) if k]
-    out = nn.utils.rnn.pad_sequence([F.pad(clips.out[i], (0, 0, 0, int(not len(clips.out[i])))) for i in where], batch_first=True)   # of a clip without tokens: a zero
-    real = torch.arange(out.shape[1]) < torch.tensor([max(len(clips.out[i]), 1) for i in where])[:, None]
-    predictions = dict(linear=grouped_probe(clips.features[where], y, groups), attentive=attentive_probe(out, real, y, groups, cfg.heads),
-                       pixels=grouped_probe(clips.pixels[where], y, groups))
-    result |= dict(probe_clips=len(y), probe_classes=int(learnable.sum()), groups=len(groups.unique()), most_frequent_class=(y.bincount().max() / len(y)).item())
-    for name, predicted in predictions.items():
-        result[f"{name}_probe"] = (predicted == y).float().mean().item()
-        result[f"{name}_probe_balanced"] = torch.stack([(predicted[y == c] == c).float().mean() for c in y.unique()]).mean().item()
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --compare: the paper's table
-# ---------------------------------------------------------------------------------------------------------------------
-
-COLUMNS = (("appearance", "appearance", 100), ("motion", "motion", 100), ("t2v_r1", "t>v R@1", 100), ("t2v_r5", "t>v R@5", 100), ("v2t_r1", "v>t R@1", 100),
-           ("v2t_r5", "v>t R@5", 100), ("heldout_t2v_r5", "new t>v R@5", 100), ("live_tokens", "tokens", 1), ("gflops", "GFLOPs", 1),
-           ("clips_per_second", "clips/s", 1), ("peak_memory_gb", "GB", 1))
-
-
-def table(rows):
-    """{row: results of its seeds} -> lines of text, mean +- deviation over the seeds."""
-    def cell(results, key, times):
-        return spread_of([times * r[key] for r in results if r.get(key) is not None])
-    lines = [["", *(name for _, name, _ in COLUMNS), "seeds"]]
-    return aligned(lines + [[name, *(cell(results, key, times) for key, _, times in COLUMNS), str(len(results))] for name, results in rows.items()])
-
-
-def row_of(cfg, name):
-    """The configuration of a row: what is of trajvit2 alone, the others do without."""
-    own = dict(places=False, true_masks=False, init_tokenizer=None, freeze_tokenizer=False)
-    return dataclasses.replace(cfg, tokenizer=name, **(own if name != "trajvit2" else {}))
-
-
-def compare(cfg):
-    """Trains each row with each seed in a process of its own (so that memory is the row's), a seed after the other; what is finished is
-    kept, what was stopped goes on. Prints the table and writes results/compare-<size>.json after every row."""
-    names = list(TOKENIZERS) if cfg.compare == "all" else list(dict.fromkeys(cfg.compare.split(",")))
-    if unknown := [n for n in names if n not in TOKENIZERS]:
-        raise BadInput(f"--compare {cfg.compare}: no tokenizer {', '.join(unknown)}; {', '.join(TOKENIZERS)}, or all")
-    if (cfg.places or cfg.true_masks or cfg.init_tokenizer) and "trajvit2" not in names:
-        raise BadInput(f"--compare {cfg.compare}: --places, --true-masks and --init-tokenizer are of trajvit2, which is not among these rows")
-    seeds, steps, base = list(dict.fromkeys(map(int, cfg.seeds.split(",")))), dict.fromkeys(names, cfg.steps), Path(cfg.results)
-    if cfg.init_tokenizer and "trajvit2" in names:               # the others see clips of the same size
-        cfg = dataclasses.replace(resolve(cfg), places=cfg.places)
-    by_steps = base / f"compare-{cfg.name or cfg.size}.json"
-    results_folder(base)
-    if cfg.compare_by == "seconds":                              # the schedule needs a number of steps: as many as fit into trajvit2's time
-        try:
-            seconds = {name: np.mean([r["seconds"] for r in results]) for name, results in json.loads(by_steps.read_text())["rows"].items()}
-            if not all(seconds[name] > 0 for name in (*names, "trajvit2")):
-                raise ValueError("a time that is not above 0")
-            steps = {name: max(round(cfg.steps * seconds["trajvit2"] / seconds[name]), 1) for name in names}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"--compare-by seconds: takes each row's speed from {by_steps} ({type(error).__name__}: {error}); "
-                           f"run --compare with trajvit2 and {','.join(names)} first") from None
-    path, rows = by_steps if cfg.compare_by == "steps" else base / f"compare-{cfg.name or cfg.size}-seconds.json", {name: [] for name in names}
-    quiet = dict(compare=None, compare_by="steps", seeds="0", resume=False, overwrite=False)
-    for seed in seeds:
-        for name in names:
-            row = dataclasses.replace(row_of(cfg, name), **quiet, seed=seed, steps=steps[name], warmup=min(cfg.warmup, steps[name] // 2),
-                                      name=f"{cfg.name or 'compare-' + cfg.size}-{name}-{seed}" + ("-seconds" if cfg.compare_by == "seconds" else ""))
-            rows[name].append(one_row(row))
-            write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), torch=torch.__version__, threads=torch.get_num_threads(),
-                                  gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, steps=steps, batch=cfg.batch, seeds=cfg.seeds, rows=rows))
-    print("\n" + "\n".join(table(rows)) + f"\nwrote {path}")
-
-
-def one_row(cfg):
-    """A finished run's result, after whatever of it is still to be done."""
-    folder = Path(cfg.out) / f"clip-{cfg.name}"
-    config, result = folder / "config.json", folder / "result.json"
-    if config.exists() and result.exists():
-        values, old = dataclasses.asdict(resolve(cfg)) | dict(textures_crc=data.open_textures(cfg.textures)), json.loads(config.read_text())
-        differ = Run.differences({f.name: f.default for f in dataclasses.fields(cfg)} | old | dict(tokenizer="trajvit2" if isinstance(old["tokenizer"], dict) else old["tokenizer"]), values)
-        if differ:
-            raise BadInput(f"{folder} is a finished row of another comparison: {differ}; give the same flags, or another --name")
-        print(f"{cfg.name}: finished before", flush=True)
-    else:
-        print(f"\n{cfg.name}", flush=True)
-        code = start([sys.executable, Path(__file__).resolve(), *flags(cfg, CLIP_SIZES), *(["--resume"] if config.exists() else [])])
-        if code:
-            raise SystemExit(code)                               # it has said itself why
-    return json.loads(result.read_text())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --bench: the paper's efficiency figure
-# ---------------------------------------------------------------------------------------------------------------------
-
-def most_gflops(cfg):
-    """GFLOPs of embedding one clip, at any size, without running it: tensors without numbers. Counts the worst case: all K trajectories alive,
-    no patch dropped; of given masks, which do not exist here, None."""
-    if gets_masks(cfg):
-        return None
-    cfg = resolve(dataclasses.replace(cfg, compile=False))
-    with torch.device("meta"):
-        model, _ = build(cfg, data.load_encoding(cfg.text))
-        model.requires_grad_(False).eval().video.compact = False
-        video = torch.zeros(1, cfg.frames, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
-        return count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory))
-
-
-def bench_row(cfg, pipe):
-    """One tokenizer at one number of frames, in a process of its own -> dict, sent through the pipe."""
-    device = setup(cfg)
-    model, _ = build(cfg, data.load_encoding(cfg.text))
-    cfg = resolve(cfg)
-    model.to(device).video.compact = cfg.tokenizer != "trajvit2"             # untrained, its trajectories mean nothing: all of them are paid for
-    repeats, tokens = 3 if device.type == "cpu" else 10, []
-    clips = [data.finish(data.WorldBatches(world_of(cfg), cfg.bench_batch, data.VALIDATION)[i], device) for i in range(repeats)]     # they differ in what is kept
-
-    def run(backward, i=0):
-        model.requires_grad_(backward)
-        with precision(device, cfg.bf16):
-            encoded = model.video(clips[i]["video"], cfg.tokens_per_trajectory, clips[i]["labels"])
-        tokens.append(encoded.tokens.mask.float().sum(1).mean().item() if model.video.compact else encoded.tokens.z.shape[1])
-        if backward:
-            encoded.cls.float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    row, rate = {}, matrix_rate(device)
-    for what, backward in (("forward", False), ("training", True)):
-        memory = peak_of(lambda: run(backward), device)          # also warms up
-        if memory is None:
-            break
-        run(backward)                                            # warm; the first one may have compiled
-        times = []
-        while len(times) < repeats or sum(times) < 2:            # seconds: one pass of a small size is over before the machine has noticed
-            began = time.perf_counter()
-            run(backward, len(times) % repeats)
-            times.append(time.perf_counter() - began)
-        speed = cfg.bench_batch / float(np.median(times))
-        counted = sum(count_gflops(lambda: run(backward, i)) for i in range(repeats)) / (repeats * cfg.bench_batch)
-        row |= {f"{what}_clips_per_second": speed, f"{what}_gflops": counted, f"{what}_memory_gb": memory, f"{what}_mfu": speed * counted * 1e9 / rate}
-    pipe.send(row | dict(tokens=float(np.mean(tokens)), parameters=sum(p.numel() for p in model.parameters())))
-
-
-def bench(cfg):
-    """Every tokenizer at every number of frames -> a table, results/bench-clip-<size>.json and its picture."""
-    rows, last, base = [], {}, Path(cfg.results)
-    results_folder(base)
-    device = setup(cfg)
-    data.open_textures(cfg.textures)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{cfg.size}, {cfg.bench_batch} clip(s) at once, random weights; {device.type}, {machine}; trajvit2 with all {resolve(cfg).num_queries} trajectories alive, "
-          f"{cfg.tokens_per_trajectory} token(s) each; trajvit and rlt on made clips")
-    print("frames  tokenizer     tokens  GFLOPs   clips/s   memory GB   MFU    | training: clips/s   memory GB   MFU")
-    for frames in map(int, cfg.bench_frames.split(",")):
-        for name in TOKENIZERS:
-            one = dataclasses.replace(row_of(cfg, name), frames=frames, bench=False)
-            row = dict(frames=frames, tokenizer=name, most_gflops=most_gflops(one))
-            # what would not fit is not tried: the system kills what asks for too much
-            if cfg.bench_run and not (device.type == "cpu" and too_large(frames, last.get(name), free_memory_gb())):
-                measured = in_process(bench_row, one)
-                last[name] = (frames, measured.get("training_memory_gb") if measured else None)
-                row |= measured or {}
-            rows.append(row)
-            number = lambda key, form, times=1: f"{times * row[key]:{form}}" if row.get(key) is not None else "-".rjust(int(form.split(".")[0]))
-            print(f"{frames:6d}  {name:12s} {number('tokens', '7.0f')} {number('forward_gflops' if 'forward_gflops' in row else 'most_gflops', '8.1f')} "
-                  f"{number('forward_clips_per_second', '8.2f')} {number('forward_memory_gb', '11.2f')} {number('forward_mfu', '6.0f', 100)} %  | "
-                  f"{number('training_clips_per_second', '17.2f')} {number('training_memory_gb', '11.2f')} {number('training_mfu', '6.0f', 100)} %", flush=True)
-    path = base / f"bench-clip-{cfg.size}.json"
-    write_json(path, dict(command="python train_clip.py " + " ".join(flags(cfg, CLIP_SIZES)), device=f"{device.type}, {machine}", torch=torch.__version__, rows=rows))
-    panels = {}
-    for key, title in (("forward_gflops" if cfg.bench_run else "most_gflops", "gflops of a clip"), ("forward_clips_per_second", "clips a second"),
-                       ("training_clips_per_second", "clips a second in training"), ("training_memory_gb", "gb in training")):
-        lines = {name: [(r["frames"], r[key]) for r in rows if r["tokenizer"] == name and r.get(key)] for name in TOKENIZERS}
-        panels |= {title: lines} if any(lines.values()) else {}
-    plot_lines(path.with_suffix(".png"), panels)
-    print(f"wrote {path} and {path.with_suffix('.png')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @data.one_line_errors
 def main(argv=None):
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
-    if cfg.eval:
-        return evaluate_saved(eval_config(cfg.eval, argv))
-    if cfg.compare:
-        return compare(configure(ClipConfig, COMPARE, argv))
-    if cfg.bench:
-        return bench(cfg)
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or max(gpus, 1)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
