@@ -2049,6 +2049,18 @@ def texture(height, width, seed=0, grain=3):
     return (x[0].clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
+def object_scores(pred, gt):
+    """Tubes int64 (t, H, W), an object bool (t, H, W) -> the best IoU of one tube with the object, and the IoU of all tubes
+    together that lie mostly inside it."""
+    pred, gt = pred.flatten(), gt.flatten()
+    own, count = pred >= 0, int(pred.max()) + 1
+    area = torch.bincount(pred[own], minlength=count)
+    inside = torch.bincount(pred[own & gt], minlength=count)
+    total, mostly = int(gt.sum()), 2 * inside > area
+    best = (inside / (area + total - inside)).max().item()
+    return best, (inside[mostly].sum() / (total + (area - inside)[mostly].sum())).item()
+
+
 def panned_square(count, size, side, speed, pan=4):
     """A textured square that goes right, `speed` pixels a frame, in front of textured ground that the camera pans to the left: frames, and where it is."""
     ground, thing = texture(size, size + pan * count, 0, 6), texture(side, side, 1, 6) // 2 + torch.tensor([110, 0, 0], dtype=torch.uint8)
@@ -2106,10 +2118,10 @@ def test_a_thing_that_moves_on_panned_ground_is_one_trajectory():
     frames, object_ = panned_square(20, 96, 34, 2, 3)
     ids = classic_labels(frames)
     assert ids.shape == object_.shape and ids.dtype == torch.int64 and ids.min() == 0 and len(ids.unique()) <= data.REGIONS
-    best, union = segmenter.object_scores(ids, object_)
+    best, union = object_scores(ids, object_)
     assert best > 0.85 and union > 0.85
     for i in range(20):                                          # the same number in every frame, also in those that were not segmented
-        assert segmenter.object_scores(torch.where(ids[i] == ids[object_].mode().values, 0, -1), object_[i])[0] > 0.75, i
+        assert object_scores(torch.where(ids[i] == ids[object_].mode().values, 0, -1), object_[i])[0] > 0.75, i
     assert torch.equal(classic_labels(frames), ids)
     for odd in (frames[:1], frames[:1].expand(5, -1, -1, -1), torch.zeros(3, 40, 33, 3, dtype=torch.uint8), frames[:3, :32, :33]):
         ids = classic_labels(odd)
@@ -2340,7 +2352,7 @@ def test_label_a_folder(tmp_path, capsys):
     assert [e["caption"] for e in entries] == ["a square", ["one", "two"], None, "once more"] and entries[0]["label"] == "x" and entries[2]["image"]
     batch = data.VideoBatches([entries[0]], 4, 32, 1, train=False)[0]
     red = batch["video"][..., 0].float() - batch["video"][..., 1].float() > 90
-    assert not batch["bad"] and segmenter.object_scores(batch["labels"][0], red[0])[1] > 0.45        # the labels lie on the pixels
+    assert not batch["bad"] and object_scores(batch["labels"][0], red[0])[1] > 0.45        # the labels lie on the pixels
     ages = {p: p.stat().st_mtime_ns for p in folder.glob("**/*.npz")}
     (folder / "a_graph.npz").unlink()
     (folder / "p_mask.npz").write_bytes((folder / "p_mask.npz").read_bytes()[:50])
@@ -2598,662 +2610,568 @@ def test_distinct_masks_by_hand():
     assert data.distinct_masks(logits, torch.tensor([0.9, 0.95, 0.85, 0.5, 0.99, 0.97])) == [1, 2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# segmenter.py: the backbone and the Perceiver
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_convnext_tiny_is_the_published_one():
-    """Catches: a layer too many or too few, so that published weights do not fit; strides that are not 4, 8, 16, 32."""
-    with torch.device("meta"):
-        assert sum(p.numel() for p in segmenter.ConvNeXt().parameters()) == 27_820_128
-    net = segmenter.ConvNeXt(TINY.depths, TINY.dims)
-    maps = net(torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [(2, d, 64 // s, 96 // s) for d, s in zip(TINY.dims, (4, 8, 16, 32))]
-    normed = [bool(m.mean(1).abs().max() < 1e-4 and (m.var(1, correction=0) - 1).abs().max() < 1e-3) for m in maps]
-    assert normed == [False, False, False, True]                 # stages 0-2 leave raw, only the last through the final norm
-
-
-def test_a_blocks_mlp_is_its_layers_one_after_another_in_less_memory():
-    """Catches: a wrong gradient of any of a block's seven parameters or of its input, in float32 or in mixed precision; anything of the width
-    4c, or a normalised copy, kept for the backward pass after all."""
+@pytest.fixture(autouse=True)
+def seeded():
     torch.manual_seed(0)
-    block = segmenter.Block(6)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.5)
-    parts = (block.norm.weight, block.norm.bias, block.pwconv1.weight, block.pwconv1.bias, block.pwconv2.weight, block.pwconv2.bias, block.gamma)
-    for mixed, tolerance in ((False, 2e-6), (True, 5e-2)):
-        results = []
-        for form in (lambda y: segmenter.PointMLP.apply(y, *parts), lambda y: block.gamma * block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))):
-            y = torch.linspace(-3, 3, 84).sin().view(2, 7, 6).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                out = form(y)
-            results.append((out, *torch.autograd.grad((out * torch.arange(84.0).view(2, 7, 6).cos()).sum(), (y, *parts))))
-        for one, two in zip(*results):
-            assert one.dtype == two.dtype == torch.float32
-            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance * float(two.detach().abs().max()))
-    y, saved = torch.randn(2, 7, 6, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        segmenter.PointMLP.apply(y, *parts)
-    kept = [x for x in saved if x.data_ptr() not in {p.data_ptr() for p in (y, *parts)}]
-    assert sum(x.numel() for x in kept) == 2 * 14, "beside its input, a mean and a deviation for each of 14 points"
 
 
-@pytest.mark.parametrize("h, w", ((1, 1), (2, 2), (4, 4), (1, 5), (2, 7), (3, 5), (4, 5), (9, 8)))
-def test_small_depthwise_convolutions_are_conv2d(h, w):
-    """Catches: a matrix form whose rows and columns are swapped (on square maps too), whose border wraps, or whose gradient is wrong."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(5, 5, 7, padding=3, groups=5)
-    x = torch.randn(3, 5, h, w, requires_grad=True)
-    weights = torch.randn(3, 5, h, w)
-    results = []
-    for form in (segmenter.depthwise, lambda x, conv: F.conv2d(x, conv.weight, conv.bias, padding=3, groups=5)):
-        y = form(x, conv)
-        results.append((y, *torch.autograd.grad((y * weights).sum(), (x, conv.weight, conv.bias))))
-    for one, two in zip(*results):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+def nearly(one, other, tolerance=1e-4):
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def test_rotate_is_the_naive_loop():
-    """Catches: channels paired across halves instead of side by side, a wrong frequency, positions that start at 0 whatever
-    `first` says, a rotation of the half that must stay."""
-    torch.manual_seed(0)
-    b, s, a, c, first = 2, 5, 3, 12, 1000
-    x = torch.randn(b, s, a, c)
-    rotated = c // 4 * 2
-    naive = x.double().clone()
-    for i, j in itertools.product(range(s), range(rotated // 2)):
-        angle = (first + i) * 1e4 ** (-2 * j / rotated)
-        even, odd = x[:, i, :, 2 * j].double(), x[:, i, :, 2 * j + 1].double()
-        naive[:, i, :, 2 * j] = even * math.cos(angle) - odd * math.sin(angle)
-        naive[:, i, :, 2 * j + 1] = even * math.sin(angle) + odd * math.cos(angle)
-    table = segmenter.rotary_table(torch.arange(first, first + s), c)
-    torch.testing.assert_close(segmenter.rotate(x, table), naive.float(), rtol=1e-4, atol=1e-4)
-    assert segmenter.rotate(x.bfloat16(), table).dtype == torch.bfloat16
-    long = segmenter.rotary_table(torch.arange(25_216), 64)[:, 0, 0]
-    assert len(set(torch.view_as_real(long)[:, 0].tolist())) > 25_000            # half precision has 5 700 positions of a long clip
+def tiny(**change):
+    return dataclasses.replace(TINY, **change)
 
 
-def test_queries_start_apart():
-    """Catches: queries that begin at the same place (opposite edges of a periodic code), learn alike and die together."""
-    for count, dim in ((16, 128), (32, 256), (128, 512), (6, 32)):
-        codes = F.normalize(segmenter.query_codes(count, dim), dim=-1)
-        distance = torch.cdist(codes, codes) + 9 * torch.eye(count)
-        assert codes.shape == (count, dim) and distance.min() > 0.1, f"{count} queries: {int((distance < 0.1).sum()) // 2} pairs coincide"
+def random_video(*shape):
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
 
 
-def test_perceiver_reads_each_clips_points_in_order():
-    """Catches: attention over the wrong axis; positions that are missing (then shuffled points would not matter)."""
-    torch.manual_seed(0)
-    perceiver = segmenter.Perceiver(32, 2, 2).eval()
-    latents, points = torch.randn(2, 4, 32), torch.randn(2, 20, 32)
-    read = lambda latents, points: perceiver(latents, [(points, torch.arange(4, 24))])
-    out = read(latents, points)
-    one = read(latents[1:], points[1:])
-    torch.testing.assert_close(out[1:], one, rtol=1e-4, atol=1e-5)               # a clip does not see the others of its batch
-    assert (read(latents, points.flip(1)) - out).abs().max() > 1e-3
-    points_of_2 = points.clone()
-    points_of_2[0, 3] *= -1
-    changed = (read(latents, points_of_2) - out).abs().amax((1, 2))
-    assert changed[0] > 1e-4 and changed[1] < 1e-5
+def segmentation(logits, grid):
+    """A Segmentation without features."""
+    return segmenter.Segmentation(None, logits, logits.argmax(-1), None, grid)
 
 
-def test_keys_and_values_of_many_points_are_not_kept(monkeypatch):
-    """Catches: a backward pass of the segmenter's Perceiver that holds every layer's keys and values, 2 n d numbers each; recomputed ones that
-    give other gradients."""
-    monkeypatch.setattr(segmenter, "MUCH", 60_000)
-    torch.manual_seed(0)
-    n, d, saved = 2000, 32, []
-    perceiver, latents, points = segmenter.Perceiver(d, 3, 2), torch.randn(1, 4, d), torch.randn(1, n, d)
-
-    def gradients():
-        perceiver(latents, [(points, torch.arange(4, 4 + n))]).sin().sum().backward()
-        found = [p.grad.clone() for p in perceiver.parameters()]
-        perceiver.zero_grad()
-        return found
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        once = gradients()
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4 for x in saved}
-    assert n * d <= sum(kept.values()) < 2 * n * d               # the normalised points alone; with keys and values seven times as much
-    monkeypatch.setattr(segmenter, "MUCH", 70_000)
-    monkeypatch.setattr(segmenter, "checkpoint", None)           # few points: kept
-    for one, other in zip(once, gradients()):
-        torch.testing.assert_close(one, other)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# segmenter.py: points, masks, gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# segmenter.py: features, masks, gradients
+# -----------------------------------------------------------------------------------------------------------
 
 def test_normalise():
     """Catches: channels or frames in the wrong place, a mean that is taken off twice."""
-    video = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8)
+    video = random_video(2, 3, 4, 5)
     x = segmenter.normalise(video)
-    assert x.shape == (2, 3, 3, 4, 5)
     for c in range(3):
-        naive = (video[..., c].double() / 255 - segmenter.MEAN[c]) / segmenter.STD[c]
-        torch.testing.assert_close(x[:, :, c], naive.float(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError):
+        naive = video[..., c] / 255 - segmenter.MEAN[c]
+        nearly(x[:, :, c], naive / segmenter.STD[c])
+    with pytest.raises(AssertionError, match="uint8"):
         segmenter.normalise(video.float())
 
 
+class Pyramid(nn.Module):
+    """A backbone of somebody else's: two maps, at strides 8 and 16."""
+    dims = (5, 7)
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Conv2d(3, 5, 8, 8)
+        self.coarse = nn.Conv2d(5, 7, 2, 2)
+
+    def forward(self, x):
+        fine = self.fine(x)
+        return [fine, self.coarse(fine)]
+
+
+def test_a_backbone_of_your_own():
+    """Catches: strides or a number of maps taken for granted; a backbone that is not trained."""
+    model = segmenter.Segmenter(TINY, Pyramid())
+    seg = model(random_video(2, 3, 32, 64))
+    assert seg.grid == (3, 4, 8)
+    assert seg.features.shape == (2, 96, 32)
+    seg.logits.square().sum().backward()
+    assert all(p.grad.any() for p in model.backbone.parameters())
+
+
 def test_points_are_row_major_and_frames_stand_alone():
-    """Catches: points in another order than (t, h, w), height and width swapped, a backbone that mixes frames or clips. With the
-    stride-4 map alone and one block, a cell reaches three cells far: exactly those points may change, and the cell itself must."""
-    torch.manual_seed(0)
-    cfg = dataclasses.replace(TINY.segmenter, hierarchical=False)
-    model = segmenter.Segmenter(cfg).eval()
+    """Catches: points not in (t, h, w) order; frames or clips that mix. On the finest map, after one block,
+    a cell reaches three cells far: those points change, and no others."""
+    model = segmenter.Segmenter(tiny(hierarchical=False))
     x = torch.randn(2, 3, 3, 32, 64)
-    other = x.clone()
-    other[1, 1, :, 20:24, 8:12] += 3.0                           # clip 1, frame 1, cell (5, 2)
-    (before, grid), (after, _) = model.extract(x), model.extract(other)
-    assert grid == (3, 8, 16) and before.shape == (2, 3 * 8 * 16, cfg.dim)
-    changed = (before - after).abs().amax(-1) > 1e-6
-    expected = torch.zeros(2, 3, 8, 16, dtype=torch.bool)
+    before, grid = model.extract(x)
+    x[1, 1, :, 20:24, 8:12] += 3.0                              # clip 1, frame 1, cell (5, 2)
+    after, _ = model.extract(x)
+    assert grid == (3, 8, 16)
+    expected = torch.zeros(2, *grid, dtype=torch.bool)
     expected[1, 1, 2:9, 0:6] = True
+    changed = (before - after).abs().amax(-1) > 1e-6
     assert torch.equal(changed, expected.flatten(1))
-    whole = segmenter.Segmenter(TINY.segmenter).eval()
-    together, alone = whole.extract(x)[0], torch.cat([whole.extract(x[:, f:f + 1])[0] for f in range(3)], 1)
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_are_drawn_where_the_points_are():
-    """Catches: masks that are transposed or belong to another frame; ids that are not the argmax; alive queries that own nothing."""
-    grid, k = (2, 4, 6), 5
-    ids = torch.randint(k - 1, (3, 48), generator=torch.Generator().manual_seed(0))
-    logits = F.one_hot(ids, k).float() * 9
-    seg = segmenter.Segmentation(torch.zeros(3, 48, 8), logits, ids, torch.ones(3, k, dtype=torch.bool), grid)
-    assert torch.equal(seg.masks((4, 6)), ids.view(3, 2, 4, 6))
-    large = seg.masks((20, 30))                                  # the middle of each cell keeps the cell's id
-    assert torch.equal(large[:, :, 2::5, 2::5], ids.view(3, 2, 4, 6))
-    out = segmenter.Segmenter(TINY.segmenter).eval()(torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8))
-    assert torch.equal(out.ids, out.logits.argmax(-1)) and out.grid == (2, 8, 8)
-    assert all(out.alive[i].nonzero()[:, 0].tolist() == sorted(set(out.ids[i].tolist())) for i in range(2))
+    """Catches: masks that are transposed or of another frame; masks enlarged after the argmax."""
+    ids = torch.randint(5, (3, 48))
+    seg = segmentation(9.0 * F.one_hot(ids), (2, 4, 6))
+    large = seg.masks((20, 30))
+    middles = large[:, :, 2::5, 2::5]
+    assert torch.equal(middles, ids.view(3, 2, 4, 6))
+    # two cells, of which the first is surer: the border is not half way
+    seg = segmentation(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), (1, 1, 2))
+    assert seg.masks((1, 20)).sum() < 8
 
 
 def test_mask_logits_are_bounded_cosines():
-    """Catches: a dot product that is not normalised (one long feature then wins everywhere), a scale that escapes its clamp."""
-    torch.manual_seed(0)
-    model = segmenter.Segmenter(TINY.segmenter)
-    latents, features = torch.randn(2, 6, 32), torch.randn(2, 20, 32)
-    scales = []
-    for value in (-30.0, 2.0, 500.0):
+    """Catches: a dot product that is not normalised (one long feature wins everywhere); no bounds."""
+    model = segmenter.Segmenter(TINY)
+    queries, features = torch.randn(2, 6, 32), 100 * torch.randn(2, 20, 32)
+    q = model.traj_seg_head(queries)[:, None]
+    p = model.patch_decoder(features)[:, :, None]
+    cosine = F.cosine_similarity(p, q, dim=-1)                  # (b, n, K)
+    start = model.log_scale.item()
+    for value, scale in ((start, 10), (-30, 1), (500, 20)):
         nn.init.constant_(model.log_scale, value)
-        logits = model.soft_masks(latents, 100 * features)
-        q, p = F.normalize(model.traj_seg_head(latents), dim=-1), F.normalize(model.patch_decoder(100 * features), dim=-1)
-        scales.append((logits / (p @ q.transpose(1, 2))).median().item())
-        torch.testing.assert_close(logits, scales[-1] * p @ q.transpose(1, 2), rtol=1e-3, atol=1e-3)
-    assert scales == pytest.approx([1.0, 1 + math.log1p(math.exp(2.0)), 20.0], rel=1e-3)
+        nearly(model.mask_logits(queries, features), scale * cosine)
 
 
 @pytest.mark.parametrize("detach", (True, False))
-def test_detach_cuts_the_perceivers_gradient_into_the_features(detach):
-    """Catches: the paper's stop-gradient lost, or cutting more than it should (the mask logits must still reach the features)."""
+def test_detach_cuts_the_perceivers_gradient(detach):
+    """Catches: the stop-gradient lost, or one that cuts the mask logits from the features as well."""
+    model = segmenter.Segmenter(tiny(detach=detach))
+    features, _ = model.extract(torch.randn(1, 2, 3, 32, 32))
+    features.retain_grad()
+    queries = model.cluster(features)
+    queries.square().sum().backward(retain_graph=True)
+    assert (features.grad is None) == detach
+    model.mask_logits(queries.detach(), features).square().sum().backward()
+    assert features.grad.any(-1).all()
+    assert all(p.grad.any() for p in model.backbone.parameters())
+
+
+def joint_gradients(cfg):
+    """A small joint loss -> itself, and the gradient of each parameter."""
     torch.manual_seed(0)
-    model = segmenter.Segmenter(dataclasses.replace(TINY.segmenter, detach=detach))
-    x = torch.randn(1, 2, 3, 32, 32)
-    features, _ = model.extract(x)
-    logits = model.soft_masks(model.cluster(features), features.detach())        # by way of the latents only
-    (logits * torch.randn_like(logits)).sum().backward()
-    reached = [p.grad is not None and p.grad.abs().sum().item() > 0 for p in model.backbone.parameters()]
-    assert not any(reached) if detach else all(reached)
-    model.zero_grad()
-    out = model.segment(x)
-    (out.logits * torch.randn_like(out.logits)).sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.backbone.parameters())
+    tokenizer = trajtok.TrajTok(cfg)
+    labels = torch.randint(-1, 3, (2, 2, 32, 32))
+    tokens, seg = tokenizer(random_video(2, 2, 32, 32), 4)
+    loss = tokens.z.square().mean() + sum(segmenter.segmentation_loss(seg, labels))
+    loss.backward()
+    gradients = {name: p.grad for name, p in tokenizer.named_parameters()}
+    return gradients | {"loss": loss.detach()}
 
 
-@pytest.mark.parametrize("hard_mask, hierarchical", ((True, True), (False, True), (True, False)))
-def test_gradients_reach_every_parameter(hard_mask, hierarchical):
-    """Catches: a layer that is built and never used, or cut off from the joint loss by a detach or an argmax."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(dataclasses.replace(TINY, hard_mask=hard_mask, hierarchical=hierarchical))
-    scripted = data.stack(scripts(data.TRAIN, 2, data.World(size=32, frames=2)))
-    video, labels = data.rasterise(scripted, 32)
-    tokens, seg = tokenizer(video, TINY.max_tokens)
-    terms = segmenter.segmentation_loss(seg, labels)
-    ((tokens.z * torch.randn_like(tokens.z)).mean() + 0.5 * terms["focal"] + terms["dice"]).backward()
-    silent = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    unread = r"$^" if hierarchical else r"segmenter\.backbone\.((stages|downsample_layers)\.[123]|norm)"       # one scale: nobody reads the others
-    assert [name for name in silent if not re.match(unread, name)] == []
-    assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.grad is not None)
+ABLATIONS = (dict(), dict(hard_mask=False), dict(hierarchical=False), dict(detach=False),
+             dict(mean_start=False), dict(places=True, path=True), dict(last_points=2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change", ABLATIONS)
+def test_gradients_reach_every_parameter(change):
+    """Catches: a layer that is built and never used, or cut off from the loss by a detach or an argmax."""
+    cfg = tiny(**change)
+    unread = r"$^"
+    if not cfg.hierarchical:                                    # nobody reads the coarser maps
+        unread = r"segmenter\.backbone\.((stages|downsample_layers)\.[123]|norm)"
+    for name, gradient in joint_gradients(cfg).items():
+        if not re.match(unread, name):
+            assert gradient is not None, name
+            assert gradient.any() and gradient.isfinite().all(), name
+
+
+def test_recompute_changes_nothing():
+    """Catches: an activation that is computed again from other inputs."""
+    cfg = tiny(places=True, path=True)
+    nearly(joint_gradients(dataclasses.replace(cfg, recompute=True)), joint_gradients(cfg))
+
+
+# -----------------------------------------------------------------------------------------------------------
 # segmenter.py: matching
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def cheapest_by_force(cost):
-    return min(sum(cost[i, j] for i, j in enumerate(columns)) for columns in itertools.permutations(range(cost.shape[1]), len(cost)))
-
-
-def cheapest_by_bellman_ford(cost):
-    """Successive cheapest augmenting paths, found with nothing cleverer than Bellman-Ford. -> the total cost."""
-    rows, columns = cost.shape
-    owner = np.full(columns, -1)
-    for row in range(rows):
-        distance, before, moved = cost[row].astype(float), np.full(columns, -1), True
-        while moved:
-            moved = False
-            for j in np.flatnonzero(owner >= 0):                 # give column j away: its owner takes another one
-                through = distance[j] - cost[owner[j], j] + cost[owner[j]]
-                better = through < distance - 1e-9
-                if better.any():
-                    distance[better], before[better], moved = through[better], j, True
-        column = int(np.where(owner < 0, distance, np.inf).argmin())
-        while before[column] >= 0:
-            owner[column] = owner[before[column]]
-            column = before[column]
-        owner[column] = row
-    return sum(cost[i, j] for j, i in enumerate(owner) if i >= 0)
+def best_by_force(cost):
+    """Of all ways to give each row of cost (r, c), r <= c, its own column: what is paid in the cheapest."""
+    ways = []
+    for columns in itertools.permutations(range(cost.shape[1]), len(cost)):
+        ways.append(cost[range(len(cost)), columns])
+    return min(ways, key=sum)
 
 
 def test_hungarian_is_the_brute_force_optimum():
-    """Catches: an assignment that is good but not the best, two rows in one column, ties or rectangles that go wrong, problems of
-    one batch that disturb each other."""
+    """Catches: an assignment that is not the best, a column given twice, ties or shapes that go wrong."""
     rng = np.random.default_rng(0)
-    for rows, columns in [(r, c) for r in range(1, 6) for c in range(r, 7)]:
-        cost = np.concatenate((rng.normal(size=(8, rows, columns)), rng.integers(-1, 2, (8, rows, columns)),     # ties
-                               np.zeros((1, rows, columns)), -rng.random((3, rows, columns)) * (rng.random((3, rows, columns)) < 0.3)))
-        answer = segmenter.hungarian(cost)
-        assert answer.shape == (20, rows) and answer.min() >= 0 and answer.max() < columns
-        for c, columns_of in zip(cost, answer):
-            assert len(set(columns_of.tolist())) == rows
-            assert c[np.arange(rows), columns_of].sum() == pytest.approx(cheapest_by_force(c), abs=1e-9)
-    with pytest.raises(ValueError):
-        segmenter.hungarian(np.zeros((1, 3, 2)))
-    assert segmenter.hungarian(np.zeros((2, 0, 4))).shape == (2, 0)
+    for r, c in itertools.product(range(1, 6), range(1, 6)):
+        ties = rng.integers(-1, 2, (r, c))
+        for cost in (rng.normal(size=(r, c)), ties, 0 * ties):
+            rows, columns = segmenter.hungarian(cost)
+            assert len(rows) == len(set(columns)) == min(r, c)
+            assert list(rows) == sorted(set(rows))
+            best = best_by_force(cost if r <= c else cost.T)
+            assert cost[rows, columns].sum() == pytest.approx(best.sum())
 
 
-def test_hungarian_on_large_problems():
-    """Catches: potentials that drift from row to row, which small problems cannot show."""
+def lower_bound(cost, rows, columns):
+    """No assignment of cost (r, c), r <= c, is cheaper than this: with any prices v <= 0 of the columns, a
+    row pays at least min(cost - v). For the best assignment the cheapest chains of moves are such prices."""
+    c = cost.shape[1]
+    move = np.zeros((c, c))                                     # from a free column to any: for nothing
+    paid = cost[rows, columns]
+    move[columns] = cost[rows] - paid[:, None]
+    v = np.zeros(c)
+    for _ in range(c):
+        v = np.minimum(v, (v[:, None] + move).min(0))
+    v -= v.max()
+    return (cost - v).min(1).sum() + v.sum()
+
+
+@pytest.mark.parametrize("shape", ((24, 24), (40, 128), (128, 128)))
+def test_hungarian_on_large_problems(shape):
+    """Catches: prices that drift from row to row, which small problems cannot show."""
     rng = np.random.default_rng(1)
-    for rows, columns in ((24, 24), (20, 40)):
-        cost = np.stack([rng.normal(size=(rows, columns)), rng.integers(0, 5, (rows, columns)).astype(float),
-                         -np.where(rng.random((rows, columns)) < 0.1, rng.random((rows, columns)), 0.0)])
-        for c, columns_of in zip(cost, segmenter.hungarian(cost)):
-            assert len(set(columns_of.tolist())) == rows
-            assert c[np.arange(rows), columns_of].sum() == pytest.approx(cheapest_by_bellman_ford(c), abs=1e-8)
-
-
-def test_hungarian_proves_itself():
-    """Catches: an assignment of a large batch that is not optimal. Its potentials are the proof (linear programming's dual): no
-    assignment can cost less than their sum. Overlaps of real matchings are mostly zeros: ties everywhere."""
-    rng = np.random.default_rng(3)
-    for cost in (rng.random((64, 40, 128)), -rng.random((64, 40, 128)) * (rng.random((64, 40, 128)) < 0.1), rng.integers(0, 4, (64, 40, 128)) / 4.0,
-                 -rng.random((4, 128, 128)) ** 8):
-        column, u, v = segmenter.hungarian(cost, certificate=True)
-        assert (np.sort(column, 1)[:, 1:] > np.sort(column, 1)[:, :-1]).all()    # no column twice
-        assert (u[:, :, None] + v[:, None] <= cost + 1e-9).all() and (v <= 1e-9).all()
-        free = np.ones(v.shape, bool)
-        np.put_along_axis(free, column, False, 1)
-        assert np.abs(v[free]).max(initial=0) < 1e-9
-        paid = np.take_along_axis(cost, column[:, :, None], 2).sum((1, 2))
-        np.testing.assert_allclose(paid, u.sum(1) + v.sum(1), atol=1e-7)
-
-
-def test_the_slow_solver_is_right():
-    """Catches: a reference for large problems that is itself wrong."""
-    rng = np.random.default_rng(2)
-    for _ in range(30):
-        cost = rng.integers(-3, 4, (4, 6)).astype(float)
-        assert cheapest_by_bellman_ford(cost) == pytest.approx(cheapest_by_force(cost))
+    overlaps = rng.random(shape)
+    for cost in (-overlaps, -overlaps * (overlaps > 0.9), overlaps.round(1)):
+        rows, columns = segmenter.hungarian(cost)
+        assert list(rows) == list(range(shape[0]))
+        assert len(set(columns)) == shape[0]
+        bound = lower_bound(cost, rows, columns)
+        assert cost[rows, columns].sum() == pytest.approx(bound)
 
 
 def test_match_finds_the_hidden_permutation():
-    """Catches: rows and columns of the answer swapped, absent labels that take a query away from a present one, rows that are not
-    a permutation, unlabelled points that count."""
-    generator = torch.Generator().manual_seed(0)
-    b, n, k = 6, 200, 8
-    labels = torch.randint(-1, 5, (b, n), generator=generator)                   # labels 5, 6, 7 do not occur
+    """Catches: rows and columns swapped; absent labels that take a query from a present one; unlabelled
+    points that count as a label."""
+    labels = torch.randint(-1, 5, (6, 200))                     # 5, 6, 7 do not occur
     labels[3] = -1
-    labels[4] = torch.where(labels[4] == 2, -1, labels[4])
-    hidden = torch.stack([torch.randperm(k, generator=generator) for _ in range(b)])                 # label l is query hidden[l]
-    owner = hidden.gather(1, labels.clamp(min=0))
-    owner = torch.where(torch.rand(b, n, generator=generator) < 0.2, torch.randint(k, (b, n), generator=generator), owner)   # 20 % noise
-    for soft in (0.0, 0.01):
-        order = segmenter.match(5 * F.one_hot(owner, k).float(), labels, soft)
-        assert order.shape == (b, k) and order.dtype == torch.int64
-        for i in range(b):
-            assert sorted(order[i].tolist()) == list(range(k))
-            assert all(order[i, label] == hidden[i, label] for label in set(labels[i].tolist()) - {-1})
+    hidden = torch.rand(6, 8).argsort(1)
+    owner = hidden.gather(1, labels.clamp(min=0))               # label l is query hidden[l]
+    owner[:, ::5] = torch.randint(8, (6, 40))                   # noise
+    order = segmenter.match(5.0 * F.one_hot(owner), labels)
+    assert torch.equal(order.sort(1)[0], torch.arange(8).expand(6, 8))
+    for i in range(6):
+        present = sorted(set(labels[i].tolist()) - {-1})
+        assert torch.equal(order[i, present], hidden[i, present])
 
 
-def test_match_is_the_best_assignment():
-    """Catches: an IoU that leaves out what it should count. Predicted areas count unlabelled points too."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        logits, labels = torch.randn(1, 30, 5, generator=generator), torch.randint(-1, 4, (1, 30), generator=generator)
-        ids = logits.argmax(-1)[0].tolist()
-        iou = np.zeros((5, 5))
-        for label, query in itertools.product(range(5), range(5)):
-            both = sum(i == query and l == label for i, l in zip(ids, labels[0].tolist()))
-            either = sum(i == query or l == label for i, l in zip(ids, labels[0].tolist()))
-            iou[label, query] = both / either if either and label in labels else 0
-        order = segmenter.match(logits, labels, soft=0)[0].numpy()
-        assert iou[np.arange(5), order].sum() == pytest.approx(-cheapest_by_force(-iou))
-        shuffle = torch.randperm(5, generator=generator)
-        moved = segmenter.match(logits[..., shuffle], labels)[0]                 # the same queries in other columns
-        present = labels[0].unique()
-        present = present[present >= 0]
-        assert torch.equal(shuffle[moved][present], segmenter.match(logits, labels)[0][present])
+def test_match_asks_the_soft_masks_too():
+    """Catches: a match by argmax masks alone, an accident of the column order while one query wins all."""
+    labels = torch.arange(5).repeat(1, 4)
+    logits = F.one_hot(4 - labels).float()                      # label l is query 4 - l
+    logits[..., 0] = 3.0                                        # but this one wins every point
+    assert segmenter.match(logits, labels).tolist() == [[4, 3, 2, 1, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # segmenter.py: losses
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def test_dice_by_hand():
-    """Catches: regions pooled over the batch where they should not be (or the reverse), unlabelled points and absent classes that count."""
-    p = torch.tensor([[[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.5, 0.5, 0.0]],
-                      [[0.3, 0.7, 0.0], [1.0, 0.0, 0.0], [0.4, 0.6, 0.0], [0.8, 0.2, 0.0]]]).clamp(min=1e-9)
-    labels = torch.tensor([[0, 0, 1, -1], [1, -1, -1, 1]])
-    # class 0: P.G = .9 + .6, |P| over labelled = .9 + .6 + .2 + .3 + .8, |G| = 2;  class 1: P.G = .8 + .7 + .2, |P| = 2.2, |G| = 3
-    expected = ((1 - 2 * 1.5 / (2.8 + 2)) + (1 - 2 * 1.7 / (2.2 + 3))) / 2
-    assert segmenter.dice_loss(p.log(), labels, pooled=True).item() == pytest.approx(expected, abs=1e-5)
-    # clip by clip, |P| over all points: class 0 of clip 0: P.G = .9 + .6, |P| = 2.2, |G| = 2;  class 1: .8, 1.8, 1;  clip 1 has
-    # class 1 only: .7 + .2, 1.5, 2
-    expected = ((1 - 2 * 1.5 / 4.2) + (1 - 2 * 0.8 / 2.8) + (1 - 2 * 0.9 / 3.5)) / 3
-    assert segmenter.dice_loss(p.log(), labels, pooled=False).item() == pytest.approx(expected, abs=1e-5)
-    perfect = 20 * F.one_hot(torch.where(labels < 0, 2, labels), 3).float()
-    assert all(segmenter.dice_loss(perfect, labels, pooled).item() < 1e-3 for pooled in (True, False))
+def random_masks():
+    """Logits (3, 20, 5), and labels of which clip 1 has none and label 3 occurs in clip 0 alone."""
+    logits = 2 * torch.randn(3, 20, 5)
+    labels = torch.randint(-1, 3, (3, 20))
+    labels[0, :4] = 3
+    labels[1] = -1
+    return logits.requires_grad_(), labels
 
 
-def test_focal_by_hand():
-    """Catches: gamma left out or on the wrong factor, a mean over all points instead of the labelled ones."""
-    p = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]])
-    expected = (0.25 * math.log(2) + 0.81 * math.log(10)) / 2
-    assert segmenter.focal_loss(p.log(), torch.tensor([[0, 0, -1]])).item() == pytest.approx(expected, abs=1e-5)
-    for k in (2, 16, 128):                                       # what the loss starts at
-        uniform = segmenter.focal_loss(torch.zeros(2, 7, k), torch.zeros(2, 7, dtype=torch.int64)).item()
-        assert uniform == pytest.approx((1 - 1 / k) ** 2 * math.log(k), rel=1e-5)
+def mean(values):
+    return sum(values) / max(len(values), 1)
+
+
+def test_dice_and_focal_are_the_naive_loops():
+    """Catches: means over all clips' points or regions, absent labels that count, areas without unlabelled
+    points, gamma left out or on the wrong factor."""
+    logits, labels = random_masks()
+    dice, focal = [], []
+    for soft, ids in zip(logits.softmax(-1), labels):
+        regions, points = [], []
+        for label in set(ids.tolist()) - {-1}:
+            mine = ids == label
+            p = soft[mine, label]
+            areas = soft[:, label].sum() + mine.sum()
+            regions.append(1 - 2 * p.sum() / areas)
+            points += list(-(1 - p) ** 2 * p.log())
+        dice.append(mean(regions))
+        focal.append(mean(points))
+    nearly(segmenter.dice_loss(logits, labels), mean(dice))
+    nearly(segmenter.focal_loss(logits, labels), mean(focal))
 
 
 def test_unlabelled_points_are_nobodys():
-    """Catches: unlabelled points that are pulled towards something; a Dice that is content with one query for everything where one
-    object alone is labelled; a division by zero where nothing at all is labelled."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 10, 4, requires_grad=True), torch.randint(-1, 3, (2, 10))
-    for loss in (segmenter.dice_loss, segmenter.focal_loss, functools.partial(segmenter.dice_loss, pooled=True)):
-        gradient = torch.autograd.grad(loss(logits, labels), logits)[0]
-        assert (gradient[labels >= 0].abs().sum(-1) > 0).all()
-        if loss is segmenter.dice_loss:                          # away from the labelled queries, towards the free one
-            assert (gradient[labels < 0][:, 3] < 0).all()
-        else:
-            assert (gradient[labels < 0] == 0).all()
-        nothing = loss(logits, torch.full_like(labels, -1))
-        assert nothing.item() == 0 and (torch.autograd.grad(nothing, logits)[0] == 0).all()
-    seg = segmenter.Segmentation(None, logits, logits.argmax(-1), None, (1, 2, 5))
-    assert all(v.item() == 0 for v in segmenter.segmentation_loss(seg, torch.full((2, 1, 8, 20), -1)).values())
-    alone, everything = torch.tensor([[0] * 3 + [-1] * 7]), 20 * F.one_hot(torch.zeros(1, 10, dtype=torch.int64), 4).float()
-    assert segmenter.dice_loss(everything, alone).item() > 0.4
+    """Catches: unlabelled points that are pulled to a label; NaN where nothing is labelled."""
+    logits, labels = random_masks()
+    known = labels >= 0
+    focal, = torch.autograd.grad(segmenter.focal_loss(logits, labels), logits)
+    dice, = torch.autograd.grad(segmenter.dice_loss(logits, labels), logits)
+    assert torch.equal(focal.any(-1), known)
+    assert not dice[1].any()                                    # this clip has no labels
+    known[1] = True
+    assert (dice[~known][:, 4] < 0).all()                       # away from the labels, to the free query
 
 
-def test_labels_on_grid_is_the_naive_look_up():
-    """Catches: rows and columns swapped, the corner of a cell instead of its middle, the largest trajectories dropped instead of
-    the smallest, two of them merged into one id."""
-    generator = torch.Generator().manual_seed(0)
-    for (t, h, w), (height, width), count in (((2, 4, 6), (16, 24), 5), ((1, 3, 2), (13, 9), 4), ((3, 8, 8), (32, 32), 20)):
-        labels = torch.randint(-1, count, (2, t, height, width), generator=generator)
-        labels = torch.where(torch.rand(labels.shape, generator=generator) < 0.4, labels.clamp(max=1), labels)   # unequal areas
-        naive = torch.empty(2, t, h, w, dtype=torch.int64)
-        for b, f, i, j in itertools.product(range(2), range(t), range(h), range(w)):
-            naive[b, f, i, j] = labels[b, f, int((i + 0.5) * height / h), int((j + 0.5) * width / w)]
-        for many in (20, None):
-            assert torch.equal(segmenter.labels_on_grid(labels, (t, h, w), many), naive.flatten(1))
-        k = 4
-        few = segmenter.labels_on_grid(labels, (t, h, w), k)
-        assert few.max() < k
-        for b in range(2):
-            old, new = naive[b].flatten(), few[b]
-            areas = {i: int((old == i).sum()) for i in set(old.tolist()) - {-1}}
-            kept = {i: set(new[old == i].tolist()) for i in areas}
-            assert (new[old == -1] == -1).all() and all(len(v) == 1 for v in kept.values())
-            alive = {i: v.pop() for i, v in kept.items() if v != {-1}}
-            assert len(set(alive.values())) == len(alive) == min(k, len(areas))
-            assert min(areas[i] for i in alive) >= max((areas[i] for i in areas if i not in alive), default=0)
+@pytest.mark.parametrize("h, w, size", ((4, 6, (16, 24)), (3, 2, (13, 9))))
+def test_labels_on_grid_is_the_naive_look_up(h, w, size):
+    """Catches: rows and columns swapped, the corner of a cell instead of its middle."""
+    labels = torch.randint(-1, 7, (2, 3, *size))
+    naive = torch.zeros(2, 3, h, w).long()
+    for i, j in itertools.product(range(h), range(w)):
+        row = int((i + 0.5) * size[0] / h)
+        column = int((j + 0.5) * size[1] / w)
+        naive[:, :, i, j] = labels[:, :, row, column]
+    found = segmenter.labels_on_grid(labels, (3, h, w), 7)
+    assert torch.equal(found, naive.flatten(1))
+
+
+def test_too_many_labels_lose_the_smallest():
+    """Catches: the largest trajectories dropped instead of the smallest; two that become one."""
+    areas = torch.tensor([9, 2, 1, 7, 8])                       # of the labels 0, 1, 2, 3, 4
+    names = torch.tensor([0, -1, -1, 2, 1])                     # by size
+    labels = torch.arange(5).repeat_interleave(areas)
+    nothing = torch.full_like(labels, -1)
+    clips = torch.stack((labels, nothing)).view(2, 1, 3, 9)
+    found = segmenter.labels_on_grid(clips, (1, 3, 9), 3)
+    assert torch.equal(found, torch.stack((names[labels], nothing)))
 
 
 def test_segmentation_loss_does_not_care_about_names():
-    """Catches: a loss that depends on which id an object has in the labels, or on the order of the queries."""
-    generator = torch.Generator().manual_seed(0)
-    grid, k = (2, 4, 4), 6
-    logits, labels = torch.randn(3, 32, k, generator=generator), torch.randint(-1, 5, (3, 2, 16, 16), generator=generator)
+    """Catches: a loss that depends on an object's id in the labels, or on the order of the queries."""
 
     def loss(logits, labels):
-        return segmenter.segmentation_loss(segmenter.Segmentation(None, logits, logits.argmax(-1), None, grid), labels)
-    base = loss(logits, labels)
-    assert set(base) == {"focal", "dice"}
-    for _ in range(3):
-        queries, names = torch.randperm(k, generator=generator), torch.randperm(k, generator=generator)
-        renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
-        for other in (loss(logits[..., queries], labels), loss(logits, renamed), loss(logits[..., queries], renamed)):
-            torch.testing.assert_close(other, base, rtol=1e-5, atol=1e-6)
-    points = segmenter.labels_on_grid(labels, grid, k)
-    right = loss(12 * F.one_hot((torch.where(points < 0, 5, points) + 2) % k, k).float(), labels)       # a perfect prediction under other names
-    assert right["focal"] < 1e-3 and right["dice"] < 1e-2 and base["dice"] > 0.3
+        seg = segmentation(logits, (2, 4, 4))
+        return torch.stack(segmenter.segmentation_loss(seg, labels))
+
+    labels = torch.randint(5, (3, 2, 4, 4))
+    logits = torch.randn(3, 32, 6)
+    queries, names = torch.randperm(6), torch.randperm(6)
+    nearly(loss(logits[..., queries], names[labels]), loss(logits, labels))
+    perfect = 15.0 * F.one_hot(names[labels], 6).flatten(1, 3)
+    assert loss(perfect, labels).max() < 1e-3
+    assert loss(logits, labels).min() > 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # segmenter.py: metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def tubes_naively(pred, gt):
-    """video_metrics of one clip, from lists: every one-to-one assignment is tried, the one with the largest sum of IoUs counts."""
-    pairs = list(zip(pred.flatten().tolist(), gt.flatten().tolist()))
-    ps, gs = sorted({p for p, g in pairs if g >= 0}), sorted({g for _, g in pairs if g >= 0})
-    both = {(p, g): sum(pair == (p, g) for pair in pairs) for p in ps for g in gs}
-    either = {(p, g): sum(a == p or b == g for a, b in pairs) for p in ps for g in gs}
-    few, many = (ps, gs) if len(ps) <= len(gs) else (gs, ps)
-    best = max(([(a, b) if few is ps else (b, a) for a, b in zip(few, chosen)] for chosen in itertools.permutations(many, len(few))),
-               key=lambda matches: sum(both[m] / either[m] for m in matches))
-    good = [m for m in best if both[m] / either[m] >= 0.5]
-    if not good:
-        return dict(veq=0.0, sq=0.0, rq=0.0, stq=0.0, aq=0.0)
-    sq = sum(both[m] / either[m] for m in good) / len(good)
-    rq = len(good) / (len(good) + (len(ps) - len(good)) / 2 + (len(gs) - len(good)) / 2)
-    aq = sum(both[m] for m in good) / sum(either[m] for m in good)
-    return dict(veq=sq * rq, sq=sq, rq=rq, stq=math.sqrt(sq * aq), aq=aq)
+def pixels(names):
+    """"01." -> ids 0, 1 and -1 of a clip of three pixels."""
+    ids = [".0123456".index(name) - 1 for name in names]
+    return torch.tensor(ids).view(1, 1, 1, -1)
+
+
+def score(pred, gt):
+    metrics = segmenter.video_metrics(pixels(pred), pixels(gt))
+    return list(metrics.values())                               # veq, sq, rq, stq, aq
 
 
 def test_video_metrics_by_hand():
-    """Catches: id 0 treated as background (a perfect match in slot 0 would score 0), unlabelled pixels that count as errors,
-    missed and invented objects that cost nothing."""
-    def score(pred, gt):
-        return segmenter.video_metrics(torch.tensor(pred).view(1, 1, 1, -1), torch.tensor(gt).view(1, 1, 1, -1))
-    assert score([0, 0, 1, 1], [0, 0, 1, 1]) == dict(veq=1, sq=1, rq=1, stq=1, aq=1)
-    assert score([0, 0, 0, 0], [3, 3, 3, 3])["veq"] == 1
-    assert score([5, 5, 2, 2], [0, 0, 1, 1])["veq"] == 1                         # names do not matter
-    assert score([0, 0, 1, 1, 4, 2], [0, 0, 1, 1, -1, -1]) == dict(veq=1, sq=1, rq=1, stq=1, aq=1)
-    assert score([0, 0, 0, 0, 0, 0], [1, 1, -1, -1, -1, -1])["veq"] == 0         # one tube over everything has not found the object
-    missed = score([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1])       # one tube over two objects: IoU 4/6, one object missed
-    assert missed == pytest.approx(dict(sq=4 / 6, rq=1 / 1.5, veq=4 / 6 / 1.5, aq=4 / 6, stq=4 / 6))
-    split = score([0, 0, 0, 1, 1], [0, 0, 0, 0, 0])              # an object in two pieces: IoU 3/5, one piece too many
-    assert split == pytest.approx(dict(sq=0.6, rq=1 / 1.5, veq=0.4, aq=0.6, stq=0.6))
-    half = score([0, 0, 1, 1], [0, 0, 0, 0])                     # IoU 0.5 is a match
-    assert half["sq"] == 0.5 and half["rq"] == pytest.approx(1 / 1.5)
-    assert score([0, 1, 2, 3], [0, 0, 0, 0])["veq"] == 0 and score([0, 1], [-1, -1])["veq"] == 0
-    both = score([0, 0, 0, 1, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
-    assert both["stq"] == pytest.approx(math.sqrt((0.75 + 1) / 2 * 9 / 10)) and both["rq"] == pytest.approx(2 / 2.5)
+    """Catches: id 0 taken for background; unlabelled pixels that count as errors; missed and invented objects
+    that cost nothing."""
+    assert score("0011", "0011") == [1] * 5
+    assert score("5522", "0011") == [1] * 5                     # names do not matter
+    assert score("0014", "33..") == [1] * 5                     # nothing is known there
+    assert score("00000", "11...") == [0] * 5                   # one tube over everything
+    assert score("0011", "0000")[1] == 0.5                      # just a match
+    missed = [4 / 9, 2 / 3, 2 / 3, 2 / 3, 2 / 3]
+    assert score("000000", "000011") == pytest.approx(missed)
+    assert score("00011", "00000") == pytest.approx([0.4, 0.6, 2 / 3, 0.6, 0.6])
+    assert score("0001222222", "0000111111")[3] == pytest.approx(math.sqrt(0.875 * 0.9))
 
 
-def test_video_metrics_and_best_overlaps_are_naive():
-    """Catches: areas taken over the wrong axis, clips of a batch that share tubes, a mean that is not over clips."""
-    rng = np.random.default_rng(0)
-    preds, gts = [], []
-    for _ in range(24):
-        gt = rng.integers(0, rng.integers(1, 5), (2, 4, 6))
-        gt[rng.random(gt.shape) < 0.15] = -1
-        pred = np.where(rng.random(gt.shape) < 0.3, rng.integers(0, 5, gt.shape), rng.permutation(6)[gt.clip(0)])
-        preds.append(pred)
-        gts.append(gt)
-    pred, gt = torch.from_numpy(np.stack(preds)), torch.from_numpy(np.stack(gts))
-    naive = [tubes_naively(p, g) for p, g in zip(pred, gt)]
-    for i in range(24):
-        assert segmenter.video_metrics(pred[i:i + 1], gt[i:i + 1]) == pytest.approx(naive[i])
-    assert segmenter.video_metrics(pred, gt) == pytest.approx({key: sum(n[key] for n in naive) / 24 for key in naive[0]})
-    assert len({round(n["veq"], 6) for n in naive}) > 10 and any(n["rq"] < 1 for n in naive)
-    for first in (0, 2):
-        best = []
-        for p, g in zip(pred, gt):
-            for label in sorted(set(g.flatten().tolist()) - set(range(-1, first))):
-                tubes = [(p == i) for i in set(p.flatten().tolist())]            # areas at unlabelled pixels count here
-                best.append(max(((tube & (g == label)).sum() / (tube | (g == label)).sum()).item() for tube in tubes))
-        assert segmenter.best_overlaps(pred, gt, first) == pytest.approx(best)
-    assert segmenter.best_overlaps(pred, torch.full_like(gt, -1)) == []
+def naive_overlaps(pred, gt):
+    """IoU of each label with each tube that meets labelled pixels, pixel by pixel: (labels, tubes)."""
+    rows = []
+    for label in set(gt[gt >= 0].tolist()):
+        row = []
+        for tube in set(pred[gt >= 0].tolist()):
+            both = (pred == tube) & (gt == label)
+            either = (pred == tube) | (gt == label)
+            row.append(both.sum().item() / either.sum().item())
+        rows.append(row)
+    return np.array(rows)
 
 
-def test_grid_tubes():
-    """Catches: a baseline whose cells differ in size by more than they must, or change from frame to frame."""
-    ids = segmenter.grid_tubes((2, 3, 8, 9), 2, 3)
-    assert ids.shape == (2, 3, 8, 9) and torch.equal(ids[0, 0], ids[1, 2])
-    assert torch.bincount(ids[0, 0].flatten()).tolist() == [12] * 6
-    assert ids[0, 0, 0, 0] == 0 and ids[0, 0, 0, 8] == 2 and ids[0, 0, 7, 8] == 5
+def random_tubes():
+    count = torch.arange(1, 5).repeat(6)                        # of the labels of each clip
+    gt = torch.randint(12, (24, 1, 4, 6)) % count.view(24, 1, 1, 1)
+    noise = torch.rand(gt.shape)
+    pred = (3 - gt).where(noise > 0.3, torch.randint(5, gt.shape))
+    return pred, gt.where(noise < 0.85, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# encoder.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-def dense_attention(q, k, v, ids, k_own, v_own):
-    """The same by the book: one mask over all points and all tokens, and the library's attention. A row that sees nothing is 0."""
-    b, K, m, a, c = q.shape
-    trajectory = torch.arange(K).repeat_interleave(m)
-    visible = trajectory[None, :, None] == ids[:, None, :]                       # (b, K m, n), True = may be seen
-    if k_own is not None:
-        k, v = torch.cat((k, k_own.flatten(1, 2)), 1), torch.cat((v, v_own.flatten(1, 2)), 1)
-        visible = torch.cat((visible, (trajectory[:, None] == trajectory).expand(b, -1, -1)), 2)
-    out = F.scaled_dot_product_attention(q.flatten(1, 2).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible[:, None])
-    out = torch.where(visible.any(2)[:, None, :, None], out, 0.0)
-    return out.transpose(1, 2).reshape(q.shape)
+def test_metrics_are_the_naive_counts():
+    """Catches: areas over the wrong axis or without unlabelled pixels, clips that share tubes, a mean that is
+    not over clips, a tube that may fit best once only."""
+    pred, gt = random_tubes()
+    veq, best = [], []
+    for iou in map(naive_overlaps, pred, gt):
+        best += list(iou.max(1))
+        paid = best_by_force(-iou if len(iou) <= len(iou.T) else -iou.T)
+        good = paid[paid <= -0.5]
+        veq.append(-2 * good.sum() / sum(iou.shape))            # = sq · rq
+    assert segmenter.video_metrics(pred, gt)["veq"] == pytest.approx(mean(veq))
+    assert segmenter.best_overlaps(pred, gt) == pytest.approx(best)
 
 
-def attention_inputs(m, own, K=5, n=23, spread=1.0):
-    generator = torch.Generator().manual_seed(m)
+# -----------------------------------------------------------------------------------------------------------
+# encoder.py: attention under the hard mask
+# -----------------------------------------------------------------------------------------------------------
+
+def attention_inputs(m, own, spread=1.0):
+    """q, k, v, ids, k_own, v_own of three clips; in each, the last two of 5 trajectories own no points."""
+    ids = torch.randint(3, (3, 23))
+    ids[1] = 2                                                  # one owns all
+
     def draw(*shape):
-        return (spread * torch.randn(*shape, generator=generator)).requires_grad_()
-    q, k, v = draw(3, K, m, 2, 4), draw(3, n, 2, 4), draw(3, n, 2, 4)
-    ids = torch.randint(K - 2, (3, n), generator=generator)      # the last two trajectories own nothing
-    ids[1] = 2                                                   # one owns all
-    return [q, k, v, ids, *((draw(3, K, m, 2, 4), draw(3, K, m, 2, 4)) if own else (None, None))]
+        return (spread * torch.randn(3, *shape, 2, 4)).requires_grad_()
+
+    return draw(5, m), draw(23), draw(23), ids, draw(5, own), draw(5, own)
 
 
-@pytest.mark.parametrize("own", (False, True))
-@pytest.mark.parametrize("m", (1, 2, 4))
-@pytest.mark.parametrize("spread", (1.0, 12.0))
-def test_trajectory_attention_is_dense_masked_attention(m, own, spread):
-    """Catches: a softmax over the wrong points, a merge of the own tokens that weighs them wrongly, an overflow for large scores,
-    NaN for trajectories without points, a backward pass that is not the forward's, clips that leak into each other."""
-    inputs = attention_inputs(m, own, spread=spread)
-    leaves = [x for i, x in enumerate(inputs) if x is not None and i != 3]
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9))
-    out, oracle = encoder.trajectory_attention(*inputs), dense_attention(*inputs)
-    torch.testing.assert_close(out, oracle, rtol=1e-4, atol=1e-5 * spread)
-    if not own:
-        assert (out[:, -2:] == 0).all()
-    for mine, theirs in zip(torch.autograd.grad((out * weights).sum(), leaves), torch.autograd.grad((oracle * weights).sum(), leaves)):
-        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * spread)
-        assert mine.isfinite().all() and mine.abs().sum() > 0
+@pytest.mark.parametrize("m, own, spread", ((1, 1, 1), (2, 2, 1), (4, 4, 1), (2, 5, 1), (2, 2, 12)))
+def test_trajectory_attention_is_the_dense_formula(m, own, spread):
+    """Catches: a softmax over the wrong points, own tokens that weigh wrongly, an overflow for large scores,
+    NaN without points, a gradient that is not the formula's, clips that leak into each other."""
+    inputs = attention_inputs(m, own, spread)
+    leaves = [x for x in inputs if x.requires_grad]
+    fast = encoder.trajectory_attention(*inputs)
+    dense = encoder.dense_trajectory_attention(*inputs)
+    nearly(fast, dense, 1e-4 * spread)
+    weights = torch.randn(fast.shape)
+    mine = torch.autograd.grad(fast, leaves, weights)
+    theirs = torch.autograd.grad(dense, leaves, weights)
+    nearly(mine, theirs, 2e-4 * spread)
+    assert all(x.any() for x in mine)
 
 
-def test_trajectory_attention_in_bfloat16():
-    """Catches: sums in half precision, which lose the small weights of long trajectories; an output of another type."""
-    inputs = [x if x is None or x.dtype == torch.int64 else x.detach().bfloat16() for x in attention_inputs(2, True, n=600)]
-    exact = encoder.trajectory_attention(*[x if x is None or x.dtype == torch.int64 else x.float() for x in inputs])
-    out = encoder.trajectory_attention(*inputs)
-    assert out.dtype == torch.bfloat16
-    assert (out.float() - exact).abs().max() < 0.01
+def test_the_dense_formula_is_a_softmax_by_hand():
+    """Catches: a leak between trajectories; no 1/sqrt(c) at the scores; a mask laid out otherwise."""
+    q, k, v, ids, k_own, v_own = attention_inputs(2, 3)
+    out = encoder.dense_trajectory_attention(q, k, v, ids, k_own, v_own)
+    for b, j, head in itertools.product(range(3), range(5), range(2)):
+        mine = ids[b] == j
+        keys = torch.cat((k_own[b, j], k[b, mine]))[:, head]
+        values = torch.cat((v_own[b, j], v[b, mine]))[:, head]
+        s = q[b, j, :, head] @ keys.T / 2                       # c = 4
+        nearly(out[b, j, :, head], s.softmax(1) @ values)
 
 
-def test_a_point_speaks_to_its_own_trajectory_only():
-    """Catches: a leak between trajectories, which is what the hard mask is there to prevent."""
-    q, k, v, ids, k_own, v_own = attention_inputs(2, True)
-    for trajectory in range(4):
-        out = encoder.trajectory_attention(q, k, v, ids, k_own, v_own)[:, trajectory]
-        for gradient in torch.autograd.grad(out.square().sum(), (k, v)):
-            assert torch.equal(gradient.abs().sum((2, 3)) > 0, ids == trajectory)
-        out = encoder.trajectory_attention(q, k, v, ids, k_own, v_own)[:, trajectory]
-        reached = torch.autograd.grad(out.sum(), v_own)[0].abs().sum((2, 3, 4)) > 0
-        assert reached[:, trajectory].all() and reached.sum() == len(ids)
+def test_last_points_are_visible_to_every_token():
+    """Catches: for the authors' weights, a last point that is read twice, by its owner alone, or by none."""
+    attention = encoder.TrajectoryAttention(tiny(last_points=2))
+    latents, points = torch.randn(2, 12, 32), torch.randn(2, 20, 32)
+    ids = torch.randint(4, (2, 20))
+    out = attention(latents, points, ids).unflatten(1, (6, 2))
+    q, k_own, v_own, k, v = attention.project(latents, points, 12)
+    q, k_own, v_own = (x.unflatten(1, (6, 2)) for x in (q, k_own, v_own))
+    for j in range(6):                                          # as if they were j's
+        ids[:, -2:] = j
+        dense = encoder.dense_trajectory_attention(q, k, v, ids, k_own, v_own)
+        nearly(out[:, j], attention.to_out(dense[:, j].flatten(2)))
 
 
-def sharp_segmentation(k=6, n=40, b=2, dim=32, generator=None):
-    """Points that belong to one query for certain (soft and hard masks agree); queries 4 and 5 own nothing."""
-    generator = generator or torch.Generator().manual_seed(0)
-    features, ids = torch.randn(b, n, dim, generator=generator), torch.randint(k - 2, (b, n), generator=generator)
-    logits = 200.0 * F.one_hot(ids, k)
-    alive = torch.zeros(b, k, dtype=torch.bool).scatter_(1, ids, True)
-    return features, segmenter.Segmentation(features, logits, ids, alive, (1, 5, 8))
+# -----------------------------------------------------------------------------------------------------------
+# encoder.py: tokens
+# -----------------------------------------------------------------------------------------------------------
+
+def sharp_segmentation():
+    """Points that belong to one query for certain; queries 4 and 5 own nothing."""
+    ids = torch.randint(4, (2, 40))
+    alive = torch.arange(6).expand(2, 6) < 4
+    logits = 200.0 * F.one_hot(ids, 6)
+    return segmenter.Segmentation(torch.randn(2, 40, 32), logits, ids, alive, (1, 5, 8))
 
 
 @pytest.mark.parametrize("hard_mask", (True, False))
 def test_tokens_see_what_the_mask_lets_them_see(hard_mask):
-    """Catches: a mask that is dropped in one layer of several, or an ablation switch that does nothing."""
-    torch.manual_seed(0)
-    net = encoder.TrajectoryEncoder(dataclasses.replace(TINY.encoder, hard_mask=hard_mask)).eval()
-    features, seg = sharp_segmentation()
-    other = features.clone()
-    other[0, (seg.ids[0] == 3).nonzero()[0]] *= -1               # one point of trajectory 3
-    before, after = net(features, seg, 2), net(other, seg, 2)
+    """Catches: a mask that one of several layers drops; an ablation that does nothing."""
+    seg = sharp_segmentation()
+    net = encoder.TrajectoryEncoder(tiny(hard_mask=hard_mask))
+    before = net(seg.features, seg, 2)
+    seg.features[0, seg.ids[0] == 3] *= -1                      # in clip 0
+    after = net(seg.features, seg, 2)
     changed = (before.z - after.z).abs().amax(-1) > 1e-5
     expected = before.trajectory == 3 if hard_mask else torch.ones_like(changed)
-    expected = expected & torch.tensor([[True], [False]])
-    assert torch.equal(changed, expected)
+    assert torch.equal(changed[0], expected[0])
+    assert not changed[1].any()
 
 
 def test_z_init_is_the_naive_mean():
-    """Catches: a sum instead of a mean, a softmax over the points instead of the queries."""
-    torch.manual_seed(0)
-    features, logits = torch.randn(2, 9, 4), 3 * torch.randn(2, 9, 5)
-    naive = torch.zeros(2, 5, 4)
-    for b, k in itertools.product(range(2), range(5)):
-        weights = [math.exp(logits[b, p, k]) / sum(math.exp(x) for x in logits[b, p]) for p in range(9)]
-        naive[b, k] = sum(w * features[b, p] for p, w in enumerate(weights)) / (sum(weights) + 1e-6)
-    torch.testing.assert_close(encoder.TrajectoryEncoder.aggregate(features, logits), naive, rtol=1e-4, atol=1e-5)
+    """Catches: a sum instead of a mean, weights of another trajectory, lost codes."""
+    points, soft = torch.randn(2, 9, 32), torch.rand(2, 9, 6)
+    sums = encoder.soft_sums(soft, points)
+    net = encoder.TrajectoryEncoder(TINY)
+    start = net.start(*sums, None, 2).view(2, 6, 2, 32)
+    for b, k in itertools.product(range(2), range(6)):
+        w = soft[b, :, k]
+        naive = sum(map(torch.mul, w, points[b])) / sum(w)
+        nearly(start[b, k], naive + net.latents[k, :2])
+    net = encoder.TrajectoryEncoder(tiny(mean_start=False))
+    assert torch.equal(net.start(*sums, None, 4)[1], net.latents.flatten(0, 1))
 
 
-def test_token_counts_masks_and_owners():
-    """Catches: tokens that are laid out in another order than their mask and owners, dead trajectories that pass for real ones."""
-    torch.manual_seed(0)
-    net = encoder.TrajectoryEncoder(dataclasses.replace(TINY.encoder, out_dim=24)).eval()
-    features, seg = sharp_segmentation()
-    few = None
-    for m in (1, 2, 4):
-        tokens = net(features, seg, m)
-        assert tokens.z.shape == (2, 6 * m, 24) and tokens.mask.shape == tokens.trajectory.shape == (2, 6 * m)
-        assert tokens.trajectory[0].tolist() == [k for k in range(6) for _ in range(m)]
-        assert tokens.mask.dtype == torch.bool and torch.equal(tokens.mask, seg.alive.gather(1, tokens.trajectory))
-        assert not tokens.mask[:, 4 * m:].any() and tokens.mask[:, :4 * m].all() and tokens.z.isfinite().all()
-        distance = torch.cdist(tokens.z.view(2, 6, m, 24)[:, :4], tokens.z.view(2, 6, m, 24)[:, :4]) + 9 * torch.eye(m)
-        assert distance.min() > 1e-4                             # the tokens of one trajectory are not copies
-        few = tokens.z if m == 1 else few
-    assert torch.equal(net(features, seg).z, few)                # without training, 1 is meant
-    for wrong in (3, 0, 8):
-        with pytest.raises(BadInput, match="1, 2, 4"):
-            net(features, seg, wrong)
-    net.train()
-    drawn = {net(features, seg).z.shape[1] // 6 for _ in range(40)}
-    assert drawn == {1, 2, 4}
-    for wrong in (0, 3):
-        with pytest.raises(BadInput):
-            dataclasses.replace(TINY.encoder, max_tokens=wrong)
+@pytest.mark.parametrize("m", (1, 2, 4))
+def test_token_counts_masks_and_owners(m):
+    """Catches: tokens in another order than their mask, dead trajectories that pass for real ones, copies."""
+    seg = sharp_segmentation()
+    net = encoder.TrajectoryEncoder(tiny(out_dim=24))
+    tokens = net(seg.features, seg, m)
+    assert tokens.z.shape == (2, 6 * m, 24)
+    owners = [k for k in range(6) for _ in range(m)]
+    assert tokens.trajectory.tolist() == [owners, owners]
+    assert torch.equal(tokens.mask, tokens.trajectory < 4)
+    assert torch.pdist(tokens.z[tokens.mask]).min() > 1e-3
+    with pytest.raises(AssertionError, match="1, 2, 4"):
+        net(seg.features, seg, m + 4)
+
+
+def test_compact_puts_real_tokens_first():
+    """Catches: real tokens lost or in another order; owners and masks that do not move with the tokens."""
+    mask = torch.rand(3, 8) > 0.6
+    owner = torch.arange(8).expand(3, 8)
+    short = encoder.compact(encoder.Tokens(owner[..., None], mask, owner))
+    assert torch.equal(short.z[..., 0], short.trajectory)
+    assert torch.equal(short.trajectory[short.mask], owner[mask])
+    assert short.mask.any(0).all()                              # no longer than needed
+    assert short.mask.int().diff().max() == 0                   # the real ones first
 
 
 def test_the_tokenizer_treats_clips_alone():
-    """Catches: tokens of a clip that depend on its batch."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(TINY).eval()
-    video = torch.randint(0, 256, (3, 2, 32, 64, 3), dtype=torch.uint8)          # wider than high, too
-    tokens, seg = tokenizer(video, 2)
-    for i in range(3):
-        alone, seg_alone = tokenizer(video[i:i + 1], 2)
-        torch.testing.assert_close(seg.logits[i:i + 1], seg_alone.logits, rtol=1e-3, atol=1e-3)
-        if torch.equal(seg.ids[i:i + 1], seg_alone.ids):         # a tie of two queries may fall the other way
-            torch.testing.assert_close(tokens.z[i:i + 1], alone.z, rtol=1e-3, atol=1e-3)
-    assert (seg.ids[0] != seg.ids[1]).any() or (seg.logits[0] != seg.logits[1]).any()
+    """Catches: tokens of a clip that depend on its batch; ids or alive that do not follow from the logits."""
+    net = trajtok.TrajTok(tiny(places=True, path=True))
+    video = random_video(2, 2, 32, 64)                          # wider than high
+    tokens, seg = net(video, 2)
+    assert torch.equal(seg.ids, seg.logits.argmax(-1))
+    assert torch.equal(seg.alive, F.one_hot(seg.ids, 6).any(1))
+    alone = net.segmenter(video[:1])
+    nearly(alone.logits[0], seg.logits[0], 1e-3)
+    alone = alone._replace(ids=seg.ids[:1], alive=seg.alive[:1])            # ties may fall the other way
+    nearly(net.encoder(alone.features, alone, 2).z[0], tokens.z[0], 1e-3)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# encoder.py: places and paths
+# -----------------------------------------------------------------------------------------------------------
+
+def test_places_tell_points_apart():
+    """Catches: codes that leave out time, row or column, or mix them up; a piece of a long video that is
+    placed as if it were a whole clip; codes that are not added."""
+    net = encoder.TrajectoryEncoder(tiny(places=True))
+    codes = net.add_places(torch.zeros(1, 60, 32), (4, 3, 5))[0]
+    assert torch.pdist(codes).min() > 0.1
+    begin = net.places((1, 3, 5), frames=4)
+    end = net.places((3, 3, 5), first=1, frames=4)
+    nearly(torch.cat((begin, end)), codes)
+    # a code is f(t) + g(y) + h(x): a step along one axis adds the same, wherever it is made
+    codes = codes.view(4, 3, 5, 32)
+    for axis, other in itertools.combinations(range(3), 2):
+        assert codes.diff(dim=axis).diff(dim=other).abs().max() < 1e-3
+
+
+def test_path_sums_are_the_naive_loop():
+    """Catches: x and y swapped, frames that mix, sums where means over the frame are meant."""
+    soft = torch.rand(1, 24, 5)
+    naive = torch.zeros(1, 2, 5, 6)
+    for p, (t, i, j) in enumerate(itertools.product(range(2), range(3), range(4))):
+        y, x = i - 1, 2 * j / 3 - 1
+        terms = torch.tensor([1, x, y, x * x, y * y, x * y])
+        naive[0, t] += torch.outer(soft[0, p], terms) / 12
+    nearly(encoder.Path.sums(soft, (2, 3, 4)), naive)
+
+
+def test_path_follows_the_mask():
+    """Catches: a path that does not know that its mask moves, or that gives the masks no gradient."""
+    path = encoder.Path(32)
+    codes = []
+    for shift in (0, 1, 2):                                     # of a square, in the second frame
+        maps = torch.tensor([0.0, 4.0]).repeat(2, 6, 8, 1)
+        maps[0, 2:4, 1:3, 0] = 8.0
+        maps[1, 2:4, 1 + shift:3 + shift, 0] = 8.0
+        logits = maps.view(1, 96, 2).requires_grad_()
+        sums = encoder.Path.sums(logits.softmax(-1), (2, 6, 8))
+        codes.append(path(sums)[0, 0])
+        codes[-1].square().sum().backward()
+        assert logits.grad.any(-1).all()
+    assert torch.pdist(torch.stack(codes)).min() > 0.1
+    assert path(torch.zeros(1, 3, 6, 6)).isfinite().all()       # a trajectory without points
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# published weights: an implementation of SPECS 1 in plain functions of a state dict, and every layout of a ConvNeXt
+# published weights: an implementation of the release in plain functions of a state dict, and every layout of a ConvNeXt
 # ---------------------------------------------------------------------------------------------------------------------
 
 def plain_norm(x, w, name, eps):
@@ -3444,38 +3362,22 @@ def test_the_releases_quirks_each_matter(tmp_path):
     assert trajtok.TrajTok.load_official(tmp_path / "a.safetensors", mean_start=False).cfg.mean_start is False
 
 
-def test_the_released_segmenter_and_its_losses(tmp_path):
-    """Catches: a segmenter's own checkpoint (another prefix) that is not found; matching, Dice or focal that are not the release's
-    when its options are asked for: Hungarian on the argmax masks' IoU, Dice pooled over the batch."""
-    weights = {k: v for k, v in official_weights().items() if k.startswith("segmenter.")}
+def test_the_released_segmenter_alone(tmp_path):
+    """Catches: a segmenter's own checkpoint (another prefix) that is not found, or read wrongly."""
+    whole = official_weights()
+    weights = {k: v.clone() for k, v in whole.items() if k.startswith("segmenter.")}
     torch.save({"model": {"vision_encoder." + k.removeprefix("segmenter."): v for k, v in weights.items()}}, tmp_path / "s.pth")
-    net = segmenter.Segmenter.load_official(tmp_path / "s.pth").eval()
+    net = trajtok.load_official_segmenter(tmp_path / "s.pth")
     with pytest.raises(BadInput, match="latents"):               # a segmenter alone is no tokenizer
         trajtok.TrajTok.load_official(tmp_path / "s.pth")
     video = torch.randint(0, 256, (2, 2, 64, 64, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     with torch.no_grad():
         seg = net(video)
-    labels = torch.randint(-1, 4, (2, 2, 64, 64), generator=torch.Generator().manual_seed(3))
-    points = segmenter.labels_on_grid(labels, seg.grid)
-    order = segmenter.match(seg.logits, points, soft=0)
-    for b in range(2):                                           # SPECS 1, by loops
-        iou = torch.zeros(6, 6)
-        for l, k in itertools.product(range(4), range(6)):
-            a, p = points[b] == l, seg.ids[b] == k
-            iou[l, k] = (a & p).sum() / (a | p).sum().clamp(min=1)
-        assert iou[range(6), order[b].tolist()].sum().item() == pytest.approx(-cheapest_by_force(-iou.double().numpy()), abs=1e-6)
-    logits = torch.stack([seg.logits[b][:, order[b]] for b in range(2)])
-    p, seen = logits.softmax(-1), points >= 0
-    dice = []
-    for l in range(6):
-        target = (points == l)[seen]
-        if target.any():
-            soft = p[seen][:, l]
-            dice.append(1 - (2 * soft[target].sum() + 1e-6) / (soft.sum() + target.sum() + 1e-6))
-    mine = segmenter.segmentation_loss(seg, labels, pooled=True, soft=0)
-    assert mine["dice"].item() == pytest.approx(torch.stack(dice).mean().item(), rel=1e-4)
-    right = p[seen].gather(1, points[seen][:, None])[:, 0]
-    assert mine["focal"].item() == pytest.approx((-(1 - right) ** 2 * right.log()).mean().item(), rel=1e-4)
+    with torch.no_grad():
+        features, logits, _, alive = plain_release(whole, segmenter.normalise(video), 1, (1, 1, 2, 1), 2, 2)
+    close(seg.features, features)
+    close(seg.logits, logits)
+    assert torch.equal(seg.alive, alive)
 
 
 class Evil:
@@ -3570,16 +3472,16 @@ def test_every_published_convnext_layout_loads(tmp_path, layout):
     folder.mkdir()
     save_file({k: v.clone() for k, v in published.items()}, folder / "model.safetensors")
     for path in (folder, folder / "model.safetensors"):
-        loaded = segmenter.ConvNeXt.from_pretrained(path)
+        loaded = trajtok.load_convnext(path)
         for mine, plain in zip(loaded(x), plain_convnext(x, net.state_dict(), (1, 2, 3, 1))):
             close(mine, plain, 1e-5)
     key = next(k for k in published if "stages.2" in k and k.endswith("1.gamma") or k.endswith("stages.2.layers.1.layer_scale_parameter"))
     save_file({k: v.clone() for k, v in published.items() if k != key}, folder / "model.safetensors")
     with pytest.raises(BadInput, match="missing stages.2.1.gamma"):
-        segmenter.ConvNeXt.from_pretrained(folder)
+        trajtok.load_convnext(folder)
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(BadInput, match="not a ConvNeXt"):
-        segmenter.ConvNeXt.from_pretrained(folder)
+        trajtok.load_convnext(folder)
 
 
 @pytest.mark.parametrize("kind", ("ConvNext", "DINOv3ConvNext"))
@@ -3595,36 +3497,15 @@ def test_convnext_is_the_published_implementation(tmp_path, kind):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         states = theirs(x, output_hidden_states=True).hidden_states
-        maps = segmenter.ConvNeXt.from_pretrained(tmp_path)(x)
+        maps = trajtok.load_convnext(tmp_path)(x)
     for mine, published in zip(maps[:3], states[1:4]):           # the last stage: theirs stands before the final norm, or after
         close(mine, published, 1e-5)
     pooled = theirs(x).pooler_output
-    norm = segmenter.ConvNeXt.from_pretrained(tmp_path).norm
-    raw = segmenter.ConvNeXt.from_pretrained(tmp_path)
+    norm = trajtok.load_convnext(tmp_path).norm
+    raw = trajtok.load_convnext(tmp_path)
     raw.norm = nn.Identity()
     with torch.no_grad():
         close(norm(raw(x)[3].mean((2, 3))), pooled, 1e-5)
-
-
-def test_points_say_where_they_are_only_where_that_is_asked_for():
-    """Catches: axes that are mixed up or not in (0, 1), a table in another order than the points; the default changed; tokens of one look but of different
-    places that are alike in spite of --places, or differ in what they hold without it."""
-    torch.manual_seed(0)
-    cfg = encoder.EncoderConfig(dim=16, num_queries=2, depth=1, heads=2, out_dim=16)
-    plain, placed = encoder.TrajectoryEncoder(cfg), encoder.TrajectoryEncoder(dataclasses.replace(cfg, places=True))
-    grid, look = (2, 3, 4), torch.randn(16)
-    features = look.expand(1, 24, 16)
-    assert plain.see(features, grid) is features
-    with torch.no_grad():
-        seen = placed.see(features, grid, 3, 6)[0]
-        for p, (t, y, x) in enumerate(itertools.product(range(2), range(3), range(4))):
-            code = lambda s: torch.tensor([f(math.pi * 2 ** i * s) for f in (math.sin, math.cos) for i in range(4)])
-            close(seen[p], look + sum(linear(code(s)) for linear, s in zip(placed.places, ((3 + t + 0.5) / 6, (y + 0.5) / 3, (x + 0.5) / 4))))
-        for one, differ in ((plain, False), (placed, True)):
-            ids = torch.arange(24)[None] % 4 // 2                # the left half of each frame, and the right one
-            seg = segmenter.Segmentation(features, 50 * F.one_hot(ids, 2).float(), ids, torch.ones(1, 2, dtype=torch.bool), grid)
-            start = one.aggregate(one.see(features, grid), seg.logits)[0]
-            assert bool((start[0] - start[1]).abs().max() > 0.1) is differ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3807,7 +3688,7 @@ def test_videos_are_normalised_as_the_backbone_wants_them():
     video = (wave(2, 4, 32, 32, 3) * 127 + 128).to(torch.uint8)
     x = torch.stack([(video[..., c] / 255 - m) / s for c, (m, s) in enumerate(zip((0.5, 0.4, 0.3), (0.25, 0.5, 0.2)))], 2)
     close(net(video), net.features(x), 1e-5)
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(AssertionError, match="uint8"):
         net(x)
 
 
@@ -3964,57 +3845,10 @@ def test_bad_backbones_are_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# encoder.py: points in the order of their owners
+# trajtok.py: any length
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("whole", (False, True))
-def test_arrange_puts_every_point_into_a_block_of_its_owner(monkeypatch, whole):
-    """Catches: points lost or doubled, a block of two owners, padding that passes for points, too few blocks in the fixed form that
-    a GPU uses."""
-    if whole:
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    generator = torch.Generator().manual_seed(0)
-    cases = [torch.randint(-1, 5, (3, 200), generator=generator), torch.zeros(2, 77, dtype=torch.int64), torch.full((1, 9), -1),
-             torch.tensor([[4]]), torch.arange(320).remainder(5)[None]]
-    for ids in cases:
-        layout = encoder.arrange(ids, 5)
-        for b in range(len(ids)):
-            got = [(int(p), int(o)) for p, r, o in zip(layout.source[b], layout.real[b], layout.owner[b].repeat_interleave(layout.source.shape[1] // layout.owner.shape[1])) if r]
-            assert sorted(got) == [(p, int(i)) for p, i in enumerate(ids[b]) if i >= 0]
-        x = torch.randn(*ids.shape, 2, 3)
-        assert torch.equal(layout.take(x)[layout.real], torch.stack([x[b, layout.source[b, r]] for b in range(len(ids)) for r in layout.real[b].nonzero()[:, 0]])
-                           if layout.real.any() else x[:0, 0])
-
-
-def test_shared_values_and_folded_queries_are_dense_attention():
-    """Catches: a projection folded into the queries or taken out of the sum that is not the same as projecting every point; a
-    gradient of the hand-written backward pass that is not the forward's."""
-    torch.manual_seed(0)
-    b, K, m, a, c, e, n = 2, 3, 2, 2, 4, 5, 40
-    ids = torch.randint(K - 1, (b, n))                           # the last trajectory owns nothing
-    layout = encoder.arrange(ids, K)
-    q, k, v, u = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((b, K, m, a, c), (b, n, a, c), (b, n, 1, e), (b, K, m, a, e)))
-
-    def mine(q, k, v, u):
-        part = encoder.read_blocks(q, layout.take(k), layout.take(v), layout, u)
-        return part.finish(), part.total[:, :-1].log() + part.top[:, :-1]
-
-    def dense(q, k, v, u):
-        s = torch.einsum("bkmac,bnac->bkman", q, k) + torch.einsum("bkmae,bne->bkman", u, v[:, :, 0])
-        s = s.masked_fill((ids[:, None] != torch.arange(K)[:, None])[:, :, None, None], -math.inf)
-        return torch.einsum("bkman,bne->bkmae", s.softmax(-1).nan_to_num(), v[:, :, 0]), s[:, :-1].logsumexp(-1)
-    outs = mine(q, k, v, u), dense(q, k, v, u)
-    weights = [torch.randn_like(x) for x in outs[1]]
-    grads = [torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), (q, k, v, u)) for out in outs]
-    for x, y in zip(outs[0] + grads[0], outs[1] + grads[1]):
-        torch.testing.assert_close(x.double(), y.nan_to_num(), rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# trajtok.py: any length, any budget
-# ---------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), dict(normed_residual=True, norm_media=True, last_points=2), dict(places=True)))
+@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), dict(normed_residual=True, norm_media=True, last_points=2), dict(places=True, path=True)))
 @pytest.mark.parametrize("m", (1, 4))
 def test_a_stream_is_one_pass(change, m):
     """Catches: a softmax that is closed chunk by chunk, positions that begin anew with each chunk, trajectories alive in one chunk
@@ -4043,74 +3877,6 @@ def test_a_stream_is_one_pass(change, m):
             assert torch.equal(alone.trajectory[:, 6 * m * i:6 * m * i + 6 * m], part.trajectory + 6 * i)
 
 
-def straightforward(tokenizer, video, m):
-    """tokenizer(video, m) by the book, for comparison: PyTorch's own layers, which keep what they like; keys and values are projected for
-    all points, attention is a dense (K·m, n) matrix, masked where a token must not see. uint8 (b, t, H, W, 3) -> z (b, K·m, d'), ids (b, n)."""
-    net, encoder, K = tokenizer.segmenter, tokenizer.encoder, tokenizer.cfg.num_queries
-
-    def extract(x):                                              # (b, t, 3, H, W) -> F (b, n, d), (t, h, w)
-        x, total, t = rearrange(x, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last), 0, x.shape[1]
-        last = lambda f, x: f(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                             # f over the channels
-        for i, (down, stage) in enumerate(zip(net.backbone.downsample_layers, net.backbone.stages)):
-            x = down(x)
-            for block in stage:
-                x = x + last(lambda y: block.gamma * block.pwconv2(F.gelu(block.pwconv1(block.norm(y)))), block.dwconv(x))
-            if i < len(net.proj):
-                y = net.proj[i](last(net.backbone.norm, x) if i == 3 else x)
-                y = last(net.ln, y)
-                h, w = y.shape[-2:] if i == 0 else (h, w)
-                total = total + (F.interpolate(y, size=(h, w), mode="bilinear", align_corners=False) if i else y)
-        return rearrange(total, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
-
-    def perceive(perceiver, latents, points, visible=None):
-        points = perceiver.norm_ctx(points)
-        for attention, mlp in perceiver.layers:
-            x = perceiver.norm_lat(latents)
-            y = torch.cat((attention.norm_latents(x), attention.norm_media(points)), 1)
-            heads = lambda z: z.unflatten(-1, (attention.heads, -1))
-            q, (k, v) = heads(attention.to_q(y[:, :x.shape[1]])), map(heads, attention.to_kv(y).chunk(2, -1))
-            table = segmenter.rotary_table(torch.arange(y.shape[1], device=y.device), q.shape[-1])
-            q, k = segmenter.rotate(q, table[:x.shape[1]]), segmenter.rotate(k, table)
-            scores = torch.einsum("biac,bjac->baij", q, k) / math.sqrt(q.shape[-1])
-            if visible is not None:
-                scores = scores.masked_fill(~visible[:, None], -math.inf)
-            out = torch.einsum("baij,bjac->biac", scores.softmax(-1), v).flatten(2)                  # over all points and latents
-            latents = (x if perceiver.normed_residual else latents) + attention.to_out(out)
-            latents = latents + mlp(latents)
-        return latents
-
-    features, grid = extract(segmenter.normalise(video))
-    points = features.detach() if net.cfg.detach else features
-    latents = perceive(net.perceiver, net.latents.expand(len(video), -1, -1), points)
-    seg = net.assign(latents, features, grid)
-    features = encoder.see(features, grid)
-    z = encoder.aggregate(features, seg.logits)
-    trajectory = torch.arange(K, device=z.device).repeat_interleave(m)
-    visible = None
-    if encoder.cfg.hard_mask:                                    # (b, K m, K m + n), True = may be seen
-        sees = trajectory[:, None] == seg.ids[:, None]
-        sees[..., sees.shape[-1] - encoder.cfg.last_points:] = True
-        visible = torch.cat(((trajectory[:, None] == trajectory).expand(len(z), -1, -1), sees), 2)
-    z = (encoder.latents[:, :m] + z[:, :, None] if encoder.cfg.mean_start else encoder.latents[:, :m].expand(len(z), -1, -1, -1)).flatten(1, 2)
-    return encoder.output_projector(perceive(encoder.perceiver, z, features, visible)), seg.ids
-
-
-@pytest.mark.parametrize("change", ({}, dict(places=True), dict(normed_residual=True, norm_media=True, last_points=2), dict(hard_mask=False)))
-def test_the_tokenizer_by_the_book_is_the_same_function(change):
-    """Catches: a gradient of any weight that the forms which save time and memory get wrong; a reference that computes something else."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(dataclasses.replace(TINY, **change))
-    video = torch.randint(0, 256, (2, 2, 32, 64, 3), dtype=torch.uint8)
-    found = []
-    for z in (tokenizer(video, 2)[0].z, straightforward(tokenizer, video, 2)[0]):
-        found.append((z, *torch.autograd.grad((z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum(), list(tokenizer.parameters()), allow_unused=True)))
-    names = [None, *(name for name, _ in tokenizer.named_parameters())]
-    assert {n for n, g in zip(names, found[0]) if g is None} == {n for n, g in zip(names, found[1]) if g is None}
-    for name, one, two in zip(names, *found):
-        if one is not None:
-            assert (one - two).abs().max() <= 2e-4 * two.abs().max().clamp(min=1e-3), name
-
-
 def test_long_positions_are_exact():
     """Catches: rotary angles in float32, which are wrong by more than 0.03 after some millions of points."""
     far = torch.tensor([18_000 * 256 - 1])
@@ -4120,47 +3886,6 @@ def test_long_positions_are_exact():
     for j in range(6):
         angle = (18_000 * 256 - 1) * 1e4 ** (-2 * j / 12)
         assert table[j].real.item() == pytest.approx(math.cos(angle), abs=1e-5) and table[j].imag.item() == pytest.approx(math.sin(angle), abs=1e-5)
-
-
-def test_a_budget_of_tokens():
-    """Catches: more tokens than were asked for, tokens that are not those of the same trajectory at that count, small things
-    preferred to large ones, tokens left over while a trajectory could still have them."""
-    torch.manual_seed(0)
-    net = encoder.TrajectoryEncoder(TINY.encoder).eval()
-    features, seg = sharp_segmentation()
-    ids = seg.ids.clone()
-    ids[:, :30] = 1                                              # trajectory 1 owns most points
-    ids[0, 30:] = torch.arange(10) % 3 + torch.tensor([0, 0, 1]).repeat(4)[:10]  # clip 0: 0, 1, 3 are alive
-    alive = torch.zeros(2, 6, dtype=torch.bool).scatter_(1, ids, True)
-    seg = seg._replace(ids=ids, alive=alive, logits=200.0 * F.one_hot(ids, 6))
-    whole = {m: net(features, seg, m) for m in (1, 2, 4)}
-    for budget in (1, 2, 3, 5, 7, 9, 11, 100):
-        tokens = net(features, seg, budget=budget)
-        for b in range(2):
-            trajectory = tokens.trajectory[b][tokens.mask[b]]
-            counts = torch.bincount(trajectory, minlength=6)
-            assert set(counts.tolist()) <= {0, 1, 2, 4} and not counts[~alive[b]].any()
-            possible = 4 * int(alive[b].sum())
-            assert counts.sum() <= budget and counts.sum() >= min(budget, possible) - (0 if budget >= possible else 2)
-            if budget >= alive[b].sum():
-                assert (counts[alive[b]] >= 1).all()
-            assert counts[1] == counts.max()
-            for k in range(6):
-                m = int(counts[k])
-                if m:
-                    close(tokens.z[b][tokens.mask[b] & (tokens.trajectory[b] == k)], whole[m].z[b, k * m:k * m + m])
-    still, moving = torch.zeros(1, 4, 16, dtype=torch.int64), torch.zeros(1, 4, 16, dtype=torch.int64)
-    still[:, :, :2] = 1
-    for t in range(4):
-        moving[:, t, 4 * t:4 * t + 2] = 1                        # as large, but it goes down the frame
-    weight = [encoder.importance(segmenter.Segmentation(None, torch.zeros(1, 64, 3), x.view(1, 64), torch.tensor([[True, True, False]]), (4, 4, 4)))[0]
-              for x in (still, moving)]
-    assert weight[0][1] == pytest.approx(2 / 16) and weight[1][1] == pytest.approx(2 / 16 + 3 / 4) and weight[0][2] == 0
-    for wrong in (0, -3):
-        with pytest.raises(BadInput, match="budget"):
-            net(features, seg, budget=wrong)
-    with pytest.raises(BadInput, match="one of the two"):
-        net(features, seg, 2, budget=4)
 
 
 def test_the_tokenizer_compiles_whole():
@@ -4194,7 +3919,7 @@ def test_the_tokenizer_under_autocast():
         close(half, exact, 0.05)
     with torch.autocast("cpu", torch.bfloat16):                  # the whole of it, as a run does
         tokens, seg = tokenizer(video, 4)
-        sum(segmenter.segmentation_loss(seg, torch.zeros(2, 2, 32, 32, dtype=torch.int64)).values()).backward(retain_graph=True)
+        sum(segmenter.segmentation_loss(seg, torch.zeros(2, 2, 32, 32, dtype=torch.int64))).backward(retain_graph=True)
     tokens.z.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
 
@@ -4238,12 +3963,12 @@ def test_the_tokenizer_is_as_large_as_published():
     """Catches: a layer too many or too few. The paper's 46 M are 45.9 M with one code a trajectory, 37.2 M of them the segmenter."""
     assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig())) / 1e6, 1) == 46.1
     assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig(max_tokens=1))) / 1e6, 1) == 45.9
-    assert round(count_parameters(lambda: segmenter.Segmenter()) / 1e6, 1) == 37.2
+    assert round(count_parameters(lambda: segmenter.Segmenter(trajtok.TrajTokConfig())) / 1e6, 1) == 37.2
 
 
 def test_the_counts_in_the_table_of_sizes_are_true():
     """Catches: a comment that the code has outgrown."""
-    said = dict(re.findall(r'^ +"(\w+)": +TrajTokConfig\(.*# +([\d.]+) M', inspect.getsource(trajtok), re.M))
+    said = dict(re.findall(r'^ +"(\w+)": +TrajTokConfig\((?:.*\n)?.*# +([\d.]+) M', inspect.getsource(trajtok), re.M))
     assert set(said) == set(trajtok.SIZES)
     real_ones = {name: f"{count_parameters(lambda: trajtok.TrajTok(name)) / 1e6:.1f}" for name in trajtok.SIZES}
     assert said == real_ones
@@ -4312,8 +4037,6 @@ def test_wrong_configurations_are_refused():
             dataclasses.replace(TINY, **{field: value})
     with pytest.raises(BadInput, match="nano"):
         trajtok.TrajTok("huge")
-    with pytest.raises(BadInput, match="32"):
-        trajtok.TrajTok(TINY)(torch.zeros(1, 1, 48, 32, 3, dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4675,26 +4398,6 @@ def test_pretrain_on_videos_and_pictures(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# segmenter.py: scores of an object
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_object_scores_are_naive():
-    """Catches: a tube with exactly half of its pixels inside that counts, unlabelled pixels that are a tube, an empty object that divides by 0."""
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        gt = rng.random((2, 3, 4)) < 0.4
-        pred = np.where(rng.random(gt.shape) < 0.4, rng.integers(-1, 5, gt.shape), gt * 2)
-        tubes = [pred == i for i in range(5) if (pred == i).any()]
-        best = max((tube & gt).sum() / (tube | gt).sum() for tube in tubes)
-        mostly = np.any([tube for tube in tubes if 2 * (tube & gt).sum() > tube.sum()] + [np.zeros_like(gt)], 0)
-        assert segmenter.object_scores(torch.from_numpy(pred), torch.from_numpy(gt)) == pytest.approx((best, (mostly & gt).sum() / (mostly | gt).sum()), abs=1e-6)
-    half = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[True, False, False, False]]])
-    assert segmenter.object_scores(*half) == (0.5, 0.0)
-    assert segmenter.object_scores(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).bool()) == (0.0, 0.0)
-    assert segmenter.object_scores(torch.full((1, 2, 2), -1), torch.ones(1, 2, 2).bool()) == (0.0, 0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # train_clip.py: the model
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4787,7 +4490,7 @@ def test_one_batch_can_be_learnt_by_heart():
     losses = []
     for _ in range(100):
         video, _, _, seg = model.embed_video(batch["video"], 1)
-        terms = segmenter.segmentation_loss(seg, batch["labels"]) | dict(contrastive=model.contrastive(video, model.embed_text(ids, mask)))
+        terms = dict(zip(("focal", "dice"), segmenter.segmentation_loss(seg, batch["labels"]))) | dict(contrastive=model.contrastive(video, model.embed_text(ids, mask)))
         losses.append({k: v.item() for k, v in terms.items()})
         solver.zero_grad()
         (terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]).backward()
@@ -5087,6 +4790,7 @@ def test_tokens_that_are_not_real_cost_nothing_and_change_nothing(name):
     """Catches: compaction that loses a real token, keeps a dead one, or gives another answer or gradient than a masked, padded row."""
     if name == "trajvit2":
         model, batch, _ = tiny_clip()
+        batch = {k: batch[k][:6] for k in ("video", "labels")}   # of the others, one has all that there can be
         net = model.video
     else:
         net, cfg, batch = row(name, rlt_threshold=0.3, num_queries=12)
@@ -5194,8 +4898,8 @@ def gradients(micro_batch, clips=slice(None)):
     batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
     batch["ids"], batch["mask"] = data.tokenize(encoding, batch["caption"], cfg.text_length)
     batch = {k: batch[k][clips] for k in ("video", "labels", "ids", "mask")}
-    counts = trajtok.total(train_clip.labelled(batch["labels"], 6), torch.device("cpu"))
-    terms, tokens, live = train_clip.step_gradients(model, batch, counts, 2, cfg, torch.device("cpu"))
+    clips, labelled = trajtok.total([len(batch["video"]), int((batch["labels"] >= 0).any())], torch.device("cpu"))
+    terms, tokens, live = train_clip.step_gradients(model, batch, clips, labelled, 2, cfg, torch.device("cpu"))
     return terms | dict(tokens=tokens, live=live), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
 
 
@@ -5209,7 +4913,7 @@ def whole_batch_gradients():
     batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
     video, _, _, seg = model.embed_video(batch["video"], 2)
     terms = dict(contrastive=model.contrastive(video, model.embed_text(*data.tokenize(encoding, batch["caption"], cfg.text_length))))
-    terms |= segmenter.segmentation_loss(seg, batch["labels"])
+    terms |= dict(zip(("focal", "dice"), segmenter.segmentation_loss(seg, batch["labels"])))
     loss = terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]
     loss.backward()
     return {k: v.item() for k, v in terms.items()} | dict(loss=loss.item()), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
@@ -5466,8 +5170,8 @@ def test_runs_and_weights_of_another_size_are_refused(clip_run, tokenizer_folder
     (["show", "CLIP", "--tokens-per-trajectory", 3], "1, 2, 4"), (["show", "CLIP", "--weights", "nowhere"], "nowhere"),
     (["pretrain", "--data", "NOMASKS"], "_mask.npz"), (["pretrain", "--batch", 0], "batch"), (["pretrain", "--steps", 0], "steps"),
     (["pretrain", "--frames", 0], "frames"), (["show", "CLIP", "--frames", -1], "frames"), (["show", "CLIP", "--window", 8], "--frames 0"),
-    (["show", "world", "--frames", 0], "video files"), (["show", "CLIP", "--budget", -1], "--budget"), (["show", "HALF", "--frames", 0], "decoded"),
-    (["show", "CLIP", "--budget", 4, "--tokens-per-trajectory", 2], "--budget"), (["show", "CLIP", "--weights", "CLIP"], "whole file"),
+    (["show", "world", "--frames", 0], "video files"), (["show", "HALF", "--frames", 0], "decoded"),
+    (["show", "CLIP", "--weights", "CLIP"], "whole file"),
     (["show", "CLIP", "--seed", 10 ** 20], "--seed"), (["show", "CLIP", "--seed", -1], "--seed"),
     (["show", "CLIP", "--image-size", 99999999968], "8192"), (["show", "CLIP", "--frames", 10 ** 9], "100000"),
     (["pretrain", "--textures", "nowhere"], "--textures nowhere"), (["pretrain", "--textures", "x", "--data", "NOMASKS"], "leave one"),
@@ -6014,7 +5718,7 @@ def vlm_parts(context=512, window=4, queries=6):
     torch.manual_seed(0)
     shape = dataclasses.replace(TINY, num_queries=queries)
     decoder = dataclasses.replace(train_vlm.DECODERS["nano"], layers=2, width=32, mlp=48, context=context)
-    return train_vlm.Parts(train_vlm.load_tokenizer(), segmenter.Segmenter(shape.segmenter).eval(), shape, None, decoder, shape.dim, 4, window)
+    return train_vlm.Parts(train_vlm.load_tokenizer(), segmenter.Segmenter(shape).eval(), shape, None, decoder, shape.dim, 4, window)
 
 
 def vlm_model(parts, name="trajtok", grid=(2, 2, 2), **changes):
@@ -6710,7 +6414,7 @@ def test_videomae_learns_one_batch_by_heart():
 def frozen_pair(key="x"):
     torch.manual_seed(0)
     backbone = train_adapter.VideoMAE(dataclasses.replace(train_adapter.BACKBONES["nano"], image_size=32, frames=2, depth=1)).eval().requires_grad_(False)
-    return train_adapter.Frozen(backbone, segmenter.Segmenter(TINY.segmenter).eval().requires_grad_(False), 32, key)
+    return train_adapter.Frozen(backbone, segmenter.Segmenter(TINY).eval().requires_grad_(False), 32, key)
 
 
 TASKS = dict(colour=list(data.COLOURS), appearance=list(data.SHAPES), motion=list(data.MOTIONS))

@@ -43,9 +43,9 @@ from tqdm import tqdm
 import data
 import trajtok
 from data import BadInput, BadVideo, configure, write_json, write_png
-from encoder import EncoderConfig, TrajectoryEncoder, compact
-from segmenter import MEAN, STD, Segmentation, Segmenter, best_overlaps, count, fit_weights, normalise, read_weights, rename
-from trajtok import (SIZES, Damage, Run, TrajTok, aligned, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
+from encoder import TrajectoryEncoder, compact
+from segmenter import MEAN, STD, Segmentation, Segmenter, best_overlaps, normalise
+from trajtok import (SIZES, Damage, Run, TrajTok, TrajTokConfig, count, fit_weights, load_official_segmenter, read_weights, rename, aligned, check_finite, check_flags, launch, learning_rate, make_optimizer, meet, peak_memory_gb, plot, precision, ranks,
                      results_folder, run_name, setup, shard, sigterm, split_entries, spread_of, sum_gradients, total, world_of, write_text, write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,7 +649,7 @@ class TrajAdapter(nn.Module):
         super().__init__()
         self.norm, self.proj = nn.LayerNorm(dim), nn.Linear(dim, cfg.width)
         nn.init.normal_(self.proj.weight, std=2 * dim ** -0.5)
-        self.encoder = TrajectoryEncoder(EncoderConfig(cfg.width, num_queries, cfg.depth, cfg.heads, max(cfg.choices), cfg.width))
+        self.encoder = TrajectoryEncoder(TrajTokConfig(dim=cfg.width, num_queries=num_queries, depth=cfg.depth, heads=cfg.heads, max_tokens=max(cfg.choices), out_dim=cfg.width))
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.blocks = nn.ModuleList(Layer(cfg.width, cfg.heads) for _ in range(cfg.layers))
         start(self.blocks, cfg.layers)
@@ -1485,7 +1485,7 @@ def given_backbone(cfg):
 def given_segmenter(path):
     """--tokenizer -> Segmenter, pixels of a side that it was trained on."""
     if Path(path).is_file():
-        return Segmenter.load_official(path), 224
+        return load_official_segmenter(path), 224
     tokenizer = TrajTok.from_pretrained(path)
     return tokenizer.segmenter, tokenizer.cfg.image_size
 

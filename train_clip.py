@@ -70,6 +70,11 @@ class ClipConfig:
     textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
     num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
     places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
+    path: bool = False                          # trajvit2: tokens know how their trajectory moved: its mask's centre, size and spread over time
+    detach: bool = True                         # trajvit2, ablation: --no-detach lets the Perceiver's gradient into the features
+    hierarchical: bool = True                   # trajvit2, ablation: --no-hierarchical uses the finest map of features alone
+    hard_mask: bool = True                      # trajvit2, ablation: with --no-hard-mask tokens read all points instead of their own
+    mean_start: bool = True                     # trajvit2, ablation: with --no-mean-start a token starts at its learned code, without z_init
     patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
     learned_tokens: int = 8                     # tokenlearner: tokens a time step
     rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
@@ -82,7 +87,8 @@ class ClipConfig:
     text: str = "world"                         # `world` (a BPE learnt from made captions), a tiktoken name, a folder
     text_length: int = 48                       # longest caption in tokens, the end token included
     # the loss
-    segmentation_weight: float = 1.0            # of (0.5 focal + dice); 0: no segmentation loss
+    segmentation_weight: float = 1.0            # of (0.5 focal + dice_weight x dice); 0: no segmentation loss
+    dice_weight: float = 1.0                    # of Dice beside half the focal loss; ablation: 0
     init_tokenizer: str | None = None           # start from the tokenizer of this folder (`trajtok.py pretrain` writes one)
     freeze_tokenizer: bool = False              # leave the tokenizer as it starts
     # the training
@@ -120,7 +126,7 @@ class ClipConfig:
         for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens"):
             if getattr(self, field) < 1:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
-        for field in ("micro_batch", "processes", "rlt_threshold"):
+        for field in ("micro_batch", "processes", "rlt_threshold", "dice_weight"):
             if getattr(self, field) < 0:
                 raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
         for width in (self.width, self.text_width):
@@ -132,8 +138,10 @@ class ClipConfig:
             raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
         if self.freeze_tokenizer and not self.init_tokenizer:
             raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
-        if self.places and self.tokenizer != "trajvit2":
-            raise BadInput(f"--places: is of trajvit2; leave it out with --tokenizer {self.tokenizer}")
+        for field in ("places", "path", "detach", "hierarchical", "hard_mask", "mean_start"):
+            flag = field.replace("_", "-")
+            if self.tokenizer != "trajvit2" and getattr(self, field) != getattr(type(self), field):
+                raise BadInput(f"--{flag}, --no-{flag}: are of trajvit2; leave them out with --tokenizer {self.tokenizer}")
         if self.init_tokenizer and self.tokenizer != "trajvit2":
             raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
         if self.eval_split not in ("test", "validation"):
@@ -153,8 +161,8 @@ CLIP_SIZES = {
     "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
                   max_objects=4, shared_colours=False, patch=8),
     "tiny":  dict(layers=6, width=256, heads=8,      text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4, warmup=500),
-    "base":  dict(layers=12, width=768, heads=12,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0, learned_tokens=16),
-    "large": dict(layers=24, width=1024, heads=16,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
+    "base":  dict(layers=12, width=768, heads=12, recompute=True,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0, learned_tokens=16),
+    "large": dict(layers=24, width=1024, heads=16, recompute=True,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
 }
 CLIP_SIZES = {name: {"size": name, **values} for name, values in CLIP_SIZES.items()}
 
@@ -504,8 +512,9 @@ class VideoCLIP(nn.Module):
 def shape_of(cfg):
     """The TrajTokConfig of a run: of --init-tokenizer, or the size's."""
     overrides = {k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None}
+    overrides |= {k: getattr(cfg, k) for k in ("detach", "hierarchical", "hard_mask", "mean_start", "recompute")}
     if not cfg.init_tokenizer:
-        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, places=cfg.places, **overrides)
+        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, places=cfg.places, path=cfg.path, **overrides)
     shape = tokenizer_config(cfg.init_tokenizer)
     if overrides.get("num_queries", shape.num_queries) != shape.num_queries:
         raise BadInput(f"--num-queries {cfg.num_queries}: the tokenizer in {cfg.init_tokenizer} has {shape.num_queries}; leave the flag out")
@@ -513,13 +522,13 @@ def shape_of(cfg):
         raise BadInput(f"--init-tokenizer {cfg.init_tokenizer}: its tokens are {shape.out_dim} wide, the transformer of --size {cfg.size} {cfg.width}; "
                        f"give the size that it was trained with, or --width {shape.out_dim}")
     overrides.pop("num_queries", None)
-    return dataclasses.replace(shape, places=shape.places or cfg.places, **overrides)
+    return dataclasses.replace(shape, places=shape.places or cfg.places, path=shape.path or cfg.path, **overrides)
 
 
 def resolve(cfg):
     """The configuration with what its size or its tokenizer decides filled in."""
     shape = shape_of(cfg)
-    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries, places=shape.places)
+    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries, places=shape.places, path=shape.path)
 
 
 def build(cfg, encoding):
@@ -529,8 +538,8 @@ def build(cfg, encoding):
         tokenizer = TrajTok(shape)
         if cfg.init_tokenizer:                                   # one that was made without places gets new ones
             saved = load_weights(TrajTok(tokenizer_config(cfg.init_tokenizer)), cfg.init_tokenizer, "video.tokenizer.").state_dict()
-            tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith("encoder.places.")} | saved)
-        shape.encoder.check(cfg.tokens_per_trajectory)           # refused now, not after the training
+            tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith(("encoder.places.", "encoder.path."))} | saved)
+        shape.check(cfg.tokens_per_trajectory)           # refused now, not after the training
     else:
         tokenizer = TOKENIZERS[cfg.tokenizer](cfg)
     if cfg.freeze_tokenizer:
@@ -550,17 +559,7 @@ def build(cfg, encoding):
 # One step: the loss of all clips of all processes, a micro-batch at a time
 # ---------------------------------------------------------------------------------------------------------------------
 
-def labelled(labels, k):
-    """What the segmentation terms are means over: (labelled points, regions: a label in a clip), on the segmenter's grid."""
-    b, t, height, width = labels.shape
-    if not b:
-        return [0.0, 0.0]
-    points = labels_on_grid(labels, (t, height // 4, width // 4), k)
-    there = torch.zeros(b, int(points.max()) + 2, dtype=torch.bool, device=labels.device).scatter_(1, points + 1, True)
-    return [float((points >= 0).sum()), float(there[:, 1:].sum())]
-
-
-def step_gradients(model, batch, totals, m, cfg, device):
+def step_gradients(model, batch, clips, labelled, m, cfg, device):
     """Gradients of one step's loss into p.grad -> dict of its terms, and of the counts for the log; all of them over all processes.
 
     The contrastive loss needs every clip's vector at once, the model's activations only a few clips' at a time:
@@ -568,7 +567,7 @@ def step_gradients(model, batch, totals, m, cfg, device):
       2. gather the vectors of all processes, and take the loss and its gradient on the own vectors,
       3. embed each micro-batch again, now with a graph, and send those gradients back through it, together with its segmentation loss.
     Nothing in the model is random once m is drawn, and no layer but TrajViT's BatchNorm looks at a batch's statistics: gradients are those of the whole batch.
-    batch: dict(video, labels, ids, mask); totals: [labelled points, regions] of all processes."""
+    batch: dict(video, labels, ids, mask); clips, labelled: how many clips, and clips with labels, all processes have in this step."""
     count, segmented = len(batch["video"]), cfg.tokenizer == "trajvit2" and cfg.segmentation_weight and not cfg.freeze_tokenizer
     size = cfg.micro_batch or max(count, 1)
     parts = [slice(i, i + size) for i in range(0, count, size)]
@@ -592,22 +591,21 @@ def step_gradients(model, batch, totals, m, cfg, device):
         # 3
         v, t, tokens, seg = kept.pop() if len(parts) == 1 else forward(part)
         roots, grads = [v, t], [x.grad[part] for x in vectors]
-        points, regions = labelled(batch["labels"][part], cfg.num_queries) if segmented and totals[0] else (0, 0)
-        if points:
+        if segmented and labelled and len(v):
             with precision(device, cfg.bf16):
-                terms = segmentation_loss(seg, batch["labels"][part])
-            terms = dict(focal=terms["focal"] * (points / totals[0]), dice=terms["dice"] * (regions / totals[1]))    # means become shares of the whole mean
-            roots.append(cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"]))           # SPECS 1
+                focal, dice = segmentation_loss(seg, batch["labels"][part])
+            share = len(v) / clips                               # both are means over clips: the parts' shares add up to the whole batch's mean
+            roots.append(share * cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice))
             grads.append(None)
-            for key, value in terms.items():
-                sums[key] += value.item()
+            sums["focal"] += share * focal.item()
+            sums["dice"] += share * dice.item()
         torch.autograd.backward(roots, grads)
         sums["tokens"] += tokens.mask.sum().item()
         sums["live"] += seg.alive.sum().item() if seg is not None else 0.0
     sum_gradients(p for p in model.parameters() if p.requires_grad)
     sums = dict(zip(sums, total(list(sums.values()), device)))
-    terms = dict(contrastive=contrastive.item()) | ({k: sums[k] for k in ("focal", "dice")} if segmented and totals[0] else {})
-    loss = terms["contrastive"] + (cfg.segmentation_weight * (0.5 * terms["focal"] + terms["dice"]) if "focal" in terms else 0.0)
+    terms = dict(contrastive=contrastive.item()) | ({k: sums[k] for k in ("focal", "dice")} if segmented and labelled else {})
+    loss = terms["contrastive"] + (cfg.segmentation_weight * (0.5 * terms["focal"] + cfg.dice_weight * terms["dice"]) if "focal" in terms else 0.0)
     return terms | dict(loss=loss), sums["tokens"], sums["live"]
 
 
@@ -772,25 +770,25 @@ def train(cfg):
             group["lr"] = lr * group["scale"]
         # 2. the batch: clips, captions, and labels where there are any
         damage.add(batch["bad"], files or math.inf)
-        batch, counts = data.finish(batch, device), [0.0, 0.0]
+        batch, labelled = data.finish(batch, device), 0
         if batch["video"] is None:                               # every file of it was damaged
             batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
         elif cfg.augment:                                        # before the labels are counted: a crop cuts some away
             # no flip of made clips: their captions tell left from right
             batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
         if len(batch["video"]) and cfg.tokenizer == "trajvit2":
-            counts = labelled(batch["labels"], cfg.num_queries)
-        clips, *counts = total([len(batch["video"]), *counts], device)
+            labelled = int((batch["labels"] >= 0).flatten(1).any(1).sum())
+        clips, labelled = total([len(batch["video"]), labelled], device)
         if not clips:
             continue
         batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
         wait = time.time() - mark
         # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
         model.train()
-        choices = shape.encoder.choices
+        choices = shape.choices
         m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
         optimizer.zero_grad()
-        values, tokens, live = step_gradients(model, batch, counts, m, cfg, device)
+        values, tokens, live = step_gradients(model, batch, clips, labelled, m, cfg, device)
         if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
             told = True
             print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else

@@ -49,9 +49,9 @@ from tqdm import tqdm
 import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
-from encoder import EncoderConfig, TrajectoryEncoder
-from segmenter import Segmenter, fit_weights, fourier_codes, labels_on_grid, read_weights, rename
-from trajtok import (Damage, Run, TrajTok, TrajTokConfig, aligned, check_finite, flags, held_out_share, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
+from encoder import TrajectoryEncoder, soft_sums
+from segmenter import Segmenter, fourier_codes, labels_on_grid, one_hot
+from trajtok import (Damage, Run, TrajTok, TrajTokConfig, fit_weights, load_official_segmenter, read_weights, rename, aligned, check_finite, flags, held_out_share, launch, learning_rate, meet, peak_memory_gb, plot, plot_lines, precision, ranks,
                      results_folder, run_name, setup, sigterm, split_entries, spread_of, tokenizer_config, total, write_text, write_weights)
 
 
@@ -875,7 +875,7 @@ class TrajectoryConnector(nn.Module):
         super().__init__()
         heads = next(a for a in (8, 4, 2, 1) if dim % a == 0 and dim // a >= 16)
         self.m, self.places = m, Places(dim, window, side)
-        self.encoder = TrajectoryEncoder(EncoderConfig(dim=dim, num_queries=num_queries, depth=2, heads=heads, max_tokens=m, out_dim=dim))
+        self.encoder = TrajectoryEncoder(TrajTokConfig(dim=dim, num_queries=num_queries, depth=2, heads=heads, max_tokens=m, out_dim=dim))
         self.project = Project(dim, width)
 
     def counts(self, ids):
@@ -885,12 +885,9 @@ class TrajectoryConnector(nn.Module):
 
     def forward(self, features, ids, window):
         x, ids, K = self.places(features).flatten(1, 3), ids.flatten(1).long(), self.encoder.cfg.num_queries
-        cell = (torch.where(ids < 0, K, ids) + (K + 1) * torch.arange(len(ids), device=ids.device)[:, None]).flatten()
-        total = torch.zeros(len(ids) * (K + 1), x.shape[-1] + 1, device=x.device).index_add_(0, cell, F.pad(x.float(), (0, 1), value=1.0).flatten(0, 1))
-        total = total.view(len(ids), K + 1, -1)[:, :K]
-        alive = total[..., -1] > 0
-        z = (total[..., :-1] / total[..., -1:].clamp(min=1)).to(x.dtype)
-        tokens = self.encoder.tokens(self.encoder.encode(z, [self.encoder.chunk(x, ids, self.m)], self.m), alive, self.m)
+        owned = one_hot(ids, K)                                  # (v, n, K)
+        latents = self.encoder.start(*soft_sums(owned, x), None, self.m).to(x.dtype)
+        tokens = self.encoder.finish(self.encoder.perceiver(latents, x, ids), owned.any(1))
         return self.project(tokens.z[tokens.mask], window.repeat_interleave(tokens.mask.sum(1)))
 
 
@@ -1220,8 +1217,8 @@ def open_parts(cfg, device):
     vision = SigLIP2.from_pretrained(cfg.vision, torch.float32) if cfg.vision else None
     folder = cfg.segmenter or pretrained_segmenter(cfg)
     if Path(folder).is_file():
-        segmenter = Segmenter.load_official(folder)
-        tokenizer = TrajTokConfig(**{f.name: getattr(segmenter.cfg, f.name) for f in dataclasses.fields(segmenter.cfg)})
+        segmenter = load_official_segmenter(folder)
+        tokenizer = dataclasses.replace(segmenter.cfg, frames=16)
     else:
         tokenizer, segmenter = tokenizer_config(folder), TrajTok.from_pretrained(folder).segmenter
     tokenizer = dataclasses.replace(tokenizer, **({"image_size": cfg.image_size} if cfg.image_size else {}))
@@ -1776,7 +1773,7 @@ def open_model(folder, device):
         window, grid, words = kinds["window"], kinds["grid"], kinds["words"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"--model {folder}: no finished run of train_vlm.py ({type(error).__name__}: {error}); give its folder, e.g. out/vlm-nano-trajtok-0") from None
-    segmenter = Segmenter(shape.segmenter)
+    segmenter = Segmenter(shape)
     parts = Parts(load_tokenizer(words), segmenter.requires_grad_(False).eval(), shape, vision, decoder, vision.cfg.width if vision else shape.dim,
                   vision.cfg.side if vision else shape.image_size // 8, window)
     model = VLM(Decoder(decoder), connector_of(cfg.connector, parts, cfg, grid), None if cfg.connector == "blind" else vision)

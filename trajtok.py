@@ -5,7 +5,7 @@
     tokenizer = TrajTok("nano")                                  # or TrajTok(TrajTokConfig(...)), or
     tokenizer = TrajTok.from_pretrained("out/clip-nano")         # what train_clip.py or `pretrain` wrote
     tokenizer = TrajTok.load_official("trajvit2.pth")            # what the authors released
-    tokens, segmentation = tokenizer(video, tokens_per_trajectory=2)         # or budget=32
+    tokens, segmentation = tokenizer(video, tokens_per_trajectory=2)
     tokens = tokenizer.stream(frames)                            # a video of any length
 
     python trajtok.py pretrain                                   # the segmenter alone, on the procedural world
@@ -13,15 +13,12 @@
     python trajtok.py show clip.mp4                              # an MP4 and a PNG: frames above, trajectories below
     python trajtok.py show world                                 # the same on a made clip, the true trajectories below
     python trajtok.py show film.mp4 --frames 0                   # every frame, at any length, in memory that does not grow
-    python trajtok.py bench --size large --frames 8,16           # speed and memory beside the straightforward implementation
-    python trajtok.py score DAVIS --weights out/segmenter-nano   # labels and segmenters on real sequences with masks, beside baselines
 
 The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
 rate's schedule, several processes, checkpoints that survive a kill at any moment, the log, and pictures.
 """
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -35,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,154 +41,178 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from einops import rearrange
 from tqdm import tqdm
 
 import data
 from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
-from encoder import EncoderConfig, Tokens, TrajectoryEncoder
-from segmenter import (Again, Segmenter, SegmenterConfig, best_overlaps, fit_weights, grid_tubes, hungarian, labels_on_grid, normalise,
-                       object_scores, official_part, official_perceiver, official_segmenter, overlaps, read_weights, rename, rotary_table, rotate,
-                       segmentation_loss, video_metrics)
+from encoder import Path as TrajectoryPath
+from encoder import Tokens, TrajectoryEncoder, soft_sums
+from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, grid_tubes, hungarian, labels_on_grid,
+                       normalise, segmentation_loss, tube_overlaps, video_metrics)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class TrajTokConfig:
-    """Segmenter and encoder in one; the defaults are the paper's. image_size and frames are what it is trained on: any clip
-    whose sides are multiples of 32 goes through."""
+    """The one configuration of segmenter and encoder; the defaults are the paper's. image_size and frames are what the
+    tokenizer is trained on: clips of other lengths, and of other sizes that are multiples of 32, go through as well."""
     image_size: int = 224
     frames: int = 16
-    dim: int = 512                              # d: width of features, queries, tokens inside
-    num_queries: int = 128                      # K
-    depth: int = 2                              # layers of the segmenter's and of the encoder's Perceiver
+    dim: int = 512                  # d: width of features, queries and tokens inside
+    num_queries: int = 128          # K: trajectories a clip at most
+    depth: int = 2                  # layers of each Perceiver
     heads: int = 8
-    depths: tuple = (3, 3, 9, 3)                # ConvNeXt-Tiny
+    depths: tuple = (3, 3, 9, 3)    # ConvNeXt-Tiny
     dims: tuple = (96, 192, 384, 768)
-    max_tokens: int = 4                         # tokens a trajectory: 1, 2 or 4
-    out_dim: int = 512                          # d': width of the tokens that leave
-    scale: float = 10.0                         # of the mask logits, at the start
-    detach: bool = True                         # ablation: gradients of the Perceiver into F
-    hierarchical: bool = True                   # ablation: one scale of features instead of four
-    hard_mask: bool = True                      # ablation: tokens read all points instead of their own
-    places: bool = False                        # points say where and when they are (encoder.TrajectoryEncoder.see); the paper's do not
-    # what the authors' release does otherwise; load_official turns it on (segmenter.Perceiver, encoder.EncoderConfig)
+    max_tokens: int = 4             # tokens of a trajectory: 1, 2 or 4
+    out_dim: int = 512              # d': width of the tokens that leave
+    scale: float = 10.0             # of the mask logits at the start; learned, at most 20
+    recompute: bool = False         # less memory, more time: keep few activations, compute the others again
+    # two extensions of ours (encoder.py)
+    places: bool = False            # points say where and when they are
+    path: bool = False              # tokens know how their trajectory moved
+    # the paper's ablations
+    detach: bool = True             # False: the Perceiver's gradient reaches the features
+    hierarchical: bool = True       # False: the finest map alone
+    hard_mask: bool = True          # False: tokens read all points instead of their own
+    mean_start: bool = True         # False: a token starts at its learned code, without z_init
+    # what the authors' checkpoints were trained with; load_official turns it on
     normed_residual: bool = False
     norm_media: bool = False
     last_points: int = 0
-    mean_start: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "depths", tuple(self.depths))  # JSON has lists only
         object.__setattr__(self, "dims", tuple(self.dims))
-        if not isinstance(self.image_size, int) or self.image_size % 32 or self.image_size < 32:
-            raise BadInput(f"image size {self.image_size}: the strides need a multiple of 32, e.g. {max(32, round(self.image_size / 32) * 32)}")
-        if not 1 <= self.frames <= 100_000 or self.image_size > 8192 or self.out_dim < 1 or self.last_points < 0:
-            raise BadInput(f"frames {self.frames}, image size {self.image_size}, out_dim {self.out_dim}, last_points {self.last_points}: 1 to 100000 frames "
-                           "(show --frames 0 takes any number), 32 to 8192 px, out_dim from 1 on, last_points from 0 on")
-        self.segmenter, self.encoder                             # both check themselves
+        numbers = (self.frames, self.dim, self.num_queries, self.depth, self.heads, self.out_dim, *self.depths, *self.dims)
+        if not all(isinstance(n, int) and n >= 1 for n in numbers) or len(self.depths) != len(self.dims):
+            raise BadInput(f"{self}: whole numbers from 1 on are needed, and as many depths as dims")
+        if not isinstance(self.image_size, int) or self.image_size % 32 or not 32 <= self.image_size <= 8192:
+            raise BadInput(f"image size {self.image_size}: a multiple of 32, from 32 to 8192 px, e.g. 224")
+        if self.dim % self.heads or self.dim % 8:
+            raise BadInput(f"dim {self.dim} with {self.heads} heads: dim must be a multiple of the heads and of 8")
+        if not 1 < self.scale <= 20 or self.last_points < 0:
+            raise BadInput(f"scale {self.scale}, last_points {self.last_points}: a scale above 1, at most 20; points from 0 on")
+        if not isinstance(self.max_tokens, int) or self.max_tokens not in (1, 2, 4, 8, 16):
+            raise BadInput(f"max_tokens {self.max_tokens}: a power of two (the paper: 4)")
 
     @property
-    def segmenter(self):
-        return SegmenterConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SegmenterConfig)})
+    def choices(self):
+        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens."""
+        return tuple(2 ** i for i in range(self.max_tokens.bit_length()))
 
-    @property
-    def encoder(self):
-        return EncoderConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(EncoderConfig)})
+    def check(self, m):
+        if m not in self.choices:
+            raise BadInput(f"tokens per trajectory {m}: one of {', '.join(map(str, self.choices))}")
+        return m
 
 
-#  size      px  frames    d    K  layers heads  ConvNeXt blocks and widths                   parameters (a test counts them)
+TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
 SIZES = {
-    "nano":  TrajTokConfig(64,   8,  96,  24, 1, 4, (1, 1, 2, 1), (32, 64, 128, 256),  out_dim=128),   #  1.4 M
-    "tiny":  TrajTokConfig(128,  8, 256,  32, 2, 8, (2, 2, 4, 2), (48, 96, 192, 384),  out_dim=256),   #  8.8 M
-    "base":  TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=768),   # 46.2 M
-    "large": TrajTokConfig(224, 16, 512, 128, 2, 8, (3, 3, 9, 3), (96, 192, 384, 768), out_dim=1024),  # 46.4 M: the paper's 46 M
+    "nano":  TrajTokConfig(image_size=64, frames=8, dim=96, num_queries=24, depth=1, heads=4, out_dim=128,
+                           depths=(1, 1, 2, 1), dims=(32, 64, 128, 256)),                     # 1.4 M parameters
+    "tiny":  TrajTokConfig(image_size=128, frames=8, dim=256, num_queries=32, depth=2, heads=8, out_dim=256,
+                           depths=(2, 2, 4, 2), dims=(48, 96, 192, 384)),                     # 8.8 M
+    "base":  TrajTokConfig(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, out_dim=768,
+                           recompute=True, **TINY),                                           # 46.2 M
+    "large": TrajTokConfig(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, out_dim=1024,
+                           recompute=True, **TINY),                                           # 46.4 M: the paper's 46 M
 }
 
 
 class TrajTok(nn.Module):
-    """The tokenizer. forward(video, tokens_per_trajectory=None) -> Tokens, Segmentation."""
+    """The tokenizer: video uint8 (b, t, H, W, 3) -> Tokens, Segmentation.
 
-    def __init__(self, size="nano"):
+    size: a name from SIZES or a TrajTokConfig. backbone: a module of your own instead of the ConvNeXt (segmenter.py)."""
+
+    def __init__(self, size="nano", backbone=None):
         super().__init__()
         if isinstance(size, str) and size not in SIZES:
             raise BadInput(f"--size {size}: one of {', '.join(SIZES)}")
-        self.cfg = cfg = SIZES[size] if isinstance(size, str) else size
-        self.segmenter, self.encoder = Segmenter(cfg.segmenter), TrajectoryEncoder(cfg.encoder)
+        self.cfg = SIZES[size] if isinstance(size, str) else size
+        self.segmenter = Segmenter(self.cfg, backbone)
+        self.encoder = TrajectoryEncoder(self.cfg)
 
-    def forward(self, video, tokens_per_trajectory=None, budget=None):
-        """tokens_per_trajectory: 1, 2 or 4 for each trajectory; or budget: at most so many tokens a clip, spread over the
-        trajectories by their size and motion (encoder.spread)."""
-        seg = self.segmenter(video)                                          # (b, t, H, W, 3) -> F, M_soft, M_hard
-        return self.encoder(seg.features, seg, tokens_per_trajectory, budget), seg
+    def forward(self, video, tokens_per_trajectory=None):
+        """tokens_per_trajectory: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka), else 1."""
+        m = tokens_per_trajectory
+        if m is None:
+            m = int(np.random.choice(self.cfg.choices)) if self.training else 1
+        seg = self.segmenter(video)
+        return self.encoder(seg.features, seg, self.cfg.check(m)), seg
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of a video of any length, as forward would give them (to rounding), in memory that does not grow with it.
+        """The tokens of a video of any length, as forward would give them, in memory that does not grow with it.
 
-        frames: uint8 (t, H, W, 3), a tensor, array or memory map; or a callable that returns, each time anew, an iterator over
-        such pieces in order (a decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece.
-        -> Tokens (b = 1), on the tokenizer's device.
+        frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces in order (a
+        decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece. -> Tokens, b = 1.
+        The features of a long video fit no memory. So the video is gone through again whenever something has to wait for
+        all of it: once a layer of each Perceiver, and once for z_init. Time for memory."""
+        segmenter, encoder, cfg = self.segmenter, self.encoder, self.cfg
+        m, device = cfg.check(tokens_per_trajectory), segmenter.latents.device
+        source, count = pieces(frames, chunk), 0                # count: frames in all, known after the first pass
 
-        Features of a long video fit no memory, but a softmax can be taken a piece at a time (segmenter.Partial, join), if one goes
-        through the video once for each time that something waits for all of it: once a layer of the segmenter's Perceiver,
-        once for z_init, once a layer of the encoder's. So the backbone runs depth + 1 + depth times: time for memory."""
-        source, segmenter, encoder = pieces(frames, chunk), self.segmenter, self.encoder
-        m = encoder.cfg.check(tokens_per_trajectory)
-        device = segmenter.latents.device
-        count = 0                                                # frames of the video, known after the first round
-
-        def features():                                          # (first frame, video, F (1, n, d), grid)
+        def features():                                         # -> first frame, piece, F (1, n, d), grid
             first = 0
             for video in source():
                 f, grid = segmenter.extract(normalise(video.to(device)))
                 yield first, video, f, grid
                 first += grid[0]
 
-        def points():                                            # for the segmenter's Perceiver
+        def read_by_queries():
             nonlocal count
-            count = 0
             for first, _, f, (t, h, w) in features():
                 count = first + t
-                yield f, segmenter.positions(f, first * h * w)
+                yield first * h * w, f, None
 
-        latents = segmenter.perceiver(segmenter.latents[None], Again(points))
+        queries = perceive(segmenter.perceiver, segmenter.latents[None], read_by_queries)
         if not count:
             raise BadInput("an empty video: not one frame to make tokens of")
 
-        def clusters():                                          # (first frame, video, Segmentation)
+        def clusters():                                         # -> first frame, piece, Segmentation
             for first, video, f, grid in features():
-                yield first, video, segmenter.assign(latents, f, grid)
+                logits = segmenter.mask_logits(queries, f)
+                ids = logits.argmax(-1)
+                alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
+                yield first, video, Segmentation(f, logits, ids, alive, grid)
 
-        total, weight, alive = 0.0, 0.0, False
+        total, weight, alive, path = 0.0, 0.0, False, []
         for first, video, seg in clusters():
-            part, share = encoder.sums(encoder.see(seg.features, seg.grid, first, count), seg.logits)
+            soft = seg.logits.softmax(-1)                       # over the queries
+            part, share = soft_sums(soft, encoder.add_places(seg.features, seg.grid, first, count))
             total, weight, alive = total + part, weight + share, seg.alive | alive
+            if cfg.path:
+                path.append(TrajectoryPath.sums(soft, seg.grid))
             if each:
                 each(first, video, seg)
+        latents = encoder.start(total, weight, torch.cat(path, 1) if path else None, m)
 
-        def rows():                                              # for the encoder's Perceiver
+        def read_by_tokens():
             for first, _, seg in clusters():
+                points = encoder.add_places(seg.features, seg.grid, first, count)
                 cells = seg.grid[1] * seg.grid[2]
-                yield encoder.chunk(encoder.see(seg.features, seg.grid, first, count), seg.ids, m, count * cells, first * cells)
+                number = first * cells + torch.arange(seg.ids.shape[1], device=device)
+                everyone = number >= count * cells - cfg.last_points
+                yield first * cells, points, seg.ids.masked_fill(everyone, EVERYONE)
 
-        z = encoder.encode(encoder.mean(total, weight), Again(rows), m)
-        return encoder.tokens(z, alive, m)
+        owner = torch.arange(cfg.num_queries, device=device).repeat_interleave(m)
+        z = perceive(encoder.perceiver, latents, read_by_tokens, owner if cfg.hard_mask else None)
+        return encoder.finish(z, alive)
 
     @torch.no_grad()
     def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
-        """The same video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a window, whose
-        number grows with the video (the published TrajVLM: 128 tokens for every 8 frames). -> Tokens (b = 1);
-        trajectory k of window i is number i·K + k."""
-        parts, K, device, first = [], self.cfg.num_queries, self.segmenter.latents.device, 0
+        """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a window, so their
+        number grows with the video. -> Tokens, b = 1; trajectory k of window i is number i·K + k."""
+        parts, first = [], 0
         for video in pieces(frames, window)():
-            tokens, seg = self(video.to(device), tokens_per_trajectory)
-            parts.append(tokens._replace(trajectory=tokens.trajectory + len(parts) * K))
+            tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
+            parts.append(tokens._replace(trajectory=tokens.trajectory + len(parts) * self.cfg.num_queries))
             if each:
                 each(first, video, seg)
             first += video.shape[1]
@@ -206,14 +228,13 @@ class TrajTok(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A folder that `save_pretrained`, `pretrain` or train_clip.py wrote (of the last, the tokenizer is taken)."""
-        return load_weights(cls(tokenizer_config(folder)), folder, "tokenizer.")
+        """A folder that save_pretrained, `pretrain` or train_clip.py wrote (of the last, the tokenizer) -> in eval mode."""
+        return load_weights(cls(tokenizer_config(folder)), folder, "tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
-        """The tokenizer of a checkpoint that the authors released (SPECS 1), .pth or safetensors, e.g. TrajViT2's. Its configuration
-        is read off names and shapes; what the release does otherwise than the paper is switched on. mean_start: was it trained
-        with z_init added to the codes (`add_mean_traj`)? The weights do not tell."""
+        """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's. Its configuration
+        is read off names and shapes. mean_start: was it trained with z_init added to the codes? The weights do not tell."""
         weights = official_part(read_weights(path), ("segmenter.log_scale", "latents", "traj_feature_updater.norm_lat.weight"), path)
         shape, inside = official_segmenter({k.removeprefix("segmenter."): v for k, v in weights.items() if k.startswith("segmenter.")}, path)
         own = rename({k: v for k, v in weights.items() if not k.startswith("segmenter.")}, [(r"traj_feature_updater\.(.+)", r"perceiver.\1")])
@@ -221,9 +242,71 @@ class TrajTok(nn.Module):
         if (depth, heads) != (shape.depth, shape.heads) or own["latents"].dim() != 3 or "output_projector.weight" not in own or own["output_projector.weight"].dim() != 2:
             raise BadInput(f"{path}: an encoder of {depth} layers, {heads} heads and codes {tuple(own['latents'].shape)} beside a segmenter of "
                            f"{shape.depth} layers and {shape.heads} heads; expected the same, codes (K, n, d), and an output_projector")
-        common = {f.name: getattr(shape, f.name) for f in dataclasses.fields(SegmenterConfig)}
-        cfg = TrajTokConfig(224, 8, **common, max_tokens=own["latents"].shape[1], out_dim=len(own["output_projector.weight"]), last_points=2, mean_start=mean_start)
-        return fit_weights(cls(cfg), {f"segmenter.{k}": v for k, v in inside.items()} | {f"encoder.{k}": v for k, v in own.items()}, path)
+        cfg = dataclasses.replace(shape, max_tokens=own["latents"].shape[1], out_dim=len(own["output_projector.weight"]), last_points=2, mean_start=mean_start)
+        return fit_weights(cls(cfg), {f"segmenter.{k}": v for k, v in inside.items()} | {f"encoder.{k}": v for k, v in own.items()}, path).eval()
+
+
+def load_official_segmenter(path):
+    """The Segmenter of a checkpoint that the authors released, .pth or safetensors: alone or inside TrajViT2's."""
+    cfg, weights = official_segmenter(official_part(read_weights(path), ("log_scale", "trajectory_perceiver.latents"), path), path)
+    return fit_weights(Segmenter(cfg), weights, path).eval()
+
+
+def load_convnext(path):
+    """A published ConvNeXt: the original's file, DINOv3's, timm's, or a hub folder. Depths and widths are read off it."""
+    weights, depths, dims = convnext_names(read_weights(path), path)
+    return fit_weights(ConvNeXt(depths, dims), weights, path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Long video: a Perceiver that reads its points a piece at a time
+# -----------------------------------------------------------------------------------------------------------
+
+EVERYONE = -1                       # id of a point that every token may read (last_points)
+
+
+class RunningSoftmax:
+    """sum_j softmax(s)_j v_j over pieces of j, exactly, as flash attention does it (arXiv 2205.14135): weights are taken
+    relative to the largest score so far, and what was summed before is scaled down when a larger one comes."""
+
+    def __init__(self):
+        self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
+
+    def add(self, s, v):                                        # scores (..., q, n), values (..., n, c)
+        top = torch.maximum(self.top.to(s.device), s.amax(-1, keepdim=True))
+        old = (self.top.to(s.device) - top).exp()
+        w = (s - top).exp()
+        self.norm = self.norm * old + w.sum(-1, keepdim=True)
+        self.total = self.total * old + w @ v
+        self.top = top
+
+    def mean(self):
+        return self.total / self.norm
+
+
+def perceive(perceiver, latents, chunks, owner=None):
+    """Perceiver.forward, where chunks() goes through (number of the first point, points (1, n, d), ids (1, n) or None), once
+    a layer. owner (s,): the trajectory of each latent, under the hard mask. latents (1, s, d) -> (1, s, d)."""
+    for attention, mlp in perceiver.layers:
+        x, softmax = perceiver.norm_lat(latents), None
+        for first, points, ids in chunks():
+            parts = attention.project(x, perceiver.norm_ctx(points), latents.shape[1] + first)
+            q, k_own, v_own, k, v = (part.transpose(1, 2).float() for part in parts)
+            q = q / math.sqrt(q.shape[-1])
+            s_own, s = q @ k_own.mT, q @ k.mT                   # (1, a, s, s), (1, a, s, n)
+            if owner is not None:
+                s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
+                s = s.masked_fill((owner[:, None] != ids) & (ids != EVERYONE), -math.inf)
+            if softmax is None:                                 # the latents themselves come first
+                softmax = RunningSoftmax()
+                softmax.add(s_own, v_own)
+            softmax.add(s, v)
+        if softmax is None:
+            return latents                                      # an empty video
+        y = rearrange(softmax.mean(), "b a s c -> b s (a c)").to(latents.dtype)
+        latents = (x if perceiver.normed_residual else latents) + attention.to_out(y)
+        latents = latents + mlp(latents)
+    return latents
 
 
 def pieces(frames, length):
@@ -270,6 +353,186 @@ def load_weights(module, folder, prefix=""):
         if any(key.startswith(begin) for key in weights):
             weights = {key[len(begin):]: value for key, value in weights.items() if key.startswith(begin)}
     return fit_weights(module, weights, path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Weights that others published
+# -----------------------------------------------------------------------------------------------------------
+
+KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)      # numbers; the last two: counters
+
+
+def read_weights(path, wrappings=("model", "state_dict")):
+    """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
+    model.safetensors or pytorch_model.bin, or either's .index.json and the shards that it names -> {name: tensor}, on the CPU.
+    Wrappings, {"model": ...}, {"state_dict": ...}, are taken off, of several in one file the first, and `module.`. Half a file, no
+    weights, or weights that are not finite numbers: BadInput."""
+    path = Path(path)
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    file = next((path / n for n in names if (path / n).exists()), None) if path.is_dir() else path
+    if file is None or not file.exists():
+        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin, nor the index of their shards" if path.is_dir() else "no such file or folder; check the path"))
+    if file.name.endswith(".index.json"):
+        return read_shards(file)
+    try:
+        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:                                   # torch.load raises many types on a file that is not its own
+        raise BadInput(f"{file}: not a whole file of weights ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}); fetch it again") from None
+    while isinstance(weights, dict) and (inner := next((weights[k] for k in wrappings if isinstance(weights.get(k), dict)), None)):
+        weights = inner
+    if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights) or not any(torch.is_tensor(v) for v in weights.values()):
+        raise BadInput(f"{file}: holds no named weights; expected a state dict")
+    weights = {k.removeprefix("module."): v for k, v in weights.items() if torch.is_tensor(v)}
+    odd = [f"{k} ({v.dtype}, {v.layout})" for k, v in weights.items() if v.layout != torch.strided or v.is_meta or v.dtype not in KINDS]
+    if odd:
+        raise BadInput(f"{file}: tensors of a kind that is not read here: {', '.join(odd)}; save them as float32")
+    broken = [k for k, v in weights.items() if not v.isfinite().all()]
+    if broken:
+        raise BadInput(f"{file}: weights that are NaN or infinite: {', '.join(broken)}; fetch or train it again")
+    return weights
+
+
+def read_shards(index):
+    """A hub's index of shards (JSON) -> the weights of all the files that it names; each must be there and hold what the index says."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise BadInput(f"{index}: no index of shards ({type(error).__name__}: {error}); fetch it again") from None
+    if lacking := [f for f in files if not (index.parent / f).is_file()]:
+        raise BadInput(f"{index}: names shards that are not beside it: {', '.join(lacking)}; fetch them too")
+    shards = {f: read_weights(index.parent / f) for f in files}
+    if lacking := [f"{k} in {f}" for k, f in places.items() if k not in shards[f]]:
+        raise BadInput(f"{index}: weights that are not where it says: {', '.join(lacking)}; fetch the folder again")
+    return {k: v for shard in shards.values() for k, v in shard.items()}
+
+
+def fit_weights(module, weights, where):
+    """weights into module, strictly: missing, unexpected and wrongly shaped keys are all listed, and refused: BadInput."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
+    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
+    wrong += [f"{k} holds {weights[k].dtype}" for k in own if k in weights and own[k].is_floating_point() != weights[k].is_floating_point()]
+    if wrong:
+        raise BadInput(f"{where}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong)})")
+    module.load_state_dict(weights)
+    return module
+
+
+def rename(weights, rules):
+    """Each key by the first rule (pattern, replacement) that fits its whole; a replacement None drops it. Others stay as they are."""
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, replacement in rules:
+            if match_ := re.fullmatch(pattern, key):
+                key = None if replacement is None else match_.expand(replacement)
+                break
+        if key is not None:
+            renamed[key] = value
+    return renamed
+
+
+def count(weights, pattern):
+    """1 + the largest number that group 1 of the pattern takes among the keys; 0 if it fits none."""
+    return 1 + max((int(m[1]) for key in weights if (m := re.match(pattern, key))), default=-1)
+
+
+# published names of a ConvNeXt's weights -> ours, which are those of the original release
+CONVNEXT_NAMES = [
+    # original, and DINOv3's, which has the last norm twice
+    (r"norms\.3\..+", None),
+    # classifiers on top
+    (r"(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
+    # timm
+    (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
+    (r"stages\.(\d)\.downsample\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw\.(.+)", r"stages.\1.\2.dwconv.\3"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
+    (r"stages\.(\d)\.blocks\.(\d+)\.(gamma|norm\..+)", r"stages.\1.\2.\3"),
+    (r"head\.norm\.(.+)", r"norm.\1"),
+    # hub, ConvNext
+    (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
+    (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
+    (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(.+)", r"stages.\1.\2.norm.\3"),
+    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:dwconv|pwconv[12])\..+)", r"stages.\1.\2.\3"),
+    # hub, DINOv3
+    (r"stages\.(\d)\.downsample_layers\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
+    (r"stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.(.+)", r"stages.\1.\2.dwconv.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.layer_norm\.(.+)", r"stages.\1.\2.norm.\3"),
+    (r"stages\.(\d)\.layers\.(\d+)\.pointwise_conv([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
+    (r"(?:layernorm|layer_norm)\.(.+)", r"norm.\1"),
+]
+
+
+def convnext_names(weights, where):
+    """Any published layout -> (weights under our names, depths, dims), the last two read off names and shapes."""
+    for prefix in ("convnext.", "backbone.", "model."):
+        if all(k.startswith(prefix) or k.startswith(("head.", "classifier.")) for k in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    weights = rename(weights, CONVNEXT_NAMES)
+    depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
+    stems = [weights.get(f"downsample_layers.{i}.{int(i > 0)}.weight") for i in range(4)]
+    if 0 in depths or any(s is None or s.dim() != 4 for s in stems):
+        raise BadInput(f"{where}: not a ConvNeXt in a layout that is known (original, DINOv3, timm, hub); its keys: {', '.join(list(weights)[:4])} ...")
+    return weights, depths, tuple(len(s) for s in stems)
+
+
+
+# the authors' names -> ours
+SEGMENTER_NAMES = [
+    (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
+    (r"trajectory_perceiver\.latents", r"latents"),
+    (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
+    (r"(traj_seg_head|patch_decoder)_low_res\.(.+)", r"\1.\2"),
+    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),     # for the release's training only
+]
+
+
+def official_part(weights, marks, where):
+    """The keys under the prefix that holds all of `marks`, without it. A segmenter's checkpoint says
+    `vision_encoder.`, TrajViT2's `vision_encoder.traj_tokenizer.`; beside that prefix stand other models, which are left alone."""
+    for prefix in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
+        for inner in ("", "segmenter."):
+            if all(prefix + inner + mark in weights for mark in marks):
+                return {k.removeprefix(prefix + inner): v for k, v in weights.items() if k.startswith(prefix + inner)}
+    raise BadInput(f"{where}: not in the authors' layout: no {' and '.join(marks)} under any known prefix; its keys: {', '.join(list(weights)[:4])} ... "
+                   "(folders that these scripts wrote: from_pretrained)")
+
+
+def official_perceiver(weights, begin, where):
+    """Names of one of the release's Perceivers under `begin` -> (depth, heads). The stored rotary frequencies tell the heads, are
+    compared with theta^(-2i/r), and dropped from `weights`."""
+    depth, dim = count(weights, rf"{begin}layers\.(\d+)\."), weights[begin + "norm_lat.weight"].numel()
+    heads = set()
+    for i in range(depth):
+        stored = weights.pop(f"{begin}layers.{i}.0.rotary_emb.freqs", None)
+        if stored is None:
+            raise BadInput(f"{where}: missing {begin}layers.{i}.0.rotary_emb.freqs, which tells the number of heads")
+        turns = 2 * stored.numel()                               # channels of a head that turn: half of them
+        heads.add(dim // (2 * turns) if turns and dim % (2 * turns) == 0 else 0)
+        wanted = 1e4 ** (-torch.arange(0, turns, 2) / max(turns, 1))
+        if 0 in heads or len(heads) > 1 or not torch.allclose(stored.float().flatten(), wanted, rtol=5e-3):          # rtol: bfloat16 rounds by 0.4 %
+            raise BadInput(f"{where}: {begin}layers.{i}.0.rotary_emb.freqs {tuple(stored.shape)} are not the frequencies 1e4^(-2i/r) of heads of one width")
+    if not heads:
+        raise BadInput(f"{where}: {begin}layers: not one layer")
+    return depth, heads.pop()
+
+
+def official_segmenter(weights, where):
+    """The release's segmenter -> (TrajTokConfig read off names and shapes, weights under our names)."""
+    backbone = {k.removeprefix("patch_encoder.backbone."): v for k, v in weights.items() if k.startswith("patch_encoder.backbone.")}
+    backbone, depths, dims = convnext_names(backbone, where)
+    rest = rename({k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}, SEGMENTER_NAMES)
+    for key, axes in (("latents", 2), ("perceiver.norm_lat.weight", 1)):
+        if key not in rest or rest[key].dim() != axes:
+            raise BadInput(f"{where}: {key} " + (f"is {tuple(rest[key].shape)}, not of {axes} dimensions" if key in rest else "is missing"))
+    depth, heads = official_perceiver(rest, "perceiver.", where)
+    queries, dim = rest["latents"].shape
+    cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims, frames=8, normed_residual=True, norm_media=True)
+    return cfg, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +601,7 @@ def precision(device, bf16=None):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step (SPECS 1)."""
+    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
@@ -720,11 +983,10 @@ def strip(video, *rows, scale=1):
     for r in rows:
         mine = colours
         if r is not rows[-1]:
-            p, g = int(r.max()) + 1, int(rows[-1].max()) + 1
-            inter, area, predicted = (x[0].numpy() for x in overlaps(torch.from_numpy(r).reshape(1, -1), torch.from_numpy(rows[-1]).reshape(1, -1), p, g))
-            cost = -(inter / np.maximum(area[:, None] + predicted - inter, 1))[None]
-            pairs = list(enumerate(hungarian(cost)[0])) if g <= p else [(a, b) for b, a in enumerate(hungarian(cost.transpose(0, 2, 1))[0])]
-            order = {b: a for a, b in pairs}
+            p = int(r.max()) + 1
+            inter, union = tube_overlaps(torch.from_numpy(r), torch.from_numpy(rows[-1]))
+            labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
+            order = dict(zip(tubes.tolist(), labels.tolist()))
             spare = iter([c for c in range(count + p) if c not in order.values()])
             mine = palette(count + p)[[order[i] if i in order else next(spare) for i in range(p)]]
         pictures.append(paint(video, r, mine))
@@ -848,7 +1110,7 @@ def evaluate_segmenter(segmenter, batches, device, limit):
         with torch.no_grad(), precision(device):
             seg = segmenter(batch["video"])
         fine, labels = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
-        pred, gt = (x.cpu().unflatten(1, seg.grid) for x in (seg.ids, labels_on_grid(batch["labels"], seg.grid)))
+        pred, gt = (x.cpu().unflatten(1, seg.grid) for x in (seg.ids, labels_on_grid(batch["labels"], seg.grid, 10 ** 6)))
         for j in range(len(gt)):
             if not (gt[j] >= 0).any():
                 continue
@@ -946,9 +1208,9 @@ def pretrain(argv):
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         with precision(device):
             seg = segmenter(video)
-            loss = segmentation_loss(seg, labels)
+            loss = dict(zip(("focal", "dice"), segmentation_loss(seg, labels)))
         optimizer.zero_grad()
-        (loss["focal"] + 2 * loss["dice"]).backward()            # SPECS 1: the segmenter alone
+        (loss["focal"] + 2 * loss["dice"]).backward()            # the release's weights for the segmenter alone
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         line = {k: v.item() for k, v in loss.items()} | dict(lr=learning_rate(step, cfg), gradient_norm=norm.item())
         check_finite(line, step)                                 # before the step: what is saved stays whole
@@ -997,7 +1259,6 @@ class ShowConfig:
     window: int = 0                     # with --frames 0: every so many frames trajectories of their own (the published TrajVLM: 8); 0: one set for the whole video
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the tokenizer's
     tokens_per_trajectory: int = 1      # 1, 2 or 4
-    budget: int = 0                     # at most so many tokens in all, spread by size and motion; 0: tokens_per_trajectory for each
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
     seed: int = 0                       # decides nothing here: every command takes it
@@ -1014,14 +1275,14 @@ def show(argv):
     if not 0 <= cfg.index < 5 * 10 ** 7:
         raise BadInput(f"--index {cfg.index}: 0 to {5 * 10 ** 7 - 1}")
     dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames or 1)  # refuses what the strides do not divide
-    tokenizer.cfg.encoder.check(cfg.tokens_per_trajectory)
-    if cfg.window < 0 or cfg.budget < 0:
-        raise BadInput(f"--window {cfg.window} --budget {cfg.budget}: at least 0")
+    tokenizer.cfg.check(cfg.tokens_per_trajectory)
+    if cfg.window < 0:
+        raise BadInput(f"--window {cfg.window}: at least 0")
     image = Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
     if (cfg.window or not frames) and (image or cfg.clip == "world"):
         raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}; leave them out")
-    if cfg.window and frames or cfg.budget and not frames or cfg.budget and cfg.tokens_per_trajectory != 1:
-        raise BadInput("--window goes with --frames 0; --budget goes neither with --frames 0 nor with --tokens-per-trajectory")
+    if cfg.window and frames:
+        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -1040,8 +1301,7 @@ def show(argv):
             seconds = max(times[-1] - times[0], 1e-3) * len(times) / max(len(times) - 1, 1) if len(times) > 1 else 1.0
         began = time.time()
         with torch.no_grad(), precision(device):
-            tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), **(dict(budget=cfg.budget) if cfg.budget else
-                                                                                 dict(tokens_per_trajectory=cfg.tokens_per_trajectory)))
+            tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), cfg.tokens_per_trajectory)
         ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
         painted = np.concatenate([video, *(paint(video, r, palette(int(r.max()) + 1)) for r in (ids, *truth))], 1)
         with film(f"{base}.mp4", len(video) / seconds) as add:
