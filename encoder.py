@@ -70,7 +70,7 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
         reader = q[:, i]                                        # (b·K, a, c)
         s = (reader[segment] * k).sum(-1)                       # (b·n, a)
         s = s.masked_fill(unowned, -math.inf)
-        s_own = torch.einsum("sac,sjac->sja", reader, k_own)    # (b·K, j, a)
+        s_own = (reader[:, None] * k_own).sum(-1)               # (b·K, j, a)
         # the softmax runs over a segment's points and its tokens together; scores are shifted by the
         # segment's largest, or exp would overflow. A shift does not change a softmax: it needs no gradient.
         top = s_own.detach().amax(1)                            # (b·K, a)
@@ -79,7 +79,7 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
         w = (s - top[segment]).exp()
         w_own = (s_own - top[:, None]).exp()
         norm = w_own.sum(1).index_add(0, segment, w)            # (b·K, a)
-        total = torch.einsum("sja,sjac->sac", w_own, v_own)
+        total = (w_own[..., None] * v_own).sum(1)
         total = total.index_add(0, segment, w[..., None] * v)   # (b·K, a, c)
         out.append(total / norm[..., None])
     return torch.stack(out, 1).unflatten(0, (b, K))
@@ -104,9 +104,8 @@ class TrajectoryAttention(CrossAttention):
             k_own = torch.cat((k_own, k_last), 2)
             v_own = torch.cat((v_own, v_last), 2)
             k, v, ids = k[:, :-last], v[:, :-last], ids[:, :-last]
-        # float32, also under autocast: scores of thousands of points are summed
-        with torch.autocast(q.device.type, enabled=False):
-            y = trajectory_attention(q.float(), k.float(), v.float(), ids, k_own.float(), v_own.float())
+        # float32, also under autocast: weights of thousands of points are summed
+        y = trajectory_attention(q.float(), k.float(), v.float(), ids, k_own.float(), v_own.float())
         return self.to_out(rearrange(y, "b k m a c -> b (k m) (a c)"))
 
 
