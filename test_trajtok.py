@@ -4928,6 +4928,25 @@ def same_step(one, two, tolerance=1e-5):
         assert (one[1][key] - value).abs().max() <= tolerance * max(value.abs().max().item(), 1.0), key
 
 
+@pytest.mark.parametrize("flag, field", (("--no-detach", "detach"), ("--no-hierarchical", "hierarchical"),
+                                         ("--no-hard-mask", "hard_mask"), ("--no-mean-start", "mean_start"),
+                                         ("--places", "places"), ("--path", "path"), ("--recompute", "recompute")))
+def test_ablation_flags_reach_the_tokenizer(flag, field):
+    """Catches: a flag that is parsed and never used, or that another size's defaults overwrite."""
+    encoding = data.load_encoding("world")
+    plain, changed = (data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv) for argv in ([], [flag]))
+    before, after = (train_clip.build(cfg, encoding)[0].video.tokenizer.cfg for cfg in (plain, changed))
+    assert getattr(after, field) != getattr(before, field)
+    assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
+
+
+@pytest.mark.parametrize("argv", (["--path", "--tokenizer", "vit3d"], ["--no-detach", "--tokenizer", "rlt"], ["--dice-weight", "-1"]))
+def test_ablations_that_cannot_be_are_refused(argv):
+    """Catches: a flag of the trajectory tokenizer that is silently ignored by another one."""
+    with pytest.raises(BadInput, match=argv[0].strip("-").removeprefix("no-")):
+        data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+
+
 @pytest.mark.parametrize("micro_batch", (0, 8, 3, 1))
 def test_micro_batches_are_the_whole_batch(micro_batch):
     """Catches: negatives that shrink with the micro-batch, means of means (clips here are labelled unevenly), a temperature that is counted
