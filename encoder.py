@@ -28,8 +28,7 @@ from segmenter import CrossAttention, Perceiver, fourier_codes
 
 
 def dense_trajectory_attention(q, k, v, ids, k_own, v_own):
-    """PAPER: masked cross-attention. A token attends to the points and to the tokens of its own trajectory
-    only.
+    """PAPER: masked cross-attention. A token attends to its own trajectory's points and tokens only.
 
     q (b, K, m, a, c): the tokens' queries. k_own, v_own (b, K, j, a, c): keys and values of each trajectory's
     own tokens. k, v (b, n, a, c): those of the points; ids (b, n): the trajectory of each point, -1 = of
@@ -86,8 +85,7 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
 
 
 class TrajectoryAttention(CrossAttention):
-    """CrossAttention under the hard mask: latents (b, K·m, d), points (b, n, d), their ids (b, n) -> (b, K·m,
-    d)."""
+    """CrossAttention under the hard mask. Latents (b, K·m, d), points (b, n, d), ids (b, n) -> (b, K·m, d)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -114,8 +112,7 @@ class TrajectoryAttention(CrossAttention):
 # -----------------------------------------------------------------------------------------------------------
 
 class Places(nn.Module):
-    """Fourier codes of the time, row and column of each point: grid (t, h, w) -> (n, dim), to be added to
-    features.
+    """Fourier codes of each point's time, row and column, added to features: grid (t, h, w) -> (n, dim).
 
     DEVIATION: in the paper positions are rotary, in the keys alone. They decide what a token reads and are
     not read themselves, so a token, a mean of values, hardly knows where its thing was."""
@@ -160,9 +157,12 @@ class Path(nn.Module):
         t, h, w = grid
         place = torch.cartesian_prod(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w))
         y, x = place.to(soft.device).unbind(-1)                 # (h·w,)
-        terms = torch.stack((torch.ones_like(x), x, y, x * x, y * y, x * y), -1)
         frames = soft.float().unflatten(1, (t, h * w))
-        return torch.einsum("btpk,pc->btkc", frames, terms) / (h * w)
+        # products and means, not a matrix product: autocast would round it to bfloat16, and x² - x x is small
+        moments = []
+        for term in (torch.ones_like(x), x, y, x * x, y * y, x * y):
+            moments.append((frames * term[:, None]).mean(2))    # (b, t, K)
+        return torch.stack(moments, -1)
 
     def forward(self, sums):                                    # (b, t, K, 6)
         area = sums[..., :1]

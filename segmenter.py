@@ -39,8 +39,7 @@ def normalise(video, mean=MEAN, std=STD):
 
 
 def recomputed(recompute, function, *args):
-    """function(*args). With `recompute`, its activations are computed again in the backward pass instead of
-    kept."""
+    """function(*args). With `recompute`, the backward pass computes its activations again: none are kept."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
@@ -82,8 +81,8 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545), the default backbone: forward(x (b, 3, H, W) normalised) -> four maps (b,
-    dims[i], h, w).
+    """ConvNeXt (arXiv 2201.03545), the default backbone. forward(x (b, 3, H, W) normalised) -> four maps,
+    (b, dims[i], h, w) each.
 
     A backbone of your own is any module with `.dims`, the channels of its maps, and such a forward: the
     finest map first. The segmenter reads strides off the maps. Parameter names are those of the original
@@ -145,8 +144,8 @@ def rotary_table(positions, channels, theta=1e4):
 
 
 def rotate(x, positions):
-    """Rotary embedding (arXiv 2104.09864) of x (b, n, a, c) at positions (n,): channels 2j, 2j + 1 are one
-    complex number."""
+    """Rotary embedding (arXiv 2104.09864) of x (b, n, a, c) at positions (n,).
+    Channels 2j and 2j + 1 are one complex number."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * rotary_table(positions, x.shape[-1]))
     return turned.flatten(-2).to(x.dtype)
@@ -207,8 +206,8 @@ class GatedMLP(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """`depth` times: latents += attention(latents, points); latents += MLP(latents). (b, s, d), (b, n, d) ->
-    (b, s, d).
+    """`depth` times: latents += attention(latents, points); latents += MLP(latents).
+    Latents (b, s, d), points (b, n, d) -> (b, s, d).
 
     CHOICE: a pre-norm residual. The release adds to the *normed* latents (`normed_residual`), so its queries
     may start at 0.02. Ours start at unit variance: the first attention output is nearly the same for all
@@ -433,8 +432,7 @@ def match(logits, labels):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Losses. Means within each clip, then over the clips: so micro-batches and processes average to the whole
-# batch
+# Losses: means within each clip, then over clips. So micro-batches and processes average to the whole batch
 # -----------------------------------------------------------------------------------------------------------
 
 def dice_loss(logits, labels, eps=1e-6):
@@ -457,8 +455,8 @@ def dice_loss(logits, labels, eps=1e-6):
 
 def focal_loss(logits, labels, gamma=2.0):
     """-(1 - p)^gamma log p, p = M_soft of the labelled query (arXiv 1708.02002): mean over labelled points,
-    then clips. Points that are already right weigh little, so small things count beside large ones. With p =
-    1/k: (1 - 1/k)² ln k."""
+    then clips. Points that are already right weigh little, so small things count beside large ones.
+    At initialisation p is about 1/k and the loss (1 - 1/k)² ln k."""
     known = labels >= 0
     target = labels.clamp(min=0)[..., None]
     log_p = logits.float().log_softmax(-1).gather(-1, target)[..., 0]       # over the queries

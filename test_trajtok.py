@@ -2760,6 +2760,29 @@ def test_recompute_changes_nothing():
     nearly(joint_gradients(dataclasses.replace(cfg, recompute=True)), joint_gradients(cfg))
 
 
+@pytest.mark.parametrize("recompute", (False, True))
+def test_recompute_keeps_no_activations(recompute):
+    """Catches: a --recompute that reaches neither the backbone nor one of the two Perceivers: memory would not fall."""
+    net = trajtok.TrajTok(tiny(recompute=recompute))
+    calls = {}
+    watched = {"backbone": net.segmenter.backbone.stages[0][0].pwconv1,
+               "projection": net.segmenter.proj[0],
+               "queries": net.segmenter.perceiver.layers[0][0].to_kv,
+               "tokens": net.encoder.perceiver.layers[0][0].to_kv}
+
+    def count(name):
+        def hook(*_):
+            calls[name] = calls.get(name, 0) + 1
+        return hook
+    for name, layer in watched.items():
+        layer.register_forward_hook(count(name))
+    tokens, _ = net(random_video(1, 2, 32, 32), 2)
+    before = dict(calls)
+    tokens.z.sum().backward()
+    again = {name: calls[name] > before[name] for name in watched}
+    assert again == dict.fromkeys(watched, recompute)
+
+
 # -----------------------------------------------------------------------------------------------------------
 # segmenter.py: matching
 # -----------------------------------------------------------------------------------------------------------
@@ -3151,6 +3174,8 @@ def test_path_sums_are_the_naive_loop():
         terms = torch.tensor([1, x, y, x * x, y * y, x * y])
         naive[0, t] += torch.outer(soft[0, p], terms) / 12
     nearly(encoder.Path.sums(soft, (2, 3, 4)), naive)
+    with torch.autocast("cpu", torch.bfloat16):                 # a spread is a small difference of large sums
+        nearly(encoder.Path.sums(soft, (2, 3, 4)), naive)
 
 
 def test_path_follows_the_mask():
@@ -4938,6 +4963,25 @@ def test_ablation_flags_reach_the_tokenizer(flag, field):
     before, after = (train_clip.build(cfg, encoding)[0].video.tokenizer.cfg for cfg in (plain, changed))
     assert getattr(after, field) != getattr(before, field)
     assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
+
+
+def test_dice_weight_weighs_dice_alone():
+    """Catches: --dice-weight that is parsed and not used, or that weighs the focal loss as well."""
+    terms = []
+    for weight in (0.0, 1.0, 2.0):
+        torch.manual_seed(0)
+        cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32,
+                                    embed=64, num_queries=6, dice_weight=weight)
+        encoding = data.load_encoding("world")
+        model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
+        batch = data.finish(data.WorldBatches(data.World(32, 2), 4)[0], torch.device("cpu"))
+        batch["ids"], batch["mask"] = data.tokenize(encoding, batch["caption"], cfg.text_length)
+        line, _, _ = train_clip.step_gradients(model, batch, 4, 4, 1, cfg, torch.device("cpu"))
+        assert line["loss"] == pytest.approx(line["contrastive"] + 0.5 * line["focal"] + weight * line["dice"], rel=1e-5)
+        terms.append(model.video.tokenizer.segmenter.traj_seg_head[0].weight.grad)
+    nothing, one, two = terms
+    assert (one - nothing).abs().max() > 1e-4                    # Dice reaches the masks
+    close(two - nothing, 2 * (one - nothing), 1e-3)              # ... in proportion to its weight
 
 
 @pytest.mark.parametrize("argv", (["--path", "--tokenizer", "vit3d"], ["--no-detach", "--tokenizer", "rlt"], ["--dice-weight", "-1"]))

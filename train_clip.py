@@ -592,8 +592,7 @@ def step_gradients(model, batch, clips, labelled, m, cfg, device):
         v, t, tokens, seg = kept.pop() if len(parts) == 1 else forward(part)
         roots, grads = [v, t], [x.grad[part] for x in vectors]
         if segmented and labelled and len(v):
-            with precision(device, cfg.bf16):
-                focal, dice = segmentation_loss(seg, batch["labels"][part])
+            focal, dice = segmentation_loss(seg, batch["labels"][part])      # outside autocast: the matching counts points
             share = len(v) / clips                               # both are means over clips: the parts' shares add up to the whole batch's mean
             roots.append(share * cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice))
             grads.append(None)

@@ -262,7 +262,7 @@ def load_convnext(path):
 # Long video: a Perceiver that reads its points a piece at a time
 # -----------------------------------------------------------------------------------------------------------
 
-EVERYONE = -1                       # id of a point that every token may read (last_points)
+EVERYONE = -2                       # id of a point that every token may read (last_points); -1 would be: none
 
 
 class RunningSoftmax:
@@ -1208,7 +1208,7 @@ def pretrain(argv):
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         with precision(device):
             seg = segmenter(video)
-            loss = dict(zip(("focal", "dice"), segmentation_loss(seg, labels)))
+        loss = dict(zip(("focal", "dice"), segmentation_loss(seg, labels)))
         optimizer.zero_grad()
         (loss["focal"] + 2 * loss["dice"]).backward()            # the release's weights for the segmenter alone
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
