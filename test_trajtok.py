@@ -2583,7 +2583,7 @@ def test_label_with_the_published_implementation_of_sam2(sam2, tmp_path, capsys,
     run(data.main, "label", *flags)
     assert "1 labelled" in capsys.readouterr().out and arrays(tmp_path)["a_mask.npz"].shape == (6, 48, 80)
     broken = shutil.copytree(sam2, tmp_path / "broken")
-    weights = segmenter.read_weights(broken / "model.safetensors")
+    weights = trajtok.read_weights(broken / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "memory_encoder" not in k}, broken / "model.safetensors", metadata={"format": "pt"})
     for folder, words in ((broken, "memory_encoder"), (tmp_path / "none", "config.json")):
         data.sam2_models.cache_clear()
@@ -3530,7 +3530,8 @@ def test_convnext_is_the_published_implementation(tmp_path, kind):
     raw = trajtok.load_convnext(tmp_path)
     raw.norm = nn.Identity()
     with torch.no_grad():
-        close(norm(raw(x)[3].mean((2, 3))), pooled, 1e-5)
+        mean = raw(x)[3].mean((2, 3), keepdim=True)              # (b, c, 1, 1)
+        close(norm(mean)[..., 0, 0], pooled, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
