@@ -1,18 +1,18 @@
 """Video CLIP from scratch (paper, "Setting 1"): TrajViT2 on trajectory tokens, and the tokenizers beside it.
 
-    video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w) -> [CLS; tokens] -> transformer -> unit vector (b, e)
-    caption ids (b, s)                       -> text transformer -> mean                         -> unit vector (b, e)
+    video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w) -> [CLS; tokens] -> transformer -> (b, e)
+    caption ids (b, s) -> text transformer -> mean over the tokens                               -> (b, e)
 
     loss = InfoNCE(video, text) + segmentation_weight · (0.5 focal + dice)       PAPER: optimised jointly
 
-    python train_clip.py                                         # TrajViT2, nano, on the procedural world: two CPU cores
-    python train_clip.py --tokenizer vit3d                       # or trajvit, vivit, tokenlearner, rlt, mine.py:Mine
-    python train_clip.py --data videos/manifest.json             # captioned videos of your own
+    python train_clip.py                             # TrajViT2, nano, on the procedural world: two CPU cores
+    python train_clip.py --tokenizer vit3d           # trajvit, vivit, tokenlearner, rlt or mine.py:Mine
+    python train_clip.py --data videos/manifest.json # captioned videos of your own
     python train_clip.py --init-segmenter out/segmenter-nano --freeze-segmenter
-    python train_clip.py --resume                                # go on where a run was saved, step for step
-    python train_clip.py --eval-only --tokens-per-trajectory 4   # score what was saved
-    python train_clip.py --flops                                 # GFLOPs of every tokenizer, counted
-    python train_clip.py --size large                            # every GPU of this machine; several: torchrun
+    python train_clip.py --resume                    # go on where a run was saved, step for step
+    python train_clip.py --eval-only --tokens-per-trajectory 4        # score what was saved
+    python train_clip.py --flops                     # GFLOPs of every tokenizer, counted
+    python train_clip.py --size large                # all GPUs of this machine; several machines: torchrun
 
 Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json and pictures.
 """
@@ -48,82 +48,81 @@ from trajtok import SIZES, TrajTok, gather, ranks
 @dataclass(frozen=True)
 class ClipConfig:
     """Trains a video CLIP: TrajViT2 on trajectory tokens, or one of the tokenizers it is compared with."""
-    size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world`, or a manifest, CSV or folder of captioned videos; several with commas
-    mix: str | None = None                      # shares of several sets, with commas: 0.5,0.5; default: equal
-    val: str | None = None                      # a manifest of held-out clips; default: a part of --data
-    name: str | None = None                     # the run's folder is out/clip-<name>; default: size, data, tokenizer
-    out: str = "out"                            # where runs are kept
+    size: str = "nano"                      # one of SIZES: nano, tiny, base, large
+    data: str = "world"                     # `world`, or a manifest, CSV or folder; several with commas
+    mix: str | None = None                  # shares of several sets, with commas: 0.5,0.5; default: equal
+    val: str | None = None                  # a manifest of held-out clips; default: a part of --data
+    name: str | None = None                 # the run is out/clip-<name>; default: size, data, tokenizer
+    out: str = "out"                        # where runs are kept
     # the clips
-    image_size: int | None = None               # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None                   # frames of a clip; default: the size's
-    stride: int = 8                             # a training clip takes every 1st .. stride-th frame; 0: spread over the whole video
-    max_objects: int = 8                        # of a made clip: 1 .. 8
-    shared_colours: bool = True                 # may two objects of a made clip have the same colour?
-    augment: bool = False                       # the same random crop, flip, colours, blur for all frames
+    image_size: int | None = None           # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None               # frames of a clip; default: the size's
+    stride: int = 8                         # take every 1st .. stride-th frame; 0: spread over the video
+    max_objects: int = 8                    # of a made clip: 1 .. 8
+    shared_colours: bool = True             # may two objects of a made clip have the same colour?
+    augment: bool = False                   # the same random crop, flip, colours, blur for all frames
     # the tokenizer
-    tokenizer: str = "trajvit2"                 # trajvit2, trajvit, vit3d, vivit, tokenlearner, rlt, or FILE.py:CLASS
-    num_queries: int | None = None              # K, trajectories at most; default: the size's
-    places: bool = False                        # points say where and when they are, which the paper leaves to rotary keys
-    path: bool = False                          # tokens know how their trajectory moved
-    detach: bool = True                         # ablation: --no-detach lets the Perceiver's gradient into the features
-    hierarchical: bool = True                   # ablation: --no-hierarchical uses the finest map of features alone
-    hard_mask: bool = True                      # ablation: with --no-hard-mask tokens read all points instead of their own
-    mean_start: bool = True                     # ablation: with --no-mean-start a token starts at its learned code
-    patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt), two frames deep
-    learned_tokens: int = 8                     # tokenlearner: tokens a time step
-    rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
+    tokenizer: str = "trajvit2"             # or trajvit, vit3d, vivit, tokenlearner, rlt, FILE.py:CLASS
+    num_queries: int | None = None          # K, trajectories at most; default: the size's
+    places: bool = False                    # ours: points say where and when they are
+    path: bool = False                      # ours: tokens know how their trajectory moved
+    detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
+    hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
+    hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
+    mean_start: bool = True                 # ablation: --no-mean-start, tokens start without z_init
+    patch: int = 16                         # pixels of a side of a patch, which is two frames deep
+    learned_tokens: int = 8                 # tokenlearner: tokens a time step
+    rlt_threshold: float = 0.1              # rlt: patches that changed by less are dropped
     # the two transformers
-    layers: int = 4                             # of the video transformer
-    width: int = 128                            # w
-    heads: int = 4                              # of both
-    text_layers: int = 3                        # of the text transformer
-    text_width: int = 128                       # its width
-    embed: int = 128                            # e: width of the space that video and text share
-    text: str | None = None                     # `world`, `captions` (the training captions' words), a tiktoken name or a folder
-    text_length: int = 48                       # longest caption in tokens, the end token included
+    layers: int = 4                         # of the video transformer
+    width: int = 128                        # w
+    heads: int = 4                          # of both
+    text_layers: int = 3                    # of the text transformer
+    text_width: int = 128                   # its width
+    embed: int = 128                        # e: width of the space that video and text share
+    text: str | None = None                 # world, captions (their own words), a tiktoken name, a folder
+    text_length: int = 48                   # longest caption in tokens, the end token included
     # the loss
-    segmentation_weight: float = 1.0            # of (0.5 focal + dice_weight x dice); 0: no segmentation loss
-    dice_weight: float = 1.0                    # ablation: 0
-    init: str | None = None                     # start from all weights of this run
-    init_segmenter: str | None = None           # start from the segmenter of this run (`trajtok.py pretrain` makes one)
-    freeze_segmenter: bool = False              # PAPER: leave that segmenter as it is
+    segmentation_weight: float = 1.0        # of (0.5 focal + dice_weight x dice); 0: none
+    dice_weight: float = 1.0                # ablation: 0
+    init: str | None = None                 # start from all weights of this run
+    init_segmenter: str | None = None       # start from the segmenter of this run, e.g. of `pretrain`
+    freeze_segmenter: bool = False          # leave that segmenter as it is
     # the training
-    batch: int = 32                             # clips a step of each process; each sees the captions of all as negatives
-    micro_batch: int = 0                        # clips that go through the model at once; 0: all
-    steps: int = 400                            # steps
-    lr: float = 5e-4                            # peak learning rate
-    segmenter_lr: float = 1.0                   # the segmenter's learning rate, as a multiple of lr
-    warmup: int = 30                            # steps of linear warm-up; then a cosine to 1 %
-    weight_decay: float = 0.02                  # on matrices
-    clip: float = 5.0                           # largest gradient norm
-    seed: int = 0                               # of weights, data order and augmentation
-    save_every: int = 50                        # steps between checkpoints
-    resume: bool = False                        # go on with the run of this name
-    overwrite: bool = False                     # start again over a run of this name
+    batch: int = 32                         # clips a step of each process; all captions are negatives
+    micro_batch: int = 0                    # clips that go through the model at once; 0: all
+    steps: int = 400                        # steps
+    lr: float = 5e-4                        # peak learning rate
+    segmenter_lr: float = 1.0               # the segmenter's learning rate, as a multiple of lr
+    warmup: int = 30                        # steps of linear warm-up; then a cosine to 1 %
+    weight_decay: float = 0.02              # on matrices
+    clip: float = 5.0                       # largest gradient norm
+    seed: int = 0                           # of weights, data order and augmentation
+    save_every: int = 50                    # steps between checkpoints
+    resume: bool = False                    # go on with the run of this name
+    overwrite: bool = False                 # start again over a run of this name
     # how it is computed
-    device: str = "auto"                        # cpu, cuda, ...
-    processes: int = 0                          # on this machine; 0: one for each GPU
-    workers: int = 0                            # processes that make batches; 0: the training process
-    bf16: bool | None = None                    # matrix products in bfloat16; default: on a GPU
-    compile: bool = False                       # torch.compile the tokenizer and the transformers' layers
-    recompute: bool = False                     # less memory, more time: compute activations again in the backward pass
+    device: str = "auto"                    # cpu, cuda, ...
+    processes: int = 0                      # on this machine; 0: one for each GPU
+    workers: int = 0                        # processes that make batches; 0: the training process
+    bf16: bool | None = None                # matrix products in bfloat16; default: on a GPU
+    compile: bool = False                   # torch.compile the tokenizer and the transformers' layers
+    recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
-    eval_every: int = 0                         # steps between evaluations on validation clips; 0: at the end alone, on held-out clips
-    eval_only: bool = False                     # score the weights that a run saved
-    eval_split: str = "test"                    # of made clips: test, or validation to choose a recipe by
-    eval_clips: int = 256                       # held-out made clips, all captions distinct
-    probe_clips: int = 1024                     # made clips that the linear probes learn from
-    tokens_per_trajectory: int = 1              # 1, 2 or 4 (training draws one of them at each step)
-    prompt: str = "a video of {}"               # zero-shot classification where clips have labels
-    flops: bool = False                         # count the GFLOPs of every tokenizer at 8 .. 128 frames; nothing is run
+    eval_every: int = 0                     # steps between scores on validation clips; 0: none
+    eval_only: bool = False                 # score the weights that a run saved
+    eval_split: str = "test"                # of made clips: test, or validation to choose a recipe by
+    eval_clips: int = 256                   # held-out made clips, all captions distinct
+    probe_clips: int = 1024                 # made clips that the linear probes learn from
+    tokens_per_trajectory: int = 1          # 1, 2 or 4 (training draws one of them at each step)
+    prompt: str = "a video of {}"           # zero-shot classes, where clips have labels
+    flops: bool = False                     # count GFLOPs at 8 .. 128 frames; nothing is run
 
     def __post_init__(self):
-        at_least_1 = ("batch", "steps", "save_every", "eval_clips", "probe_clips", "layers", "width", "heads",
-                      "text_layers", "text_width", "embed", "patch", "learned_tokens", "num_queries", "text_length")
-        trajtok.at_least(self, 1, *at_least_1)
-        trajtok.at_least(self, 0, "micro_batch", "lr", "segmenter_lr", "warmup", "weight_decay", "clip", "seed", "stride",
-                         "processes", "workers", "eval_every", "segmentation_weight", "dice_weight", "rlt_threshold")
+        trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads text_layers "
+                                  "text_width embed patch learned_tokens num_queries text_length max_objects")
+        trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride processes workers "
+                                  "eval_every segmentation_weight dice_weight rlt_threshold")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
         if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
@@ -133,24 +132,25 @@ class ClipConfig:
             raise BadInput(f"--tokenizer {self.tokenizer}: has no segmenter to change or to load")
         if self.freeze_segmenter and not (self.init_segmenter or self.init):
             raise BadInput("--freeze-segmenter: would freeze random weights; give --init-segmenter RUN")
-        if "{}" not in self.prompt:
-            raise BadInput(f"--prompt {self.prompt!r}: write {{}} where the label goes")
+        if self.tokens_per_trajectory not in (1, 2, 4):
+            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: 1, 2 or 4")
+        if self.eval_split not in ("test", "validation"):
+            raise BadInput(f"--eval-split {self.eval_split}: test or validation")
 
 
-# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast: minutes of training are
-# too short for the release's weight of 1, and tokens are no better than their masks. Clips hold at most four
-# objects, no two of one colour: at 64 px eight are a few points each, and place is learnt later than colour.
-NANO = dict(layers=4, width=128, heads=4, text_layers=3, text_width=128, embed=128, batch=32, steps=500, lr=5e-4,
-            warmup=20, segmenter_lr=4.0, segmentation_weight=4.0, max_objects=4, shared_colours=False, patch=8)
-SMALL = dict(layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4,
-             warmup=500, save_every=500)
-# base and large fit a card of 80 GB: sixteen clips at a time, activations computed again
-FULL = dict(text_layers=12, text_width=768, embed=256, text_length=77, batch=64, micro_batch=16, recompute=True,
-            lr=1e-4, clip=10.0, learned_tokens=16, save_every=1000)
+# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast: minutes of training
+# are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold at most
+# four objects, no two of one colour: at 64 px eight are a few points each, and place is learnt later than
+# colour. base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
+FULL = dict(text_layers=12, text_width=768, embed=256, text_length=77, learned_tokens=16, batch=64,
+            micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
-    "nano":  dict(size="nano", **NANO),
-    "tiny":  dict(size="tiny", **SMALL),
-    "base":  dict(size="base", layers=12, width=768, heads=12, steps=100_000, warmup=5000, **FULL),
+    "nano": dict(size="nano", layers=4, width=128, heads=4, text_layers=3, text_width=128, embed=128, patch=8,
+                 batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
+                 max_objects=4, shared_colours=False),
+    "tiny": dict(size="tiny", layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256,
+                 batch=64, steps=10_000, lr=5e-4, warmup=500, save_every=500),
+    "base": dict(size="base", layers=12, width=768, heads=12, steps=100_000, warmup=5000, **FULL),
     "large": dict(size="large", layers=24, width=1024, heads=16, steps=200_000, warmup=10_000, **FULL),
 }
 
@@ -169,8 +169,8 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask=None, lengths=None):
-        """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed: x (1, N, w) holds clip after
-        clip, of `lengths` positions."""
+        """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed: x (1, N, w) holds clip
+        after clip, of `lengths` positions."""
         qkv = self.qkv(self.norm1(x))
         q, k, v = rearrange(qkv, "b s (three a c) -> three b a s c", three=3, a=self.heads)
         # softmax over the keys; padding and dead trajectories are not read
@@ -190,8 +190,8 @@ class Transformer(nn.Module):
         self.norm, self.recompute = nn.LayerNorm(width), recompute
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that all
-                # captions start with almost the same vector. The ends of branches shrink with depth.
+                # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that
+                # all captions start with almost the same vector. The ends of branches shrink with depth.
                 ends = name.endswith(("proj.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * layers if ends else 1)) ** -0.5)
             elif name.endswith("bias"):
@@ -217,7 +217,8 @@ class Tokenizer(nn.Module):
     trajectory. mask bool (b, M), True = a real token; None: all are. seg: a Segmentation, which gets the
     segmentation loss, or None. A tokenizer that acts between the layers has a second method:
 
-        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w) after the layers, CLS first"""
+        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w) after the layers, CLS
+        first"""
 
 
 class TrajViT2(TrajTok):
@@ -234,7 +235,8 @@ class TrajViT2(TrajTok):
 
 
 class ViT3D(Tokenizer):
-    """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of them."""
+    """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of
+    them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -246,8 +248,8 @@ class ViT3D(Tokenizer):
         self.position = nn.Parameter(0.02 * torch.randn(1, self.steps * self.side ** 2, cfg.width))
 
     def patches(self, video):
-        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2): of an odd last frame,
-        or a picture, two."""
+        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2): of an odd last
+        frame, or a picture, two."""
         x = normalise(video)
         if x.shape[1] % 2:
             x = torch.cat((x, x[:, -1:]), 1)
@@ -259,13 +261,14 @@ class ViT3D(Tokenizer):
 
 
 class ViViT(ViT3D):
-    """Factorised encoder (ViViT's model 2, arXiv 2103.15691): the transformer sees each time step alone, with a CLS
-    of its own; a second, small one reads these CLSs in order. CHOICE: it has at most the published 4 layers, and
-    never more than a third of the first's."""
+    """Factorised encoder (ViViT's model 2, arXiv 2103.15691): the transformer sees each time step alone, with
+    a CLS of its own; a second, small one reads these CLSs in order. CHOICE: it has at most the published 4
+    layers, and never more than a third of the first's."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))     # shared by the time steps
+        # shared by the time steps
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))
         self.time = nn.Parameter(0.02 * torch.randn(1, 1 + self.steps, cfg.width))
         self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
 
@@ -305,8 +308,8 @@ class TokenLearner(ViT3D):
 
 
 class RLT(ViT3D):
-    """Run-length tokenization (arXiv 2411.05222): a ViT3D without the patches that did not change since the time
-    step before: mean |last frame of this one - first frame of the one before| of normalised pixels."""
+    """Run-length tokenization (arXiv 2411.05222): a ViT3D without the patches that did not change since the
+    time step before: mean |last frame of this one - first frame of the one before| of normalised pixels."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -324,11 +327,13 @@ class RLT(ViT3D):
 
 
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut. BatchNorm sees the clips of its own micro-batch and process."""
+    """Two 3 x 3 convolutions beside a shortcut. BatchNorm sees the clips of its own micro-batch and
+    process."""
 
     def __init__(self, before, dim, stride):
         super().__init__()
-        first, second = nn.Conv2d(before, dim, 3, stride, 1, bias=False), nn.Conv2d(dim, dim, 3, 1, 1, bias=False)
+        first = nn.Conv2d(before, dim, 3, stride, 1, bias=False)
+        second = nn.Conv2d(dim, dim, 3, 1, 1, bias=False)
         self.branch = nn.Sequential(first, nn.BatchNorm2d(dim), nn.ReLU(), second, nn.BatchNorm2d(dim))
         self.shortcut = nn.Sequential()
         if stride > 1 or before != dim:
@@ -349,7 +354,8 @@ class Reader(nn.Module):
             attention = nn.MultiheadAttention(dim, heads, batch_first=True)
             self.layers.append(nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim), attention)))
 
-    def forward(self, x, seen):                                 # (s, t, d); (s, t), True = in this frame -> (s, d)
+    def forward(self, x, seen):
+        """x (s, t, d); seen bool (s, t), True = in this frame -> (s, d)."""
         z = self.latent.expand(len(x), -1, -1)
         for norm_z, norm_x, attention in self.layers:
             y = norm_x(x)
@@ -359,16 +365,18 @@ class Reader(nn.Module):
 
 
 class TrajViT(Tokenizer):
-    """TrajTok's predecessor (arXiv 2505.23617): trajectories are given, one token each. ResNet-18 -> features of four
-    scales -> their mean over a trajectory's points in each frame -> an appearance Perceiver over the frames; its
-    centres -> a position Perceiver; token = their sum. CHOICE: made clips give it the true masks."""
+    """TrajTok's predecessor (arXiv 2505.23617): trajectories are given, one token each. ResNet-18 -> features
+    of four scales -> their mean over a trajectory's points in each frame -> an appearance Perceiver over the
+    frames; its centres -> a position Perceiver; token = their sum. CHOICE: made clips give it the true
+    masks."""
     given_masks = True
 
     def __init__(self, cfg):
         super().__init__()
         shape = SIZES[cfg.size]
         d = shape.dim
-        dims = (64, 128, 256, 512) if d >= 512 else shape.dims  # ResNet-18's widths; smaller sizes have their own
+        # ResNet-18's widths; smaller sizes have their own
+        dims = (64, 128, 256, 512) if d >= 512 else shape.dims
         self.most = cfg.num_queries                             # trajectories a clip at most: the largest
         stem = nn.Conv2d(3, dims[0], 7, 2, 3, bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
@@ -398,7 +406,8 @@ class TrajViT(Tokenizer):
         f, (t, h, w) = self.extract(video)
         ids = labels_on_grid(labels, (t, h, w), self.most).to(f.device)      # (b, n), -1 = of no trajectory
         b, n, k = *ids.shape, self.most
-        # sums over the points of each (clip, trajectory, frame); points of no trajectory go to one cell behind
+        # sums over the points of each (clip, trajectory, frame); points of no trajectory go to one cell
+        # behind
         frame = torch.arange(n, device=f.device) // (h * w)
         clip = torch.arange(b, device=f.device)[:, None]
         cell = torch.where(ids < 0, b * k * t, (clip * k + ids) * t + frame).flatten()
@@ -442,12 +451,12 @@ def tokenizer_class(name):
 # -----------------------------------------------------------------------------------------------------------
 
 class VideoEncoder(nn.Module):
-    """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions of their own:
-    where and when one was is in its token. Patches get learned positions, in their tokenizer.
+    """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions of their
+    own: where and when one was is in its token. Patches get learned positions, in their tokenizer.
 
-    Dead trajectories and dropped patches leave before the transformer. On a CPU real tokens are packed, clip after
-    clip, and each clip attends to itself (at nano with four tokens a trajectory twice as fast as padding);
-    elsewhere they only come first, and the batch is cut at the clip that has most."""
+    Dead trajectories and dropped patches leave before the transformer. On a CPU real tokens are packed, clip
+    after clip, and each clip attends to itself (at nano with four tokens a trajectory twice as fast as
+    padding); elsewhere they only come first, and the batch is cut at the clip that has most."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
@@ -476,9 +485,9 @@ class VideoEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CHOICE (the paper does not say; the release takes BERT-base): a bidirectional transformer from scratch with
-    learned positions, read as the mean over the real tokens: from the first step on that tells captions of
-    different words apart."""
+    """CHOICE (the paper does not say; the release takes BERT-base): a bidirectional transformer from scratch
+    with learned positions, read as the mean over the real tokens: from the first step on that tells captions
+    of different words apart."""
 
     def __init__(self, vocabulary, cfg):
         super().__init__()
@@ -515,7 +524,8 @@ class VideoCLIP(nn.Module):
 
           L = -1/2b sum_i log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i]
 
-        The temperature tau starts at 0.07 and is learned; the loop clamps it to [0.001, 0.5] after each step."""
+        The temperature tau starts at 0.07 and is learned; the loop clamps it to [0.001, 0.5] after each
+        step."""
         # softmax over the batch: each video chooses among all captions, each caption among all videos
         logits = video @ text.T / self.temperature
         target = torch.arange(len(video), device=video.device)
@@ -535,7 +545,8 @@ def build(cfg, encoding, device):
     if cfg.compile:                                             # in place: names of weights stay as they are
         model.video.tokenizer.compile()
         for layer in (*model.video.transformer.layers, *model.text.transformer.layers):
-            layer.compile(dynamic=True)                         # the number of tokens changes from step to step
+            # the number of tokens changes from step to step
+            layer.compile(dynamic=True)
     return model.to(device)
 
 
@@ -574,10 +585,10 @@ def whole_step(model, batch, m, cfg):
 
 
 def micro_batch_step(model, batch, m, cfg):
-    """The same, `cfg.micro_batch` clips at a time (GradCache, arXiv 2101.06983). InfoNCE needs the vectors of the
-    whole batch at once, but activations of a few clips only: (1) embed all without a graph; (2) take the loss and
-    its gradient in the vectors; (3) embed each part again and send that gradient back: d loss = dv · v + dt · t.
-    Nothing in the model is random once m is drawn, so the second embedding equals the first."""
+    """The same, `cfg.micro_batch` clips at a time (GradCache, arXiv 2101.06983). InfoNCE needs the vectors of
+    the whole batch at once, but activations of a few clips only: (1) embed all without a graph; (2) take the
+    loss and its gradient in the vectors; (3) embed each part again and send that gradient back: d loss = dv ·
+    v + dt · t. Nothing in the model is random once m is drawn, so the second embedding equals the first."""
     parts = [Batch(*part) for part in zip(*(x.split(cfg.micro_batch) for x in batch))]
     with torch.no_grad():                                                               # 1
         vectors = [encode(model, part, m, cfg)[:2] for part in parts]
@@ -600,17 +611,17 @@ def micro_batch_step(model, batch, m, cfg):
 # -----------------------------------------------------------------------------------------------------------
 
 def recalls(similarity, prefix, right):
-    """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an answer to
-    that query. Rank = how many wrong candidates score at least as high as the best answer: ties count against us,
-    so that a constant output scores 0."""
+    """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an
+    answer to that query. Rank = how many wrong candidates score at least as high as the best answer: ties
+    count against us, so that a constant output scores 0."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
     rank = ((similarity >= answer) & ~right).sum(1)
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
 def linear_probe(train, valid, test):
-    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features; its L2
-    penalty is the best of four on valid. Full-batch L-BFGS: no learning rate to tune."""
+    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features;
+    its L2 penalty is the best of four on valid. Full-batch L-BFGS: no learning rate to tune."""
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
     sets = [(((x - mean) / deviation).double(), y) for x, y in (train, valid, test)]
     best = (-1.0, 0.0)
@@ -635,20 +646,20 @@ def linear_probe(train, valid, test):
 
 @torch.no_grad()
 def embed(model, batches, cfg, device, what):
-    """All clips of a dataset -> dict(vectors (n, e), features (n, w), tokens (n,), where: (batch, row) of each
-    clip, and what the batches say of them: captions, label, appearance, motion)."""
+    """All clips of a dataset -> dict(vectors (n, e), features (n, w), tokens (n,), where: (batch, row) of
+    each clip, and what the batches say of them: captions, label, appearance, motion)."""
     model.eval()
-    columns = {}
+    m, clips = cfg.tokens_per_trajectory, {}
     loader = data.loader(batches, 0, len(batches), cfg.workers)
     for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
         batch = data.finish(batch, device)
         with trajtok.precision(device, cfg.bf16):
-            vectors, cls, count, _ = model.embed_video(batch["video"], cfg.tokens_per_trajectory, batch["labels"])
-        told = {key: batch[key] for key in ("captions", "label", "appearance", "motion") if key in batch}
-        where = [(i, j) for j in range(len(vectors))]
-        for key, rows in dict(told, vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu(), where=where).items():
-            columns.setdefault(key, []).extend(rows)
-    return {key: torch.stack(rows) if torch.is_tensor(rows[0]) else rows for key, rows in columns.items()}
+            vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
+        batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
+        batch["where"] = [(i, j) for j in range(len(vectors))]
+        for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
+            clips.setdefault(key, []).extend(batch.get(key, []))
+    return {key: torch.stack(rows) if torch.is_tensor(rows[0]) else rows for key, rows in clips.items() if rows}
 
 
 @torch.no_grad()
@@ -663,8 +674,9 @@ def embed_texts(model, texts, cfg, device, encoding):
 
 
 def retrieval(model, clips, cfg, device, encoding):
-    """Recalls both ways -> dict; texts; bool (texts, clips), True = an answer; similarity of the same shape. Each caption
-    of a clip is a query of its own; a text that several clips have is answered by any of them."""
+    """Recalls both ways -> dict; texts; bool (texts, clips), True = an answer; similarity of the same shape.
+    Each caption of a clip is a query of its own; a text that several clips have is answered by any of
+    them."""
     captions = clips["captions"]
     texts = sorted({text for own in captions for text in own})
     right = torch.tensor([[text in own for own in captions] for text in texts])
@@ -675,8 +687,8 @@ def retrieval(model, clips, cfg, device, encoding):
 
 
 def evaluate(model, held_out, cfg, device, encoding):
-    """Retrieval, zero-shot classes, linear probes, segmentation scores on held-out clips -> dict (None: what the data
-    or the tokenizer cannot tell), picture of what captions find, pictures of trajectories."""
+    """Retrieval, zero-shot classes, linear probes, segmentation scores on held-out clips -> dict (None: what
+    the data or the tokenizer cannot tell), picture of what captions find, pictures of trajectories."""
     clips = embed(model, held_out, cfg, device, "held-out clips")
     result, texts, right, similarity = retrieval(model, clips, cfg, device, encoding)
     result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
@@ -696,18 +708,23 @@ def evaluate(model, held_out, cfg, device, encoding):
 
 
 def probe(model, clips, cfg, device):
-    """Linear probes of the frozen CLS on made clips: the subject's shape and its motion. The probes learn from
-    clips far up the training range, where no training gets, and choose their penalty on validation clips."""
+    """Linear probes of the frozen CLS on made clips: the subject's shape and its motion. The probes learn
+    from clips far up the training range, where no training gets, and choose their penalty on validation
+    clips."""
     world, sets = data.world_of(cfg), []
     for begin, count in ((500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1))):
         batches = data.WorldBatches(world, cfg.batch, indices=range(begin, begin + count))
         sets.append(embed(model, batches, cfg, device, "probe clips"))
     sets.append(clips)
-    return {key: linear_probe(*((one["features"], one[key]) for one in sets)) for key in ("appearance", "motion")}
+    scores = {}
+    for key in ("appearance", "motion"):
+        scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
+    return scores
 
 
 def found_clips(similarity, right, texts, clips, held_out):
-    """A picture: three captions, each with a frame of the three clips that it finds first; a green bar = right."""
+    """A picture: three captions, each with a frame of the three clips that it finds first; a green bar =
+    right."""
     sheet = []
     for query in np.linspace(0, len(texts) - 1, 3).astype(int):
         found = []
@@ -725,8 +742,8 @@ def found_clips(similarity, right, texts, clips, held_out):
 
 
 def count_flops(cfg):
-    """--flops: a table of GFLOPs of embedding one clip, counted on the meta device. Upper bounds: no trajectory is
-    dead, no patch dropped."""
+    """--flops: a table of GFLOPs of embedding one clip, counted on the meta device. Upper bounds: no
+    trajectory is dead, no patch dropped."""
     lengths = (8, 16, 32, 64, 128)
     lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
     for name in TOKENIZERS:
@@ -761,8 +778,9 @@ def train(cfg, folder):
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
     log, damage, warned = trajtok.Log(folder, first), data.Damage(), False
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, {device}; "
-          f"an untrained contrastive loss is ln {cfg.batch * world} = {math.log(cfg.batch * world):.2f}")
+    clips, parameters = cfg.batch * world, sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
+          f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
     loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, world)
     for step, batch in enumerate(loader, first):
@@ -789,12 +807,14 @@ def train(cfg, folder):
             print("no segmentation loss: no clip of this batch has masks")
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
         seconds, mark = time.time() - mark, time.time()
-        log(step=step, **terms, lr=lr, temperature=model.temperature.item(), clips=cfg.batch * world, seconds=seconds,
-            clips_per_second=cfg.batch * world / seconds, memory_gb=trajtok.peak_memory_gb(device))
+        terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
+                      clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
+        log(step=step, **terms)
         if step % 10 == 0 or step + 1 == cfg.steps:
             left = (time.time() - began) / (step + 1 - first) * (cfg.steps - 1 - step)
-            shown = "  ".join(f"{k} {terms[k]:.3f}" for k in ("contrastive", "focal", "dice", "tokens") if k in terms)
-            print(f"step {step:5d}/{cfg.steps}  {shown}  {cfg.batch * world / seconds:.0f} clips/s  {left:.0f} s left", flush=True)
+            shown = [f"{key} {terms[key]:.3f}" for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
+            print(f"step {step:5d}/{cfg.steps}  {'  '.join(shown)}  {clips / seconds:.0f} clips/s  {left:.0f} s left",
+                  flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             trajtok.save_checkpoint(folder, model, optimizer, step + 1)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
@@ -807,15 +827,16 @@ def prepare(batch, number, encoding, cfg, device):
     """A batch as data.py makes it -> Batch on the device, augmented if asked for."""
     batch = data.finish(batch, device)
     video, labels = batch["video"], batch["labels"]
-    if cfg.augment:                                             # captions of made clips tell left from right: no flip
+    if cfg.augment:
+        # captions of made clips tell left from right: no flip
         video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6, flip="motion" not in batch)
     ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
     return Batch(video, labels, ids.to(device), mask.to(device))
 
 
 def choose_words(cfg, captions, folder):
-    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default for real
-    data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
+    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default
+    for real data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
     if (cfg.text or ("captions" if captions else "world")) != "captions":
         return data.load_encoding(cfg.text or "world"), None
     source = folder if cfg.resume or cfg.eval_only else cfg.init
@@ -824,16 +845,17 @@ def choose_words(cfg, captions, folder):
     encoding = data.word_encoding(words)
     too_long = sum(len(ids) >= cfg.text_length for ids in encoding.encode_ordinary_batch(captions))
     if too_long:
-        print(f"{too_long} of {len(captions)} training captions are cut: longer than --text-length {cfg.text_length}")
+        print(f"{too_long} of {len(captions)} captions are cut: longer than --text-length {cfg.text_length}")
     return encoding, words
 
 
 def validate(model, cfg, device, encoding, log, step):
-    """--eval-every: retrieval on validation clips, or on the held-out clips of real data; a line of the log."""
+    """--eval-every: retrieval on validation clips, or on the held-out clips of real data; a line of the
+    log."""
     _, held_out = data.open_data(dataclasses.replace(cfg, eval_split="validation"))
     result = retrieval(model, embed(model, held_out, cfg, device, "validation"), cfg, device, encoding)[0]
     log(step=step, **result)
-    print(f"step {step:5d} validation  " + "  ".join(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
+    print(f"step {step:5d} validation ", *(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
 
 
 def finish(model, held_out, cfg, device, encoding, folder, log, damage):
@@ -841,8 +863,8 @@ def finish(model, held_out, cfg, device, encoding, folder, log, damage):
     lines = [line for line in log.lines() if "contrastive" in line]
     result, found, masks = evaluate(model, held_out, cfg, device, encoding)
     batch = data.finish(held_out[0], device)
-    some = [batch[key][:8] for key in ("video", "labels")]
-    gflops = trajtok.count_gflops(lambda: model.embed_video(some[0], cfg.tokens_per_trajectory, some[1])) / len(some[0])
+    video, labels = batch["video"][:8], batch["labels"][:8]
+    gflops = trajtok.count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory, labels)) / len(video)
     seconds = sum(line["seconds"] for line in lines)
     result |= dict(parameters=sum(p.numel() for p in model.parameters()), gflops=gflops, seconds=seconds,
                    clips_per_second=sum(line["clips"] for line in lines) / max(seconds, 1e-9),
@@ -869,9 +891,11 @@ def report(result, folder):
         print(f"  linear probes: shape {percent('appearance')} (chance {100 / len(data.SHAPES):.0f} %), "
               f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
     if result["veq"] is not None:
-        print(f"  trajectories: best IoU of objects {percent('object_iou')}, VEQ {percent('veq')}, STQ {percent('stq')}")
-    print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; {result['seconds']:.0f} s of training, "
-          f"{result['clips_per_second']:.0f} clips/s, {result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
+        print(f"  trajectories: best IoU of objects {percent('object_iou')}, "
+              f"VEQ {percent('veq')}, STQ {percent('stq')}")
+    print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
+          f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
+          f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
     print(f"wrote {folder}/: result.json; look at found.png (three captions and the clips that they find), "
           "trajectories.png, curves.svg")
     print(f"next: python trajtok.py show world --weights {folder}")

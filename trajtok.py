@@ -144,7 +144,8 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of a video of any length, as forward would give them, in constant memory. -> Tokens, b = 1
+        """The tokens of a video of any length, as forward would give them, in constant memory. -> Tokens, b =
+        1
 
         frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces
         (a decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece.
@@ -255,8 +256,9 @@ EVERYONE = -2                       # id of a point that every token may read (l
 
 
 class RunningSoftmax:
-    """sum_j softmax(s)_j v_j over pieces of j, exactly, as flash attention does it (arXiv 2205.14135): weights
-    are relative to the largest score so far, and the sums so far are scaled down when a larger one comes."""
+    """sum_j softmax(s)_j v_j over pieces of j, exactly, as flash attention does it (arXiv 2205.14135):
+    weights are relative to the largest score so far, and the sums so far are scaled down when a larger one
+    comes."""
 
     def __init__(self):
         self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
@@ -298,8 +300,8 @@ def perceive(perceiver, latents, chunks, owner=None):
 
 
 def pieces(frames, length):
-    """A video, or a callable that returns an iterator over parts of one -> a callable that returns an iterator
-    over pieces of `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
+    """A video, or a callable that returns an iterator over parts of one -> a callable that returns an
+    iterator over pieces of `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
     if length < 1:
         raise BadInput(f"pieces of {length} frames: give at least 1")
 
@@ -334,7 +336,8 @@ def tokenizer_config(folder):
 
 
 def load_weights(module, folder, *prefixes):
-    """folder/model.safetensors into module, strictly; of the keys under the first prefix that there is, if any."""
+    """folder/model.safetensors into module, strictly; of the keys under the first prefix that there is, if
+    any."""
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
     parts = [under(weights, prefix) for prefix in prefixes]
@@ -448,7 +451,8 @@ CONVNEXT_NAMES = [
 
 
 def convnext_names(weights, where):
-    """Any published layout -> weights under our names, depths, dims; the last two read off names and shapes."""
+    """Any published layout -> weights under our names, depths, dims; the last two read off names and
+    shapes."""
     for prefix in ("convnext.", "backbone.", "model."):
         if any(k.startswith(prefix) for k in weights):
             weights = {k.removeprefix(prefix): v for k, v in weights.items()}
@@ -478,8 +482,8 @@ SEGMENTER_NAMES = [
 
 
 def official_part(weights, marks, where):
-    """The keys under the prefix that holds all of `marks`, without it: a released checkpoint holds other models
-    beside the tokenizer."""
+    """The keys under the prefix that holds all of `marks`, without it: a released checkpoint holds other
+    models beside the tokenizer."""
     for outer in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
         for prefix in (outer, outer + "segmenter."):
             if all(prefix + mark in weights for mark in marks):
@@ -489,8 +493,8 @@ def official_part(weights, marks, where):
 
 
 def official_perceiver(weights, where):
-    """-> depth, heads of one of the release's Perceivers. The rotary frequencies that it stores, one for every
-    four channels of a head, tell the heads; they are dropped from `weights`."""
+    """-> depth, heads of one of the release's Perceivers. The rotary frequencies that it stores, one for
+    every four channels of a head, tell the heads; they are dropped from `weights`."""
     depth = count(weights, r"perceiver\.layers\.(\d+)\.")
     stored = [weights.pop(f"perceiver.layers.{i}.0.rotary_emb.freqs", None) for i in range(depth)]
     if not stored or any(freqs is None for freqs in stored):
@@ -534,7 +538,8 @@ def setup(cfg):
 
 
 def choose_device(name):
-    """--device -> torch.device. Each of several processes has a GPU, or its share of the cores, of its own."""
+    """--device -> torch.device. Each of several processes has a GPU, or its share of the cores, of its
+    own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -554,9 +559,10 @@ def choose_device(name):
 
 
 def keep_memory():
-    """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and given
-    back, page by page, at each step. On two cores that made a nano step twice as fast. Linux with glibc only.
-    Tensors that begin at a page leave fewer holes in kept memory (THP_MEM_ALLOC_ENABLE, PyTorch's switch)."""
+    """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and
+    given back, page by page, at each step. On two cores that made a nano step twice as fast. Linux with glibc
+    only. Tensors that begin at a page leave fewer holes in kept memory (THP_MEM_ALLOC_ENABLE, PyTorch's
+    switch)."""
     if sys.platform == "linux":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -591,8 +597,8 @@ def all_reduce(values, device):
 
 
 def gather(x):
-    """Rows of this process (n, ...) -> those of all, in the order of the processes. Gradient flows into our own
-    rows only: every process computes the same loss of all rows, so what reaches them is whole."""
+    """Rows of this process (n, ...) -> those of all, in the order of the processes. Gradient flows into our
+    own rows only: every process computes the same loss of all rows, so what reaches them is whole."""
     rank, world = ranks()
     if world == 1:
         return x
@@ -626,9 +632,9 @@ def learning_rate(step, cfg):
 
 
 def make_optimizer(model, cfg, scales=None):
-    """AdamW; weight decay on matrices alone, which norms, biases and scales are not.
-    scales {prefix of names: factor}: these parameters learn at factor x the learning rate: the loop multiplies
-    lr by group["scale"]."""
+    """AdamW; weight decay on matrices alone, which norms, biases and scales are not. scales {prefix of names:
+    factor}: these parameters learn at factor x the learning rate: the loop multiplies lr by
+    group["scale"]."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -656,8 +662,8 @@ def peak_memory_gb(device):
 
 
 def count_gflops(run):
-    """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. torch's counter does not
-    know the attention kernel of CPUs, and fails under no_grad."""
+    """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. torch's counter does
+    not know the attention kernel of CPUs, and fails under no_grad."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def attention(q, k, v, *_, **__):
@@ -708,8 +714,8 @@ def open_run(folder, cfg, **more):
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """The state before step number `step`, for --resume, and the weights, for everybody else. A kill leaves the
-    old checkpoint or the new one, never half of one."""
+    """The state before step number `step`, for --resume, and the weights, for everybody else. A kill leaves
+    the old checkpoint or the new one, never half of one."""
     if ranks()[0]:
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
@@ -879,20 +885,20 @@ class PretrainConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        at_least(self, 1, "batch", "steps", "save_every", "eval_clips")
-        at_least(self, 0, "warmup", "workers", "weight_decay", "stride", "seed", "lr", "clip")
+        at_least(self, 1, "batch steps save_every eval_clips num_queries max_objects")
+        at_least(self, 0, "warmup workers weight_decay stride seed lr clip")
 
 
-def at_least(cfg, least, *names):
+def at_least(cfg, least, names):
     """Refuse flags that are too small, or not a number."""
-    for name in names:
+    for name in names.split():
         value = getattr(cfg, name)
         if not (value is None or least <= value < math.inf):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
 
 
-# CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points each;
-# in minutes the segmenter learns to tell things apart by colour, not yet by place.
+# CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points
+# each; in minutes the segmenter learns to tell things apart by colour, not yet by place.
 PRETRAIN_SIZES = {name: {"size": name} for name in SIZES}
 PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
 
@@ -952,9 +958,9 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device):
-    """VEQ, STQ and the mean best IoU of the labelled objects on held-out clips. CHOICE: on the segmenter's own grid,
-    where its masks live (PAPER: "low-resolution output"). -> dict of means over clips, empty if none is labelled;
-    pictures [(video, found, true)]."""
+    """VEQ, STQ and the mean best IoU of the labelled objects on held-out clips. CHOICE: on the segmenter's
+    own grid, where its masks live (PAPER: "low-resolution output"). -> dict of means over clips, empty if
+    none is labelled; pictures [(video, found, true)]."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
@@ -976,7 +982,8 @@ def evaluate_segmenter(segmenter, batches, device):
 
 
 def save_pictures(folder, pictures, log, terms):
-    """trajectories.png: clips with their found and true trajectories, two side by side; curves.svg: the log."""
+    """trajectories.png: clips with their found and true trajectories, two side by side; curves.svg: the
+    log."""
     sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
     pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
     if pairs:
@@ -1003,7 +1010,7 @@ class ShowConfig:
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
-        at_least(self, 0, "frames", "window", "index")
+        at_least(self, 0, "frames window index")
 
 
 class Painter:
@@ -1084,9 +1091,9 @@ def watched(parts):
 # -----------------------------------------------------------------------------------------------------------
 
 def summary(rows):
-    """rows [{name, results: [result.json of each seed]}] -> lines of a table: a score a line, a row of the comparison
-    a column, mean +- deviation over seeds; behind it the difference to the first row, and a star if it is larger
-    than twice its standard error."""
+    """rows [{name, results: [result.json of each seed]}] -> lines of a table: a score a line, a row of the
+    comparison a column, mean +- deviation over seeds; behind it the difference to the first row, and a star
+    if it is larger than twice its standard error."""
     scores = [k for k, x in rows[0]["results"][0].items() if isinstance(x, (int, float)) and k != "seed"]
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for score in scores:
@@ -1108,7 +1115,8 @@ def summary(rows):
 
 
 def star(a, b):
-    """Is the difference of two means larger than twice its standard error? Nothing is said of single seeds."""
+    """Is the difference of two means larger than twice its standard error? Nothing is said of single
+    seeds."""
     if min(len(a), len(b)) < 2:
         return ""
     error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
@@ -1136,8 +1144,8 @@ def table(argv):
 
 
 def compare(argv):
-    """Train every row with every seed, each under a name of its own, and print the table. What --json holds already
-    is not trained again, so that a table grows over days."""
+    """Train every row with every seed, each under a name of its own, and print the table. What --json holds
+    already is not trained again, so that a table grows over days."""
     parser = argparse.ArgumentParser(prog="trajtok.py compare", description=compare.__doc__)
     parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='a row, e.g. "detach: --no-detach"; "base:" has no flags')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
