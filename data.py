@@ -35,6 +35,7 @@ import dataclasses
 import fractions
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -55,6 +56,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
 
@@ -86,35 +88,38 @@ def one_line_errors(main):
 # 0. What every command shares: flags from a dataclass; files, pictures and films that are whole or not there
 # ---------------------------------------------------------------------------------------------------------------------
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; --help lists the flags")
+
+
 def configure(config, sizes, argv, positional=None):
-    """A frozen dataclass -> an instance, from flags. Each field is a flag, the comment beside it its help.
-    Defaults < sizes[--size] < flags; unknown flags and unreadable values: one line, exit code 2."""
+    """A frozen dataclass -> an instance of it, from the command line. Each field is a flag, and the comment
+    beside it is its help; `positional` names a field that is given without a flag.
+    Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
+    fields = dataclasses.fields(config)
+    values = {field.name: field.default for field in fields}
+    if sizes is not None:
+        parser = OneLineParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
+        size = parser.parse_known_args(argv)[0].size
+        if size not in sizes:
+            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
+        values |= sizes[size] | dict(size=size)
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
-    doc = (config.__doc__ or "").strip().splitlines()[0]
-
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message):
-            raise BadInput(f"{message}; --help lists the flags")
-
-    parser = OneLine(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    if positional:
-        parser.add_argument(positional)
-    for field in dataclasses.fields(config):
-        if field.name == positional:
-            continue
-        flag, text = "--" + field.name.replace("_", "-"), f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+    parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
+                           allow_abbrev=False)
+    for field in fields:
+        text = f"{comments.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        if kind is bool:
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == positional:
+            parser.add_argument(positional, help=comments.get(field.name))
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
-    flags = vars(parser.parse_args(argv))
-    if sizes is None:                                            # a command without sizes
-        return config(**flags)
-    size = flags.get("size", config.size)
-    if size not in sizes:
-        raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
-    return config(**{**sizes[size], **flags})
+    return config(**values | vars(parser.parse_args(argv)))
 
 
 def dispatch(script, doc, commands, argv):
@@ -1641,157 +1646,236 @@ def check_fit(path, shape, frames, height, width):
         raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: manifests, folders, CSV files
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 3. Manifests, CSV files, folders
+# -----------------------------------------------------------------------------------------------------------
 
-EXPECTED = 'a JSON list of {"video": path, "caption": text}'
+# what people call the columns of a CSV file
+COLUMNS = {"video": ("video", "path", "filename", "file", "video_path"), "caption": ("caption", "text", "sentence"),
+           "label": ("label", "class", "action"), "split": ("split",), "mask": ("mask",), "graph": ("graph",),
+           "group": ("group",)}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_manifest(path):
-    """A manifest (.json list, .jsonl), a folder root/<label>/*.mp4 or a `path,label` CSV -> list of dicts with `path`,
-    `image` (bool) and, where known, caption (a text, or a list of texts that all fit), label, mask, graph, group, split (train, valid
-    or test); from `data.py make` also appearance, motion (class ids) and qa; `talk` of a row in the form of LLaVA (`conversations`): turns of one
-    talk. Paths are relative to the manifest. Wrong: BadInput, which names the line."""
-    return [to_entry(row, where, folder, path) for row, where, folder in manifest_rows(path)]
+    """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
+    dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
+    label, split ("train", "val", "test" or None), mask, graph, and where given group, qa (list of dicts
+    question, answer), conversations (list of conversations: lists of such dicts).
 
-
-def manifest_rows(path):
-    """-> [(row, where, folder)]: rows as they stand in the file, "line 3" or "entry 2 (line 3)", and what paths are relative to."""
+    Rows that name the same file are one entry with all their captions and questions. Masks and graphs that
+    are not named are looked for beside the video. What is wrong: BadInput, which says in which line."""
     path = Path(path)
     if not path.exists():
-        raise BadInput(f"--data {path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
-    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-        raise BadInput(f"--data {path}: one film or picture, not a set of them; give its folder, or a manifest that names it")
+        raise BadInput(f"{path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
+    if path.is_dir() and (path / "manifest.json").exists():
+        path = path / "manifest.json"
     if path.is_dir():
-        if (path / "manifest.json").exists():
-            return manifest_rows(path / "manifest.json")
-        files = [f for f in sorted(path.glob("**/*")) if f.suffix.lower() in VIDEO_SUFFIXES]
-        if not files:
-            raise BadInput(f"--data {path}: a folder without videos; expected {path}/<label>/*.mp4 or {path}/*.mp4")
-        return [(dict(video=str(f.relative_to(path)), label=f.parent.name if f.parent != path else None), str(f.relative_to(path)), path) for f in files]
+        folder, rows = path, folder_rows(path)
+    else:
+        folder = path.parent
+        read = csv_rows if path.suffix.lower() in (".csv", ".tsv", ".txt") else json_rows
+        rows = read(path, read_text(path))
+    entries = {}
+    for where, row in rows:
+        try:
+            entry = to_entry(row, folder)
+            file = os.path.realpath(entry["path"])
+            entries[file] = joined(entries[file], entry) if file in entries else entry
+        except ValueError as error:
+            raise BadInput(f"{path} {where}: {error}") from None
+    if not entries:
+        raise BadInput(f'{path}: no entries; expected a JSON list of {{"video": path, "caption": text}}')
+    return list(entries.values())
+
+
+def read_text(path):
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} line {1 + raw[:error.start].count(10)}: not a manifest in UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8") from None
+        raise BadInput(f"{path}: not a manifest in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    read = csv_rows if path.suffix == ".csv" else list_rows if text.lstrip().startswith("[") else line_rows
-    rows = [(row, where, path.parent) for row, where in read(text, path)]
-    if not rows:
-        raise BadInput(f"{path}: an empty manifest; expected {EXPECTED}")
-    return rows
 
 
-def csv_rows(text, path):
-    """Kinetics writes `path,label`, Something-Something and V-JEPA write `path label`; a header is optional, and tells more columns."""
+def json_rows(path, text):
+    """A JSON list, or an object a line -> (where, row) pairs."""
+    def load(part, line):
+        try:
+            return json.loads(part)
+        except ValueError as error:
+            line += getattr(error, "lineno", 1) - 1
+            raise BadInput(f"{path} line {line}: not a manifest ({error}); expected a JSON list of "
+                           '{"video": path, "caption": text}, or such an object a line') from None
+
+    if text.lstrip().startswith("["):
+        return [(f"entry {number}", row) for number, row in enumerate(load(text, 1), 1)]
+    # not splitlines: a text in JSON may hold other line separators
+    lines = enumerate(text.split("\n"), 1)
+    return [(f"line {number}", load(line, number)) for number, line in lines if line.strip()]
+
+
+def csv_rows(path, text):
+    """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells may stand between
+    commas, semicolons, tabs or spaces."""
+    first = text.partition("\n")[0]
+    delimiter = next((d for d in "\t,;" if d in first), " ")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            cells = next(csv.reader([line], delimiter="," if "," in line else " ", strict=True))
-        except csv.Error as error:
-            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` ({error})") from None
-        if header is None:                                       # of the first line
-            header = [cell.strip().lower() for cell in cells]
-            if {"path", "video"} & set(header) and len(header) > 1:
-                header = ["video" if cell == "path" else cell for cell in header]
-                if not {"label", "caption"} & set(header):       # whatever it is called: the second column is the label
-                    header[1] = "label"
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            where = f"line {reader.line_num}"
+            if not any(cells):
                 continue
-            header = ()
-        if len(cells) < 2 or not header and len(cells) > 2 or header and len(cells) > len(header):
-            raise BadInput(f"{path} line {number}: {line[:80]!r} is not `path,label` (or `path,caption`, under a header that says so); "
-                           "quote a path that holds the separator")
-        columns = dict(zip(header or ("video", "label"), cells))
-        yield {k: v for k, v in columns.items() if k in ("video", "label", "caption") or k in ("mask", "graph", "group", "split") and v}, f"line {number}"
+            if header is None:
+                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
+                if not media:
+                    continue
+            if len(cells) != len(header):
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not the {len(header)} of {', '.join(map(str, header))}; "
+                               "quote a cell that holds the separator")
+            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
+    except csv.Error as error:
+        raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
 
 
-def line_rows(text, path):
-    for number, line in enumerate(text.split("\n"), 1):          # not splitlines: a JSON text may hold other line separators
-        try:
-            if line.strip():
-                yield json.loads(line), f"line {number}"
-        except ValueError as error:
-            raise BadInput(f"{path} line {number}: not a manifest ({getattr(error, 'msg', error)}); expected {EXPECTED}, or an object a line") from None
+def known_columns(where, cells):
+    """A header -> our name of each column, None for those that are not read."""
+    names = {name: key for key, known in COLUMNS.items() for name in known}
+    header = [names.get(cell.lower()) for cell in cells]
+    if "video" not in header or not {"caption", "label", "mask"} & set(header):
+        known = "; ".join(f"{key}: {', '.join(names)}" for key, names in COLUMNS.items())
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name the file and its caption or label by known names ({known})")
+    return header
 
 
-def list_rows(text, path):
-    """The items of a JSON list, one after the other: so each knows its line."""
-    decoder, at, line, counted, number = json.JSONDecoder(), text.index("[") + 1, 1, 0, 0
-    space = re.compile(r"[ \t\r\n]*")
-
-    def here():
-        nonlocal line, counted
-        line, counted = line + text.count("\n", counted, at), at
-        return line
-
-    def refuse(message):
-        raise BadInput(f"{path} line {here()}: not a manifest ({message}); expected {EXPECTED}")
-    at = space.match(text, at).end()
-    while text[at:at + 1] != "]" or number:                      # "[]" is whole; "[1,]" is not
-        number += 1
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except ValueError as error:
-            at = getattr(error, "pos", at)
-            refuse(getattr(error, "msg", error))
-        yield row, f"entry {number} (line {here()})"
-        at = space.match(text, end).end()
-        if text[at:at + 1] == "]":
-            break
-        if text[at:at + 1] != ",":
-            refuse(f"a comma or ] is missing after entry {number}")
-        at = space.match(text, at + 1).end()
-    at = space.match(text, at + 1).end()
-    if at != len(text):
-        refuse("there is more after the list's end")
+def folder_rows(root):
+    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out."""
+    videos, pictures = [], []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        targets = {name: os.path.realpath(os.path.join(folder, name)) + os.sep for name in folders}
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
+                            and not here.startswith(targets[name]))          # a link to a folder above
+        for name in sorted(files):
+            file = Path(folder, name).relative_to(root)
+            if name[0] != "." and file.suffix.lower() in VIDEO_SUFFIXES:
+                videos.append(file)
+            elif name[0] != "." and file.suffix.lower() in IMAGE_SUFFIXES:
+                pictures.append(file)
+    for file in videos or pictures:
+        above = list(file.parts[:-1])
+        row = {"video": str(file)}
+        if above and above[0] in SPLITS:
+            row["split"] = above.pop(0)
+        if above:
+            row["label"] = above[0]
+        yield str(file), row
 
 
-def to_entry(row, where, folder, path):
-    """A manifest's row -> an entry; what is wrong with it: BadInput, which names the place, the value and what to write instead."""
-    def refuse(message):
-        raise BadInput(f"{path} {where}: {message}")
+def is_text(value):
+    """A text that is not empty, and can be written as UTF-8: half of a surrogate pair cannot."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
-    def is_text(x):                                              # a lone half of a surrogate pair cannot be written as UTF-8
-        return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff\0]", x)
 
-    def is_class(x):
-        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-    def is_talk(x):
-        turns = ("human", "gpt") * (len(x) // 2) if isinstance(x, list) else ()
-        return bool(turns) and len(turns) == len(x) and all(isinstance(t, dict) and t.get("from") == who and is_text(t.get("value")) for t, who in zip(x, turns))
+def to_entry(row, folder):
+    """A row of a manifest -> an entry. ValueError says what is wrong with it."""
+    def given(key, fits, form):
+        value = row.get(key)
+        if value is not None and not fits(value):
+            raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; give {form}, or leave it out')
+        return value
+
     source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-    if not isinstance(source, str):
-        refuse(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
-    kinds = dict(video=(is_text, "a path"), image=(is_text, "a path"), mask=(is_text, "a path"), graph=(is_text, "a path"),
-                 caption=(lambda x: is_text(x) or isinstance(x, list) and bool(x) and all(map(is_text, x)), "a text, or a list of texts, none empty, in UTF-8"),
-                 label=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
-                 group=(lambda x: is_text(x) or isinstance(x, int) and not isinstance(x, bool), "a name or a whole number"),
-                 split=(lambda x: x in ("train", "valid", "val", "test"), '"train", "valid" or "test"'),
-                 appearance=(is_class, "a class id, 0 or more"), motion=(is_class, "a class id, 0 or more"),
-                 qa=(lambda x: isinstance(x, list) and all(isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer")) for q in x),
-                     'a list of {"question": text, "answer": text}'),
-                 conversations=(is_talk, '[{"from": "human", "value": question}, {"from": "gpt", "value": answer}, ...], the two in turn'))
-    for key, (fits, form) in kinds.items():
-        if row.get(key) is not None and not fits(row[key]):
-            refuse(f'"{key}" is {json.dumps(row[key])[:60]}; give {form}, or leave it out')
-    file = folder / source
-    entry = dict(path=str(file), image=not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES,
-                 caption=row.get("caption"), label=None if row.get("label") is None else str(row["label"]))
+    if not is_text(source):
+        raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    file = Path(folder, source)
+    entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
+    entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
+    captions = given("caption", are_texts, "a text, or a list of texts, none empty, in UTF-8")
+    entry["caption"] = [captions] if isinstance(captions, str) else captions
+    for key in ("label", "group"):
+        name = given(key, lambda value: is_text(value) or type(value) is int, "a name or a whole number")
+        entry[key] = None if name is None else str(name)
+    entry["split"] = SPLITS.get(given("split", lambda value: value in SPLITS, '"train", "val" or "test"'))
     for key in ("mask", "graph"):
-        given, beside = row.get(key), file.with_name(f"{file.stem}_{key}.npz")
-        entry[key] = str(folder / given) if given else str(beside) if beside.exists() else None
-    entry |= {"group": str(row["group"])} if row.get("group") is not None else {}                  # a person, a scene: probes keep them apart
-    if row.get("conversations"):                                 # LLaVA's form: one talk, each turn after those before it; the mark says where the video stands: first
-        turns = [t | dict(value=re.sub(r"\s*<(?:video|image)>\s*", "", t["value"]) if t["from"] == "human" else t["value"]) for t in row["conversations"]]
-        if empty := [t for t in turns if not t["value"]]:
-            refuse(f'"conversations" holds a turn of "{empty[0]["from"]}" without a question; write one beside <video>')
-        entry["talk"] = [dict(question=q["value"], answer=g["value"]) | {k: q[k] for k in ("type", "options") if k in q} for q, g in zip(turns[::2], turns[1::2])]
-    entry |= {"split": row["split"].replace("valid", "val").replace("val", "valid")} if row.get("split") is not None else {}
-    return entry | {key: row[key] for key in ("appearance", "motion", "qa") if row.get(key) is not None}
+        beside = file.with_name(f"{file.stem}_{key}.npz")
+        path = given(key, is_text, "a path")
+        if path is None and beside.exists():
+            entry[key] = str(beside)
+        else:
+            entry[key] = path and str(Path(folder, path))
+    if given("qa", are_questions, 'a list of {"question": text, "answer": text}'):
+        entry["qa"] = row["qa"]
+    form = '[{"from": "human", "value": question}, {"from": "gpt", "value": answer}, ...], the two in turn'
+    if given("conversations", are_turns, form):
+        entry["conversations"] = [conversation(row["conversations"])]
+    return entry
+
+
+def are_texts(value):
+    return is_text(value) or isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def are_questions(value):
+    return isinstance(value, list) and all(
+        isinstance(qa, dict) and is_text(qa.get("question")) and is_text(qa.get("answer")) for qa in value)
+
+
+def are_turns(value):
+    """Is this a conversation in LLaVA's form, whose questions are more than a <video> mark?"""
+    if not isinstance(value, list) or not value or len(value) % 2:
+        return False
+    for turn, who in zip(value, itertools.cycle(("human", "gpt"))):
+        if not isinstance(turn, dict) or turn.get("from") != who or not is_text(turn.get("value")):
+            return False
+    return all(turn["question"] for turn in conversation(value))
+
+
+def conversation(turns):
+    """LLaVA's turns -> [dict(question, answer, ...)]. A <video> mark goes, and the words around it stay
+    apart: the video always stands before the text."""
+    pairs = []
+    for human, gpt in zip(turns[::2], turns[1::2]):
+        text = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
+        more = {key: human[key] for key in ("type", "options") if key in human}
+        pairs.append(dict(question=text, answer=gpt["value"]) | more)
+    return pairs
+
+
+def joined(entry, other):
+    """Two rows of one file -> one entry with the captions and questions of both."""
+    for key in ("label", "split", "mask", "graph", "group"):
+        if None not in (entry[key], other[key]) and entry[key] != other[key]:
+            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the same file says {entry[key]!r}')
+    together = {key: other[key] if entry[key] is None else entry[key] for key in other}
+    together["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
+    for key in ("qa", "conversations"):
+        if key in entry or key in other:
+            together[key] = entry.get(key, []) + other.get(key, [])
+    return together
+
+
+def split(entries):
+    """-> (training, held out). "split" decides where it is given: entries without it are trained on. If no
+    entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
+    others are added. Of a few entries at least a sixth is held out."""
+    if any(entry["split"] for entry in entries):
+        held_out = [entry for entry in entries if entry["split"] in ("val", "test")]
+    else:
+        share = min(0.25, 5000 / len(entries))
+        order = sorted(entries, key=lambda entry: zlib.crc32(entry["name"].encode()))
+        count = sum(zlib.crc32(entry["name"].encode()) < share * 2 ** 32 for entry in entries)
+        held_out = order[:max(count, min(len(entries), 24) // 6, 1)]
+    names = {entry["name"] for entry in held_out}
+    train = [entry for entry in entries if entry["name"] not in names]
+    if not train or not held_out:
+        raise BadInput(f"{len(train)} clips to train on and {len(held_out)} held out: at least one of each is needed; "
+                       'mark some entries "split": "val", or give --val')
+    return train, [entry for entry in entries if entry["name"] in names]
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2579,222 +2663,403 @@ def tokenize(encoding, texts, length):
     return ids, mask
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Batches
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 5. Batches: number i is a pure function of (seed, i)
+# -----------------------------------------------------------------------------------------------------------
+
+PATIENCE = 300                                                  # seconds that a batch from a worker may take
+
 
 def distinct(world, begin, count):
-    """The first `count` indices from `begin` on whose captions all differ: a caption that fits two clips has no right answer."""
-    seen, indices, index = set(), [], begin
-    while len(indices) < count:
+    """The first `count` indices from `begin` on whose captions all differ: a caption that fits two clips has
+    no right answer."""
+    seen, indices = set(), []
+    for index in itertools.count(begin):
+        if len(indices) == count:
+            return indices
         caption = script(index, world)["caption"]
         if caption not in seen:
             seen.add(caption)
             indices.append(index)
-        index += 1
-    return indices
 
 
 class WorldBatches(torch.utils.data.Dataset):
-    """Batch i of the procedural world: clips begin + i·batch ... A dict of stacked scripts and words; `finish` makes the
-    pixels, on the device that trains, in the process that trains (a GPU rasterises faster than it could be sent to)."""
+    """Batch i of made clips: numbers begin + i·batch and on, or the next ones of the list `indices`.
+
+    A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
+    paints faster than pixels could be sent to it."""
+    files = None
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
-        self.world, self.batch, self.begin, self.indices = world, batch, begin, indices
+        self.world, self.batch = world, batch
+        self.begin, self.indices = begin, indices
+
+    def __len__(self):
+        assert self.indices is not None, "made clips without `indices` never end"
+        return -(-len(self.indices) // self.batch)
+
+    def captions(self):
+        """Captions of the first clips: enough of them to hold every word."""
+        return [script(self.begin + i, self.world)["caption"] for i in range(2000)]
 
     def __getitem__(self, i):
-        some = slice(i * self.batch, (i + 1) * self.batch)
-        chosen = self.indices[some] if self.indices is not None else range(self.begin + some.start, self.begin + some.stop)
-        scripts = [script(j, self.world) for j in chosen]
-        return dict(scripts=stack(scripts), size=self.world.size, textures=self.world.textures, caption=[s["caption"] for s in scripts], bad=[],
-                    appearance=torch.tensor([s["appearance"] for s in scripts]), colour=torch.tensor([s["colour"] for s in scripts]),
-                    motion=torch.tensor([s["motion"] for s in scripts]), qa=[s["qa"] for s in scripts], index=[s["index"] for s in scripts])
+        first, last = i * self.batch, (i + 1) * self.batch
+        if self.indices is None:
+            indices = list(range(self.begin + first, self.begin + last))
+        else:
+            indices = self.indices[first:last]
+        scripts = [script(j, self.world) for j in indices]
+        batch = dict(scripts=stack(scripts), size=self.world.size, index=indices, bad=[])
+        batch["caption"] = [s["caption"] for s in scripts]
+        batch["captions"] = [[caption] for caption in batch["caption"]]
+        batch["label"] = [None] * len(scripts)
+        batch["qa"] = [s["qa"] for s in scripts]
+        for key in ("appearance", "colour", "motion"):
+            batch[key] = torch.tensor([s[key] for s in scripts])
+        return batch
 
 
 class VideoBatches(torch.utils.data.Dataset):
-    """Batch i of real clips: epoch i // len, in an order drawn from (seed, epoch); videos and pictures never share a batch
-    (their t differs). A file that cannot be used is listed in `bad` and left out: its batch is smaller, nothing else moves.
-    Training takes `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0, and evaluation: frames
-    spread over the whole video."""
+    """Batch i of real clips, all of them videos or all of them pictures.
+
+    Training: the entries stand in an endless row, epoch after epoch, each epoch in an order of its own. Batch
+    i takes the first `batch` usable ones from place i·batch on, so it is full even where an epoch ends or a
+    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files.
+    A clip is `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0:
+    frames spread over the whole video.
+
+    Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
+    are left out, and the last batch may be short."""
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
-        self.entries, self.frames, self.size, self.batch, self.seed, self.train, self.stride = entries, frames, size, batch, seed, train, stride
+        self.entries, self.files = entries, len(entries)
+        self.frames, self.size, self.batch = frames, size, batch
+        self.seed, self.train, self.stride = seed, train, stride
+        kinds = {entry["image"] for entry in entries}
+        assert len(kinds) == 1, "a batch holds videos or pictures: make a dataset of each, and mix them"
+
+    def __len__(self):
+        return -(-len(self.entries) // self.batch)
+
+    def captions(self):
+        """All captions of all clips."""
+        return [text for entry in self.entries for text in entry["caption"] or []]
 
     @functools.lru_cache(maxsize=2)
-    def plan(self, epoch):
+    def order(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
-        batches = []
-        for image in (False, True):
-            kind = [i for i, e in enumerate(self.entries) if e["image"] == image]
-            kind = [kind[j] for j in rng.permutation(len(kind))] if self.train else kind
-            batches += [kind[j:j + self.batch] for j in range(0, len(kind), self.batch)]
-        return [batches[j] for j in rng.permutation(len(batches))] if self.train else batches
+        return rng.permutation(len(self.entries)).tolist()
 
-    def __len__(self):                                           # batches of one epoch
-        counts = [sum(e["image"] == image for e in self.entries) for image in (False, True)]
-        return sum(-(-n // self.batch) for n in counts)
+    def candidates(self, i):
+        """Numbers of the entries that batch i tries, in order, each once."""
+        n, first = len(self.entries), i * self.batch
+        if not self.train:
+            yield from range(first, min(first + self.batch, n))
+            return
+        seen = set()
+        for place in itertools.count(first):
+            entry = self.order(place // n)[place % n]
+            if entry not in seen:
+                seen.add(entry)
+                yield entry
+            if len(seen) == n:
+                return
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, 1, i))
-        videos, labels, kept, bad = [], [], [], []
-        for j in self.plan(i // len(self))[i % len(self)]:
-            entry, start, stride = self.entries[j], rng.random(), int(rng.integers(1, max(self.stride, 1) + 1))
+        clips, bad = [], []
+        for number in self.candidates(i):
             try:
-                video, _, where = decode(entry["path"], 1 if entry["image"] else self.frames, self.size,
-                                         *((start, stride) if self.train and self.stride else (None, None)), places=bool(entry["mask"] and entry["graph"]))
-                label = np.full(video.shape[:3], -1, np.int64)
-                if entry["mask"] or entry["graph"]:
-                    label = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
+                clips.append(self.clip(number, rng))
             except BadVideo as error:
-                bad.append((entry["path"], str(error)))
-                continue
-            videos.append(torch.from_numpy(video))
-            labels.append(torch.from_numpy(label))
-            kept.append(j)
-        return dict(video=torch.stack(videos) if videos else None, labels=torch.stack(labels) if videos else None, bad=bad,
-                    index=kept, **self.captions(i, kept), label=[self.entries[j]["label"] for j in kept],
-                    **made_keys([self.entries[j] for j in kept]))
+                bad.append((self.entries[number]["path"], str(error)))
+            if len(clips) == self.batch:
+                break
+        if self.train and not clips:
+            raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
+        batch = dict(bad=bad)
+        for key in ("video", "labels", "caption", "captions", "label", "qa", "index"):
+            batch[key] = [clip[key] for clip in clips]
+        if clips:
+            batch["video"] = torch.stack(batch["video"])                # (b, t, H, W, 3)
+            batch["labels"] = torch.stack(batch["labels"])              # (b, t, H, W)
+        else:
+            shape = (0, self.frames, self.size, self.size)
+            batch["video"] = torch.zeros(*shape, 3, dtype=torch.uint8)
+            batch["labels"] = torch.zeros(shape, dtype=torch.int64)
+        return batch
 
-    def captions(self, i, kept):
-        """Of several captions of a clip one, drawn from (seed, batch, entry); where nothing is drawn the first, and `captions` holds them all."""
-        texts = [e if isinstance(e, list) else [e] for e in (self.entries[j]["caption"] for j in kept)]
-        if not self.train:
-            return dict(caption=[t[0] for t in texts], captions=texts)
-        return dict(caption=[t[0] if len(t) == 1 else t[np.random.default_rng((self.seed, 3, i, j)).integers(len(t))] for j, t in zip(kept, texts)])
+    def clip(self, number, rng):
+        """One entry, decoded. BadVideo if it cannot be used."""
+        entry = self.entries[number]
+        frames = 1 if entry["image"] else self.frames
+        start, choice = rng.random(2)
+        stride = int(rng.integers(1, max(self.stride, 1) + 1))
+        if not self.train or not self.stride:
+            start = None
+        video, _, where = decode(entry["path"], frames, self.size, start, stride)
+        labels = np.full(video.shape[:3], -1)
+        if entry["mask"] or entry["graph"]:
+            labels = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
+        texts = entry["caption"] or [""]
+        caption = texts[int(choice * len(texts))] if self.train else texts[0]
+        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), caption=caption,
+                    captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
 
 
-def made_keys(entries):
-    """appearance and motion (b,) and qa, b lists, of a batch of made clips: only where all of them have it."""
-    kept = {key: [e[key] for e in entries] for key in ("appearance", "motion", "qa") if entries and all(key in e for e in entries)}
-    return {key: x if key == "qa" else torch.tensor(x) for key, x in kept.items()}
+class Mixed(torch.utils.data.Dataset):
+    """Whole batches of several datasets, one of them at a time, in given shares. With `world` processes,
+    batches s·world .. s·world + world - 1 are those of step s: they all come from one dataset, so that at
+    each step every process has clips of the same shape.
+
+    The first dataset takes its share of all steps, evenly: step s is its own where floor(s·share + phase)
+    grows, and that floor counts its steps so far. The steps that it leaves are counted anew and go to the
+    others in the same way. Each dataset then has its share to within a few steps; chance would be off by
+    sqrt(s)."""
+
+    def __init__(self, datasets, shares, seed=0, world=1):
+        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each set"
+        self.datasets, self.world = datasets, world
+        # of the steps that the datasets before it leave; the last one takes them all
+        self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
+        self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
+        counts = [dataset.files for dataset in datasets]
+        self.files = None if None in counts else sum(counts)
+
+    def captions(self):
+        return [text for dataset in self.datasets for text in dataset.captions()]
+
+    def place(self, step):
+        """-> (number of the dataset that step s takes, how many steps took it before)."""
+        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
+            before = math.floor(step * share + phase)
+            if math.floor((step + 1) * share + phase) > before:
+                return j, before
+            step -= before
+
+    def __getitem__(self, i):
+        step, rank = divmod(i, self.world)
+        j, before = self.place(step)
+        return self.datasets[j][before * self.world + rank]
 
 
 def finish(batch, device):
-    """A batch as it left its worker -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64 (b, t, H, W) on the device."""
+    """A batch as a dataset gives it -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64
+    (b, t, H, W) on the device; made clips are painted there."""
     if "scripts" in batch:
-        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), batch["size"], device, textures=batch["textures"])
-    elif batch["video"] is not None:
+        size = batch.pop("size")
+        batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
+    else:
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)
     return batch
 
 
-class Mixed(torch.utils.data.Dataset):
-    """Batches of several datasets in given shares: batch i is a whole batch of one of them, so that videos, pictures and made clips
-    never share one. Which one, and which of its batches, is a pure function of (seed, i): a resumed run draws on alike.
-
-    The first dataset takes its share of all numbers, evenly: batch i is its own where floor(i share + phase) steps, and that floor
-    counts its batches so far. The numbers that it leaves, counted anew, go to the others in the same way. So among the first i the first
-    dataset has its share to within one batch, and each of the others to within a few (chance would be off by sqrt(i))."""
-
-    def __init__(self, datasets, shares, seed=0):
-        if len(datasets) != len(shares) or not datasets or min(shares) <= 0 or not math.isfinite(sum(shares)):
-            raise BadInput(f"shares {', '.join(map(str, shares))} for {len(datasets)} sets: give each a number above 0")
-        self.datasets = datasets
-        self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]            # ... of what those before it leave: the last 1
-        self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
-
-    def place(self, i):                                          # -> (dataset, number of the batch there)
-        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
-            mine = math.floor(i * share + phase)
-            if math.floor((i + 1) * share + phase) > mine:
-                return j, mine
-            i -= mine
-        raise AssertionError("the last share is 1: it takes every number that is left")
-
-    def __getitem__(self, i):
-        j, n = self.place(i)
-        return self.datasets[j][n]
-
-
 class Shard(torch.utils.data.Dataset):
-    """The part of rank `rank` of `ranks`: every ranks-th batch of a dataset. The parts are disjoint, and each rank's batch i
-    exists, so that none waits for another. Of a mixture, shard each dataset, not the mixture: then at each step all ranks
-    draw from the same one, and their batches have one shape."""
+    """Every ranks-th batch of a dataset, from `rank` on. Goes when no script uses it any more: loader(rank=, world=)."""
 
     def __init__(self, dataset, rank, ranks):
-        if not 0 <= rank < ranks:
-            raise BadInput(f"rank {rank} of {ranks}: ranks are counted from 0")
         self.dataset, self.rank, self.ranks = dataset, rank, ranks
 
     def __getitem__(self, i):
         return self.dataset[i * self.ranks + self.rank]
 
 
-def loader(dataset, first, last, workers=0):
-    """Batches first .. last - 1, in order, made by `workers` processes ahead of time (0: in this one). Order and content do
-    not depend on the number of workers; to resume, begin at another `first`. A worker that dies ends the run: BadInput."""
-    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator(),
-                                          prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available() and workers > 0)
-    return watched(batches) if workers else batches
+def loader(dataset, first, last, workers=0, rank=0, world=1):
+    """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
+    rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
+    on that. To resume, begin at another `first`."""
+    steps = range(first * world + rank, last * world, world)
+    # a generator of its own: torch would draw the workers' seeds from the global one
+    own = torch.Generator()
+    if workers == 0:
+        return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, generator=own)
+    batches = torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=steps, generator=own, num_workers=workers, timeout=PATIENCE,
+        pin_memory=torch.cuda.is_available())
+    return watched(batches)
 
 
 def watched(batches):
-    """The batches of a DataLoader with workers. torch notices a dead worker when the system reports it, wherever this process is at that
-    moment, and raises a RuntimeError from the signal's handler: here it becomes one line and exit code 2."""
-    def refusal(error):
-        text = str(error).strip().splitlines()
-        if isinstance(error, BadInput):                          # a worker's own refusal, under the traceback that torch puts above it
-            return BadInput(text[-1].split(": ", 1)[-1])
-        return BadInput(f"a process that makes batches died ({text[0].rstrip('. ')}): if the system killed it, memory ran out; "
-                        "give fewer --workers or a smaller --batch; --resume goes on from the last checkpoint")
-    iterator, main = iter(batches), threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if main and hasattr(signal, "SIGCHLD") else None       # torch's: it was set just now
-
-    def told(number, frame):
-        try:
-            before(number, frame)
-        except RuntimeError as error:
-            raise refusal(error) from None
-    if callable(before):
-        signal.signal(signal.SIGCHLD, told)
+    """The batches of a DataLoader with workers. A worker that gets no shared memory loses its batch without a
+    word: the time-out says where to look."""
     try:
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):           # an error of ours in a worker: its traceback is wanted
-                    raise
-                raise refusal(error) from None
-            except BadInput as error:
-                raise (refusal(error) if str(error).startswith("Caught") else error) from None
-            yield batch
-    finally:
-        if callable(before):
-            signal.signal(signal.SIGCHLD, before)
+        yield from batches
+    except BadInput as error:
+        # torch puts the worker's traceback above the message, and its type before it
+        raise BadInput(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
+    except RuntimeError as error:
+        if "timed out" not in str(error) and "Bus error" not in str(error):
+            raise
+        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one of them died for want of shared memory: "
+                       "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
+
+
+class Damage:
+    """Files that could not be used: each is named once on stderr; `files` holds them with the reason."""
+
+    def __init__(self):
+        self.files = {}
+
+    def add(self, bad):
+        for path, reason in bad:
+            if path not in self.files:
+                self.files[path] = reason
+                print(f"cannot be used: {reason}", file=sys.stderr)
 
 
 def augment(video, labels, seed, flip=True):
-    """The same random change for all frames of a clip (SPECS 2): resized crop (area 0.2-1), flip 0.5, colour jitter, grey, blur.
-    video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same. `seed` (an int) decides everything. `flip` is off
-    where captions tell left from right."""
+    """The same random change for all frames of a clip: resized crop (area 0.2 to 1), flip, brightness,
+    contrast, saturation or grey, blur. video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same.
+    `seed` (an int) decides everything. Give flip=False where captions tell left from right."""
     rng = np.random.default_rng((seed, 2))
     b, t, h, w, _ = video.shape
-    area, ratio = rng.uniform(0.2, 1.0, b), np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), b))
-    sx, sy = np.sqrt(area * ratio).clip(max=1), np.sqrt(area / ratio).clip(max=1)      # crop's width and height, of 1
-    cx, cy = rng.uniform(-1, 1, b) * (1 - sx), rng.uniform(-1, 1, b) * (1 - sy)
-    mirror = np.where(rng.random(b) < (0.5 if flip else 0.0), -1.0, 1.0)
-    zero = np.zeros(b)
-    theta = torch.tensor(np.stack([sx * mirror, zero, cx, zero, sy, cy], 1).reshape(b, 2, 3), dtype=torch.float32, device=video.device)
-    grid = F.affine_grid(theta, (b, 1, h, w), align_corners=False).repeat_interleave(t, 0)          # one map for all frames
-    x = F.grid_sample(video.flatten(0, 1).permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=False)
-    labels = F.grid_sample((labels.flatten(0, 1)[:, None] + 1).float(), grid, mode="nearest", align_corners=False)[:, 0]
-    x = x.view(b, t, 3, h, w)
 
-    def each(values):
-        return torch.tensor(values, dtype=torch.float32, device=x.device).view(b, 1, 1, 1, 1)
-    weights = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(1, 1, 3, 1, 1)
-    x = x * each(rng.uniform(0.6, 1.4, b))                                              # brightness
-    mean = (x * weights).sum(2, keepdim=True).mean((1, 3, 4), keepdim=True)
-    x = mean + (x - mean) * each(rng.uniform(0.6, 1.4, b))                              # contrast
-    grey = (x * weights).sum(2, keepdim=True)
-    x = grey + (x - grey) * each(np.where(rng.random(b) < 0.2, 0.0, rng.uniform(0.6, 1.4, b)))      # saturation, grey
+    def each(values):                                           # one number a clip
+        values = torch.tensor(values, dtype=torch.float32, device=video.device)
+        return values.view(b, 1, 1, 1, 1)
+
+    grid = random_crops(rng, b, h, w, flip).to(video.device).repeat_interleave(t, 0)    # (b t, h, w, 2)
+    x = rearrange(video, "b t h w c -> (b t) c h w").float()
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # outside of the picture grid_sample reads 0, so labels are moved up by one: 0 is "unlabelled"
+    ids = rearrange(labels + 1, "b t h w -> (b t) 1 h w").float()
+    ids = F.grid_sample(ids, grid, mode="nearest", align_corners=False)
+    labels = rearrange(ids, "(b t) 1 h w -> b t h w", b=b).round().long() - 1
+    x = rearrange(x, "(b t) c h w -> b t c h w", b=b)
+    light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
+    brightness, contrast, saturation = rng.uniform(0.6, 1.4, (3, b))
+    saturation[rng.random(b) < 0.2] = 0                         # grey
+    x = x * each(brightness)
+    mean = (x * light).sum(2, keepdim=True).mean((1, 3, 4), keepdim=True)
+    x = torch.lerp(mean, x, each(contrast))
+    grey = (x * light).sum(2, keepdim=True)
+    x = torch.lerp(grey.expand_as(x), x, each(saturation))
+    strength = rng.uniform(0.3, 1.0, b) * (rng.random(b) < 0.3)
     soft = F.avg_pool2d(x.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(x)
-    x = torch.lerp(x, soft, each(np.where(rng.random(b) < 0.3, rng.uniform(0.3, 1.0, b), 0.0)))     # blur
-    return (x.clamp(0, 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous(),
-            labels.round().long().view(b, t, h, w) - 1)
+    x = torch.lerp(x, soft, each(strength))
+    return x.clamp(0, 255).round().byte().movedim(2, -1).contiguous(), labels
+
+
+def random_crops(rng, b, h, w, flip):
+    """Where each pixel of b resized crops comes from, mirrored half the time: (b, h, w, 2) in -1 .. 1."""
+    area = rng.uniform(0.2, 1.0, b)
+    ratio = np.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3), b))
+    sx = np.sqrt(area * ratio).clip(max=1)                      # the crop's width and height, of 1
+    sy = np.sqrt(area / ratio).clip(max=1)
+    cx = rng.uniform(-1, 1, b) * (1 - sx)                       # its centre
+    cy = rng.uniform(-1, 1, b) * (1 - sy)
+    mirrored = flip * (rng.random(b) < 0.5)
+    theta = np.zeros((b, 2, 3), np.float32)
+    theta[:, 0, 0] = np.where(mirrored, -sx, sx)
+    theta[:, 1, 1] = sy
+    theta[:, 0, 2] = cx
+    theta[:, 1, 2] = cy
+    return F.affine_grid(torch.from_numpy(theta), (b, 1, h, w), align_corners=False)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The data of a run
+# -----------------------------------------------------------------------------------------------------------
+
+def open_data(cfg, need="caption", world=1):
+    """What a run is told to learn from -> (training dataset, held-out dataset).
+
+    cfg.data: `world`, or a manifest, CSV or folder; several with commas, in the shares of cfg.mix, a batch of
+    one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
+    ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
+    names = [cfg.data] if os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
+    shares = read_shares(cfg, names)
+    train, held_out, mix = [], [], []
+    val = read_manifest(cfg.val) if getattr(cfg, "val", None) else None
+    for name, share in zip(names, shares):
+        if name == "world":
+            made, test = made_clips(cfg)
+            train.append(made)
+            mix.append(share)
+            held_out += [test] if val is None else []
+            continue
+        entries = read_manifest(name)
+        learnt, test = split(entries) if val is None else (without(entries, val), [])
+        check_entries(name, learnt + test, need, len(learnt), len(test))
+        for kind in kinds(learnt):
+            train.append(videos(cfg, kind, train=True))
+            mix.append(share * len(kind) / len(learnt))
+        held_out += [videos(cfg, kind, train=False) for kind in kinds(test)]
+    if val is not None:
+        check_entries(cfg.val, val, need, 0, len(val))
+        held_out = [videos(cfg, kind, train=False) for kind in kinds(val)]
+    if len(train) > 1:
+        train = [Mixed(train, mix, cfg.seed, world)]
+    return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
+
+
+def read_shares(cfg, names):
+    """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
+    mix = getattr(cfg, "mix", None)
+    try:
+        shares = [1.0] * len(names) if mix is None else [float(share) for share in mix.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+        raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
+    return shares
+
+
+def made_clips(cfg):
+    """-> (training, held-out) clips of the world that a configuration asks for. Every seed has ten million
+    training clips of its own; held-out captions all differ."""
+    asked = {}
+    for field in dataclasses.fields(World):
+        if field.name != "size" and hasattr(cfg, field.name):
+            asked[field.name] = getattr(cfg, field.name)
+    world = World(size=cfg.image_size, **asked)
+    begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
+    indices = distinct(world, begin, cfg.eval_clips)
+    train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
+    return train, WorldBatches(world, cfg.batch, indices=indices)
+
+
+def videos(cfg, entries, train):
+    return VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8))
+
+
+def kinds(entries):
+    """Entries -> [videos, pictures], without the kind that there is none of."""
+    parts = [[e for e in entries if e["image"] == image] for image in (False, True)]
+    return [part for part in parts if part]
+
+
+def without(entries, val):
+    """Of --data what may be trained on beside --val: not what `split` holds out, and no file of --val."""
+    held_out = {os.path.realpath(e["path"]) for e in val}
+    learnt = [e for e in entries if e.get("split") in (None, "train")]
+    both = [e["path"] for e in learnt if os.path.realpath(e["path"]) in held_out]
+    if both or not learnt:
+        raise BadInput(f"--val: {len(both)} files of --data are in it as well, the first {both[:1]}; {len(learnt)} are left to train on")
+    return learnt
+
+
+def check_entries(name, entries, need, learnt, test):
+    """Refuse entries without what training needs, and print how many there are."""
+    lacking = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
+    if lacking:
+        raise BadInput(f"{name}: {len(lacking)} of {len(entries)} entries have no {need}, the first "
+                       f"{lacking[0]}; give each a {need}, or leave it out")
+    masks = sum(bool(e["mask"]) for e in entries)
+    note = "" if masks or need == "mask" else ": no segmentation loss"
+    print(f"{name}: {learnt} clips to train on, {test} held out, {masks} of them with masks{note}")
+
+
+def fingerprint(*names):
+    """A short text that changes when an entry of these manifests does: a resumed run stores and compares it."""
+    crc = 0
+    for name in names:
+        entries = read_manifest(name) if name and name != "world" else []
+        for entry in entries:
+            parts = [entry.get(key) for key in ("name", "caption", "label", "split")]
+            crc = zlib.crc32(json.dumps(parts).encode(), crc)
+    return f"{crc:08x}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2927,91 +3192,44 @@ def write_npz(path, key, array):
     replace(path, write)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # python data.py check
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Opens every entry of a manifest, folder or CSV, and names what a training would stumble over. Exit code 0: nothing, 1: something."""
+    """Decodes every file of a manifest, CSV or folder, and names those that a training could not use."""
     manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
-    frames: int = 8                     # frames of a clip: so many places of each video are decoded; a shorter video is a problem
     image_size: int = 64                # pixels of a side that frames are decoded to
     workers: int | None = None          # processes; 0: none but this one; default: one for each core
 
-    def __post_init__(self):
-        for name, least in (("frames", 1), ("image_size", 8), ("workers", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
-
 
 def check(argv):
-    """Prints each problem with its line, then a table. Raises SystemExit(1) if there is a problem."""
+    """A line for each file that cannot be used, with the reason; exit code 1 if there is one."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
-    rows, problems, jobs, found = manifest_rows(cfg.manifest), [], [], []
-    for number, (row, where, folder) in enumerate(rows):
-        try:
-            jobs.append((cfg, number, to_entry(row, where, folder, cfg.manifest)))
-        except BadInput as error:
-            problems.append((number, "entry", str(error)))
-    with tqdm(total=len(jobs), desc=f"{cfg.manifest}", unit=" files", disable=None) as bar:
-        for (_, number, entry), result in in_processes(inspect_entry, jobs, min(cores() if cfg.workers is None else cfg.workers, len(jobs))):
-            found.append((entry, result))
-            problems += [(number, kind, f"{cfg.manifest} {rows[number][1]}: {text}") for kind, text in result["wrong"]]
-            bar.update()
-    for _, _, text in sorted(problems):
-        print(text)
-    summary(len(rows), found, problems)
-    if problems:
+    entries = read_manifest(cfg.manifest)
+    workers = cores() if cfg.workers is None else cfg.workers
+    jobs = [(entry, cfg.image_size) for entry in entries]
+    bad = 0
+    for (entry, _), reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
+        if reason:
+            bad += 1
+            tqdm.write(reason)
+    print(f"{cfg.manifest}: {len(entries)} files, {bad} of them cannot be used")
+    if bad:
         raise SystemExit(1)
 
 
 def inspect_entry(job):
-    """One entry, opened as a training opens it -> dict(seconds, bytes, shape (H, W) or None, wrong: [(kind of problem, what and how to mend it)],
-    strangers: has the mask ids that no trajectory owns?)."""
-    cfg, _, entry = job
-    path, wrong, where, result = entry["path"], [], None, dict(seconds=0.0, bytes=0, shape=None, strangers=False)
-    if not os.path.exists(path):
-        hint = "write / for \\ in paths" if "\\" in path else "paths are relative to the manifest"
-        return result | dict(wrong=[("no such file", f"{path}: no such file; {hint}")])
+    """-> what is wrong with an entry, or None."""
+    entry, size = job
     try:
-        total, height, width, seconds = video_header(path)
-        result |= dict(seconds=0.0 if entry["image"] else seconds, bytes=os.path.getsize(path), shape=(height, width))
-        if not entry["image"] and 0 < total < cfg.frames:
-            wrong.append(("too short", f"{path}: has {total} frames, fewer than the {cfg.frames} of a clip; give --frames {total} or less, or leave it out"))
-        where = decode(path, 1 if entry["image"] else min(cfg.frames, total or cfg.frames), cfg.image_size)[2]
+        frames = sum(len(piece) for piece in read_frames(entry["path"], size))
+        if entry["mask"] or entry["graph"]:
+            where = (np.arange(frames) + 0.5) / frames
+            load_labels(entry["mask"], entry["graph"], where, size, entry["path"])
     except BadVideo as error:
-        wrong.append(("cannot be decoded", str(error)))
-    if entry["mask"] or entry["graph"]:
-        try:
-            mask, graph = sidecars(entry["mask"], entry["graph"])
-            load_labels(entry["mask"], entry["graph"], np.arange(len(mask)) / len(mask), 16, path if where is not None else None)        # every frame
-            if graph.any() and not np.isin(graph[graph > 0], mask).any():
-                wrong.append(("labels", f"{entry['mask']}: shares no object id with {entry['graph']}; do the two belong together?"))
-            result["strangers"] = not np.isin(mask[mask > 0], graph).all()
-        except BadVideo as error:
-            wrong.append(("labels", str(error)))
-    return result | dict(wrong=wrong)
-
-
-def summary(count, found, problems):
-    """The table at the end of `check`."""
-    entries, results = [e for e, _ in found], [r for _, r in found]
-    shapes = collections.Counter(r["shape"] for r in results if r["shape"]).most_common()
-    seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
-    texts = [1 if isinstance(e["caption"], str) else len(e["caption"]) for e in entries if e["caption"]]
-    lines = [("entries", count), ("videos", sum(not e["image"] for e in entries)), ("pictures", sum(e["image"] for e in entries)),
-             ("labelled", sum(bool(e["mask"] and e["graph"]) for e in entries)),
-             ("captioned", f"{len(texts)}" + (f" ({sum(texts)} captions)" if sum(texts) > len(texts) else "")),
-             ("with a class", f"{sum(e['label'] is not None for e in entries)} ({len({e['label'] for e in entries} - {None})} classes)"),
-             ("duration", f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{seconds % 60:04.1f}"), ("size", f"{size / 1e6:.1f} MB"),
-             ("frames", ", ".join(f"{w} x {h} ({n})" for (h, w), n in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""))]
-    if any(r["strangers"] for r in results):
-        lines.append(("unlabelled ids", f"{sum(r['strangers'] for r in results)} masks hold objects that no trajectory owns: left unlabelled"))
-    lines.append(("problems", len(problems)))
-    lines += [(f"  {kind}", n) for kind, n in collections.Counter(kind for _, kind, _ in problems).most_common()]
-    for name, value in lines:
-        print(f"{name:20s} {value}")
+        return str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
