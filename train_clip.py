@@ -698,8 +698,8 @@ def evaluate(model, held_out, cfg, device, encoding):
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
         known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
         result["zero_shot"] = sum(known) / len(known)
-    if "motion" in clips:
-        result |= probe(model, clips, cfg, device)
+    if hasattr(held_out, "world"):
+        result |= probe(model, clips, held_out.world, cfg, device)
     masks = []
     if hasattr(model.video.tokenizer, "segmenter"):
         scores, masks = trajtok.evaluate_segmenter(model.video.tokenizer.segmenter, held_out, device)
@@ -707,11 +707,11 @@ def evaluate(model, held_out, cfg, device, encoding):
     return result, found_clips(similarity, right, texts, clips, held_out), masks
 
 
-def probe(model, clips, cfg, device):
+def probe(model, clips, world, cfg, device):
     """Linear probes of the frozen CLS on made clips: the subject's shape and its motion. The probes learn
     from clips far up the training range, where no training gets, and choose their penalty on validation
     clips."""
-    world, sets = data.world_of(cfg), []
+    sets = []
     for begin, count in ((500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1))):
         batches = data.WorldBatches(world, cfg.batch, indices=range(begin, begin + count))
         sets.append(embed(model, batches, cfg, device, "probe clips"))
@@ -768,7 +768,7 @@ def train(cfg, folder):
     device = trajtok.setup(cfg)
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
-    encoding, words = choose_words(cfg, train_set.captions(), folder)
+    encoding, words = choose_words(cfg, train_set, folder)
     model = build(cfg, encoding, device)
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
@@ -834,11 +834,13 @@ def prepare(batch, number, encoding, cfg, device):
     return Batch(video, labels, ids.to(device), mask.to(device))
 
 
-def choose_words(cfg, captions, folder):
-    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default
-    for real data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
-    if (cfg.text or ("captions" if captions else "world")) != "captions":
-        return data.load_encoding(cfg.text or "world"), None
+def choose_words(cfg, train_set, folder):
+    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default for real
+    data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
+    text = cfg.text or ("world" if cfg.data == "world" else "captions")
+    if text != "captions":
+        return data.load_encoding(text), None
+    captions = train_set.captions()
     source = folder if cfg.resume or cfg.eval_only else cfg.init
     saved = trajtok.read_json(trajtok.Path(source) / "config.json") if source else {}
     words = saved.get("words") or data.word_list(captions)
