@@ -1,6 +1,6 @@
-"""TrajTok, the trajectory tokenizer: segmenter + encoder, their sizes, published weights, long video; and the run.
+"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, weights and long video; and the run.
 
-    video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d'), mask
+    video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d')
 
     tokenizer = TrajTok("nano")                                  # or TrajTok(TrajTokConfig(...)), or
     tokenizer = TrajTok.from_pretrained("out/clip-nano")         # what train_clip.py or `pretrain` wrote
@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
@@ -92,8 +93,6 @@ class TrajTokConfig:
             raise BadInput(f"image size {self.image_size}: give a multiple of 32, e.g. 224")
         if self.dim % self.heads or self.dim % 8:
             raise BadInput(f"dim {self.dim}: must be a multiple of 8 and of the {self.heads} heads")
-        if self.num_queries < 1 or self.frames < 1:
-            raise BadInput(f"{self.num_queries} queries, {self.frames} frames: give at least 1 of both")
         if self.max_tokens not in (1, 2, 4, 8, 16):
             raise BadInput(f"max_tokens {self.max_tokens}: must be a power of two (the paper: 4)")
 
@@ -178,6 +177,7 @@ class TrajTok(nn.Module):
                 alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
                 yield first, video, Segmentation(f, logits, ids, alive, grid)
 
+        # z_init is a mean over all points: sums of pieces add up
         total, weight, alive, path = 0.0, 0.0, False, []
         for first, video, seg in clusters():
             soft = seg.logits.softmax(-1)                       # over the queries
@@ -188,8 +188,7 @@ class TrajTok(nn.Module):
                 path.append(TrajectoryPath.sums(soft, seg.grid))
             if each:
                 each(first, video, seg)
-        path = torch.cat(path, 1) if cfg.path else None
-        latents = encoder.start(total, weight, path, m)
+        latents = encoder.start(total, weight, torch.cat(path, 1) if path else None, m)
 
         def read_by_tokens():
             for first, _, seg in clusters():
@@ -329,10 +328,8 @@ def tokenizer_config(folder):
     try:
         values = json.loads(path.read_text())
         return TrajTokConfig(**values.get("trajtok", values.get("tokenizer")))
-    except OSError:
-        raise BadInput(f"{path}: cannot be read; give a folder of `trajtok.py pretrain` or train_clip.py") from None
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path}: holds no tokenizer's configuration ({error})") from None
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: no tokenizer's configuration ({error}); give the folder of a run") from None
 
 
 def load_weights(module, folder, *prefixes):
@@ -354,23 +351,24 @@ def read_weights(path, wrappings=("model", "state_dict")):
     -> {name: tensor} on the CPU, without `module.` and wrappings such as {"model": ...}."""
     path = Path(path)
     if path.is_dir():
-        names = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+        # one file, or the index of several
+        names = ("model.safetensors", "pytorch_model.bin")
+        names += tuple(name + ".index.json" for name in names)
         path = next((path / name for name in names if (path / name).exists()), path / names[0])
     if not path.exists():
-        raise BadInput(f"{path}: no such file of weights; check the path, or let the run that writes it save first")
+        raise BadInput(f"{path}: no such file of weights; check the path, or let the run save first")
     weights, files = {}, [path]
     try:
-        if path.suffix == ".json":                              # the index of several files
+        if path.suffix == ".json":
             names = set(json.loads(path.read_text())["weight_map"].values())
             files = [path.parent / name for name in sorted(names)]
         for file in files:
             weights |= load_any(file)
-    except Exception as error:                                  # the readers raise many types on foreign files
+    # the two readers raise many types on a file that is not theirs
+    except Exception as error:
         raise BadInput(f"{path}: no whole file of weights ({type(error).__name__}); fetch it again") from None
-    wrapped = True
-    while wrapped:
-        wrapped = [name for name in wrappings if isinstance(weights.get(name), dict)]
-        weights = weights[wrapped[0]] if wrapped else weights
+    for name in (*wrappings, *wrappings):                       # one may stand inside the other
+        weights = weights[name] if isinstance(weights.get(name), dict) else weights
     weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
     if not weights:
         raise BadInput(f"{path}: holds no named weights; a state dict was expected")
@@ -461,7 +459,7 @@ def convnext_names(weights, where):
     try:
         stems = [weights[f"downsample_layers.{i}.{min(i, 1)}.weight"] for i in range(4)]
     except KeyError as error:
-        raise BadInput(f"{where}: no ConvNeXt in a known layout (original, DINOv3, timm, hub): no {error}") from None
+        raise BadInput(f"{where}: no ConvNeXt in a layout that is known: it has no {error}") from None
     return weights, depths, tuple(len(stem) for stem in stems)
 
 
@@ -529,33 +527,34 @@ def setup(cfg):
     """-> torch.device. Joins the other processes if torchrun launched us, and seeds the weights."""
     device = choose_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # the first process may evaluate for long while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
         if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")                  # the first process speaks; errors come from all
+            # the first process speaks for all; errors are heard from each
+            sys.stdout = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     return device
 
 
 def choose_device(name):
-    """--device -> torch.device. Each of several processes has a GPU, or its share of the cores, of its
+    """--device -> torch.device. Of several processes each has a GPU, or its share of the cores, of its
     own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.set_float32_matmul_precision("high")
     if name == "cpu":
         keep_memory()                                           # before the first tensor
         share = data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(min(max(share, 1), 16))
     try:
-        device = torch.zeros(1, device=name).device
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device {name}: not available here; give cpu, or leave it out") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    return device
 
 
 def keep_memory():
@@ -722,8 +721,9 @@ def save_checkpoint(folder, model, optimizer, step):
     try:
         replace(folder / "state.pt", lambda beside: torch.save(state, beside))
         write_weights(folder / "model.safetensors", model.state_dict())
-    except RuntimeError as error:                               # torch.save's, e.g. on a full disk
-        raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room and --resume") from None
+    except (RuntimeError, SafetensorError) as error:
+        # e.g. on a full disk
+        raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
 
 
 def load_checkpoint(folder, model, optimizer):
@@ -733,8 +733,9 @@ def load_checkpoint(folder, model, optimizer):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                  # torch.load raises many types
-        raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); --overwrite starts again") from None
+    # torch.load raises many types on a file that is not its own
+    except Exception as error:
+        raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -756,18 +757,20 @@ class Log:
 
     def lines(self):
         text = self.path.read_text() if self.path.exists() else ""
-        whole = [line for line in text.splitlines(True) if line.endswith("\n")]     # a kill may leave half of one
-        return [json.loads(line) for line in whole]
+        # a kill may leave half a line at the end
+        whole = text[:text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Pictures
 # -----------------------------------------------------------------------------------------------------------
 
+# five rows of three pixels a letter, a row an octal digit
 GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
-    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 55755 "
-    "72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 55222 71247 "
-    "00002 00700 51245 11244 02020 02720 07070 00024 12221 42224 42124 00000").split()))   # 5 rows of 3 pixels
+    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
+    "55755 72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 "
+    "55222 71247 00002 00700 51245 11244 02020 02720 07070 00024 12221 42224 42124 00000").split()))
 
 
 def write_text(image, text, top, left, scale=2):
@@ -796,11 +799,12 @@ def filmstrip(video, rows, count=4, scale=2):
         shown[name] = paint(video, ids, mine)[some]
     lines = []
     for name, images in shown.items():
-        line = np.concatenate(list(images), 1).repeat(scale, 0).repeat(scale, 1)
-        margin = np.full((len(line), 80, 3), 255, np.uint8)
-        write_text(margin, name, len(line) // 2 - 5, 4)
-        lines.append(np.concatenate((margin, line), 1))
-    return np.concatenate(lines)
+        images = images.repeat(scale, 1).repeat(scale, 2)
+        images = np.pad(images, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
+        line = np.pad(np.concatenate(list(images), 1), ((0, 0), (80, 0), (0, 0)), constant_values=255)
+        write_text(line, name, len(line) // 2 - 5, 4)
+        lines.append(line)
+    return np.pad(np.concatenate(lines), ((0, 12), (0, 0), (0, 0)), constant_values=255)
 
 
 def plot(path, panels, x="step", log=False):
@@ -822,7 +826,8 @@ def panel(title, lines, x, log):
     low, high = np.concatenate(list(points.values())).min(0), np.concatenate(list(points.values())).max(0)
     span = np.maximum(high - low, 1e-9)
     yield f'<text x="70" y="20" font-weight="bold">{title}</text>'
-    yield f'<text x="220" y="290" text-anchor="middle">{x}{" (both axes are logarithmic)" if log else ""}</text>'
+    note = " (both axes are logarithmic)" if log else ""
+    yield f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>'
     for share in np.linspace(0, 1, 5):
         right, up = 70 + 300 * share, 250 - 220 * share
         tick = 10 ** (low + share * span) if log else low + share * span
@@ -842,8 +847,8 @@ def aligned(lines):
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
     for first, *others in lines:
-        cells = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        texts.append("  ".join(cells))
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        texts.append("  ".join([first.ljust(widths[0]), *cells]))
     return texts
 
 
@@ -855,17 +860,17 @@ def aligned(lines):
 class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world`, or a manifest, CSV or folder of videos with mask sidecars; several with commas
+    data: str = "world"                 # `world`, or a manifest or folder with mask sidecars; several with commas
     mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
     val: str | None = None              # a manifest of held-out clips; default: a part of --data
     name: str | None = None             # the run's folder is out/segmenter-<name>
     out: str = "out"                    # where runs are kept
-    init: str | None = None             # start from the segmenter of this run of `pretrain` or train_clip.py
+    init: str | None = None             # start from the segmenter of this run, of `pretrain` or train_clip.py
     # the clips
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
     num_queries: int | None = None      # K, trajectories at most; default: the size's
-    stride: int = 8                     # a training clip takes every 1st .. stride-th frame; 0: spread over the whole video
+    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
     max_objects: int = 8                # of a made clip: 1 .. 8
     shared_colours: bool = True         # may two objects of a made clip have the same colour?
     augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
@@ -930,22 +935,27 @@ def pretrain(cfg):
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
         video, labels = batch["video"], batch["labels"]
-        if cfg.augment and "motion" not in batch:               # made clips differ enough as they are
+        # made clips differ enough as they are
+        if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         segmenter.train()
         with precision(device):
             seg = segmenter(video)
         focal, dice = segmentation_loss(seg, labels)
         optimizer.zero_grad()
-        (focal + 2 * dice).backward()                           # the release's weights for the segmenter alone
+        # the release's weights for the segmenter alone
+        loss = focal + 2 * dice
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
         check_finite(terms, step)
         optimizer.step()
-        live = seg.alive.float().sum(1).mean().item()           # few of many: the queries collapse
+        # few of many: the queries collapse
+        live = seg.alive.float().sum(1).mean().item()
         log(step=step, **terms, lr=learning_rate(step, cfg), live=live)
         if step % 10 == 0 or step + 1 == cfg.steps:
-            print(f"step {step:5d}/{cfg.steps}  focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}", flush=True)
+            terms = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
+            print(f"step {step:5d}/{cfg.steps}  {terms}", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device)
@@ -965,7 +975,8 @@ def evaluate_segmenter(segmenter, batches, device):
     rows, pictures = [], []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
-        first = data.MAX_GROUNDS if "motion" in batch else 0    # of made clips objects alone: grounds come first
+        # of made clips objects alone: the ids of grounds come first
+        first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device):
             seg = segmenter(batch["video"])
         truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
@@ -977,8 +988,10 @@ def evaluate_segmenter(segmenter, batches, device):
             row = dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"])
             rows.append(row | dict(live_trajectories=int(seg.alive[j].sum())))
             if len(pictures) < 6:
-                pictures.append((batch["video"][j].cpu().numpy(), fine[j].numpy(), batch["labels"][j].cpu().numpy()))
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in (rows[0] if rows else ())}, pictures
+                clip = (batch["video"][j], fine[j], batch["labels"][j])
+                pictures.append([x.cpu().numpy() for x in clip])
+    keys = rows[0] if rows else ()
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}, pictures
 
 
 def save_pictures(folder, pictures, log, terms):
@@ -1001,9 +1014,8 @@ class ShowConfig:
     """Draws the trajectories of a video and tells how many tokens they make."""
     clip: str = "world"                 # a video or picture file, or `world` for a made clip
     weights: str = "out/clip-nano"      # a run's folder, or a checkpoint that the authors released
-    frames: int | None = None           # frames, spread over the clip; 0: all, at any length; default: the tokenizer's
-    window: int = 0                     # with --frames 0: every so many frames trajectories of their own (TrajVLM: 8)
-    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the tokenizer's
+    frames: int | None = None           # spread over the clip; 0: all of them; default: the tokenizer's
+    window: int = 0                     # with --frames 0: so many frames have trajectories of their own
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
@@ -1039,8 +1051,7 @@ def show(cfg):
     tokenizer.to(device)
     m = tokenizer.cfg.check(cfg.tokens_per_trajectory)
     frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
-    size = tokenizer.cfg.image_size if cfg.image_size is None else cfg.image_size
-    dataclasses.replace(tokenizer.cfg, image_size=size)         # refuses what the strides do not divide
+    size = tokenizer.cfg.image_size
     made = cfg.clip == "world"
     if made or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
         if not frames or cfg.window:
@@ -1057,6 +1068,10 @@ def show(cfg):
         rate = len(times) / (times[-1] + 0.25)
     else:
         rate = data.frame_rate(cfg.clip)
+
+    def read():
+        return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
+
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
     base.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -1066,24 +1081,17 @@ def show(cfg):
             tokens, seg = tokenizer(video.to(device), m)
             painter(0, video, seg)
         elif cfg.window:
-            tokens = tokenizer.windows(lambda: data.read_frames(cfg.clip, size), cfg.window, m, painter)
+            tokens = tokenizer.windows(read, cfg.window, m, painter)
         else:
-            tokens = tokenizer.stream(lambda: watched(data.read_frames(cfg.clip, size)), m, each=painter)
+            tokens = tokenizer.stream(read, m, each=painter)
     video, ids = (np.stack(parts) for parts in zip(*painter.kept))
-    write_png(f"{base}.png", filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size)))
+    sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
+    write_png(f"{base}.png", sheet)
     trajectories = tokens.trajectory[tokens.mask].unique()
     print(f"{cfg.clip}: {painter.frames} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
           f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {time.time() - began:.1f} s on "
           f"{device.type}, {peak_memory_gb(device):.2f} GB")
     print(f"wrote {base}.png and {base}.mp4")
-
-
-def watched(parts):
-    """The pieces of a long film with a progress bar in frames."""
-    with tqdm(unit=" frames", leave=False, disable=None) as bar:
-        for part in parts:
-            bar.update(len(part))
-            yield part
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1147,9 +1155,9 @@ def compare(argv):
     """Train every row with every seed, each under a name of its own, and print the table. What --json holds
     already is not trained again, so that a table grows over days."""
     parser = argparse.ArgumentParser(prog="trajtok.py compare", description=compare.__doc__)
-    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='a row, e.g. "detach: --no-detach"; "base:" has no flags')
+    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='"detach: --no-detach"; "base:" has none')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
     parser.add_argument("--json", default="out/compare.json", help="where results are kept")
     parser.add_argument("--out", default="out", help="where the runs are kept")
     args = parser.parse_args(argv)
@@ -1169,10 +1177,14 @@ def compare(argv):
         for seed in args.seeds:
             if seed not in [result["seed"] for result in row["results"]]:
                 row["results"].append(train_row(args, name, flags, seed))
-                hardware = f"{platform.processor() or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
                 command = shlex.join(["python", "trajtok.py", "compare", *argv])
-                write_json(path, dict(command=command, hardware=hardware, rows=rows))
+                write_json(path, dict(command=command, hardware=hardware(), rows=rows))
     print("\n".join(summary(rows)))
+
+
+def hardware():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
 
 
 def train_row(args, name, flags, seed):
