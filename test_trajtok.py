@@ -3284,16 +3284,21 @@ def plain_release(w, x, m):
 
 # our names -> those of the release; what has none loses `encoder.`
 RELEASED = {"segmenter.(backbone|proj|ln)": r"segmenter.patch_encoder.\1",
-            "segmenter.(latents)": r"segmenter.trajectory_perceiver.\1", "segmenter.perceiver": "segmenter.trajectory_perceiver",
+            "segmenter.latents": "segmenter.trajectory_perceiver.latents",
+            "segmenter.perceiver": "segmenter.trajectory_perceiver",
             "segmenter.(traj_seg_head|patch_decoder)": r"segmenter.\1_low_res",
             "encoder.perceiver": "traj_feature_updater", "encoder.": ""}
+
+
+RELEASE = dict(normed_residual=True, norm_media=True, last_points=2)
 
 
 def official_weights():
     """Random weights of a small tokenizer, under the names of the authors' release."""
     torch.manual_seed(3)
     weights = {}
-    for name, value in trajtok.TrajTok(tiny(out_dim=24, normed_residual=True, norm_media=True)).state_dict().items():
+    tokenizer = trajtok.TrajTok(tiny(out_dim=24, **RELEASE))
+    for name, value in tokenizer.state_dict().items():
         for ours, theirs in RELEASED.items():
             name = re.sub("^" + ours, theirs, name)
         weights[name] = value + 0.3 * torch.randn_like(value)
@@ -3310,8 +3315,8 @@ def close(mine, theirs, relative=1e-4):
     assert worst < relative, f"differs by {worst:.1e} of the largest value"
 
 
-@pytest.mark.parametrize("m, prefix, suffix", (
-    (1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"), (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
+@pytest.mark.parametrize("m, prefix, suffix", ((1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"),
+                                               (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
 def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, suffix):
     """Catches: a quirk of the release that is left out or switched on wrongly (residual, norms, the last two
     points, the scale's clamp), a key in the wrong place, a configuration read wrongly off the shapes."""
@@ -3325,7 +3330,7 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, 
     else:
         save_file(stored, file)
     tokenizer = trajtok.TrajTok.load_official(file)
-    assert tokenizer.cfg == tiny(image_size=224, frames=8, out_dim=24, normed_residual=True, norm_media=True, last_points=2)
+    assert tokenizer.cfg == tiny(image_size=224, frames=8, out_dim=24, **RELEASE)
     video = random_video(2, 3, 64, 32)
     features, logits, z = plain_release(weights, segmenter.normalise(video), m)
     with torch.no_grad():
@@ -3335,30 +3340,7 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, 
     close(tokens.z, z)                                          # of dead trajectories, too
     assert 1 < seg.alive.sum() < seg.alive.numel()
     close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
-
-
-def test_the_releases_quirks_each_matter(tmp_path):
-    """Catches: an option that load_official sets and nothing reads: the test above would pass without it."""
-    save_file(official_weights(), tmp_path / "a.safetensors")
-    tokenizer = trajtok.TrajTok.load_official(tmp_path / "a.safetensors")
-    video = random_video(1, 2, 32, 32)
-    reference = tokenizer(video, 2)[0].z
-    for change in (dict(normed_residual=False), dict(last_points=0), dict(mean_start=False)):
-        other = trajtok.TrajTok(dataclasses.replace(tokenizer.cfg, **change))
-        other.load_state_dict(tokenizer.state_dict())
-        assert (other(video, 2)[0].z - reference).abs().max() > 1e-3, change
-    assert not trajtok.TrajTok.load_official(tmp_path / "a.safetensors", mean_start=False).cfg.mean_start
-
-
-def test_the_released_segmenter_alone(tmp_path):
-    """Catches: a segmenter's own checkpoint, under another prefix, that is not found or read wrongly."""
-    weights = trajtok.under(official_weights(), "segmenter.")
-    torch.save({"model": {"vision_encoder." + name: value for name, value in weights.items()}}, tmp_path / "s.pth")
-    video = random_video(2, 2, 64, 64)
-    seg = trajtok.load_official_segmenter(tmp_path / "s.pth")(video)
-    features, logits = plain_segmenter(weights, segmenter.normalise(video))
-    close(seg.features, features)
-    close(seg.logits, logits)
+    close(trajtok.load_official_segmenter(file)(video).logits, logits)
 
 
 class Evil:
@@ -3368,8 +3350,9 @@ class Evil:
 
 # files that are no whole checkpoint of the release, and words of the refusal
 DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
-           "empty.pth": "no named weights", "nowhere.pth": "no such file", "ours.safetensors": "not in the authors' layout",
-           "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)", "freqs.safetensors": "number of heads"}
+           "empty.pth": "no named weights", "nowhere.pth": "no such file",
+           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -3401,9 +3384,10 @@ CONVNEXTS = {
     "original": ([], ["head.weight", "head.bias"]),
     "dinov3": ([], ["norms.3.weight", "norms.3.bias"]),
     "timm": ([(r"downsample_layers\.0\.", "stem."), (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-              (r"stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."), (r"dwconv", "conv_dw"), (r"pwconv", "mlp.fc"),
+              (r"stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."), ("dwconv", "conv_dw"), ("pwconv", "mlp.fc"),
               (r"^norm\.", "head.norm.")], ["head.fc.weight", "head.fc.bias"]),
-    "hub": ([(r"downsample_layers\.0\.0", "embeddings.patch_embeddings"), (r"downsample_layers\.0\.1", "embeddings.layernorm"),
+    "hub": ([(r"downsample_layers\.0\.0", "embeddings.patch_embeddings"),
+             (r"downsample_layers\.0\.1", "embeddings.layernorm"),
              (r"downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
              (r"^stages\.(\d)\.(\d)\.", r"encoder.stages.\1.layers.\2."), (r"gamma", "layer_scale_parameter"),
              (r"\bnorm\.", "layernorm."), (r"^", "convnext.")], ["classifier.weight", "classifier.bias"]),
@@ -3435,9 +3419,10 @@ def test_every_published_convnext_layout_loads(tmp_path, layout):
 
 @pytest.mark.parametrize("kind", ("ConvNext", "DINOv3ConvNext"))
 def test_convnext_is_the_published_implementation(tmp_path, kind):
-    """Catches: names remembered wrongly: the package `transformers` itself writes the folder, and computes."""
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    config = getattr(transformers, kind + "Config")(depths=[1, 2, 3, 1], hidden_sizes=[8, 16, 24, 40], image_size=64)
+    """Catches: names remembered wrongly: `transformers` itself writes the folder, and computes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(depths=[1, 2, 3, 1], hidden_sizes=[8, 16, 24, 40], image_size=64)
+    config = getattr(transformers, kind + "Config")(**sizes)
     theirs = getattr(transformers, kind + "Model")(config).eval()
     for p in theirs.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -3793,9 +3778,6 @@ def test_bad_backbones_are_refused(tmp_path):
 # trajtok.py: any length
 # -----------------------------------------------------------------------------------------------------------
 
-RELEASE = dict(normed_residual=True, norm_media=True, last_points=2)
-
-
 @pytest.mark.parametrize("change", ({}, dict(hard_mask=False), RELEASE, dict(places=True, path=True)))
 @pytest.mark.parametrize("m", (1, 4))
 def test_a_stream_is_one_pass(change, m):
@@ -3843,26 +3825,6 @@ def test_long_positions_are_exact():
     for j in range(6):
         angle = far * 1e4 ** (-2 * j / 12)
         assert table[j].item() == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=1e-5)
-
-
-def test_the_tokenizer_under_autocast():
-    """Catches: types that do not meet in the backward pass; masks or softmaxes in half precision."""
-    tokenizer = trajtok.TrajTok(TINY)
-    video = random_video(2, 2, 32, 32)
-    seg = tokenizer.segmenter(video)
-    results = []
-    for enabled in (False, True):
-        features = seg.features.detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            z = tokenizer.encoder(features, seg._replace(logits=seg.logits.detach()), 2).z.float()
-        results.append((z, *torch.autograd.grad(z.square().mean(), features)))
-    for exact, half in zip(*results):
-        close(half, exact, 0.05)
-    with torch.autocast("cpu", torch.bfloat16):                 # the whole of it, as a run on a GPU does
-        tokens, seg = tokenizer(video, 4)
-    loss = sum(segmenter.segmentation_loss(seg, torch.zeros(2, 2, 32, 32, dtype=torch.int64)))
-    (loss + tokens.z.float().square().mean()).backward()
-    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3914,17 +3876,10 @@ def test_loading_is_strict(tmp_path):
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
     trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
     trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}', '{"trajtok": {"image_size": 33}}'):
+    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(BadInput):
             trajtok.TrajTok.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("field, value", (("image_size", 48), ("image_size", 0), ("heads", 5), ("dim", 36), ("max_tokens", 3)))
-def test_wrong_configurations_are_refused(field, value):
-    """Catches: a size that only fails deep inside, as a shape mismatch."""
-    with pytest.raises(BadInput, match=str(value)):
-        tiny(**{field: value})
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3946,55 +3901,15 @@ def in_ranks(world, work, folder=None):
     return [0] * world
 
 
-def test_processes_gather_and_sum(tmp_path):
-    """Catches: rows in another order, a gathered loss whose gradient reaches a process's own rows twice or not
-    at all, a parameter without a gradient in one process on which the other waits for ever."""
-    def work(rank):
-        trajtok.setup(trajtok.PretrainConfig(device="cpu"))
-        x = torch.arange(4.0).view(2, 2) + 10 * rank
-        w, unused = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-        rows = trajtok.gather(x * w)
-        (rows ** 2).sum().backward()
-        if rank:
-            unused.sum().backward()
-        trajtok.sum_gradients([w, unused])
-        mean = trajtok.all_reduce([1.0 + rank, 5.0], torch.device("cpu"))
-        torch.save((rows.detach(), w.grad, unused.grad, mean, trajtok.ranks()), tmp_path / f"{rank}.pt")
-
-    in_ranks(2, work)
-    rows = torch.cat((torch.arange(4.0), 10 + torch.arange(4.0))).view(4, 2)
-    for rank in (0, 1):
-        found, of_w, of_unused, mean, ranks = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(found, rows)
-        assert torch.equal(of_w, (2 * rows ** 2).sum(0))
-        assert torch.equal(of_unused, torch.ones(2))
-        assert (mean, ranks) == ([1.5, 5.0], (rank, 2))
-
-
-def test_a_plain_command_becomes_torchrun(monkeypatch):
-    """Catches: --processes that starts nothing; a process of torchrun that starts others."""
-    calls = []
-    monkeypatch.setattr(os, "execvp", lambda file, argv: calls.append(argv))
-    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--processes", "2"])
-    for processes in (2, 1):
-        trajtok.launch(train_clip.ClipConfig(processes=processes, device="cpu"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    trajtok.launch(train_clip.ClipConfig(processes=2, device="cpu"))
-    assert len(calls) == 1
-    assert calls[0][-4:] == ["--nproc-per-node=2", "train_clip.py", "--processes", "2"]
-
-
 def test_learning_rate():
     """Catches: a first step at 0, a peak that is never reached, an end that is not at 1 %."""
     cfg = trajtok.PretrainConfig(lr=2.0, warmup=10, steps=100)
     rates = [trajtok.learning_rate(step, cfg) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10] == 2.0
     assert rates[54] == pytest.approx(1.01, abs=0.05)           # half way down
     assert rates[99] == pytest.approx(0.02)
-    for warmup, steps in ((0, 1), (5, 3)):
-        assert 0 < trajtok.learning_rate(0, dataclasses.replace(cfg, warmup=warmup, steps=steps)) <= 2
 
 
 def test_weight_decay_is_for_matrices():
@@ -4008,41 +3923,26 @@ def test_weight_decay_is_for_matrices():
                      net[2].bias: (0, 1)}
 
 
-def test_a_checkpoint_and_its_log(tmp_path):
-    """Catches: log lines that appear twice or are lost, a half-written last line that ends the run, an
-    optimizer that starts anew, a run that is overwritten unasked."""
-    cfg = trajtok.PretrainConfig(out=str(tmp_path), steps=9)
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    """Catches: log lines that appear twice or are lost, a half-written last line that ends the run, a folder
+    that is used twice, half a checkpoint that ends in a traceback."""
+    cfg = trajtok.PretrainConfig(out=str(tmp_path))
     folder = trajtok.run_folder(cfg, "segmenter")
-    trajtok.open_run(folder, cfg, more=1)
-    net = nn.Linear(2, 2)
-    optimizer = trajtok.make_optimizer(net, cfg)
-    record = trajtok.Log(folder)
-    for step in range(6):
-        net(torch.randn(3, 2)).square().sum().backward()
-        optimizer.step()
-        record(step=step)
-        if step == 2:
-            trajtok.save_checkpoint(folder, net, optimizer, 3)
-            saved = net.weight.detach().clone(), optimizer.state[net.weight]["exp_avg"].clone()
+    trajtok.open_run(folder, cfg)
+    for step in range(4):
+        trajtok.Log(folder, step)(step=step)
     with open(folder / "log.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')                           # killed while it wrote
-    with pytest.raises(BadInput, match="--overwrite"):
-        trajtok.open_run(folder, cfg)
-    other = nn.Linear(2, 2)
-    again = trajtok.make_optimizer(other, cfg)
-    assert trajtok.load_checkpoint(folder, other, again) == 3
-    assert torch.equal(other.weight, saved[0])
-    assert torch.equal(again.state[other.weight]["exp_avg"], saved[1])
-    assert torch.equal(load_file(folder / "model.safetensors")["weight"], saved[0])
+        file.write('{"step": 4, "lo')                           # killed while it wrote
     trajtok.Log(folder, 3)(step=3)
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
+    with pytest.raises(BadInput, match="--overwrite"):
+        trajtok.open_run(folder, cfg)
     (folder / "state.pt").write_bytes(b"PK not a checkpoint")
     with pytest.raises(BadInput, match="no whole checkpoint"):
-        trajtok.load_checkpoint(folder, other, again)
-    trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True, lr=0.7))
-    assert trajtok.load_checkpoint(folder, other, again) == 0
+        trajtok.load_checkpoint(folder, None, None)
+    trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True))
     assert os.listdir(folder) == ["config.json"]
-    assert json.loads((folder / "config.json").read_text())["lr"] == 0.7
+    assert trajtok.load_checkpoint(folder, None, None) == 0
 
 
 @pytest.mark.parametrize("written", ("state.pt", "model.safetensors"))
@@ -4096,26 +3996,6 @@ def read_film(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
-def test_pictures_are_read_back_as_written(tmp_path):
-    """Catches: a PNG that only some readers open; rows or channels in another order."""
-    image = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
-    for name, one in (("a", image), ("b", image.transpose(1, 0, 2))):
-        data.write_png(tmp_path / f"{name}.png", one)
-        np.testing.assert_array_equal(read_picture(tmp_path / f"{name}.png"), one)
-
-
-def test_films_are_read_back_as_written(tmp_path):
-    """Catches: frames that are lost at the end of the encoder; height and width swapped."""
-    greys = np.arange(20, 220, 40, dtype=np.uint8)[:, None, None, None]
-    frames = np.zeros((5, 32, 48, 3), np.uint8) + greys
-    with data.film(tmp_path / "a.mp4", 8) as add:
-        add(frames[:3])
-        add(frames[3:])
-    back = read_film(tmp_path / "a.mp4")
-    assert back.shape == frames.shape
-    assert abs(back.astype(int) - frames).max() <= 6
-
-
 def test_strips_paint_like_trajectories_alike():
     """Catches: trajectories coloured by their own numbers, so that equal ones look different; rows without
     names."""
@@ -4151,33 +4031,26 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
     assert any("frames" in one and ("logarithmic" in one) == log_axes for one in text)
 
 
-class Oracle(nn.Module):
-    """A segmenter that knows the labels; with one query for all grounds, or one for each."""
-
-    def __init__(self, dataset, one_ground):
-        super().__init__()
-        self.batches = [data.finish(dataset[i], "cpu") for i in range(2)]
-        self.one_ground = one_ground
-
-    def forward(self, video):
-        batch = next(batch for batch in self.batches if torch.equal(batch["video"], video))
-        ids = segmenter.labels_on_grid(batch["labels"], (2, 16, 16), 12)
-        if self.one_ground:
-            ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
-        logits = 9.0 * F.one_hot(ids, 12)
-        return segmenter.Segmentation(None, logits, ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
-
-
 def test_a_perfect_segmenter_has_perfect_scores():
     """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
     dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
-    result, pictures = trajtok.evaluate_segmenter(Oracle(dataset, False), dataset, torch.device("cpu"))
-    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
+
+    class Oracle(nn.Module):
+        """Knows the labels, and has one query for each of them, or one for all grounds."""
+        def forward(self, video):
+            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
+            if self.one_ground:
+                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
+            return segmenter.Segmentation(None, 9.0 * F.one_hot(ids, 12), ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
+
+    oracle = Oracle()
+    for oracle.one_ground in (True, False):
+        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
+        assert result["object_iou"] == pytest.approx(1)
+        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
     assert len(pictures) == 6
     assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
-    coarse, _ = trajtok.evaluate_segmenter(Oracle(dataset, True), dataset, torch.device("cpu"))
-    assert coarse["object_iou"] == pytest.approx(1)
-    assert coarse["veq"] < 0.95
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -4225,37 +4098,29 @@ def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window
     assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
 
 
-def test_show_of_odd_videos(media, tokenizer_folder, tmp_path):
-    """Catches: a frame of two pixels, or a video of a single frame, that is not drawn; a film that runs faster
-    or slower than the clip that it shows (30 frames at 10 a second: three seconds)."""
-    argv = ["--weights", tokenizer_folder, "--out", tmp_path]
-    for side, count in ((2, 3), (48, 1)):
-        encode(tmp_path / "a.mp4", np.full((count, side, side, 3), 90, np.uint8))
-        run(trajtok.main, "show", tmp_path / "a.mp4", "--frames", 0, *argv)
-        assert len(read_film(tmp_path / "a-trajectories.mp4")) == count
-    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, *argv)
+def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
+    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
+    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, "--weights", tokenizer_folder, "--out", tmp_path)
     with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
         assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
 
 
-def test_pretrain_on_the_world_and_resume(tmp_path, capsys):
+def test_pretrain_on_the_world_and_resume(tmp_path):
     """Catches: a command that does not run, files that are missing, a resumed run that is another one."""
-    argv = ["pretrain", *SMALL, "--save-every", 2, "--eval-clips", 4, "--out", tmp_path, "--name"]
-    run(trajtok.main, *argv, "whole", "--steps", 4, "--warmup", 0)
-    whole = tmp_path / "segmenter-whole"
-    assert sorted(os.listdir(whole)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
-                                         "state.pt", "trajectories.png"]
-    result = json.loads((whole / "result.json").read_text())
-    assert {"veq", "stq", "object_iou", "seed"} <= set(result)
+    argv = ["pretrain", *SMALL, "--eval-clips", 4, "--out", tmp_path, "--name"]
+    run(trajtok.main, *argv, "a", "--steps", 4)
+    folder = tmp_path / "segmenter-a"
+    assert sorted(os.listdir(folder)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
+                                          "state.pt", "trajectories.png"]
+    result = json.loads((folder / "result.json").read_text())
     assert all(0 <= result[key] <= 1 for key in ("veq", "stq", "object_iou"))
-    lines = log(whole)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert len({line["focal"] for line in lines}) == 4
-    # a checkpoint after two of the four steps, as a kill leaves it
-    part = tmp_path / "segmenter-part"
-    shutil.copytree(whole, part)
-    run(trajtok.main, *argv, "cut", "--steps", 4, "--warmup", 0, "--overwrite")
-    assert without_clock(log(tmp_path / "segmenter-cut")) == without_clock(lines)
+    assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
+    run(trajtok.main, "pretrain", "--name", "a", "--out", tmp_path, "--resume", "--steps", 6)
+    run(trajtok.main, *argv, "b", "--init", folder)
+    lines = log(folder)
+    assert [line["step"] for line in lines] == list(range(6))
+    # its weights were trained for six steps
+    assert log(tmp_path / "segmenter-b")[0]["focal"] != lines[0]["focal"]
 
 
 def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
@@ -4279,39 +4144,29 @@ def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
     assert (tmp_path / "segmenter-m" / "trajectories.png").exists()
 
 
-def results(name, *values):
-    return dict(name=name, flags="", results=[dict(seed=i, r1=x, tokenizer="a") for i, x in enumerate(values)])
-
-
 def test_a_table_by_hand(tmp_path, capsys):
     """Catches: a deviation of the wrong kind, differences to another row, a star for noise or for one seed."""
-    rows = [results("base", 0.1, 0.3), results("better", 0.5, 0.7), results("noise", 0.2, 0.4), results("one", 0.9)]
-    rows[3]["results"][0]["r1"] = None
-    path = manifest(tmp_path / "c.json", dict(rows=rows))
-    run(trajtok.main, "table", path)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3                                      # names, seeds, r1: no row of texts
-    assert lines[0].split() == ["base", "better", "noise", "one"]
-    assert re.split(r"  +", lines[2]) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
-    for i in range(2):
-        (tmp_path / f"run{i}").mkdir()
-        data.write_json(tmp_path / f"run{i}" / "result.json", rows[i]["results"][0])
-    run(trajtok.main, "table", tmp_path / "run0", tmp_path / "run1")
-    assert re.split(r"  +", capsys.readouterr().out.splitlines()[2]) == ["r1", "0.100", "0.500 (+0.400)"]
+    rows = []
+    for name, values in (("base", (0.1, 0.3)), ("better", (0.5, 0.7)), ("noise", (0.2, 0.4)), ("one", (None,))):
+        results = [dict(seed=i, r1=value, tokenizer="a") for i, value in enumerate(values)]
+        rows.append(dict(name=name, flags="", results=results))
+    run(trajtok.main, "table", manifest(tmp_path / "c.json", dict(rows=rows)))
+    names, seeds, r1 = capsys.readouterr().out.splitlines()     # and no line of texts
+    assert names.split() == ["base", "better", "noise", "one"]
+    assert seeds.split() == ["seeds", "2", "2", "2", "1"]
+    assert re.split(r"  +", r1) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
 
 
 REFUSED = (
-    ([], "pretrain, show"), (["fly"], "pretrain, show"), (["table"], "folders of runs"), (["table", "nowhere"], "nowhere"),
-    (["compare", "base"], "NAME: FLAGS"), (["compare", "a:", "--seed", "x"], "--help"), (["compare", "a: --no-such-flag"], "train_clip.py failed"),
-    (["show"], "clip"), (["show", "nothing.mp4"], "no such file"), (["show", "TEXT"], "decoded"),
-    (["show", "HALF", "--frames", 0], "decoded"), (["show", "world", "--frames", 0], "video files"),
-    (["show", "CLIP", "--frames", 200], "frames"), (["show", "CLIP", "--frames", -1], "--frames -1"),
-    (["show", "CLIP", "--tokens-per-trajectory", 3], "1, 2, 4"),
-    (["show", "CLIP", "--weights", "nowhere"], "nowhere"), (["show", "CLIP", "--weights", "CLIP"], "whole file"),
-    (["pretrain", "--data", "NOMASKS"], "mask"), (["pretrain", "--data", "nowhere.json"], "nowhere"),
-    (["pretrain", "--batch", 0], "--batch 0"), (["pretrain", "--lr", "nan"], "--lr nan"), (["pretrain", "--size", "huge"], "nano, tiny"),
-    (["pretrain", "--image-size", 33], "multiple of 32"), (["pretrain", "--num-queries", 0], "--num-queries 0"),
-    (["pretrain", "--init", "nowhere"], "nowhere"), (["pretrain", "--resume"], "no run"), (["pretrain", "--device", "abacus"], "abacus"))
+    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table nowhere", "nowhere"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"), ("compare a: --script nothing.py", "failed"),
+    ("show", "clip"), ("show nothing.mp4", "no such file"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
+    ("show world --frames 0", "video files"), ("show CLIP --frames 200", "frames"), ("show CLIP --frames -1", "--frames -1"),
+    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights nowhere", "nowhere"),
+    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data NOMASKS", "mask"), ("pretrain --data no.json", "no.json"),
+    ("pretrain --batch 0", "--batch 0"), ("pretrain --lr nan", "--lr nan"), ("pretrain --size huge", "nano, tiny"),
+    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --num-queries 0", "--num-queries 0"),
+    ("pretrain --init nowhere", "nowhere"), ("pretrain --resume", "no run"), ("pretrain --device abacus", "abacus"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
@@ -4320,13 +4175,10 @@ def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     no_masks = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
     files = {"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}
-    argv = [files.get(word, word) for word in argv]
-    if argv[:1] == ["show"] and "--weights" not in argv:
-        argv += ["--weights", tokenizer_folder]
-    if argv[:1] == ["pretrain"]:
-        argv[1:1] = SMALL
-    if argv[:1] == ["compare"]:
-        argv += ["--script", HERE / "train_clip.py"]
+    argv = [files.get(word, word) for word in argv.split()]
+    defaults = {"show": ["--weights", tokenizer_folder], "pretrain": SMALL}
+    if argv:
+        argv[1:1] = defaults.get(argv[0], [])
     assert words in refused(capsys, trajtok.main, *argv)
 
 
@@ -4346,35 +4198,19 @@ def clip_model(**changes):
     return model, cfg, train_clip.prepare(made, 0, encoding, cfg, "cpu")
 
 
-def test_padding_is_not_read():
-    """Catches: a mask that is inverted, ignored, or applied to queries instead of keys; packed clips that see
-    each other. Oracle: each clip alone."""
-    net = train_clip.Transformer(2, 16, 2)
-    x = torch.randn(3, 7, 16)
-    mask = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1]], dtype=torch.bool)
-    padded = net(torch.where(mask[..., None], x, 50.0), mask)[mask]
-    packed = net(x[mask][None], lengths=[7, 3, 4])[0]
-    alone = torch.cat([net(x[i:i + 1, mask[i]])[0] for i in range(3)])
-    nearly(padded, alone)
-    nearly(packed, alone)
-
-
 @pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
-def test_tokens_that_are_not_real_cost_nothing_and_change_nothing(name):
-    """Catches: a real token that is lost, a dead one that is read, another answer or gradient than of a masked
-    and padded row of all tokens."""
+def test_tokens_that_are_not_real_are_not_read(name):
+    """Catches: a real token that is lost, a dead one that is read, packed clips that see each other. Oracle:
+    the transformer on the real tokens of each clip alone."""
     model, _, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
     net = model.video
     z, mask, _ = net.tokenizer(batch.video, 2, batch.labels)
-    x = torch.cat((net.cls.expand(8, -1, -1), torch.where(mask[..., None], z, 99.0)), 1)
-    padded = net.transformer(x, F.pad(mask, (1, 0), value=True))[:, 0]
     assert 0 < mask.sum() < mask.numel()
-    expected = torch.autograd.grad(padded.square().sum(), net.transformer.parameters())
+    alone = [net.transformer(torch.cat((net.cls[0], z[i, mask[i]]))[None])[:, 0] for i in range(8)]
     for net.pack in (True, False):
         cls, count, _ = net(batch.video, 2, batch.labels)
         assert torch.equal(count, mask.sum(1))
-        nearly(cls, padded)
-        nearly(torch.autograd.grad(cls.square().sum(), net.transformer.parameters()), expected, 1e-3)
+        nearly(cls, torch.cat(alone))
     # no trajectory at all: CLS still sees itself
     net.tokenizer.forward = lambda *_: (z, torch.zeros_like(mask), None)
     assert net(batch.video, 2, batch.labels)[0].isfinite().all()
@@ -4385,15 +4221,11 @@ def test_captions_are_read_whole_and_without_their_padding():
     model, _, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     nearly(vectors.norm(dim=1), torch.ones(8))
-    length = int(mask.sum(1).max())
-    nearly(model.embed_text(ids[:, :length], mask[:, :length]), vectors)
-    noise = torch.where(mask, ids, (ids + 7) % 256)
-    nearly(model.embed_text(noise, mask), vectors)
-    last = mask.sum(1) - 2                                      # before the end token
-    for place in (torch.zeros_like(last), last):
+    nearly(model.embed_text(torch.where(mask, ids, 7), mask)[:, :40], vectors[:, :40])
+    nearly(model.embed_text(ids[:, :40], mask[:, :40]), vectors)
+    for place in (torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2):      # the first, and the last before the end
         changed = ids.scatter(1, place[:, None], 65)
-        differs = (model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5
-        assert torch.equal(differs, (changed != ids).any(1))
+        assert ((model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5).all()
 
 
 def test_contrastive_loss_by_hand():
@@ -4407,21 +4239,14 @@ def test_contrastive_loss_by_hand():
     assert model.contrastive(video, text).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_untrained_loss_is_an_even_guess():
-    """Catches: vectors or a temperature whose logits are far too large before the first step."""
-    model, _, batch = clip_model(width=128, text_width=128)
-    loss = model.contrastive(model.embed_video(batch.video)[0], model.embed_text(batch.ids, batch.mask))
-    assert loss.item() == pytest.approx(math.log(8), rel=0.25)
-
-
 @pytest.mark.parametrize("name", train_clip.TOKENIZERS)
 def test_every_tokenizer_learns_a_batch_by_heart(name):
-    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; a
-    tokenizer that says nothing of its clip; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, width=64, heads=4, layers=2)
+    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; logits
+    that are far too large before the first step; a parameter that is never used."""
+    model, cfg, batch = clip_model(tokenizer=name, frames=4, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(50):
         optimizer.zero_grad()
         losses.append(train_clip.whole_step(model, batch, 1, cfg))
         optimizer.step()
@@ -4429,10 +4254,9 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
         assert p.grad.isfinite().all(), parameter
     assert losses[-1]["contrastive"] < 0.35 * math.log(8)
     video, text = model.embed_video(batch.video, 1, batch.labels)[0], model.embed_text(batch.ids, batch.mask)
-    right = torch.eye(8, dtype=torch.bool)
-    for similarity in (text @ video.T, video @ text.T):
-        assert train_clip.recalls(similarity, "x", right)["x_r1"] > 0.8
+    assert train_clip.recalls(text @ video.T, "x", torch.eye(8) > 0)["x_r1"] > 0.8
     if name == "trajvit2":
+        assert losses[0]["contrastive"] == pytest.approx(math.log(8), rel=0.25)
         assert losses[-1]["dice"] < 0.95 * losses[0]["dice"]
         assert losses[-1]["focal"] < 0.8 * losses[0]["focal"]
 
@@ -4492,18 +4316,10 @@ def test_tokenlearner_is_the_naive_weighted_sum():
 def test_rlt_keeps_what_changes():
     """Catches: a comparison of the wrong frames, a first step that is dropped. Oracle: loops."""
     model, _, batch = clip_model(tokenizer="rlt", frames=8)
-    net = model.video.tokenizer
-    video = torch.full((1, 8, 32, 32, 3), 90, dtype=torch.uint8)
-    video[0, 5:, 8:16, 16:24] = 200                             # patch (1, 2) changes within time step 2
-    video[0, 6:, 0:8, 0:8] += 1                                 # too little to count
-    mask = net(video)[1][0].view(4, 4, 4)
-    expected = torch.zeros(4, 4, 4, dtype=torch.bool)
-    expected[0] = True
-    # step 2 ends otherwise than step 1 began; step 3 otherwise than step 2 began
-    expected[2:, 1, 2] = True
-    assert torch.equal(mask, expected)
     x = segmenter.normalise(batch.video)
-    kept = net.changed(net.patches(batch.video))
+    kept = model.video.tokenizer(batch.video)[1].view(8, 4, 4, 4)
+    assert kept[:, 0].all()
+    assert 0 < kept[:, 1:].sum() < kept[:, 1:].numel()
     for b, t, i, j in itertools.product(range(4), range(1, 4), range(4), range(4)):
         now, before = x[b, [2 * t + 1, 2 * t - 2], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
         assert kept[b, t, i, j] == ((now - before).abs().mean() > 0.1)
@@ -4548,19 +4364,13 @@ def test_trajvit_reads_the_masks_it_is_given():
 @pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path", "recompute"))
 def test_ablation_flags_reach_the_tokenizer(flag):
     """Catches: a flag that is parsed and never used, or that the size's values overwrite."""
-    sizes, field = train_clip.CLIP_SIZES, flag.replace("-", "_")
-    for size, value in itertools.product(("nano", "large"), (True, False)):
-        argv = ["--size", size, f"--{flag}" if value else f"--no-{flag}", "--image-size", "32", "--frames", "2",
-                "--num-queries", "6"]
+    for size, no in itertools.product(("nano", "large"), ("", "no-")):
+        argv = ["--size", size, f"--{no}{flag}", "--image-size", "32", "--frames", "2", "--num-queries", "6"]
+        cfg = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
         with torch.device("meta"):
-            tokenizer = train_clip.TrajViT2(data.configure(train_clip.ClipConfig, sizes, argv))
-        assert getattr(tokenizer.cfg, field) == value
-        unchanged = dataclasses.replace(trajtok.SIZES[size], **{field: value})
-        assert tokenizer.cfg.dim == unchanged.dim
-    models = [clip_model(**{field: value}) for value in (True, False)]
-    vectors = [model.embed_video(batch.video, 2)[0] for model, _, batch in models]
-    # gradients are another matter: test_detach_cuts_the_perceivers_gradient
-    assert (flag in ("detach", "recompute")) == torch.allclose(*vectors)
+            tokenizer = train_clip.TrajViT2(cfg)
+        assert getattr(tokenizer.cfg, flag.replace("-", "_")) == (not no)
+        assert tokenizer.segmenter.latents.shape == (6, trajtok.SIZES[size].dim)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -4578,7 +4388,7 @@ def by_the_book(model, batch, m, cfg):
 
 
 def one_step(take_step, clips=slice(None), **changes):
-    """Terms of the loss, and all gradients of a step on (some of) eight clips, one of them unlabelled."""
+    """Terms of the loss, and all gradients of a step on (some of) eight clips, labelled unevenly."""
     model, cfg, batch = clip_model(segmentation_weight=3.0, **changes)
     batch.labels[1] = -1
     batch.labels[2, :, :10] = -1
@@ -4693,19 +4503,16 @@ def clip_run(tmp_path_factory):
 def test_run_on_the_world(clip_run, tmp_path):
     """Catches: a command that does not run to its end, results without what a comparison needs, flags that do
     not reach the model, weights that `show` (whose default is a run of this script) cannot read."""
-    result = read_result(clip_run)
+    result, lines = read_result(clip_run), log(clip_run)
     assert RESULT <= set(result)
     assert result["clips"] == 8
-    for key in RESULT:
-        assert "_r" not in key or 0 <= result[key] <= 1
+    assert all(0 <= value <= 1 for key, value in result.items() if "2" in key)
     assert 1 <= result["live_tokens"] <= 24
     assert sorted(os.listdir(clip_run)) == sorted([*FILES, "trajectories.png"])
-    lines = log(clip_run)
     assert [line["step"] for line in lines] == [0, 1]
     assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "clips_per_second", "memory_gb"} <= set(lines[0])
     config = json.loads((clip_run / "config.json").read_text())
-    assert config["image_size"] == config["trajtok"]["image_size"] == 32
-    assert config["trajtok"]["out_dim"] == config["width"] == 32
+    assert config["image_size"] == config["trajtok"]["image_size"] == config["trajtok"]["out_dim"] == 32
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
     weights = load_file(clip_run / "model.safetensors")
     assert torch.equal(tokenizer.encoder.latents, weights["video.tokenizer.encoder.latents"])
@@ -4745,34 +4552,29 @@ class KMeans(ViT3D):
             tokens = share.transpose(1, 2) @ x / (share.sum(1)[..., None] + 1e-6)
         return tokens, share.any(1), None                       # True = a cluster that is not empty
 
-class Soft(ViT3D):
-    """The patches themselves, and masks that get the segmentation loss."""
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.head = torch.nn.Linear(cfg.width, 6)
+class Masks(KMeans):
+    """... and masks of its own, which get the segmentation loss. A patch is two frames deep."""
     def forward(self, video, m=1, labels=None):
-        x, _, _ = super().forward(video)
-        logits = self.head(x).repeat(1, 2, 1)                   # a patch is two frames deep
+        x, _, _ = ViT3D.forward(self, video)
+        logits = x[..., :6].repeat(1, 2, 1)
         ids = logits.argmax(-1)
         return x, None, Segmentation(x, logits, ids, F.one_hot(ids, 6).any(1), (2, self.side, self.side))
 '''
 
 
-@pytest.mark.parametrize("name", ("KMeans", "Soft"))
+@pytest.mark.parametrize("name", ("KMeans", "Masks"))
 def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
-    """Catches: a fork that needs more than one class in a file: trained, saved, scored again; masks of one's
-    own that get no loss."""
+    """Catches: a fork that needs more than a class in a file: trained, saved, scored again; masks of one's own
+    that get no loss."""
     (tmp_path / "mine.py").write_text(EXAMPLE)
-    argv = [*CLIP, "--tokenizer", f"{tmp_path / 'mine.py'}:{name}", "--out", tmp_path]
-    run(train_clip.main, *argv)
+    argv = [*CLIP, "--out", tmp_path, "--tokenizer"]
+    run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}")
     folder = tmp_path / f"clip-nano-{name}"
+    assert ("focal" in log(folder)[0]) == (name == "Masks")
     result = read_result(folder)
-    assert 1 <= result["live_tokens"] <= 32
-    assert ("focal" in log(folder)[0]) == (name == "Soft")
-    run(train_clip.main, *argv, "--eval-only")
+    run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}", "--eval-only")
     assert read_result(folder)["t2v_r5"] == result["t2v_r5"]
-    assert "no such" in refused(capsys, train_clip.main, *CLIP, "--tokenizer", tmp_path / "no.py:Mine").lower()
-    assert "Nothing" in refused(capsys, train_clip.main, *CLIP, "--tokenizer", tmp_path / "mine.py:Nothing")
+    assert "Nothing" in refused(capsys, train_clip.main, *argv, f"{tmp_path}/mine.py:Nothing")
 
 
 @pytest.fixture
@@ -4822,24 +4624,23 @@ def test_a_mixture_of_made_and_real_clips(captioned, tmp_path, unscored):
 
 
 def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
-    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them
-    move, or that freezes an encoder of random weights."""
-    shape = dataclasses.replace(trajtok.SIZES["nano"], image_size=32, frames=2, out_dim=32)
-    trajtok.TrajTok(shape).save_pretrained(tmp_path / "start")
-    argv = [*CLIP, "--init-segmenter", tmp_path / "start", "--out", tmp_path, "--name"]
+    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them move,
+    or that freezes an encoder of random weights; --init that loads a part of a run."""
+    argv = [*CLIP, "--out", tmp_path, "--init-segmenter", clip_run, "--warmup", 0, "--seed", 1, "--name"]
     run(train_clip.main, *argv, "frozen", "--freeze-segmenter")
     run(train_clip.main, *argv, "free")
-    start, frozen, free = (trajtok.TrajTok.from_pretrained(tmp_path / name).state_dict()
-                           for name in ("start", "clip-frozen", "clip-free"))
+    run(train_clip.main, *CLIP, "--init", clip_run, "--lr", 0, "--name", "same", "--out", tmp_path)
+    start, frozen, free, same = (load_file(folder / "model.safetensors") for folder in (
+        clip_run, *(tmp_path / f"clip-{name}" for name in ("frozen", "free", "same"))))
+    nearly(same, start, 0)
     for name, value in start.items():
-        if name.startswith("segmenter."):
+        if name.startswith("video.tokenizer.segmenter."):
             assert torch.equal(frozen[name], value), name
             assert (free[name] - value).abs().max() < 0.1, name
-    assert not torch.equal(free["segmenter.latents"], start["segmenter.latents"])
-    assert not torch.equal(frozen["encoder.perceiver.norm_ctx.weight"], torch.ones(96))
-    # all weights of another run
-    run(train_clip.main, *CLIP, "--init", clip_run, "--lr", 0, "--name", "same", "--out", tmp_path)
-    nearly(load_file(tmp_path / "clip-same" / "model.safetensors"), load_file(clip_run / "model.safetensors"), 0)
+    for name in ("segmenter.latents", "encoder.perceiver.norm_ctx.weight"):
+        name = f"video.tokenizer.{name}"
+        assert not torch.equal(free[name], start[name])
+    assert not torch.equal(frozen[name], torch.ones(96))
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
@@ -4935,31 +4736,25 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
     without the rows of yesterday."""
-    commands = []
+    trained = []
 
     def train_here(command):
-        commands.append(command[2:])
+        trained.append(command[2:])
         train_clip.main(command[2:])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(trajtok, "subprocess", types.SimpleNamespace(run=train_here))
     small = " ".join(map(str, CLIP))
-    rows = [f"base: {small}", f"detach: --no-detach {small}"]
-    more = ["--script", "train_clip.py", "--json", tmp_path / "c.json", "--out", tmp_path, "--seeds", 0]
-    run(trajtok.main, "compare", *rows, *more)
-    assert len(commands) == 2
-    run(trajtok.main, "compare", *rows, *more, 1)
-    assert len(commands) == 4
-    run(trajtok.main, "compare", *rows, *more, 1)
-    assert len(commands) == 4
-    told = capsys.readouterr().out.splitlines()[-1]
+    argv = ["--script", "train_clip.py", "--json", tmp_path / "c.json", "--out", tmp_path, "--seeds", 0]
+    for seeds, count in (([], 2), ([1], 4), ([1], 4)):
+        run(trajtok.main, "compare", f"base: {small}", f"detach: --no-detach {small}", *argv, *seeds)
+        assert len(trained) == count
     written = json.loads((tmp_path / "c.json").read_text())
     assert {"command", "hardware", "rows"} <= set(written)
     assert [[one["seed"] for one in row["results"]] for row in written["rows"]] == [[0, 1], [0, 1]]
     config = json.loads((tmp_path / "clip-detach-1" / "config.json").read_text())
     assert (config["detach"], config["seed"]) == (False, 1)
-    assert told.split()
-    assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *more)
+    assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
     run(trajtok.main, "table", tmp_path / "clip-base-0", tmp_path / "c.json")
     assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
 
