@@ -61,32 +61,33 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong: the message is one line that names the value and the mend."""
+    """What a person typed or pointed to is wrong. The message is one line: the value and the mend."""
 
 
 class BadVideo(BadInput):
-    """One file cannot be used. Loaders name it, count it and leave it out; a single-file command stops."""
+    """One file cannot be used."""
 
 
 def one_line_errors(main):
-    """Wrap a script's main: bad input prints one line on stderr and exits with code 2, without a traceback.
-    Only BadInput is caught: any other exception is a bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is a
+    bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        sys.stdout.reconfigure(errors="backslashreplace")       # file names that the terminal cannot show
         try:
             return main(argv)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("interrupted: what was saved is whole; --resume goes on from it", file=sys.stderr)
+            print("interrupted: what was saved is whole", file=sys.stderr)
             raise SystemExit(130) from None
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 0. What every command shares: flags from a dataclass; files, pictures and films that are whole or not there
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 0. What every command shares: flags from a dataclass; files, pictures and films
+# -----------------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
@@ -95,10 +96,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def configure(config, sizes, argv, positional=None):
     """A frozen dataclass -> an instance of it, from the command line. Each field is a flag, and the comment
-    beside it is its help; `positional` names a field that is given without a flag.
+    behind it is its help; `positional` names a field that is given without a flag.
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
-    fields = dataclasses.fields(config)
-    values = {field.name: field.default for field in fields}
+    values = {field.name: field.default for field in dataclasses.fields(config)}
     if sizes is not None:
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
@@ -106,19 +106,17 @@ def configure(config, sizes, argv, positional=None):
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
+    helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
-    for field in fields:
-        text = f"{comments.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
+    for field in dataclasses.fields(config):
+        name = field.name if field.name == positional else "--" + field.name.replace("_", "-")
+        text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        flag = "--" + field.name.replace("_", "-")
-        if field.name == positional:
-            parser.add_argument(positional, help=comments.get(field.name))
-        elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
+            parser.add_argument(name, type=kind, metavar=None if field.name == positional else kind.__name__, help=text)
     return config(**values | vars(parser.parse_args(argv)))
 
 
@@ -127,22 +125,22 @@ def dispatch(script, doc, commands, argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(doc)
-        return
-    if not argv or argv[0] not in commands:
-        raise BadInput(f"python {script} {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
-    commands[argv[0]](argv[1:])
+    elif argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}; --help after it lists its flags")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is flushed to disk and renamed at the end: a reader, or a kill, sees
-    the old file or the new, never half of one."""
+    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a kill,
+    sees the old file or the new one, never half of one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
-        with open(beside, "rb") as f:
-            os.fsync(f.fileno())
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
@@ -156,7 +154,7 @@ def replace(path, write):
 
 
 def make_room(out):
-    """--out, the name of a file, before the work that ends there: its folder is made, and what cannot be such a name is refused."""
+    """Before long work that ends in the file --out: make its folder, or refuse."""
     if not out or Path(out).is_dir():
         raise BadInput(f"--out {out!r}: give the name of a file")
     try:
@@ -166,49 +164,60 @@ def make_room(out):
 
 
 def write_json(path, value):
-    replace(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    replace(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_npz(path, key, array):
+    def write(beside):
+        with open(beside, "wb") as file:                        # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **{key: array})
+    replace(path, write)
 
 
 def write_png(path, image):
-    """uint8 (H, W, 3) -> a PNG file. Twelve lines of zlib save an imaging library."""
-    h, w, _ = image.shape
-    raw = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
-
+    """uint8 (H, W, 3) -> a PNG file. A few lines of zlib save an imaging library."""
     def chunk(kind, body):
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    h, w, _ = image.shape
     header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    replace(path, lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")))
+    rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    replace(path, lambda beside: beside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks))
 
 
 def palette(count):
-    """`count` colours, neighbours far apart: hues by the golden ratio, three brightnesses."""
-    return np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.95, 0.5)[i % 3], (0.95, 0.75, 0.9)[i // 3 % 3])]
-                     for i in range(count)]).round().astype(np.uint8)
+    """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
+    saturation, value = (0.75, 0.95, 0.5), (0.95, 0.75, 0.9)
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3]) for i in range(count)]
+    return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
 
 
 def paint(video, ids, colours):
-    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W): the frame's light, the trajectory's colour."""
+    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W), -1 = none: the frame's light, the
+    trajectory's colour."""
     grey = video.astype(np.float32).mean(-1, keepdims=True)
-    return np.where(ids[..., None] >= 0, 0.75 * colours[ids] + 0.35 * (grey - 64), grey).clip(0, 255).astype(np.uint8)
+    painted = 0.75 * colours[ids] + 0.35 * (grey - 64)
+    return np.where(ids[..., None] >= 0, painted, grey).clip(0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
 def film(path, rate, exact=False):
-    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end.
-    exact: colours at full resolution, lossless: no pixel comes back more than 2 of 255 off (a test), for training; browsers do not play it.
-    CHOICE: measured on made clips of 224 px, 16 frames: 207 kB a clip; the usual 4:2:0 at crf 4 takes 156 kB, and is off by up to 147 at the
-    objects' borders, just where the labels change."""
+    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes -> an
+    H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
+    more than 2 of 255 off, but browsers do not play it."""
     import av
-    stream = None
+    rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.pix_fmt = "yuv444p" if exact else "yuv420p"
+        stream.options = {"crf": "0" if exact else "18"}
+
         def add(frames):
-            nonlocal stream
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv444p" if exact else "yuv420p", {"crf": "0" if exact else "18"}
+            stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(frame))
         yield add
         container.mux(stream.encode())
 
@@ -218,24 +227,16 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def alone():
-    """What a process of `in_processes` does first: it keeps to one core, and ends with its parent, or by ctrl-C, at once."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
-
-
 def in_processes(work, jobs, workers):
     """An iterator over (job, work(job)), in order; in `workers` processes of their own (0: in this one)."""
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), alone)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
     try:
         yield from zip(jobs, pool.map(work, jobs))
-    except concurrent.futures.process.BrokenProcessPool:
-        raise BadInput("a worker process died (killed for want of memory?); what was written is whole: give fewer --workers, and run it again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1149,535 +1150,299 @@ def _skinned(s, row, u, v, size, textures):
     return (rgb[:, i] * gain for i in range(3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: decoding
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 2. Real video
+# -----------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv",
+                  ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-FILE_SECONDS = 60.0                                              # seconds that one file may take
-
-
-def fit(height, width, size):
-    """(h, w) with the short side = size, and the (top, left) of the central size x size square."""
-    scale = size / min(height, width)
-    h, w = max(size, round(height * scale)), max(size, round(width * scale))
-    return h, w, (h - size) // 2, (w - size) // 2
-
-
-def decode(path, frames, size, start=None, stride=None, threads=None, places=True, whole=False):
-    """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
-    positions of these frames in the file, as a fraction in [0, 1).
-
-    Without start: what is on screen in the middles of T equal parts of the whole video.  With start (a fraction of the room there
-    is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
-    variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
-    by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
-    cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
-    then seems to stay); so is one of fewer than T frames, and one that takes longer than FILE_SECONDS.
-
-    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
-    not be exact to the frame, which saves reading a file through whose header does not count its frames.  whole: frames (T, h, w, 3), not
-    cut, the short side `size`."""
-    if threads is None:
-        threads = 0 if torch.utils.data.get_worker_info() is None else 1
-    return within(FILE_SECONDS, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places, whole))
-
-
-HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
-STUCK = {}                                                       # file that was given up -> where its result would arrive
-
-
-def decode_for_others(inbox):
-    while (job := inbox.get()) is not None:
-        work, late, box = job
-        try:
-            box.put((work(late), None))
-        except BaseException as error:                           # whatever it is, it is raised where the call was made
-            box.put((None, error))
-        del job, work, box                                       # else the last frames stay until the next job comes
-
-
-def within(seconds, path, work):
-    """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
-
-    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
-    it). A process could be killed as well, but costs 36 ms a file, a thread 0.03 (on two cores; a small clip takes 1.4 to decode): a
-    thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
-    `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
-    def refusal():
-        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
-    deadline = time.monotonic() + seconds
-
-    def late():
-        if time.monotonic() > deadline:
-            raise refusal()
-    if str(path) in STUCK and STUCK[str(path)].empty():
-        raise refusal()
-    if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
-        HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
-        threading.Thread(target=decode_for_others, args=(HAND.inbox,), daemon=True).start()
-    box = queue.SimpleQueue()
-    HAND.inbox.put((work, late, box))
-    try:
-        result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
-    except queue.Empty:
-        STUCK[str(path)], HAND.process = box, None
-        HAND.inbox.put(None)                                     # should it come back after all
-        raise refusal() from None
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error                                            # else error -> traceback -> this frame -> error keeps the file open
-    return result
 
 
 @contextlib.contextmanager
 def opened(path):
-    """`with opened(path) as container`: PyAV's, which has a video stream. What goes wrong inside is a BadVideo that names the file."""
-    import av                                                    # here: the procedural path needs no av
-    if not os.path.exists(path):
-        raise BadVideo(f"{path}: no such file; check the path")
-    if not os.path.isfile(path):                                 # a folder; or a pipe, whose opening would wait for ever
-        raise BadVideo(f"{path}: cannot be decoded (not a file); give a video file")
+    """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
+    wrong inside is a BadVideo of one line."""
+    import av
+    if not os.path.isfile(path):
+        raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
-        with av.open(str(path), timeout=FILE_SECONDS) as container:
-            if not container.streams.video:
-                raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
-            # a decoder may paint over what it cannot read, and says so nowhere that PyAV shows: it shall fail instead
-            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-            yield container
+        with av.open(str(path)) as container:
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if torch.utils.data.get_worker_info() is not None:
+                stream.codec_context.thread_count = 1           # the other cores are other workers'
+            yield container, stream
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise BadVideo(f"{path}: cannot be decoded ({reason}); re-encode or remove it") from None
 
 
-def read_frames(path, size, whole=False):
-    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
-    the short side `size`. Memory does not grow with the video. A file that ends long before its header says, in a damaged part, or
-    holds no frame: BadVideo."""
-    held, count, upright = [], 0, framer(path, size, whole)
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        end = base = float((stream.start_time or 0) * stream.time_base)
-        frames = container.decode(stream)
-        # a film may be long: the time limit is for each of its frames
-        while (frame := within(FILE_SECONDS, path, lambda late: next(frames, None))) is not None:
-            held.append(upright(frame))
-            count += 1
-            end = max(frame.time if frame.time is not None else base + count / rate, end)
-            if len(held) == 8:
-                yield np.stack(held)
-                held = []
-    if held:
-        yield np.stack(held)
-    if not count:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
-    if length - (end - base) > max(0.05 * length, 3 / rate):     # headers often announce a little too much; of a cut file, a lot
-        raise BadVideo(f"{path}: ends at {end - base:.2f} s of the {length:.2f} s that its header announces (truncated?); re-encode or cut it")
+def rate_of(stream):
+    """Frames a second, as the header says; of a GIF that is a guess from its first frames."""
+    if stream.codec_context.name == "gif" and stream.duration:
+        return float(stream.frames / (stream.duration * stream.time_base))
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def frame_rate(path):
-    """Frames a second of a video file, as its header says (25 where it says nothing)."""
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        return float(stream.average_rate or stream.guessed_rate or 25)
+    """Frames a second of a video file."""
+    with opened(path) as (_, stream):
+        return rate_of(stream)
 
 
-def framer(path, size, whole=False):
-    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright; whole: (h, w, 3), all of it, its short side `size`.
+def frame_count(path, container, stream):
+    """How many frames a video shows, as its header says."""
+    length = float((stream.duration or 0) * stream.time_base)
+    if not length and "DURATION" in stream.metadata:            # MKV
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    expected = round(length * rate_of(stream))
+    if "mov" in container.format.name and length:
+        return min(stream.frames or expected, expected)         # an edit list may hide some
+    return stream.frames or expected or len(frame_times(path))
 
-    CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
-    them: a mask lies on its pixels, whatever the header says of their shape.
-    CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
-    One reformatter for all frames: a new one for each frame would work out the filter anew."""
+
+def frame_times(path):
+    """When each frame of a video is shown, in seconds after the first. Nothing is decoded."""
+    with opened(path) as (container, stream):
+        tick, rate = float(stream.time_base), rate_of(stream)
+        by_count = container.format.name == "avi"
+        stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    if by_count or None in stamps:
+        return np.arange(len(stamps)) / rate
+    return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
+
+
+def upright(frame, size, whole=False):
+    """A frame of PyAV -> uint8 (size, size, 3), its central square; whole: (h, w, 3), all of it, and the short
+    side is `size`. Pixels are taken as square ones."""
     import av
-    convert, most = av.video.reformatter.VideoReformatter().reformat, 4 if whole else 64
-
-    def upright(frame):
-        turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
-        h, w, top, left = fit(frame.height, frame.width, size)
-        if max(h, w) > most * size:
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow: its sides may differ {most} times; crop it")
-        if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
-            rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
-            white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
-            frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
-        image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
-        return np.ascontiguousarray(np.rot90(image if whole else image[top:top + size, left:left + size], turns))
-    return upright
-
-
-def scan(container, stream):
-    """The times of all frames in ticks, in order, and how many packets there are, with times or without: every packet is read, none decoded.
-    The file was just opened, and is left at its beginning; but a JPEG cannot be read twice."""
-    sizes, pts = 0, []
-    for p in container.demux(stream):
-        sizes += bool(p.size)
-        if p.size and p.pts is not None and not p.is_discard:
-            pts.append(p.pts)
-    container.seek(0)
-    return sorted(pts), sizes
+    turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
+    if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
+        # below what is transparent a file may hold any colour. Pages show white.
+        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = rgba[..., 3:]
+        rgb = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        frame = av.VideoFrame.from_ndarray(rgb.astype(np.uint8), format="rgb24")
+    scale = size / min(frame.width, frame.height)
+    w = max(size, round(frame.width * scale))
+    h = max(size, round(frame.height * scale))
+    image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
+    if not whole:
+        top, left = (h - size) // 2, (w - size) // 2
+        image = image[top:top + size, left:left + size]
+    return np.ascontiguousarray(np.rot90(image, turns))
 
 
-def timeline(container, stream):
-    """(frames, frames a second, is that of this stream alone?) of a video, as its header says: what is shown, if an edit list hides a part."""
-    rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
-    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-    if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
-        length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
-    own = bool(length or total)
-    length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
-    if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
-        total = int(length * rate + 0.5)
-    if total < 2:                                                # the header does not tell: count the packets
-        pts, total = scan(container, stream)
-        if len(pts) > 1:
-            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
-    return total, rate, own
-
-
-def packets(container, stream, late):
-    """The packets of a stream that hold something, to its end, or to where the file can be read no further: what is asked for behind
-    that place will be missed by whoever asks."""
-    import av
-    try:
-        for packet in container.demux(stream):
-            late()
-            if packet.size:                                      # the last one is empty, PyAV's sign for the end
-                yield packet
-    except av.error.FFmpegError:
-        return
-
-
-def _decode(path, frames, size, start, stride, threads, late, exact, whole):
-    square = framer(path, size, whole)
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        total, rate, own = timeline(container, stream)
-        if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
-                           "or a longer video")
-        if start is None:
-            targets = (np.arange(frames) + 0.5) * total / frames             # in frames, at a constant rate
+def in_order(path, container, stream):
+    """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
+    rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
+    shape = stream.width, stream.height
+    for count, frame in enumerate(container.decode(stream)):
+        if (frame.width, frame.height) != shape:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {shape[0]} x {shape[1]}; "
+                           "re-encode it at one size")
+        # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
+        if frame.pts is None or container.format.name == "avi":
+            yield count / rate, frame
         else:
-            stride = max(1, min(stride or 1, total // frames))
-            targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-        counted = total == stream.frames and stream.average_rate == stream.base_rate         # the second: frames of equal length
-        times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
-        found = by_seeking(container, stream, times, square, threads, late)
-    if found is None:
-        with opened(path) as container:
-            found = in_order(container, container.streams.video[0], times, square, rate, late)
-    images, seen, end = found
-    lost = [i for i, image in enumerate(images) if image is None]
-    if len(lost) == frames:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it" if end < math.inf else
-                       f"{path}: the frames asked for are damaged; re-encode or remove it")
-    if lost:
-        raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
-    # headers often announce a frame or two too much, or what the sound lasts; of a cut file, a lot
-    if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
-        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
-    places = np.rint(seen * rate)
-    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells
-        with opened(path) as container:
-            (pts, _), tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
-        if pts:
-            places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
-    return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+            yield (frame.pts - start) * tick, frame
 
 
-def unordered(container, stream):
-    """Does the file tell wrong times? AVI has none: they are counted in the file's order, which is not H.264's and HEVC's order on screen."""
-    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+def on_screen(frames, wanted):
+    """(seconds, frame) pairs in order -> a list of those on screen at the times `wanted`."""
+    shown, ahead, found = None, next(frames, None), []
+    for t in wanted:
+        while ahead and (shown is None or ahead[0] <= t):
+            shown, ahead = ahead, next(frames, None)
+        found.append(shown)
+    return found
 
 
-def by_seeking(container, stream, times, square, threads, late):
-    """What is on screen at `times` (T,), ascending, in seconds after the first frame -> (images, times of these frames (T,), end of the
-    last packet if the file was read so far, else infinity). None: the file is damaged, or of a kind that wants the slow way.
+def by_seeking(container, stream, wanted):
+    """The same without decoding everything; None if the file does not allow it.
 
-    The file tells the times of frames and the key frames before anything is decoded: packets are read until the one after a time has
-    passed; the frame is the last that begins before it. Decoding starts at the last key frame before it and leaves out
-        1. whatever stands between the last frame that is wanted and the next such key frame, and
-        2. frames that no other frame refers to (half of an H.264 stream of ordinary settings), unless one of them is wanted.
-    Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
-    import av
-    codec, tick = stream.codec_context, float(stream.time_base or 0)
-    if unordered(container, stream):
+    Packets tell when frames are shown before anything is decoded. Decoding goes from the key frame before a
+    wanted frame up to it, and leaves out frames that no other refers to: half of an ordinary H.264 file."""
+    codec, tick, start = stream.codec_context, float(stream.time_base), stream.start_time or 0
+    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
+    if container.format.name == "avi" or "444" in (codec.pix_fmt or ""):
         return None
-    codec.thread_type, codec.thread_count = "AUTO", threads
-    codec.open(strict=False)                                     # before skip_frame is set: dav1d would take that for all it ever decodes
-    images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
-    held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
-    base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
+    margin = 1 + 16 / rate_of(stream)                           # frames are stored in another order than shown
+    if wanted[0] > margin:
+        container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
+    packets = []
+    for packet in container.demux(stream):
+        if packet.size:
+            packets.append(packet)
+        if packet.dts is not None and (packet.dts - start) * tick > wanted[-1]:
+            break
+    stamps = [packet.pts for packet in packets]
+    if None in stamps:
+        return None
+    shown = np.array(sorted(p.pts for p in packets if not p.is_discard))
+    places = np.searchsorted((shown - start) * tick, wanted, side="right") - 1
+    if len(shown) == 0 or places[0] < 0:
+        return None
+    chosen, needed, frames = shown[places].tolist(), set(), {}
+    for pts in set(chosen):
+        at = key = stamps.index(pts)
+        while not (packets[key].is_keyframe and stamps[key] <= pts):
+            key -= 1
+            if key < 0:
+                return None
+        needed.update(range(key, at + 1))
 
-    def read(until):                                             # -> can this way go on?
-        nonlocal reached, over, end
-        while reached <= until and not over:
-            packet = next(reader, None)
-            over = packet is None
-            if over:
-                break
-            if packet.pts is None or packet.is_corrupt:
-                return False
-            held.append(packet)
-            reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
-            if not packet.is_discard:                            # what an edit list hides is decoded, not shown
-                known.add(packet.pts)
-        return True
+    def keep(decoded):
+        frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
 
-    def feed(packet):                                            # None: give out what is still inside
-        codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
-        for frame in codec.decode(packet):
-            if frame.is_corrupt or frame.pts is None:
-                continue
-            if frame.pts in wanted:
-                images[frame.pts] = square(frame)
-            elif frame.pts > chosen[-1]:
-                ready[frame.pts] = frame
-
-    def drain():
-        nonlocal busy
-        if busy:
-            feed(None)
+    for i in sorted(needed):
+        if i - 1 not in needed:                                 # a key frame: what was before it is forgotten
+            keep(codec.decode(None))
             codec.flush_buffers()
-        busy = False
-        ready.clear()
-
-    def jump(target):                                            # to a key frame at or before it
-        nonlocal reader, reached, over
-        drain()
-        back = 0
-        while True:
-            held.clear()
-            known.clear()
-            container.seek(max(target - back, base), stream=stream)
-            reader, reached, over = packets(container, stream, late), -math.inf, False
-            if read(target) and any(p.is_keyframe and p.pts <= target for p in held):
-                return True
-            if target - back <= base:
-                return False
-            back = max(2 * back, round(1 / tick))                # some formats land behind the target
-
-    try:
-        while not over and (not known or reached < min(known)):  # the first frame to be shown is not always the first in the file
-            if not read(reached):
-                return None
-        if not known or not tick:
-            return None
-        base = min(known)
-        for target in (base + np.floor(times / tick)).astype(int).tolist():
-            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)) or not known:
-                return None
-            pts = max((p for p in known if p <= target), default=min(known))
-            chosen.append(pts)
-            known.difference_update([p for p in known if p < pts])
-            for p in [p for p in ready if p < pts]:
-                del ready[p]
-            if pts in wanted:
-                continue
-            wanted.add(pts)
-            if pts in ready:
-                images[pts] = square(ready.pop(pts))
-                continue
-            at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
-            if at is None:                                       # read and fed on the way to an earlier one: still inside the decoder
-                continue
-            key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
-            if key is not None:
-                drain()
-            elif not busy:
-                return None
-            for packet in held[key or 0:at + 1]:
-                feed(packet)
-            del held[:at + 1]
-            busy = True
-        drain()
-    except av.error.FFmpegError:
+        codec.skip_frame = "DEFAULT" if stamps[i] in chosen else "NONREF"
+        keep(codec.decode(packets[i]))
+    keep(codec.decode(None))
+    codec.flush_buffers()
+    if not all(pts in frames for pts in chosen):
         return None
-    if not all(pts in images for pts in chosen):
-        return None
-    return [images[pts] for pts in chosen], (np.array(chosen) - base) * tick, (end - base) * tick if over else math.inf
+    return [((pts - start) * tick, frames[pts]) for pts in chosen]
 
 
-def in_order(container, stream, times, square, rate, late):
-    """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
-    An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
-    import av
-    codec, tick, counting = stream.codec_context, float(stream.time_base or 0), unordered(container, stream)
-    codec.thread_count = 1                                       # more of them would tell of damage later than it happens
-    images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
-    fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
+def decode(path, frames, size, start=None, stride=1, whole=False):
+    """T frames of a video, or the one of a picture -> uint8 (T, size, size, 3), and when they are shown, in
+    seconds after the first frame (T,). whole: (T, h, w, 3), not cut, the short side `size`.
 
-    def settle(until):                                           # `shown` is on screen up to `until`
-        while len(images) < len(times) and times[len(images)] < until:
-            at, (now, frame) = times[len(images)], shown or (0.0, None)
-            lost = frame is None or frame.is_corrupt
-            if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
-                lost = hurt if counting or frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
-            images.append(None if lost else square(frame))
-            seen.append(now)
+    start=None: what is on screen in the middles of T equal parts. Else T frames in a row, every `stride`-th
+    (less where the video is too short), from `start` on, a fraction 0 .. 1 of the room there is.
 
-    for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
-        stamp = None if packet is None or counting else packet.pts
-        if hurt and packet is not None and packet.is_keyframe:
-            hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
-        if stamp is not None and not packet.is_discard:
-            fed.add(stamp)
-        try:
-            frames = codec.decode(packet)
-        except av.error.FFmpegError:
-            frames, hurt, damaged = [], True, True
-        if stamp is not None and not hurt and stamp >= floor:
-            sound.add(stamp)
-        for frame in frames:
-            if base is None:
-                base = min(fed, default=frame.pts)
-            now = count / rate if counting or frame.pts is None else (frame.pts - base) * tick
-            settle(now)
-            shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
-        if len(images) == len(times):
-            return images, np.array(seen), math.inf
-    settle(math.inf)
-    return images, np.array(seen), end
+    BadVideo: fewer than T frames, a file that ends early, one that fails. Not noticed are wrong pixels that a
+    damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
+    is waited for."""
+    with opened(path) as (container, stream):
+        rate, total = rate_of(stream), frame_count(path, container, stream)
+        if total < frames:
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames or a longer video")
+        if start is None:
+            numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
+        else:
+            stride = max(1, min(stride, total // frames))
+            numbers = round(start * (total - 1 - (frames - 1) * stride)) + np.arange(frames) * stride
+        # the middle of a frame's time: no rounding makes it a neighbour's
+        wanted = (numbers + 0.5) / rate
+        # what lies far apart is sought one by one
+        far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
+        parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
+        found = None if None in parts else sum(parts, [])
+        if found is None:
+            container.seek(0)
+            stream.codec_context.skip_frame = "DEFAULT"
+            found = on_screen(in_order(path, container, stream), wanted)
+        if None in found:
+            raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+        images = [upright(frame, size, whole) for _, frame in found]
+        times = np.array([time for time, _ in found])
+    slack = max(2 / rate, 0.05 * total / rate)
+    if wanted[-1] - times[-1] > slack and wanted[-1] - frame_times(path)[-1] > slack:
+        raise BadVideo(f"{path}: ends before the {total / rate:.2f} s that its header announces; re-encode or cut it")
+    return np.stack(images), times
 
 
-def load_labels(mask_path, graph_path, where, size, video=None):
-    """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
-    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none, any whole numbers.  graph: `tensor` (M, F): id of trajectory m
-    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour.
+def read_frames(path, size, whole=False):
+    """Every frame of a video, in order -> an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode`
+    cuts; whole: (c, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
+    piece, end = [], 0
+    with opened(path) as (container, stream):
+        rate, total = rate_of(stream), frame_count(path, container, stream)
+        for time, frame in in_order(path, container, stream):
+            piece.append(upright(frame, size, whole))
+            end = max(end, time + 1 / rate)
+            if len(piece) == 8:
+                yield np.stack(piece)
+                piece = []
+    if piece:
+        yield np.stack(piece)
+    if not end:
+        raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+    if total / rate - end > max(3 / rate, 0.05 * total / rate):
+        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces; re-encode or cut it")
 
-    An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
-    cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
-    `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
-    mask, graph, shape = cut_masks(mask_path, graph_path, size)
-    if video is not None:
-        check_fit(mask_path, shape, *video_header(str(video))[:3])
-    labels, frames = np.empty((len(where), size, size), np.int64), (np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)
-    for i, f in enumerate(frames):
-        owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
-        owner, column = owner[column > 0], column[column > 0]
-        twice = np.flatnonzero(column[1:] == column[:-1])
-        if len(twice):
-            raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
-                           "an object belongs to one trajectory")
-        labels[i] = -1
-        if len(column):
-            at = np.searchsorted(column, mask[f]).clip(max=len(column) - 1)
-            labels[i] = np.where(column[at] == mask[f], owner[at], -1)
-    if (labels < 0).all() and strangers(*sidecars(mask_path, graph_path), frames):
-        raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
+
+def load_labels(mask_path, graph_path, times, size, video):
+    """The sidecars of a video -> int64 (T, size, size): the trajectory of each pixel of the frames shown at
+    `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
+    mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
+    trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
+    mask, graph = sidecars(mask_path, graph_path)
+    shown = frame_times(video)
+    if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
+        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write one for each")
+    h, w = mask.shape[1:]
+    scale = min(h, w) / size
+    place = (np.arange(size) + 0.5 - size / 2) * scale
+    rows = (h / 2 + place).astype(int)
+    columns = (w / 2 + place).astype(int)
+    labels = np.full((len(times), size, size), -1)
+    for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
+        ids = mask[f][rows[:, None], columns]
+        order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
+        sorted_ids = graph[order, f]
+        at = np.searchsorted(sorted_ids, ids).clip(max=len(order) - 1)
+        found = (ids > 0) & (sorted_ids[at] == ids)
+        label[found] = order[at[found]]
     return labels
 
 
-def strangers(mask, graph, frames):
-    """Has each of these frames masks and trajectories, and none of the latter is among the former?"""
-    return all(graph[:, f].any() and mask[f].any() and not np.isin(graph[graph[:, f] > 0, f], mask[f]).any() for f in frames)
-
-
-KEPT, KEPT_BYTES = collections.OrderedDict(), 2 ** 28            # the last masks that `cut_masks` made: 256 MB in a process
-
-
-def cut_masks(mask_path, graph_path, size):
-    """-> masks (F, size, size), the central square by nearest neighbour; graph (M, F); shape of the whole masks. Kept for the next time:
-    to unpack 147 frames of 292 x 224 takes some 80 ms, and a clip needs eight of them."""
-    key = (str(mask_path), str(graph_path), size, *(os.stat(p).st_mtime_ns for p in (mask_path, graph_path) if p and os.path.exists(p)))
-    if key in KEPT:
-        KEPT.move_to_end(key)
-        return KEPT[key]
-    mask, graph = sidecars(mask_path, graph_path)
-    h, w, top, left = fit(*mask.shape[1:], size)
-    rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
-    columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    KEPT[key] = np.ascontiguousarray(mask[:, rows[:, None], columns]), graph, mask.shape
-    while len(KEPT) > 1 and sum(kept[0].nbytes for kept in KEPT.values()) > KEPT_BYTES:
-        KEPT.popitem(last=False)
-    return KEPT[key]
-
-
 def sidecars(mask_path, graph_path):
-    """-> mask (F, H, W) and graph (M, F) of whole numbers from 0 on, of their own types. Anything else: BadVideo, which names the file."""
-    for one, other, kind in ((mask_path, graph_path, "graph"), (graph_path, mask_path, "mask")):
-        if one and not other:
-            raise BadVideo(f"{one}: its {kind} is missing; labels are two files, `<video>_mask.npz` and `<video>_graph.npz`: write both or remove both")
+    """-> mask (F, H, W) and graph (M, F), whole numbers. BadVideo names the file that is wrong."""
     arrays = []
-    for path, key, axes, form in ((mask_path, "arr_0", 3, "(F, H, W)"), (graph_path, "tensor", 2, "(M, F)")):
+    for path, key, axes in ((mask_path, "arr_0", 3), (graph_path, "tensor", 2)):
+        if path is None:
+            raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write both, or remove both")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                x = file[key]
-        except KeyError:
-            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F)") from None
-        except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-            raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                           "write both sidecars again, or remove them") from None
-        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
-            raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
-        if x.ndim != axes or not x.size and axes == 3:
-            raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
-        arrays.append(x.view(np.uint8) if x.dtype.kind == "b" else x)
+            with np.load(path) as file:
+                array = file[key]
+        # what numpy raises depends on where a file is damaged
+        except Exception as error:
+            raise BadVideo(f"{path}: no labels can be read ({type(error).__name__}: {error}); write both sidecars again, or remove them") from None
+        if array.ndim != axes or array.dtype.kind not in "iub" or not array.size:
+            raise BadVideo(f"{path}: `{key}` is {array.dtype} {array.shape}; it must be whole numbers of {axes} axes")
+        arrays.append(array)
     mask, graph = arrays
     if graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+        raise BadVideo(f"{mask_path}: {len(mask)} frames, but its graph has {graph.shape[1]}; write both again")
     return mask, graph
-
-
-@functools.lru_cache(maxsize=65536)
-def video_header(path):
-    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown. Nothing is decoded, and
-    each file is opened once."""
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        total, rate, _ = timeline(container, stream)
-        return total, stream.height, stream.width, total / rate
-
-
-def check_fit(path, shape, frames, height, width):
-    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
-    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
-    pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
-    count, h, w = shape
-    if frames and abs(count - frames) > max(2, 0.05 * frames):
-        raise BadVideo(f"{path}: masks of {count} frames, but the video has {frames}; write masks for every frame, or remove both sidecars")
-    if h != w and min(abs(w - h * width / height), abs(w - h * height / width)) > max(1, w / h, 0.01 * w):
-        raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
 # -----------------------------------------------------------------------------------------------------------
 # 3. Manifests, CSV files, folders
 # -----------------------------------------------------------------------------------------------------------
 
-# what people call the columns of a CSV file
-COLUMNS = {"video": ("video", "path", "filename", "file", "video_path"), "caption": ("caption", "text", "sentence"),
-           "label": ("label", "class", "action"), "split": ("split",), "mask": ("mask",), "graph": ("graph",),
-           "group": ("group",)}
+# what people call the columns of a CSV file -> our name of it
+COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "video")
+COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
+COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
+COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_manifest(path):
     """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
     dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
-    label, split ("train", "val", "test" or None), mask, graph, and where given group, qa (list of dicts
-    question, answer), conversations (list of conversations: lists of such dicts).
+    label, group, split ("train", "val", "test" or None), mask, graph, and where given qa (list of dicts
+    question, answer) and conversations (a list of lists of such dicts).
 
-    Rows that name the same file are one entry with all their captions and questions. Masks and graphs that
-    are not named are looked for beside the video. What is wrong: BadInput, which says in which line."""
+    Rows that name the same file are one entry with all their captions and questions. Sidecars that are not
+    named are looked for beside the video. BadInput says what is wrong, and where."""
     path = Path(path)
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
     if path.is_dir() and (path / "manifest.json").exists():
         path = path / "manifest.json"
-    if path.is_dir():
-        folder, rows = path, folder_rows(path)
-    else:
-        folder = path.parent
-        read = csv_rows if path.suffix.lower() in (".csv", ".tsv", ".txt") else json_rows
-        rows = read(path, read_text(path))
+    folder = path if path.is_dir() else path.parent
     entries = {}
-    for where, row in rows:
+    for where, row in read_rows(path):
         try:
             entry = to_entry(row, folder)
             file = os.path.realpath(entry["path"])
@@ -1685,93 +1450,80 @@ def read_manifest(path):
         except ValueError as error:
             raise BadInput(f"{path} {where}: {error}") from None
     if not entries:
-        raise BadInput(f'{path}: no entries; expected a JSON list of {{"video": path, "caption": text}}')
+        raise BadInput(f'{path}: holds no entries; expected a JSON list of {{"video": path, "caption": text}}')
     return list(entries.values())
 
 
-def read_text(path):
+def read_rows(path):
+    """-> (where, row) pairs of a manifest, a CSV file or a folder."""
+    if path.is_dir():
+        return folder_rows(path)
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not a manifest in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def json_rows(path, text):
-    """A JSON list, or an object a line -> (where, row) pairs."""
-    def load(part, line):
-        try:
-            return json.loads(part)
-        except ValueError as error:
-            line += getattr(error, "lineno", 1) - 1
-            raise BadInput(f"{path} line {line}: not a manifest ({error}); expected a JSON list of "
-                           '{"video": path, "caption": text}, or such an object a line') from None
-
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8: {error.reason} at byte {error.start}"
+        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder of videos") from None
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return csv_rows(path, text)
     if text.lstrip().startswith("["):
-        return [(f"entry {number}", row) for number, row in enumerate(load(text, 1), 1)]
+        return [(f"entry {number}", row) for number, row in enumerate(load_json(path, text, 1), 1)]
     # not splitlines: a text in JSON may hold other line separators
     lines = enumerate(text.split("\n"), 1)
-    return [(f"line {number}", load(line, number)) for number, line in lines if line.strip()]
+    return [(f"line {number}", load_json(path, line, number)) for number, line in lines if line.strip()]
+
+
+def load_json(path, text, line):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise BadInput(f'{path} line {line}: not a manifest ({error}); expected a JSON list of {{"video": path, '
+                       '"caption": text}, or such an object a line') from None
 
 
 def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells may stand between
-    commas, semicolons, tabs or spaces."""
+    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons or
+    spaces."""
     first = text.partition("\n")[0]
-    delimiter = next((d for d in "\t,;" if d in first), " ")
+    delimiter = next((mark for mark in "\t,;" if mark in first), " ")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            where = f"line {reader.line_num}"
-            if not any(cells):
-                continue
-            if header is None:
-                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
-                if not media:
-                    continue
-            if len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not the {len(header)} of {', '.join(map(str, header))}; "
-                               "quote a cell that holds the separator")
-            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
+            cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
+            if header is None and Path(cells[0] if cells else "").suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                header = ["video", "label"]
+            if header is None and any(cells):
+                header = [COLUMNS.get(cell.lower()) for cell in cells]
+                if "video" not in header or not {"caption", "label", "mask"} & set(header):
+                    raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:80]}; a column for the file and one for "
+                                   f"its caption or label are needed; known are {', '.join(COLUMNS)}")
+            elif any(cells) and len(cells) != len(header):
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds the separator")
+            elif any(cells):
+                yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
 
 
-def known_columns(where, cells):
-    """A header -> our name of each column, None for those that are not read."""
-    names = {name: key for key, known in COLUMNS.items() for name in known}
-    header = [names.get(cell.lower()) for cell in cells]
-    if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        known = "; ".join(f"{key}: {', '.join(names)}" for key, names in COLUMNS.items())
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name the file and its caption or label by known names ({known})")
-    return header
-
-
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out."""
+    """root/[train|val|test/]label/.../file. Links are followed, hidden names left out."""
     videos, pictures = [], []
     for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder) + os.sep
-        targets = {name: os.path.realpath(os.path.join(folder, name)) + os.sep for name in folders}
+        above = os.path.realpath(folder) + os.sep               # a link to a folder above would never end
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
-                            and not here.startswith(targets[name]))          # a link to a folder above
+                            and not above.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
         for name in sorted(files):
-            file = Path(folder, name).relative_to(root)
-            if name[0] != "." and file.suffix.lower() in VIDEO_SUFFIXES:
-                videos.append(file)
-            elif name[0] != "." and file.suffix.lower() in IMAGE_SUFFIXES:
-                pictures.append(file)
+            kind = Path(name).suffix.lower()
+            if name[0] != "." and kind in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                (videos if kind in VIDEO_SUFFIXES else pictures).append(Path(folder, name).relative_to(root))
     for file in videos or pictures:
-        above = list(file.parts[:-1])
+        parts = list(file.parts[:-1])
         row = {"video": str(file)}
-        if above and above[0] in SPLITS:
-            row["split"] = above.pop(0)
-        if above:
-            row["label"] = above[0]
+        if parts and parts[0] in SPLITS:
+            row["split"] = parts.pop(0)
+        if parts:
+            row["label"] = parts[0]
         yield str(file), row
 
 
@@ -1782,100 +1534,88 @@ def is_text(value):
 
 def to_entry(row, folder):
     """A row of a manifest -> an entry. ValueError says what is wrong with it."""
-    def given(key, fits, form):
-        value = row.get(key)
-        if value is not None and not fits(value):
-            raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; give {form}, or leave it out')
-        return value
-
-    source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-    if not is_text(source):
+    if not isinstance(row, dict) or not is_text(row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
-    file = Path(folder, source)
+    kinds = dict(caption=(str, list), label=(str, int), group=(str, int), split=str, mask=str, graph=str,
+                 qa=list, conversations=list)
+    for key, kind in kinds.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise ValueError(f'"{key}" is {json.dumps(row[key])[:60]}; it must be {kind}')
+    file = Path(folder, row.get("video") or row["image"])
     entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
     entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
-    captions = given("caption", are_texts, "a text, or a list of texts, none empty, in UTF-8")
-    entry["caption"] = [captions] if isinstance(captions, str) else captions
+    captions = [row["caption"]] if isinstance(row.get("caption"), str) else row.get("caption")
+    if captions and not all(map(is_text, captions)):
+        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give a text or a list of texts, none empty')
+    entry["caption"] = captions or None
     for key in ("label", "group"):
-        name = given(key, lambda value: is_text(value) or type(value) is int, "a name or a whole number")
-        entry[key] = None if name is None else str(name)
-    entry["split"] = SPLITS.get(given("split", lambda value: value in SPLITS, '"train", "val" or "test"'))
+        entry[key] = None if row.get(key) is None else str(row[key])
+    if row.get("split") not in (None, *SPLITS):
+        raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
+    entry["split"] = SPLITS.get(row.get("split"))
     for key in ("mask", "graph"):
-        beside = file.with_name(f"{file.stem}_{key}.npz")
-        path = given(key, is_text, "a path")
-        if path is None and beside.exists():
-            entry[key] = str(beside)
-        else:
-            entry[key] = path and str(Path(folder, path))
-    if given("qa", are_questions, 'a list of {"question": text, "answer": text}'):
-        entry["qa"] = row["qa"]
-    form = '[{"from": "human", "value": question}, {"from": "gpt", "value": answer}, ...], the two in turn'
-    if given("conversations", are_turns, form):
-        entry["conversations"] = [conversation(row["conversations"])]
+        sidecar = Path(folder, row[key]) if row.get(key) else file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(sidecar) if row.get(key) or sidecar.exists() else None
+    try:
+        if row.get("qa"):
+            entry["qa"] = [pair(qa["question"], qa["answer"], qa) for qa in row["qa"]]
+        if row.get("conversations"):
+            entry["conversations"] = [conversation(row["conversations"])]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": "human", '
+                         '"value": question} and {"from": "gpt", "value": answer} in turn') from None
     return entry
 
 
-def are_texts(value):
-    return is_text(value) or isinstance(value, list) and bool(value) and all(map(is_text, value))
-
-
-def are_questions(value):
-    return isinstance(value, list) and all(
-        isinstance(qa, dict) and is_text(qa.get("question")) and is_text(qa.get("answer")) for qa in value)
-
-
-def are_turns(value):
-    """Is this a conversation in LLaVA's form, whose questions are more than a <video> mark?"""
-    if not isinstance(value, list) or not value or len(value) % 2:
-        return False
-    for turn, who in zip(value, itertools.cycle(("human", "gpt"))):
-        if not isinstance(turn, dict) or turn.get("from") != who or not is_text(turn.get("value")):
-            return False
-    return all(turn["question"] for turn in conversation(value))
+def pair(question, answer, source):
+    if not is_text(question) or not is_text(answer):
+        raise ValueError
+    return dict(question=question, answer=answer) | {key: source[key] for key in ("type", "options") if key in source}
 
 
 def conversation(turns):
-    """LLaVA's turns -> [dict(question, answer, ...)]. A <video> mark goes, and the words around it stay
-    apart: the video always stands before the text."""
+    """LLaVA's turns -> [dict(question, answer)]. A <video> mark goes, and the words around it stay apart: the
+    video always stands before the text."""
     pairs = []
-    for human, gpt in zip(turns[::2], turns[1::2]):
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            raise ValueError
         text = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
-        more = {key: human[key] for key in ("type", "options") if key in human}
-        pairs.append(dict(question=text, answer=gpt["value"]) | more)
+        pairs.append(pair(text, gpt["value"], human))
     return pairs
 
 
 def joined(entry, other):
     """Two rows of one file -> one entry with the captions and questions of both."""
-    for key in ("label", "split", "mask", "graph", "group"):
+    for key in ("label", "group", "split", "mask", "graph"):
         if None not in (entry[key], other[key]) and entry[key] != other[key]:
             raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the same file says {entry[key]!r}')
-    together = {key: other[key] if entry[key] is None else entry[key] for key in other}
-    together["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
+        other[key] = other[key] if entry[key] is None else entry[key]
+    other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
     for key in ("qa", "conversations"):
-        if key in entry or key in other:
-            together[key] = entry.get(key, []) + other.get(key, [])
-    return together
+        if key in entry:
+            other[key] = entry[key] + other.get(key, [])
+    return other
 
 
 def split(entries):
-    """-> (training, held out). "split" decides where it is given: entries without it are trained on. If no
+    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If no
     entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
-    others are added. Of a few entries at least a sixth is held out."""
+    others are added. Of a few entries a sixth at least is held out."""
     if any(entry["split"] for entry in entries):
-        held_out = [entry for entry in entries if entry["split"] in ("val", "test")]
+        held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
+        hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
         share = min(0.25, 5000 / len(entries))
-        order = sorted(entries, key=lambda entry: zlib.crc32(entry["name"].encode()))
-        count = sum(zlib.crc32(entry["name"].encode()) < share * 2 ** 32 for entry in entries)
-        held_out = order[:max(count, min(len(entries), 24) // 6, 1)]
-    names = {entry["name"] for entry in held_out}
-    train = [entry for entry in entries if entry["name"] not in names]
-    if not train or not held_out:
-        raise BadInput(f"{len(train)} clips to train on and {len(held_out)} held out: at least one of each is needed; "
+        least = max(min(len(entries), 24) // 6, 1)
+        limit = max(share * 2 ** 32, sorted(hashes)[least - 1] + 1)
+        held_out = [number < limit for number in hashes]
+    train = [entry for entry, held in zip(entries, held_out) if not held]
+    test = [entry for entry, held in zip(entries, held_out) if held]
+    if not train or not test:
+        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is needed; "
                        'mark some entries "split": "val", or give --val')
-    return train, [entry for entry in entries if entry["name"] in names]
-
+    return train, test
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2730,6 +2470,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
+    KEYS = ("video", "labels", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -2751,43 +2492,32 @@ class VideoBatches(torch.utils.data.Dataset):
         return rng.permutation(len(self.entries)).tolist()
 
     def candidates(self, i):
-        """Numbers of the entries that batch i tries, in order, each once."""
+        """Numbers of the entries that batch i may take, in order."""
         n, first = len(self.entries), i * self.batch
         if not self.train:
-            yield from range(first, min(first + self.batch, n))
-            return
-        seen = set()
-        for place in itertools.count(first):
-            entry = self.order(place // n)[place % n]
-            if entry not in seen:
-                seen.add(entry)
-                yield entry
-            if len(seen) == n:
-                return
+            return range(first, min(first + self.batch, n))
+        places = range(first, first + 2 * n)                    # two epochs' length holds each entry at least once
+        return (self.order(place // n)[place % n] for place in places)
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, 1, i))
-        clips, bad = [], []
+        clips, bad, tried = [], [], set()
         for number in self.candidates(i):
+            if len(clips) == self.batch:
+                break
+            if number in tried:
+                continue
+            tried.add(number)
             try:
                 clips.append(self.clip(number, rng))
             except BadVideo as error:
                 bad.append((self.entries[number]["path"], str(error)))
-            if len(clips) == self.batch:
-                break
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
-        batch = dict(bad=bad)
-        for key in ("video", "labels", "caption", "captions", "label", "qa", "index"):
-            batch[key] = [clip[key] for clip in clips]
-        if clips:
-            batch["video"] = torch.stack(batch["video"])                # (b, t, H, W, 3)
-            batch["labels"] = torch.stack(batch["labels"])              # (b, t, H, W)
-        else:
-            shape = (0, self.frames, self.size, self.size)
-            batch["video"] = torch.zeros(*shape, 3, dtype=torch.uint8)
-            batch["labels"] = torch.zeros(shape, dtype=torch.int64)
-        return batch
+        batch = {key: [clip[key] for clip in clips] for key in self.KEYS}
+        for key in ("video", "labels"):
+            batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
+        return batch | dict(bad=bad)
 
     def clip(self, number, rng):
         """One entry, decoded. BadVideo if it cannot be used."""
@@ -2797,10 +2527,10 @@ class VideoBatches(torch.utils.data.Dataset):
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
             start = None
-        video, _, where = decode(entry["path"], frames, self.size, start, stride)
+        video, times = decode(entry["path"], frames, self.size, start, stride)
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
-            labels = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
+            labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
         return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), caption=caption,
@@ -2963,42 +2693,49 @@ def random_crops(rng, b, h, w, flip):
 # -----------------------------------------------------------------------------------------------------------
 
 def open_data(cfg, need="caption", world=1):
-    """What a run is told to learn from -> (training dataset, held-out dataset).
+    """What a run learns from -> (training dataset, held-out dataset).
 
     cfg.data: `world`, or a manifest, CSV or folder; several with commas, in the shares of cfg.mix, a batch of
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
     ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
-    names = [cfg.data] if os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
-    shares = read_shares(cfg, names)
-    train, held_out, mix = [], [], []
-    val = read_manifest(cfg.val) if getattr(cfg, "val", None) else None
-    for name, share in zip(names, shares):
+    names = sets_of(cfg.data)
+    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else None
+    train, held_out, shares = [], [], []
+    for name, share in zip(names, read_shares(cfg, names)):
         if name == "world":
-            made, test = made_clips(cfg)
-            train.append(made)
-            mix.append(share)
-            held_out += [test] if val is None else []
-            continue
-        entries = read_manifest(name)
-        learnt, test = split(entries) if val is None else (without(entries, val), [])
-        check_entries(name, learnt + test, need, len(learnt), len(test))
-        for kind in kinds(learnt):
-            train.append(videos(cfg, kind, train=True))
-            mix.append(share * len(kind) / len(learnt))
-        held_out += [videos(cfg, kind, train=False) for kind in kinds(test)]
+            learnt, tested = made_clips(cfg)
+        else:
+            learnt, tested = real_clips(cfg, name, need, val)
+        files = sum(dataset.files or 1 for dataset in learnt)
+        train += learnt
+        shares += [share * (dataset.files or 1) / files for dataset in learnt]
+        held_out += tested if val is None else []
     if val is not None:
-        check_entries(cfg.val, val, need, 0, len(val))
-        held_out = [videos(cfg, kind, train=False) for kind in kinds(val)]
+        held_out = datasets(cfg, val, train=False)
     if len(train) > 1:
-        train = [Mixed(train, mix, cfg.seed, world)]
+        train = [Mixed(train, shares, cfg.seed, world)]
     return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
+
+
+def sets_of(data):
+    """--data "A,B" -> ["A", "B"]. A comma may stand in a path: what exists is one set."""
+    return [data] if os.path.exists(data) else [name.strip() for name in data.split(",")]
+
+
+def usable_entries(name, need):
+    """The entries of a manifest; refused if one lacks what it is read for."""
+    entries = read_manifest(name)
+    lacking = [entry["path"] for entry in entries if not entry[need]]
+    if lacking:
+        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one, or leave it out")
+    return entries
 
 
 def read_shares(cfg, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
-    mix = getattr(cfg, "mix", None)
+    mix = getattr(cfg, "mix", None) or ",".join("1" for _ in names)
     try:
-        shares = [1.0] * len(names) if mix is None else [float(share) for share in mix.split(",")]
+        shares = [float(share) for share in mix.split(",")]
     except ValueError:
         shares = []
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
@@ -3006,190 +2743,110 @@ def read_shares(cfg, names):
     return shares
 
 
+def world_of(cfg):
+    """The world that a configuration asks for."""
+    names = [field.name for field in dataclasses.fields(World) if field.name != "size" and hasattr(cfg, field.name)]
+    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names})
+
+
 def made_clips(cfg):
-    """-> (training, held-out) clips of the world that a configuration asks for. Every seed has ten million
-    training clips of its own; held-out captions all differ."""
-    asked = {}
-    for field in dataclasses.fields(World):
-        if field.name != "size" and hasattr(cfg, field.name):
-            asked[field.name] = getattr(cfg, field.name)
-    world = World(size=cfg.image_size, **asked)
+    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of its
+    own; held-out captions all differ."""
+    world = world_of(cfg)
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
-    indices = distinct(world, begin, cfg.eval_clips)
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
-    return train, WorldBatches(world, cfg.batch, indices=indices)
+    return [train], [WorldBatches(world, cfg.batch, indices=distinct(world, begin, cfg.eval_clips))]
 
 
-def videos(cfg, entries, train):
-    return VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8))
+def real_clips(cfg, name, need, val):
+    """-> training datasets, held-out datasets of the manifest `name`: of videos, of pictures. With `val`, the
+    entries of another manifest, the latter are none."""
+    entries = usable_entries(name, need)
+    if val is None:
+        train, test = split(entries)
+    else:
+        files = {os.path.realpath(entry["path"]) for entry in val}
+        train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
+        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
+        if both or not train:
+            raise BadInput(f"{name}: {len(both)} of {len(train)} training files are in --val as well: {', '.join(both[:1])}")
+    masks = sum(bool(entry["mask"]) for entry in train)
+    print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
+    if not masks:
+        print("no masks: there is no segmentation loss; `python data.py label` makes some")
+    return datasets(cfg, train, True), datasets(cfg, test, False)
 
 
-def kinds(entries):
-    """Entries -> [videos, pictures], without the kind that there is none of."""
-    parts = [[e for e in entries if e["image"] == image] for image in (False, True)]
-    return [part for part in parts if part]
+def datasets(cfg, entries, train):
+    """Entries -> datasets: of the videos, of the pictures."""
+    kinds = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
+    stride = getattr(cfg, "stride", 8)
+    return [VideoBatches(kind, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, stride) for kind in kinds if kind]
 
 
-def without(entries, val):
-    """Of --data what may be trained on beside --val: not what `split` holds out, and no file of --val."""
-    held_out = {os.path.realpath(e["path"]) for e in val}
-    learnt = [e for e in entries if e.get("split") in (None, "train")]
-    both = [e["path"] for e in learnt if os.path.realpath(e["path"]) in held_out]
-    if both or not learnt:
-        raise BadInput(f"--val: {len(both)} files of --data are in it as well, the first {both[:1]}; {len(learnt)} are left to train on")
-    return learnt
-
-
-def check_entries(name, entries, need, learnt, test):
-    """Refuse entries without what training needs, and print how many there are."""
-    lacking = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
-    if lacking:
-        raise BadInput(f"{name}: {len(lacking)} of {len(entries)} entries have no {need}, the first "
-                       f"{lacking[0]}; give each a {need}, or leave it out")
-    masks = sum(bool(e["mask"]) for e in entries)
-    note = "" if masks or need == "mask" else ": no segmentation loss"
-    print(f"{name}: {learnt} clips to train on, {test} held out, {masks} of them with masks{note}")
-
-
-def fingerprint(*names):
-    """A short text that changes when an entry of these manifests does: a resumed run stores and compares it."""
+def fingerprint(data, val=None):
+    """A short text that changes when what is read from these manifests does, for a resumed run to compare."""
     crc = 0
-    for name in names:
-        entries = read_manifest(name) if name and name != "world" else []
-        for entry in entries:
-            parts = [entry.get(key) for key in ("name", "caption", "label", "split")]
-            crc = zlib.crc32(json.dumps(parts).encode(), crc)
+    for name in sets_of(data) + ([val] if val else []):
+        for entry in [] if name == "world" else read_manifest(name):
+            told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
+            crc = zlib.crc32(json.dumps(told).encode(), crc)
     return f"{crc:08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # python data.py make
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """Writes the procedural world as MP4s with label sidecars, captions, questions and a manifest: the same training from disk."""
-    size: str = "nano"                  # one of nano, tiny, base, large: what their clips look like by default
-    clips: int = 1000                   # how many; more later: the same command with another number
+    """Writes made clips as MP4 files with sidecars, captions, questions and a manifest."""
     out: str = "out/world"              # the folder for manifest.json and clips
+    clips: int = 1000                   # how many
     image_size: int = 64                # pixels of a side, an even number
     frames: int = 8                     # frames of a clip
-    max_objects: int = 8                # 1 .. 8 objects in a clip
-    shared_colours: bool = True         # may two objects of a clip wear the same colour?
-    acts: int = 1                       # acts that the subject performs one after another; more for long clips
+    max_objects: int = 4                # 1 .. 8 objects in a clip
+    shared_colours: bool = False        # may two objects of a clip wear the same colour?
+    acts: int = 1                       # acts that the subject performs one after another
     camera: bool = True                 # pans and zooms
     light: bool = True                  # the scene gets lighter or darker
-    textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
-    story: bool = False                 # clips to ask about what happens when, of 8 frames to any number (train_vlm.py)
     seed: int = 0                       # the clips that a training of this seed sees first
-    begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
     fps: float = 8.0                    # frames a second
     workers: int | None = None          # processes; 0: none but this one; default: one for each core
-    overwrite: bool = False             # make clips anew that are there
-
-    def __post_init__(self):
-        if not self.out or self.textures == "":
-            raise BadInput(f"--out {self.out!r} --textures {self.textures!r}: give the names of folders")
-        for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
-        if not 1 <= self.fps <= 1000:
-            raise BadInput(f"--fps {self.fps}: 1 to 1000")
-        if self.image_size % 2 or not 8 <= self.image_size <= 8192:
-            raise BadInput(f"--image-size {self.image_size}: an even number from 8 to 8192")
-        self.world
-
-    @property
-    def world(self):
-        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures, self.story)
-
-    @property
-    def first(self):                                             # seeds as `trajtok.open_data` counts them
-        return TRAIN + self.seed % 49 * 10_000_000 if self.begin is None else self.begin
-
-
-#  size          what `trajtok.py pretrain` and `train_clip.py` train on (a test compares)
-MAKE_SIZES = {"nano": dict(image_size=64, frames=8, max_objects=4, shared_colours=False), "tiny": dict(image_size=128, frames=8),
-              "base": dict(image_size=224, frames=16), "large": dict(image_size=224, frames=16)}
-MAKE_SIZES = {name: {"size": name, **values} for name, values in MAKE_SIZES.items()}
-AT_ONCE = 16                                                     # clips that a worker paints together
 
 
 def make(argv):
-    """The same clips as on the fly, on disk: begin .. begin + clips - 1. What is there whole is kept, so a run that was stopped goes on."""
-    cfg = configure(MakeConfig, MAKE_SIZES, argv)
-    out, began = Path(cfg.out), time.time()
-    # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
-    words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
-    settings = {k: v for k, v in settings.items() if k != "story" or v}      # folders that were made before there were stories remain usable
-    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--out {out}: cannot be used ({error}); give another folder") from None
-    differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
-    if differ:
-        raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
-    if cfg.overwrite:                                            # clips of other settings, beyond the number asked for now, must not pass for these
-        for old_clip in (*out.glob("[0-9]*/[0-9]*.mp4"), *out.glob("[0-9]*/[0-9]*_mask.npz"), *out.glob("[0-9]*/[0-9]*_graph.npz")):
-            old_clip.unlink()
-    write_json(out / "make.json", settings)
-    for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
-        stale.unlink(missing_ok=True)
-    jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
-    rows, kept, size = {}, 0, 0
-    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
-    with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
-        for (_, first, count), (made, old, written) in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
-            rows[first] = made
-            kept, size = kept + old, size + written
-            bar.update(count)
-    lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
-    replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
-    print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
-          + (f"; {kept} of them were there" if kept else ""))
-    talks = [json.dumps(dict(video=row["video"], conversations=[
-        {"from": "human", "value": "<video>\n" + qa["question"]} | {k: qa[k] for k in ("type", "options") if k in qa}, {"from": "gpt", "value": qa["answer"]}]), ensure_ascii=False)
-        for first in sorted(rows) for row in rows[first] for qa in row["qa"]]
-    replace(out / "qa.jsonl", lambda p: p.write_text("\n".join(talks) + "\n", encoding="utf-8"))
-    print(f"wrote {out / 'manifest.json'} and qa.jsonl, its questions in the form of LLaVA; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+    """The same clips as a training sees, on disk."""
+    cfg = configure(MakeConfig, None, argv)
+    if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
+        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, even, 1 to 1000")
+    world, out = world_of(cfg), Path(cfg.out)
+    first = TRAIN + cfg.seed % 49 * 10_000_000
+    make_room(out / "manifest.json")
+    jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
+    workers = cores() if cfg.workers is None else cfg.workers
+    rows = [row for _, row in tqdm(in_processes(make_clip, jobs, workers), total=len(jobs), unit=" clips")]
+    write_json(out / "manifest.json", rows)
+    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'}")
 
 
-def make_some(job):
-    """Clips first .. first + count - 1 in their folder -> their manifest rows, how many were there, bytes of all."""
-    cfg, first, count = job
-    scripts, rows, missing, size = [script(first + i, cfg.world) for i in range(count)], [], [], 0
-    for s in scripts:
-        clip = f"{s['index'] // 1000:07d}/{s['index']:010d}.mp4"             # a thousand clips a folder
-        rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
-    paths = [Path(cfg.out) / row["video"] for row in rows]
-    sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
-    missing = [i for i, p in enumerate(paths) if not all(f.exists() for f in (p, *sidecars[i]))]
-    if missing:
-        videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
-    for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
-        try:
-            paths[i].parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{paths[i].parent}: cannot be made ({error.strerror}); give another --out, or make room") from None
-        # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
-        present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
-        graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
-        paths[i].unlink(missing_ok=True)                         # a film whose labels are gone
-        write_npz(sidecars[i][0], "arr_0", ids + 1)
-        write_npz(sidecars[i][1], "tensor", graph)
-        with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
-            add(video)
-    return rows, count - len(missing), sum(f.stat().st_size for p, both in zip(paths, sidecars) for f in (p, *both))
-
-
-def write_npz(path, key, array):
-    def write(beside):
-        with open(beside, "wb") as file:                         # given a name, numpy would add .npz to it
-            np.savez_compressed(file, **{key: array})
-    replace(path, write)
+def make_clip(job):
+    """One made clip as files -> its row of the manifest."""
+    out, index, world, fps = job
+    made = script(index, world)
+    video, labels = rasterise(stack([made]), world.size, "cpu")
+    file = out / f"{index:010d}.mp4"
+    with film(file, fps, exact=True) as add:
+        add(video[0].numpy())
+    # object id = label + 1, since 0 is nothing; row m of the graph is label m
+    ids = labels[0].numpy().astype(np.uint8) + 1                # (t, H, W)
+    graph = np.zeros((ids.max(), len(ids)), np.int64)
+    for t, frame in enumerate(ids):
+        present = np.unique(frame)
+        graph[present - 1, t] = present
+    write_npz(file.with_name(f"{file.stem}_mask.npz"), "arr_0", ids)
+    write_npz(file.with_name(f"{file.stem}_graph.npz"), "tensor", graph)
+    return dict(video=file.name, caption=made["caption"], label=MOTIONS[made["motion"]], qa=made["qa"])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3207,15 +2864,14 @@ class CheckConfig:
 def check(argv):
     """A line for each file that cannot be used, with the reason; exit code 1 if there is one."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
-    entries = read_manifest(cfg.manifest)
+    jobs = [(entry, cfg.image_size) for entry in read_manifest(cfg.manifest)]
     workers = cores() if cfg.workers is None else cfg.workers
-    jobs = [(entry, cfg.image_size) for entry in entries]
     bad = 0
-    for (entry, _), reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
+    for _, reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
         if reason:
-            bad += 1
             tqdm.write(reason)
-    print(f"{cfg.manifest}: {len(entries)} files, {bad} of them cannot be used")
+            bad += 1
+    print(f"{cfg.manifest}: {len(jobs)} files, {bad} of them cannot be used")
     if bad:
         raise SystemExit(1)
 
@@ -3224,10 +2880,10 @@ def inspect_entry(job):
     """-> what is wrong with an entry, or None."""
     entry, size = job
     try:
-        frames = sum(len(piece) for piece in read_frames(entry["path"], size))
+        for _ in read_frames(entry["path"], size):
+            pass
         if entry["mask"] or entry["graph"]:
-            where = (np.arange(frames) + 0.5) / frames
-            load_labels(entry["mask"], entry["graph"], where, size, entry["path"])
+            load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
     except BadVideo as error:
         return str(error)
 
