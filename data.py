@@ -263,7 +263,7 @@ GROWTH, SHARE = 1.7, (0.43, 0.53)
 # How often there are 1, 2, ... 8 objects, in percent. A story needs somebody who comes and goes.
 COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)
 STORY_COUNTS = (5, 10, 20, 20, 10, 10, 10, 10)
-LOW, HIGH = 0.14, 0.86                                          # centres stay inside this box
+LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
@@ -407,7 +407,7 @@ def shrink(go, way, far, phase, me, other):
 def approach(go, way, far, phase, me, other):
     """Up to the companion, and a rest beside it."""
     (x, y), away, touching = toward(me, other)
-    gap = away - touching
+    gap = away - touching * (1 + 0.025 * phase)
     s = gap * np.minimum(go / 0.6, 1)
     return None if gap < 0.15 else (path_of(me, s * x, s * y), None)
 
@@ -415,7 +415,7 @@ def approach(go, way, far, phase, me, other):
 def follow(go, way, far, phase, me, other):
     """Both go the same way, the companion ahead."""
     (x, y), away, touching = toward(me, other)
-    s = far * go
+    s = 0.6 * far * go
     return None if not touching < away < 0.5 else (path_of(me, s * x, s * y), path_of(other, s * x, s * y))
 
 
@@ -431,7 +431,7 @@ def passing(go, way, far, phase, me, other):
     """Through the companion's place and out on its far side, behind it or in front of it."""
     (x, y), away, touching = toward(me, other)
     s = 2 * away * go
-    return None if away < touching else (path_of(me, s * x, s * y), None)
+    return None if away < 0.9 * touching else (path_of(me, s * x, s * y), None)
 
 
 PROGRAMS = dict(zip(MOTIONS, (
@@ -565,17 +565,32 @@ def choose_acts(rng, world, count):
     return [(program, way or pick(rng, WAYS[program])) for program, way in deeds], deed(hero)
 
 
+def beside(rng, state, other, close):
+    """A place (2,) for the companion: close by, if that may be, every other time; else farther away."""
+    angle, away = rng.uniform(0, 2 * math.pi), rng.uniform(0.9, 1.1) * (state[2] + other[2])
+    if not close or rng.random() < 0.5:
+        away += rng.uniform(0.15, 0.45)
+    return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
+
+
 def staged(rng, world, looks, act):
     """Paths (count, T, 4) of a clip of one act. Places are drawn, without looking at the program, until it fits."""
-    # Subjects of other programs have all the sizes through which those pass that grow and shrink.
+    # Subjects of other programs have all the sizes through which those pass that grow and shrink, the ends oftenest.
     spread = math.log(GROWTH) / 2
-    spread = {"grow": -spread, "shrink": spread}.get(act[0], rng.uniform(-spread, spread))
+    end = {"grow": -1.0, "shrink": 1.0}.get(act[0], pick(rng, (-1.0, 1.0, rng.uniform(-1, 1))))
     states = np.array([(0.0, 0.0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
-    states[0, 2] *= math.exp(spread)
+    states[0, 2] *= math.exp(end * spread)
     done = None
     while done is None:
-        states[:, :2] = rng.uniform(LOW, HIGH, (len(looks), 2))
-        done = perform(rng, world, act, world.frames, states[0], states[1] if len(looks) > 1 else None)
+        states[0, :2] = rng.uniform(LOW, HIGH, 2)
+        if act[0] not in SOLO:
+            states[1, :2] = beside(rng, states[0], states[1], act[0] in ("follow", "behind", "front"))
+        done = perform(rng, world, act, world.frames, *states[:2])
+    if len(looks) > 1 and act[0] in SOLO:                       # a companion that does not matter looks like one that does
+        end, fits = done[0][-pick(rng, (0, 1, 1))], False
+        while not fits:
+            states[1, :2] = beside(rng, end, states[1], True)
+            fits = LOW <= states[1, :2].min() and states[1, :2].max() <= HIGH
     for j in range(2, len(looks)):                              # of the others, the freest of three places
         spots = rng.uniform(LOW, HIGH, (3, 1, 2))
         free = np.linalg.norm(spots - states[:j, :2], axis=-1).min(1)
@@ -586,7 +601,7 @@ def staged(rng, world, looks, act):
     for j in range(1, len(looks)):
         program = pick(rng, ("straight", "bounce", "orbit", "spin"))
         own = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])
-        if own is not None and rng.random() < 0.5 and (j > 1 or act[0] in SOLO):
+        if own is not None and rng.random() < 0.5 and j > 1:
             paths[j] = own[0]
     if done[1] is not None:
         paths[1] = done[1]
