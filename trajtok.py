@@ -1102,6 +1102,8 @@ def show(cfg):
         if not frames or cfg.window:
             raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}")
         frames = frames if made else 1
+    elif frames and cfg.window:
+        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
     rows, rate = {}, 4.0
     if made:
         scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
