@@ -791,8 +791,7 @@ def train(cfg, folder):
     model = build(cfg, encoding, device)
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
-        log = trajtok.Log(folder, cfg.steps)
-        return finish(model, held_out, cfg, device, encoding, folder, log, data.Damage())
+        return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
     shape = getattr(model.video.tokenizer, "cfg", None)         # of TrajTok: what from_pretrained reads
     trajtok.open_run(folder, cfg, words=words, trajtok=dataclasses.asdict(shape) if shape else None)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
