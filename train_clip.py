@@ -615,7 +615,7 @@ def recalls(similarity, prefix, right):
     answer to that query. Rank = how many wrong candidates score at least as high as the best answer: ties
     count against us, so that a constant output scores 0."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-    rank = ((similarity >= answer) & ~right).sum(1)
+    rank = (~(similarity < answer) & ~right).sum(1)             # NaN counts against us, too
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
@@ -907,11 +907,12 @@ def report(result, folder):
 
 @data.one_line_errors
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
     suffix = "" if cfg.tokenizer == "trajvit2" else f"-{cfg.tokenizer.rpartition(':')[2]}"
     folder = trajtok.run_folder(cfg, "clip", suffix)
     if cfg.resume or cfg.eval_only:
-        cfg = trajtok.resumed(cfg, folder, CLIP_SIZES, argv)
+        cfg = trajtok.resumed(cfg, folder, argv)
     _, cfg = trajtok.sized(cfg, SIZES[cfg.size])                # fills in image_size, frames, num_queries
     if cfg.flops:
         return count_flops(cfg)

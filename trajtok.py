@@ -686,14 +686,14 @@ def run_folder(cfg, script, suffix=""):
     return Path(cfg.out) / f"{script}-{cfg.name or name + suffix}"
 
 
-def resumed(cfg, folder, sizes, argv):
+def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, and above it the flags that were given now."""
     if not (folder / "config.json").exists():
         raise BadInput(f"{folder}: no run to go on with; leave --resume out to start one")
     saved = json.loads((folder / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
-    return configure(type(cfg), {**sizes, cfg.size: known}, argv)
+    return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
 
 
 def open_run(folder, cfg, **more):
@@ -791,12 +791,13 @@ def filmstrip(video, rows, count=4, scale=2):
     truth = list(rows.values())[-1]
     shown = {"frames": video[some]}
     for name, ids in rows.items():
-        inter, union = tube_overlaps(torch.from_numpy(ids), torch.from_numpy(truth))
+        # one more, so that unlabelled pixels, -1, are a tube as well
+        inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
         labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
         colours = palette(sum(inter.shape))
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
-        shown[name] = paint(video, ids, mine)[some]
+        shown[name] = paint(video, ids, mine[1:])[some]
     lines = []
     for name, images in shown.items():
         images = images.repeat(scale, 1).repeat(scale, 2)
@@ -1154,7 +1155,7 @@ def table(argv):
 def compare(argv):
     """Train every row with every seed, each under a name of its own, and print the table. What --json holds
     already is not trained again, so that a table grows over days."""
-    parser = argparse.ArgumentParser(prog="trajtok.py compare", description=compare.__doc__)
+    parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='"detach: --no-detach"; "base:" has none')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
@@ -1204,7 +1205,7 @@ def train_row(args, name, flags, seed):
 def pretrain_command(argv):
     cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
     if cfg.resume:
-        cfg = resumed(cfg, run_folder(cfg, "segmenter"), PRETRAIN_SIZES, argv)
+        cfg = resumed(cfg, run_folder(cfg, "segmenter"), argv)
     pretrain(cfg)
 
 
