@@ -3350,8 +3350,7 @@ class Evil:
 
 # files that are no whole checkpoint of the release, and words of the refusal
 DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
-           "empty.pth": "no named weights", "nowhere.pth": "no such file",
-           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "nowhere.pth": "no such file", "ours.safetensors": "not in the authors' layout",
            "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
 
 
@@ -3359,20 +3358,17 @@ DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, name):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run; more than one line."""
     weights, path = official_weights(), tmp_path / name
-    kind, suffix = name.split(".")
-    if kind == "ours":
-        weights = trajtok.TrajTok(TINY).state_dict()
-    if kind == "lacking":
+    if name.startswith("lacking"):
         del weights["output_projector.bias"]
         weights["segmenter.log_scale"] = torch.zeros(2)
-    if kind == "freqs":
-        weights = {key: value for key, value in weights.items() if "freqs" not in key}
-    if suffix == "safetensors":
-        save_file(weights, path)
-    elif kind != "nowhere":
-        torch.save({"cut": weights, "code": dict(weights, meta=Evil()), "empty": {}}[kind], path)
-    if kind == "cut":
+    if name.endswith("pth"):
+        torch.save(dict(weights, meta=Evil()) if "code" in name else weights, path)
+    else:
+        save_file(trajtok.TrajTok(TINY).state_dict() if "ours" in name else weights, path)
+    if name.startswith("cut"):
         path.write_bytes(path.read_bytes()[:-5000])
+    if name.startswith("nowhere"):
+        path.unlink()
     with pytest.raises(BadInput, match=DAMAGED[name]) as caught:
         trajtok.TrajTok.load_official(path)
     assert "\n" not in str(caught.value)
@@ -3861,7 +3857,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 
 
 def test_loading_is_strict(tmp_path):
-    """Catches: keys that are skipped in silence; a configuration that another program wrote."""
+    """Catches: keys that are skipped in silence; a tokenizer inside another model that is not found."""
     tokenizer = trajtok.TrajTok(TINY)
     tokenizer.save_pretrained(tmp_path)
     state = tokenizer.state_dict()
@@ -3874,10 +3870,6 @@ def test_loading_is_strict(tmp_path):
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
     trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
     trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(BadInput):
-            trajtok.TrajTok.from_pretrained(tmp_path)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -4031,24 +4023,17 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
 
 
 def test_a_perfect_segmenter_has_perfect_scores():
-    """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
+    """Catches: masks and labels compared on different grids or clips."""
     dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
-    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1))
 
     class Oracle(nn.Module):
-        """Knows the labels, and has one query for each of them, or one for all grounds."""
         def forward(self, video):
-            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
-            if self.one_ground:
-                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
-            of = F.one_hot(ids, 12)
-            return segmenter.Segmentation(None, 9.0 * of, ids, of.any(1), (2, 16, 16))
+            of = F.one_hot(segmenter.labels_on_grid(next(labels), (2, 16, 16), 12), 12)
+            return segmenter.Segmentation(None, 9.0 * of, of.argmax(-1), of.any(1), (2, 16, 16))
 
-    oracle = Oracle()
-    for oracle.one_ground in (True, False):
-        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
-        assert result["object_iou"] == pytest.approx(1)
-        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
+    result, pictures = trajtok.evaluate_segmenter(Oracle(), dataset, torch.device("cpu"))
+    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
     assert len(pictures) == 6
     assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
 
@@ -4096,14 +4081,6 @@ def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window
     tokenizer = trajtok.TrajTok.from_pretrained(tokenizer_folder)
     tokens = tokenizer.windows(frames, window) if window else tokenizer.stream(frames)
     assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
-
-
-def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
-    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
-    argv = ["show", media / "clip2.mp4", "--weights", tokenizer_folder, "--out", tmp_path]
-    run(trajtok.main, *argv, "--frames", 6)
-    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
 
 
 def test_pretrain_on_the_world_and_resume(tmp_path):
@@ -4270,18 +4247,13 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 def test_patches_are_the_naive_tubelets():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
     model, _, batch = clip_model(tokenizer="vit3d", frames=6)
-    net = model.video.tokenizer
-    for t in (6, 5, 1):
-        steps = (t + 1) // 2
-        x = segmenter.normalise(batch.video[:2, :t])
-        z, mask, seg = net(batch.video[:2, :t])
-        assert mask is seg is None
-        assert z.shape == (2, 16 * steps, 32)
-        for b, step, i, j in ((0, 0, 0, 0), (1, steps - 1, 3, 1), (1, 0, 1, 3)):
-            last = min(2 * step + 1, t - 1)
-            patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-            n = step * 16 + i * 4 + j
-            nearly(z[b, n], net.embed(patch.movedim(1, -1).flatten()) + net.position[0, n])
+    net, x = model.video.tokenizer, segmenter.normalise(batch.video[:, :5])
+    z = net(batch.video[:, :5])[0].unflatten(1, (3, 4, 4))
+    for b, step, i, j in ((0, 0, 0, 0), (1, 2, 3, 1), (1, 0, 1, 3)):
+        last = min(2 * step + 1, 4)
+        patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+        place = net.position[0, 16 * step + 4 * i + j]
+        nearly(z[b, step, i, j], net.embed(patch.movedim(1, -1).flatten()) + place)
 
 
 def test_vivit_is_the_naive_factorised_encoder():
@@ -4331,31 +4303,28 @@ def test_trajvit_reads_the_masks_it_is_given():
     """Catches: points counted to another trajectory or frame; unlabelled points that are read. Oracle: loops
     over trajectories and frames."""
     model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
-    net, video, labels = model.video.tokenizer.eval(), batch.video[:3], batch.labels[:3]
+    net, video, labels = model.video.tokenizer.eval(), batch.video[:2], batch.labels[:2]
     labels[0, :, :16] = -1
-    labels[2] = -1                                              # a clip without a trajectory
+    labels[1] = -1                                              # a clip without a trajectory
     z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(video)
-    t, h, w = grid
-    f = f.unflatten(1, grid)
-    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
-    assert not mask[2].any()
-    for b in range(2):
-        present = points[b].unique()
-        assert mask[b].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
-        k = int(present.max())
-        looks, places = [], []
-        for frame in range(t):
-            mine = points[b, frame] == k
-            if mine.any():
-                y, x = (mine.nonzero() + 0.5).mean(0)
-                where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
-                angle = (where[:, None] * net.waves).flatten()
-                places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
-                looks.append(f[b, frame][mine].mean(0))
-        seen = torch.ones(1, len(looks), dtype=torch.bool)
-        token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
-        nearly(z[b, k], net.out(token)[0], 1e-3)
+    (t, h, w), f = grid, f.unflatten(1, grid)[0]
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)[0]
+    present = points.unique()
+    assert not mask[1].any()
+    assert mask[0].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
+    looks, places = [], []
+    for frame in range(t):
+        mine = points[frame] == present[-1]
+        if mine.any():
+            y, x = (mine.nonzero() + 0.5).mean(0)
+            where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
+            angle = (where[:, None] * net.waves).flatten()
+            places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
+            looks.append(f[frame][mine].mean(0))
+    seen = torch.ones(1, len(looks), dtype=torch.bool)
+    token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
+    nearly(z[0, present[-1]], net.out(token)[0], 1e-3)
 
 
 @pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
@@ -4721,12 +4690,9 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_clip, "embed", watched)
     run(train_clip.main, *CLIP, "--eval-every", 1, "--out", tmp_path)
-    lines = log(tmp_path / "clip-nano")
-    assert [("t2v_r5" in line, "contrastive" in line) for line in lines] == [(False, True), (True, False)] * 2
-    assert all(data.VALIDATION <= first < data.TEST for first in seen[:2])
-    assert seen[2] >= data.TEST
-    run(train_clip.main, *CLIP, "--eval-only", "--eval-split", "validation", "--out", tmp_path)
-    assert data.VALIDATION <= seen[5] < data.TEST
+    kinds = [("t2v_r5" in line, "contrastive" in line) for line in log(tmp_path / "clip-nano")]
+    assert kinds == [(False, True), (True, False)] * 2
+    assert [data.VALIDATION <= first < data.TEST for first in seen[:3]] == [True, True, False]
 
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
