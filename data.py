@@ -213,7 +213,8 @@ def film(path, rate, exact=False):
         stream.options = {"crf": "0" if exact else "18"}
 
         def add(frames):
-            stream.height, stream.width = frames.shape[1:3]
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 container.mux(stream.encode(frame))
@@ -1037,14 +1038,19 @@ def upright(frame, size, whole=False):
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
+def check_size(path, frame, first):
+    if (frame.width, frame.height) != (first.width, first.height):
+        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {first.width} x {first.height}; "
+                       "re-encode it at one size")
+
+
 def in_order(path, container, stream):
     """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
     rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
-    shape = stream.width, stream.height
+    first = None
     for count, frame in enumerate(container.decode(stream)):
-        if (frame.width, frame.height) != shape:
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {shape[0]} x {shape[1]}; "
-                           "re-encode it at one size")
+        first = first or frame
+        check_size(path, frame, first)
         # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
         if frame.pts is None or container.format.name == "avi":
             yield count / rate, frame
@@ -1143,6 +1149,8 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
             found = on_screen(in_order(path, container, stream), wanted)
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+        for _, frame in found:
+            check_size(path, frame, found[0][1])
         images = [upright(frame, size, whole) for _, frame in found]
         times = np.array([time for time, _ in found])
     slack = max(2 / rate, 0.05 * total / rate)
@@ -2523,8 +2531,14 @@ def sets_of(data):
 
 
 def usable_entries(name, need):
-    """The entries of a manifest; refused if one lacks what it is read for."""
+    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there is
+    no other."""
     entries = read_manifest(name)
+    labels = [entry for entry in entries if need == "caption" and not entry["caption"] and entry["label"]]
+    for entry in labels:
+        entry["caption"] = [entry["label"].replace("_", " ")]
+    if labels:
+        print(f"{name}: of {len(labels)} clips the label is the caption")
     lacking = [entry["path"] for entry in entries if not entry[need]]
     if lacking:
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one, or leave it out")
@@ -2572,8 +2586,6 @@ def real_clips(cfg, name, need, val):
             raise BadInput(f"{name}: {len(both)} of {len(train)} training files are in --val as well: {', '.join(both[:1])}")
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
-    if not masks:
-        print("no masks: there is no segmentation loss; `python data.py label` makes some")
     return datasets(cfg, train, True), datasets(cfg, test, False)
 
 

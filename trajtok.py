@@ -778,11 +778,11 @@ def load_checkpoint(folder, model, optimizer):
 
 class Log:
     """log.jsonl: a line of JSON a step; log(step=3, focal=0.2, ...) appends one. Lines from step `first` on,
-    which a resumed run makes again, are cut off."""
+    which a resumed run makes again, are cut off; first = None leaves the file as it is."""
 
-    def __init__(self, folder, first=0):
+    def __init__(self, folder, first=None):
         self.path = folder / "log.jsonl"
-        if not ranks()[0]:
+        if first is not None and not ranks()[0]:
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
             replace(self.path, lambda beside: beside.write_text("".join(kept)))
 
@@ -1102,6 +1102,8 @@ def show(cfg):
         if not frames or cfg.window:
             raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}")
         frames = frames if made else 1
+    elif frames and cfg.window:
+        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
     rows, rate = {}, 4.0
     if made:
         scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
