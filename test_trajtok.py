@@ -2940,17 +2940,17 @@ def close(mine, theirs, relative=1e-4):
     assert worst < relative, f"differs by {worst:.1e} of the largest value"
 
 
-@pytest.mark.parametrize("m, prefix, suffix", ((1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"),
-                                               (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
-def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, suffix):
+@pytest.mark.parametrize("m, prefix", ((1, ""), (2, "vision_encoder.traj_tokenizer."),
+                                       (4, "module.vision_encoder.traj_tokenizer.")))
+def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     """Catches: a quirk of the release that is left out or switched on wrongly (residual, norms, the last two
     points, the scale's clamp), a key in the wrong place, a configuration read wrongly off the shapes."""
     weights = official_weights()
     if m == 4:
         weights["segmenter.log_scale"] = torch.tensor([30.0])   # clamped at 20
     stored = {prefix + name: value for name, value in weights.items()}
-    file = tmp_path / f"a{suffix}"
-    if suffix == ".pth":
+    file = tmp_path / ("a.pth" if prefix else "a.safetensors")
+    if prefix:
         torch.save({"model": stored | {"temp": torch.tensor(0.07)}, "meta": {"step": 3}}, file)
     else:
         save_file(stored, file)
@@ -2975,8 +2975,7 @@ class Evil:
 
 # files that are no whole checkpoint of the release, and words of the refusal
 DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
-           "empty.pth": "no named weights", "nowhere.pth": "no such file",
-           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "nowhere.pth": "no such file", "ours.safetensors": "not in the authors' layout",
            "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
 
 
@@ -2984,20 +2983,17 @@ DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, name):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run; more than one line."""
     weights, path = official_weights(), tmp_path / name
-    kind, suffix = name.split(".")
-    if kind == "ours":
-        weights = trajtok.TrajTok(TINY).state_dict()
-    if kind == "lacking":
+    if name.startswith("lacking"):
         del weights["output_projector.bias"]
         weights["segmenter.log_scale"] = torch.zeros(2)
-    if kind == "freqs":
-        weights = {key: value for key, value in weights.items() if "freqs" not in key}
-    if suffix == "safetensors":
-        save_file(weights, path)
-    elif kind != "nowhere":
-        torch.save({"cut": weights, "code": dict(weights, meta=Evil()), "empty": {}}[kind], path)
-    if kind == "cut":
+    if name.endswith("pth"):
+        torch.save(dict(weights, meta=Evil()) if "code" in name else weights, path)
+    else:
+        save_file(trajtok.TrajTok(TINY).state_dict() if "ours" in name else weights, path)
+    if name.startswith("cut"):
         path.write_bytes(path.read_bytes()[:-5000])
+    if name.startswith("nowhere"):
+        path.unlink()
     with pytest.raises(BadInput, match=DAMAGED[name]) as caught:
         trajtok.TrajTok.load_official(path)
     assert "\n" not in str(caught.value)
@@ -3428,16 +3424,14 @@ def test_a_stream_is_one_pass(change, m):
 
 
 def test_windows_are_clips_of_their_own():
-    """Catches: windows that see each other, trajectories of two windows under one number, a short last one."""
+    """Catches: windows that see each other, trajectories of two windows under one number, a lost last one."""
     tokenizer = trajtok.TrajTok(TINY)
     video = random_video(11, 32, 32)
     windows = tokenizer.windows(video, 4, 2)
     for i in range(3):
         part, _ = tokenizer(video[None, 4 * i:4 * i + 4], 2)
-        mine = slice(12 * i, 12 * i + 12)
-        close(windows.z[:, mine], part.z)
-        assert torch.equal(windows.mask[:, mine], part.mask)
-        assert torch.equal(windows.trajectory[:, mine], part.trajectory + 6 * i)
+        part = part._replace(trajectory=part.trajectory + 6 * i)
+        nearly([x[:, 12 * i:12 * i + 12] for x in windows], list(part))
     for read in (tokenizer.stream, tokenizer.windows):
         with pytest.raises(BadInput, match="empty video"):
             read(video[:0])
@@ -3488,7 +3482,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 
 
 def test_loading_is_strict(tmp_path):
-    """Catches: keys that are skipped in silence; a configuration that another program wrote."""
+    """Catches: keys that are skipped in silence; a tokenizer inside another model that is not found."""
     tokenizer = trajtok.TrajTok(TINY)
     tokenizer.save_pretrained(tmp_path)
     state = tokenizer.state_dict()
@@ -3501,10 +3495,6 @@ def test_loading_is_strict(tmp_path):
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
     trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
     trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(BadInput):
-            trajtok.TrajTok.from_pretrained(tmp_path)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3635,7 +3625,7 @@ def test_strips_paint_like_trajectories_alike():
     assert len(np.unique(true.reshape(-1, 3), axis=0)) == 5
     margin = sheet[:60, :80].reshape(3, -1)
     assert ((margin == 40).sum(1) > 100).all()                  # each row has its name
-    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, np.full_like(truth, -1))):
+    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, truth - 1)):       # -1: unlabelled
         assert trajtok.filmstrip(video, {"found": one, "true": other}, 3, 1).dtype == np.uint8
 
 
@@ -3643,7 +3633,8 @@ def test_strips_paint_like_trajectories_alike():
 def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
     point or a constant, logarithmic axes that do not say so."""
-    panels = {"steep": {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}, "flat": {"": [(5, 2.0), (7, 2.0)]}}
+    steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
+    panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
     trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
     svg = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     text = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
@@ -3657,23 +3648,17 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
 
 
 def test_a_perfect_segmenter_has_perfect_scores():
-    """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
+    """Catches: masks and labels compared on different grids or clips."""
     dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
-    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1))
 
     class Oracle(nn.Module):
-        """Knows the labels, and has one query for each of them, or one for all grounds."""
         def forward(self, video):
-            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
-            if self.one_ground:
-                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
-            return segmenter.Segmentation(None, 9.0 * F.one_hot(ids, 12), ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
+            of = F.one_hot(segmenter.labels_on_grid(next(labels), (2, 16, 16), 12), 12)
+            return segmenter.Segmentation(None, 9.0 * of, of.argmax(-1), of.any(1), (2, 16, 16))
 
-    oracle = Oracle()
-    for oracle.one_ground in (True, False):
-        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
-        assert result["object_iou"] == pytest.approx(1)
-        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
+    result, pictures = trajtok.evaluate_segmenter(Oracle(), dataset, torch.device("cpu"))
+    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
     assert len(pictures) == 6
     assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
 
@@ -3700,16 +3685,16 @@ def test_show(media, tokenizer_folder, tmp_path, capsys, clip, frames, rows):
     sheet = read_picture(tmp_path / f"{base}.png")
     assert (sheet.shape[0] // 224, sheet.shape[1] // 224) == (rows, frames)
     assert read_film(tmp_path / f"{base}.mp4").shape == (frames, 448, 224, 3)
-    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens of width 32", capsys.readouterr().out)
-    assert 1 <= int(told[1]) <= 6
-    assert int(told[2]) == 2 * int(told[1])
+    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
+    assert 2 <= 2 * int(told[1]) == int(told[2]) <= 12
 
 
 @pytest.mark.parametrize("window", (0, 10))
 def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window):
     """Catches: frames that are left out or drawn twice, a film at another pace, counts of one piece."""
     clip = media / "clip2.mp4"
-    run(trajtok.main, "show", clip, "--weights", tokenizer_folder, "--frames", 0, "--window", window, "--out", tmp_path)
+    argv = ["show", clip, "--weights", tokenizer_folder, "--out", tmp_path, "--window", window]
+    run(trajtok.main, *argv, "--frames", 0)
     film = tmp_path / "clip2-trajectories.mp4"
     shown = read_film(film)[:, :224:7, ::7]
     assert numbers(shown) == list(range(30))
@@ -3723,20 +3708,12 @@ def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window
     assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
 
 
-def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
-    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
-    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, "--weights", tokenizer_folder, "--out", tmp_path)
-    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
-
-
 def test_pretrain_on_the_world_and_resume(tmp_path):
     """Catches: a command that does not run, files that are missing, a resumed run that is another one."""
     argv = ["pretrain", *SMALL, "--eval-clips", 4, "--out", tmp_path, "--name"]
     run(trajtok.main, *argv, "a", "--steps", 4)
     folder = tmp_path / "segmenter-a"
-    assert sorted(os.listdir(folder)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
-                                          "state.pt", "trajectories.png"]
+    assert set(os.listdir(folder)) == FILES - {"found.png"}
     result = json.loads((folder / "result.json").read_text())
     assert all(0 <= result[key] <= 1 for key in ("veq", "stq", "object_iou"))
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
@@ -3770,36 +3747,38 @@ def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
 
 
 def test_a_table_by_hand(tmp_path, capsys):
-    """Catches: a deviation of the wrong kind, differences to another row, a star for noise or for one seed."""
+    """Catches: a deviation of the wrong kind, differences to another row, a star for noise."""
     rows = []
-    for name, values in (("base", (0.1, 0.3)), ("better", (0.5, 0.7)), ("noise", (0.2, 0.4)), ("one", (None,))):
+    scores = dict(base=(0.1, 0.3), better=(0.5, 0.7), noise=(0.2, 0.4), one=(None,))
+    for name, values in scores.items():
         results = [dict(seed=i, r1=value, tokenizer="a") for i, value in enumerate(values)]
         rows.append(dict(name=name, flags="", results=results))
     run(trajtok.main, "table", manifest(tmp_path / "c.json", dict(rows=rows)))
     names, seeds, r1 = capsys.readouterr().out.splitlines()     # and no line of texts
     assert names.split() == ["base", "better", "noise", "one"]
     assert seeds.split() == ["seeds", "2", "2", "2", "1"]
-    assert re.split(r"  +", r1) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
+    assert r1.split("  ", 1)[1].split() == ("0.200 +-0.141 0.600 +-0.141 (+0.400*) "
+                                            "0.300 +-0.141 (+0.100 ) -").split()
 
 
 REFUSED = (
-    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table nowhere", "nowhere"),
-    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"), ("compare a: --script nothing.py", "failed"),
-    ("show", "clip"), ("show nothing.mp4", "no such file"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
-    ("show world --frames 0", "video files"), ("show CLIP --frames 200", "frames"), ("show CLIP --frames -1", "--frames -1"),
-    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights nowhere", "nowhere"),
-    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data NOMASKS", "mask"), ("pretrain --data no.json", "no.json"),
-    ("pretrain --batch 0", "--batch 0"), ("pretrain --lr nan", "--lr nan"), ("pretrain --size huge", "nano, tiny"),
-    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --num-queries 0", "--num-queries 0"),
-    ("pretrain --init nowhere", "nowhere"), ("pretrain --resume", "no run"), ("pretrain --device abacus", "abacus"))
+    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"),
+    ("compare a: --script no.py", "failed"), ("show", "clip"), ("show no.mp4", "no such file"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
+    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
+    ("pretrain --data no.json", "no.json"), ("pretrain --lr nan", "--lr nan"),
+    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --init no", "no/model"),
+    ("pretrain --resume", "no run"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
 def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
     monkeypatch.chdir(tmp_path)
-    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
-    files = {"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}
+    bare = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
+    files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
     argv = [files.get(word, word) for word in argv.split()]
     defaults = {"show": ["--weights", tokenizer_folder], "pretrain": SMALL}
     if argv:
@@ -3814,8 +3793,8 @@ def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, mon
 def clip_model(**changes):
     """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
-    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1, text_width=32,
-                 embed=64, patch=8)
+    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1,
+                 text_width=32, embed=64, patch=8)
     cfg = train_clip.ClipConfig(**small | changes)
     encoding = data.load_encoding("world")
     model = train_clip.build(cfg, encoding, torch.device("cpu"))
@@ -3842,13 +3821,13 @@ def test_tokens_that_are_not_real_are_not_read(name):
 
 
 def test_captions_are_read_whole_and_without_their_padding():
-    """Catches: a vector that depends on how far its caption was padded, or with what; words that are not read."""
+    """Catches: a vector that depends on how its caption was padded; words that are not read."""
     model, _, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     nearly(vectors.norm(dim=1), torch.ones(8))
-    nearly(model.embed_text(torch.where(mask, ids, 7), mask)[:, :40], vectors[:, :40])
-    nearly(model.embed_text(ids[:, :40], mask[:, :40]), vectors)
-    for place in (torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2):      # the first, and the last before the end
+    nearly(model.embed_text(torch.where(mask, ids, 7)[:, :40], mask[:, :40]), vectors)
+    first, last = torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2        # before the end token
+    for place in (first, last):
         changed = ids.scatter(1, place[:, None], 65)
         assert ((model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5).all()
 
@@ -3866,12 +3845,12 @@ def test_contrastive_loss_by_hand():
 
 @pytest.mark.parametrize("name", train_clip.TOKENIZERS)
 def test_every_tokenizer_learns_a_batch_by_heart(name):
-    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; logits
-    that are far too large before the first step; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, frames=4, width=64, layers=2)
+    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; an
+    untrained loss that is no even guess; a parameter that is never used."""
+    model, cfg, batch = clip_model(tokenizer=name, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(55):
         optimizer.zero_grad()
         losses.append(train_clip.whole_step(model, batch, 1, cfg))
         optimizer.step()
@@ -3893,18 +3872,13 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 def test_patches_are_the_naive_tubelets():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
     model, _, batch = clip_model(tokenizer="vit3d", frames=6)
-    net = model.video.tokenizer
-    for t in (6, 5, 1):
-        steps = (t + 1) // 2
-        x = segmenter.normalise(batch.video[:2, :t])
-        z, mask, seg = net(batch.video[:2, :t])
-        assert mask is seg is None
-        assert z.shape == (2, 16 * steps, 32)
-        for b, step, i, j in ((0, 0, 0, 0), (1, steps - 1, 3, 1), (1, 0, 1, 3)):
-            last = min(2 * step + 1, t - 1)
-            patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-            n = step * 16 + i * 4 + j
-            nearly(z[b, n], net.embed(patch.movedim(1, -1).flatten()) + net.position[0, n])
+    net, x = model.video.tokenizer, segmenter.normalise(batch.video[:, :5])
+    z = net(batch.video[:, :5])[0].unflatten(1, (3, 4, 4))
+    for b, step, i, j in ((0, 0, 0, 0), (1, 2, 3, 1), (1, 0, 1, 3)):
+        last = min(2 * step + 1, 4)
+        patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+        place = net.position[0, 16 * step + 4 * i + j]
+        nearly(z[b, step, i, j], net.embed(patch.movedim(1, -1).flatten()) + place)
 
 
 def test_vivit_is_the_naive_factorised_encoder():
@@ -3951,42 +3925,35 @@ def test_rlt_keeps_what_changes():
 
 
 def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points counted to another trajectory or frame, unlabelled points that speak, tokens that depend
-    on a trajectory's number. Oracle: loops over trajectories and frames."""
+    """Catches: points counted to another trajectory or frame; unlabelled points that are read. Oracle: loops
+    over trajectories and frames."""
     model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
-    net, video, labels = model.video.tokenizer.eval(), batch.video[:3], batch.labels[:3]
+    net, video, labels = model.video.tokenizer.eval(), batch.video[:2], batch.labels[:2]
     labels[0, :, :16] = -1
-    labels[2] = -1                                              # a clip without a trajectory
+    labels[1] = -1                                              # a clip without a trajectory
     z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(video)
-    t, h, w = grid
-    f = f.unflatten(1, grid)
-    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
-    assert not mask[2].any()
-    for b in range(2):
-        present = points[b].unique()
-        assert mask[b].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
-        k = int(present.max())
-        looks, places = [], []
-        for frame in range(t):
-            mine = points[b, frame] == k
-            if mine.any():
-                y, x = (mine.nonzero() + 0.5).mean(0)
-                where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
-                angle = (where[:, None] * net.waves).flatten()
-                places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
-                looks.append(f[b, frame][mine].mean(0))
-        seen = torch.ones(1, len(looks), dtype=torch.bool)
-        token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
-        nearly(z[b, k], net.out(token)[0], 1e-3)
-    # the same trajectories under other numbers
-    names = torch.randperm(int(labels.max()) + 1)
-    renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
-    clip, number = mask.nonzero().T
-    nearly(net(video, 1, renamed)[0][clip, names[number]], z[clip, number], 1e-3)
+    (t, h, w), f = grid, f.unflatten(1, grid)[0]
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)[0]
+    present = points.unique()
+    assert not mask[1].any()
+    assert mask[0].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
+    looks, places = [], []
+    for frame in range(t):
+        mine = points[frame] == present[-1]
+        if mine.any():
+            y, x = (mine.nonzero() + 0.5).mean(0)
+            where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
+            angle = (where[:, None] * net.waves).flatten()
+            places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
+            looks.append(f[frame][mine].mean(0))
+    seen = torch.ones(1, len(looks), dtype=torch.bool)
+    token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
+    nearly(z[0, present[-1]], net.out(token)[0], 1e-3)
 
 
-@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path", "recompute"))
+@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
+                                  "recompute"))
 def test_ablation_flags_reach_the_tokenizer(flag):
     """Catches: a flag that is parsed and never used, or that the size's values overwrite."""
     for size, no in itertools.product(("nano", "large"), ("", "no-")):
@@ -4061,8 +4028,8 @@ def test_two_processes_take_one_step(tmp_path, micro_batch):
 # -----------------------------------------------------------------------------------------------------------
 
 def test_recalls_are_naive_ranks():
-    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers, or another
-    right one that counts as wrong; ties or NaN that pass for hits: a broken model must not score."""
+    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers; a right
+    one that counts as wrong; ties or NaN that pass for hits."""
     owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
     right = owner[:, None] == torch.arange(30)                  # captions x clips
     similarity = (torch.randn(len(owner), 30) + right).round(decimals=1)        # with ties
@@ -4108,9 +4075,11 @@ def test_flops_of_every_tokenizer(capsys):
 # train_clip.py: whole runs
 # -----------------------------------------------------------------------------------------------------------
 
-RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq",
-          "live_tokens", "parameters", "gflops", "clips_per_second", "seconds", "peak_memory_gb", "seed", "tokenizer"}
-FILES = ["config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json", "state.pt"]
+RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion",
+          "veq", "stq", "live_tokens", "parameters", "gflops", "clips_per_second", "seconds",
+          "peak_memory_gb", "seed", "tokenizer"}
+FILES = {"config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json",
+         "state.pt", "trajectories.png"}
 
 
 def read_result(folder):
@@ -4133,9 +4102,9 @@ def test_run_on_the_world(clip_run, tmp_path):
     assert result["clips"] == 8
     assert all(0 <= value <= 1 for key, value in result.items() if "2" in key)
     assert 1 <= result["live_tokens"] <= 24
-    assert sorted(os.listdir(clip_run)) == sorted([*FILES, "trajectories.png"])
+    assert set(os.listdir(clip_run)) == FILES
     assert [line["step"] for line in lines] == [0, 1]
-    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "clips_per_second", "memory_gb"} <= set(lines[0])
+    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "memory_gb"} <= set(lines[0])
     config = json.loads((clip_run / "config.json").read_text())
     assert config["image_size"] == config["trajtok"]["image_size"] == config["trajtok"]["out_dim"] == 32
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
@@ -4189,8 +4158,7 @@ class Masks(KMeans):
 
 @pytest.mark.parametrize("name", ("KMeans", "Masks"))
 def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
-    """Catches: a fork that needs more than a class in a file: trained, saved, scored again; masks of one's own
-    that get no loss."""
+    """Catches: a fork that needs more than a class in a file; masks of one's own that get no loss."""
     (tmp_path / "mine.py").write_text(EXAMPLE)
     argv = [*CLIP, "--out", tmp_path, "--tokenizer"]
     run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}")
@@ -4205,12 +4173,11 @@ def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
 @pytest.fixture
 def captioned(media, tmp_path):
     """A manifest of clips with labels and several captions, one of them long; one file is damaged."""
-    rows = []
+    rows = [dict(video=str(media / "text.mp4"), caption="zebra " * 60, split="train")]
     for i in range(6):
         texts = [f"grey number {i}", f"a zebra counts to {i}"]
-        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}", split="val" if i < 2 else "train"))
-    rows[3]["caption"].append("zebra " * 60)
-    rows.append(dict(video=str(media / "text.mp4"), caption="none", label="kind 0", split="train"))
+        row = dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}")
+        rows.append(row | dict(split="val" if i < 2 else "train"))
     return manifest(tmp_path / "m.json", rows)
 
 
@@ -4220,37 +4187,34 @@ def test_run_on_captioned_videos(captioned, tmp_path, capsys):
     argv = [*CLIP, "--data", captioned, "--save-every", 1, "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
     told, folder = capsys.readouterr(), tmp_path / "clip-a"
-    assert "1 of " in told.out and "--text-length 48" in told.out
-    assert told.err.count("text.mp4") == 1
+    assert "1 of 9 captions" in told.out
+    assert told.err.count("text.mp4:") == 1
     result = read_result(folder)
-    assert (result["clips"], result["left_out"]) == (2, 1)
+    assert (result["clips"], result["left_out"], result["t2v_r5"]) == (2, 1, 1)
     assert result["motion"] is result["veq"] is None
     assert result["zero_shot"] in (0, 0.5, 1)
-    assert result["t2v_r5"] == 1
-    assert "focal" not in log(folder)[0] or log(folder)[0]["focal"] == 0
-    words = json.loads((folder / "config.json").read_text())["words"]
-    assert any("zebra" in word for word in words)
     # other captions would make another vocabulary
+    words = json.loads((folder / "config.json").read_text())["words"]
     captioned.write_text(captioned.read_text().replace("zebra", "heron"))
     for name, flags in (("a", ["--resume", "--steps", 5]), ("a", ["--eval-only"]), ("b", ["--init", folder])):
         run(train_clip.main, *argv, name, *flags)
         config = json.loads((tmp_path / f"clip-{name}" / "config.json").read_text())
         assert config["words"] == words
+    assert any("zebra" in word for word in words)
     assert [line["step"] for line in log(folder)] == list(range(5))
-    assert json.loads((folder / "config.json").read_text())["augment"] is True
 
 
 def test_a_mixture_of_made_and_real_clips(captioned, tmp_path, unscored):
     """Catches: a set of a mixture that is never drawn; a loss that breaks where a batch has no masks."""
-    run(train_clip.main, *CLIP, "--steps", 4, "--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix",
-        "--out", tmp_path)
+    argv = ["--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix", "--out", tmp_path]
+    run(train_clip.main, *CLIP, *argv, "--steps", 4)
     focal = [line["focal"] > 0 for line in log(tmp_path / "clip-mix")]
     assert sorted(focal) == [False, False, True, True]
 
 
 def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
-    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them move,
-    or that freezes an encoder of random weights; --init that loads a part of a run."""
+    """Catches: --init-segmenter that starts from new weights after all; --freeze-segmenter that lets them
+    move, or freezes an encoder of random weights; --init that loads a part of a run."""
     argv = [*CLIP, "--out", tmp_path, "--init-segmenter", clip_run, "--warmup", 0, "--seed", 1, "--name"]
     run(train_clip.main, *argv, "frozen", "--freeze-segmenter")
     run(train_clip.main, *argv, "free")
@@ -4268,10 +4232,9 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     assert not torch.equal(frozen[name], torch.ones(96))
 
 
-def test_a_killed_run_resumes_exactly(tmp_path):
+def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
     """Catches: anything that --resume forgets: optimizer, draws, place in the data, log lines. Run a is never
-    stopped; run b is killed (no handler runs), scored as it is, and resumed: its weights are the same to the
-    last bit."""
+    stopped; run b is killed (no handler runs), scored as it is, and resumed: the same to the last bit."""
     argv = [*CLIP, "--steps", 14, "--save-every", 3, "--probe-clips", 8]
     run(train_clip.main, *argv, "--out", tmp_path / "a")
     argv += ["--out", tmp_path / "b"]
@@ -4287,7 +4250,9 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert 3 <= step < 14, "it was over before it was killed"
     run(train_clip.main, *argv, "--eval-only", "--tokens-per-trajectory", 4)
     assert read_result(b)["live_tokens"] >= 4
-    run(train_clip.main, "--resume", "--out", tmp_path / "b")   # the other flags are in config.json
+    # from the shell; the other flags are in config.json
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--resume", "--out", str(tmp_path / "b")])
+    train_clip.main()
     assert without_clock(log(b)) == without_clock(log(a))
     one, two = (torch.load(folder / "state.pt") for folder in (a, b))
     nearly(two["model"], one["model"], 0)
@@ -4304,7 +4269,7 @@ def test_a_resumed_run_keeps_its_size(tmp_path):
     argv = ["--name", "x", "--resume", "--steps", "7"]
     data.write_json(tmp_path / "config.json", dataclasses.asdict(saved) | {"a field of another version": 1})
     now = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
-    found = trajtok.resumed(now, tmp_path, train_clip.CLIP_SIZES, argv)
+    found = trajtok.resumed(now, tmp_path, argv)
     assert found == dataclasses.replace(saved, resume=True, steps=7)
 
 
@@ -4331,7 +4296,7 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
     compile_ = nn.Module.compile
     # traced, as a whole, and not translated to C++, which takes minutes
     how = dict(backend="eager", fullgraph=True)
-    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, dynamic=dynamic, **how))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_(self, **given, **how))
     run(train_clip.main, *CLIP, flag, "--steps", 1, "--out", tmp_path)
     one, two = log(clip_run)[0], log(tmp_path / "clip-nano")[0]
     for key in ("contrastive", "focal", "dice", "gradient_norm"):
@@ -4340,8 +4305,8 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 
 def test_scores_along_the_way(tmp_path, monkeypatch):
-    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log does
-    not hold, or that are taken for steps of training."""
+    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log
+    does not hold, or that are taken for steps of training."""
     seen, embed = [], train_clip.embed
 
     def watched(model, batches, *rest):
@@ -4350,12 +4315,9 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_clip, "embed", watched)
     run(train_clip.main, *CLIP, "--eval-every", 1, "--out", tmp_path)
-    lines = log(tmp_path / "clip-nano")
-    assert [("t2v_r5" in line, "contrastive" in line) for line in lines] == [(False, True), (True, False)] * 2
-    assert all(data.VALIDATION <= first < data.TEST for first in seen[:2])
-    assert seen[2] >= data.TEST
-    run(train_clip.main, *CLIP, "--eval-only", "--eval-split", "validation", "--out", tmp_path)
-    assert data.VALIDATION <= seen[5] < data.TEST
+    kinds = [("t2v_r5" in line, "contrastive" in line) for line in log(tmp_path / "clip-nano")]
+    assert kinds == [(False, True), (True, False)] * 2
+    assert [data.VALIDATION <= first < data.TEST for first in seen[:3]] == [True, True, False]
 
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
@@ -4398,31 +4360,33 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 # train_clip.py: bad input
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, words", (
-    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"), ("--lr nan", "--lr nan"),
-    ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"), ("--steps 0", "--steps 0"), ("--heads 3", "--heads 3"),
-    ("--workers -1", "--workers -1"), ("--num-queries 0", "--num-queries 0"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
+BAD_FLAGS = (
+    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"),
+    ("--lr nan", "--lr nan"), ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"),
+    ("--heads 3", "--heads 3"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
-    ("--tokenizer rlt --no-detach", "--tokenizer rlt"), ("--tokenizer rlt --init-segmenter x", "--tokenizer rlt"),
-    ("--dice-weight -1", "--dice-weight -1"), ("--freeze-segmenter", "--init-segmenter"), ("--init-segmenter nowhere", "nowhere"),
-    ("--init nowhere", "nowhere"), ("--device abacus", "abacus"), ("--text nowhere", "nowhere"), ("--eval-split train", "--eval-split train"),
-    ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"), ("--data nothing.json", "nothing.json"),
-    ("--data EMPTY", "empty"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the"), ("--val nothing.json", "nothing.json"),
-    ("--mix 1,2", "--mix 1,2"), ("--out FILE", "--out"), ("--name nano", "--overwrite"),
-    ("--resume --name nano --size tiny", "another model or size"), ("--resume --name nano --width 64", "another model or size")))
+    ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
+    ("--init-segmenter no", "no/model"), ("--init no", "no/model"), ("--device abacus", "abacus"),
+    ("--text no", "--text no"), ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"),
+    ("--data no.json", "no.json"), ("--val no.json", "no.json"), ("--mix 1,2", "--mix 1,2"),
+    ("--data EMPTY", "no entries"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
+    ("--out FILE", "--out"), ("--name nano", "--overwrite"),
+    ("--resume --name nano --width 64", "another model or size"))
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, flags, words):
-    """Catches: a flag that is ignored, that ends in a traceback, or that is found wrong after the training."""
+    """Catches: a flag that is ignored, that ends in a traceback, or is found wrong after the training."""
     monkeypatch.chdir(tmp_path)
+    if "--name nano" in flags:                                  # a run that there is
+        shutil.copytree(clip_run, "out/clip-nano")
     silent = [{"video": str(media / f"clip{i}.mp4")} for i in range(4)]
     broken = [{"video": str(media / name), "caption": "x", "split": split}
               for name, split in (("clip0.mp4", "val"), ("text.mp4", "train"), ("half.mp4", "train"))]
-    files = {"EMPTY": manifest(tmp_path / "empty.json", []), "SILENT": manifest(tmp_path / "silent.json", silent),
-             "BROKEN": manifest(tmp_path / "broken.json", broken), "FILE": tmp_path / "silent.json"}
-    argv = [files.get(word, word) for word in flags.split()]
-    if "nano" in argv:                                          # a run that there is
-        shutil.copytree(clip_run, tmp_path / "out" / "clip-nano")
+    for name, rows in (("EMPTY", []), ("SILENT", silent), ("BROKEN", broken), ("FILE", [])):
+        manifest(tmp_path / f"{name}.json", rows)
+    argv = [f"{word}.json" if word.isupper() else word for word in flags.split()]
     assert words in refused(capsys, train_clip.main, *CLIP, *argv)
-    assert not (tmp_path / "out" / "clip-nano" / "result.json").exists() or "nano" in argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
