@@ -741,8 +741,8 @@ def guessed(x, y, steps=1500):
 
 # python -c "import data; print([data.controls(world) for world in data.CONTROLS])" prints these numbers.
 CONTROLS = {
-    World(max_objects=4, shared_colours=False): (0.38, 0.77), STAGE: (0.38, 0.77), World(): (0.38, 0.77),
-    World(frames=16): (0.38, 0.77)}
+    World(max_objects=4, shared_colours=False): (0.38, 0.77), World(): (0.36, 0.78),
+    World(frames=16): (0.35, 0.79), STAGE: (0.42, 0.75)}
 
 
 # -----------------------------------------------------------------------------------------------------------
