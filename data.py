@@ -68,8 +68,8 @@ class BadVideo(BadInput):
 
 
 def one_line_errors(main):
-    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is a
-    bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is
+    a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")       # file names that the terminal cannot show
@@ -109,31 +109,33 @@ def configure(config, sizes, argv, positional=None):
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
     for field in dataclasses.fields(config):
-        name = field.name if field.name == positional else "--" + field.name.replace("_", "-")
+        name = "--" + field.name.replace("_", "-")
         text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        if kind is bool:
+        if field.name == positional:
+            parser.add_argument(positional, type=kind, help=helps.get(field.name))
+        elif kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=kind, metavar=None if field.name == positional else kind.__name__, help=text)
+            parser.add_argument(name, type=kind, metavar=kind.__name__, help=text)
     return config(**values | vars(parser.parse_args(argv)))
 
 
 def dispatch(script, doc, commands, argv):
-    """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the script's docstring."""
+    """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the docstring."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(doc)
     elif argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
-        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}; --help after it lists its flags")
+        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a kill,
-    sees the old file or the new one, never half of one."""
+    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a
+    kill, sees the old file or the new one, never half of one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -142,7 +144,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
+        reason = error.strerror or error
+        raise BadInput(f"{path}: cannot be written ({reason}); give another --out, or make room") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -150,16 +153,6 @@ def replacing(path):
 def replace(path, write):
     with replacing(path) as beside:
         write(beside)
-
-
-def make_room(out):
-    """Before long work that ends in the file --out: make its folder, or refuse."""
-    if not out or Path(out).is_dir():
-        raise BadInput(f"--out {out!r}: give the name of a file")
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot make its folder ({error.strerror}); give another file") from None
 
 
 def write_json(path, value):
@@ -188,7 +181,8 @@ def write_png(path, image):
 def palette(count):
     """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
     saturation, value = (0.75, 0.95, 0.5), (0.95, 0.75, 0.9)
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3]) for i in range(count)]
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3])
+               for i in range(count)]
     return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
 
 
@@ -202,8 +196,8 @@ def paint(video, ids, colours):
 
 @contextlib.contextmanager
 def film(path, rate, exact=False):
-    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes -> an
-    H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
+    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes ->
+    an H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
     more than 2 of 255 off, but browsers do not play it."""
     import av
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
@@ -954,8 +948,8 @@ def coloured(s, ids, u, v):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv",
-                  ".ts", ".3gp"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv",
+                  ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -1016,9 +1010,9 @@ def frame_times(path):
     return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
 
 
-def upright(frame, size, whole=False):
-    """A frame of PyAV -> uint8 (size, size, 3), its central square; whole: (h, w, 3), all of it, and the short
-    side is `size`. Pixels are taken as square ones."""
+def upright(frame, size, whole=False, crop=0.5):
+    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the longer
+    side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels are taken as square ones."""
     import av
     turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
@@ -1032,15 +1026,22 @@ def upright(frame, size, whole=False):
     h = max(size, round(frame.height * scale))
     image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
     if not whole:
-        top, left = (h - size) // 2, (w - size) // 2
+        top, left = int(crop * (h - size)), int(crop * (w - size))
         image = image[top:top + size, left:left + size]
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
 def check_size(path, frame, first):
-    if (frame.width, frame.height) != (first.width, first.height):
-        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {first.width} x {first.height}; "
-                       "re-encode it at one size")
+    sizes = [f"{one.width} x {one.height} px" for one in (frame, first)]
+    if sizes[0] != sizes[1]:
+        raise BadVideo(f"{path}: a frame of {sizes[0]} among those of {sizes[1]}; re-encode it at one size")
+
+
+def check_end(path, end, total, rate):
+    """Headers often announce a little too much; of a cut file, a lot."""
+    announced = total / rate
+    if announced - end > max(3 / rate, 0.05 * announced):
+        raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
 
 def in_order(path, container, stream):
@@ -1076,7 +1077,8 @@ def by_seeking(container, stream, wanted):
     # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
     if container.format.name == "avi" or "444" in (codec.pix_fmt or ""):
         return None
-    margin = 1 + 16 / rate_of(stream)                           # frames are stored in another order than shown
+    # frames are stored in another order than they are shown
+    margin = 1 + 16 / rate_of(stream)
     if wanted[0] > margin:
         container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
     packets = []
@@ -1117,9 +1119,9 @@ def by_seeking(container, stream, wanted):
     return [((pts - start) * tick, frames[pts]) for pts in chosen]
 
 
-def decode(path, frames, size, start=None, stride=1, whole=False):
+def decode(path, frames, size, start=None, stride=1, crop=0.5):
     """T frames of a video, or the one of a picture -> uint8 (T, size, size, 3), and when they are shown, in
-    seconds after the first frame (T,). whole: (T, h, w, 3), not cut, the short side `size`.
+    seconds after the first frame (T,). crop: where along the longer side the square is cut, 0 .. 1.
 
     start=None: what is on screen in the middles of T equal parts. Else T frames in a row, every `stride`-th
     (less where the video is too short), from `start` on, a fraction 0 .. 1 of the room there is.
@@ -1130,7 +1132,7 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
         if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames or a longer video")
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames")
         if start is None:
             numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
         else:
@@ -1141,20 +1143,19 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
         # what lies far apart is sought one by one
         far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
         parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
-        found = None if None in parts else sum(parts, [])
-        if found is None:
+        if None in parts:
             container.seek(0)
             stream.codec_context.skip_frame = "DEFAULT"
-            found = on_screen(in_order(path, container, stream), wanted)
+            parts = [on_screen(in_order(path, container, stream), wanted)]
+        found = sum(parts, [])
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
         for _, frame in found:
             check_size(path, frame, found[0][1])
-        images = [upright(frame, size, whole) for _, frame in found]
+        images = [upright(frame, size, crop=crop) for _, frame in found]
         times = np.array([time for time, _ in found])
-    slack = max(2 / rate, 0.05 * total / rate)
-    if wanted[-1] - times[-1] > slack and wanted[-1] - frame_times(path)[-1] > slack:
-        raise BadVideo(f"{path}: ends before the {total / rate:.2f} s that its header announces; re-encode or cut it")
+    if wanted[-1] - times[-1] > 2 / rate:
+        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1] * rate, rate)
     return np.stack(images), times
 
 
@@ -1174,8 +1175,7 @@ def read_frames(path, size, whole=False):
         yield np.stack(piece)
     if not end:
         raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
-    if total / rate - end > max(3 / rate, 0.05 * total / rate):
-        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces; re-encode or cut it")
+    check_end(path, end, total, rate)
 
 
 def load_labels(mask_path, graph_path, times, size, video):
@@ -1186,37 +1186,36 @@ def load_labels(mask_path, graph_path, times, size, video):
     mask, graph = sidecars(mask_path, graph_path)
     shown = frame_times(video)
     if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
-        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write one for each")
+        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write all")
     h, w = mask.shape[1:]
-    scale = min(h, w) / size
-    place = (np.arange(size) + 0.5 - size / 2) * scale
+    place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
     rows = (h / 2 + place).astype(int)
     columns = (w / 2 + place).astype(int)
     labels = np.full((len(times), size, size), -1)
     for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
         ids = mask[f][rows[:, None], columns]
         order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
-        sorted_ids = graph[order, f]
-        at = np.searchsorted(sorted_ids, ids).clip(max=len(order) - 1)
-        found = (ids > 0) & (sorted_ids[at] == ids)
+        own = graph[order, f]
+        at = np.searchsorted(own, ids).clip(max=len(own) - 1)
+        found = (ids > 0) & (own[at] == ids)
         label[found] = order[at[found]]
     return labels
 
 
 def sidecars(mask_path, graph_path):
     """-> mask (F, H, W) and graph (M, F), whole numbers. BadVideo names the file that is wrong."""
+    if not (mask_path and graph_path):
+        raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     arrays = []
     for path, key, axes in ((mask_path, "arr_0", 3), (graph_path, "tensor", 2)):
-        if path is None:
-            raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write both, or remove both")
         try:
             with np.load(path) as file:
                 array = file[key]
+            assert array.ndim == axes and array.dtype.kind in "iub" and array.size, f"{array.dtype} {array.shape}"
         # what numpy raises depends on where a file is damaged
         except Exception as error:
-            raise BadVideo(f"{path}: no labels can be read ({type(error).__name__}: {error}); write both sidecars again, or remove them") from None
-        if array.ndim != axes or array.dtype.kind not in "iub" or not array.size:
-            raise BadVideo(f"{path}: `{key}` is {array.dtype} {array.shape}; it must be whole numbers of {axes} axes")
+            reason = f"{type(error).__name__}: {str(error)[:60]}"
+            raise BadVideo(f"{path}: no labels ({reason}); whole numbers `{key}` of {axes} axes") from None
         arrays.append(array)
     mask, graph = arrays
     if graph.shape[1] != len(mask):
@@ -1233,6 +1232,7 @@ COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "vi
 COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
 COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
 COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
+EXPECTED = 'a JSON list of {"video": path, "caption": text}, or such an object a line'
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -1257,7 +1257,7 @@ def read_manifest(path):
         except ValueError as error:
             raise BadInput(f"{path} {where}: {error}") from None
     if not entries:
-        raise BadInput(f'{path}: holds no entries; expected a JSON list of {{"video": path, "caption": text}}')
+        raise BadInput(f"{path}: holds no entries; expected {EXPECTED}")
     return list(entries.values())
 
 
@@ -1269,7 +1269,7 @@ def read_rows(path):
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8: {error.reason} at byte {error.start}"
-        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder of videos") from None
+        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder") from None
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return csv_rows(path, text)
     if text.lstrip().startswith("["):
@@ -1284,13 +1284,12 @@ def load_json(path, text, line):
         return json.loads(text)
     except ValueError as error:
         line += getattr(error, "lineno", 1) - 1
-        raise BadInput(f'{path} line {line}: not a manifest ({error}); expected a JSON list of {{"video": path, '
-                       '"caption": text}, or such an object a line') from None
+        raise BadInput(f"{path} line {line}: not a manifest ({error}); expected {EXPECTED}") from None
 
 
 def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons or
-    spaces."""
+    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons
+    or spaces."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -1298,19 +1297,27 @@ def csv_rows(path, text):
     try:
         for cells in reader:
             cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
-            if header is None and Path(cells[0] if cells else "").suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                header = ["video", "label"]
-            if header is None and any(cells):
-                header = [COLUMNS.get(cell.lower()) for cell in cells]
-                if "video" not in header or not {"caption", "label", "mask"} & set(header):
-                    raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:80]}; a column for the file and one for "
-                                   f"its caption or label are needed; known are {', '.join(COLUMNS)}")
-            elif any(cells) and len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds the separator")
-            elif any(cells):
-                yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
+            if not any(cells):
+                continue
+            if header is None:
+                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
+                if not media:
+                    continue
+            if len(cells) != len(header):
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds a separator")
+            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
+
+
+def known_columns(where, cells):
+    """A header -> our name of each column, None for those that are not read."""
+    header = [COLUMNS.get(cell.lower()) for cell in cells]
+    if "video" not in header or not {"caption", "label", "mask"} & set(header):
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name a column for the file, and one for its "
+                       f"caption or label, by one of {', '.join(COLUMNS)}")
+    return header
 
 
 def folder_rows(root):
@@ -1353,7 +1360,7 @@ def to_entry(row, folder):
     entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
     captions = [row["caption"]] if isinstance(row.get("caption"), str) else row.get("caption")
     if captions and not all(map(is_text, captions)):
-        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give a text or a list of texts, none empty')
+        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give one text or several, none empty')
     entry["caption"] = captions or None
     for key in ("label", "group"):
         entry[key] = None if row.get(key) is None else str(row[key])
@@ -1369,15 +1376,16 @@ def to_entry(row, folder):
         if row.get("conversations"):
             entry["conversations"] = [conversation(row["conversations"])]
     except (KeyError, TypeError, ValueError):
-        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": "human", '
-                         '"value": question} and {"from": "gpt", "value": answer} in turn') from None
+        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": '
+                         '"human", "value": question} and {"from": "gpt", "value": answer} in turn') from None
     return entry
 
 
 def pair(question, answer, source):
     if not is_text(question) or not is_text(answer):
         raise ValueError
-    return dict(question=question, answer=answer) | {key: source[key] for key in ("type", "options") if key in source}
+    more = {key: source[key] for key in ("type", "options") if key in source}
+    return dict(question=question, answer=answer) | more
 
 
 def conversation(turns):
@@ -1396,7 +1404,7 @@ def joined(entry, other):
     """Two rows of one file -> one entry with the captions and questions of both."""
     for key in ("label", "group", "split", "mask", "graph"):
         if None not in (entry[key], other[key]) and entry[key] != other[key]:
-            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the same file says {entry[key]!r}')
+            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the file says {entry[key]!r}')
         other[key] = other[key] if entry[key] is None else entry[key]
     other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
     for key in ("qa", "conversations"):
@@ -1406,8 +1414,8 @@ def joined(entry, other):
 
 
 def split(entries):
-    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If no
-    entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
+    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If
+    no entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
     others are added. Of a few entries a sixth at least is held out."""
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
@@ -1420,8 +1428,8 @@ def split(entries):
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
     if not train or not test:
-        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is needed; "
-                       'mark some entries "split": "val", or give --val')
+        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is "
+                       'needed; mark some entries "split": "val", or give --val')
     return train, test
 
 
@@ -2277,7 +2285,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
-    KEYS = ("video", "labels", "caption", "captions", "label", "qa", "index")
+    KEYS = ("video", "labels", "times", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -2303,7 +2311,8 @@ class VideoBatches(torch.utils.data.Dataset):
         n, first = len(self.entries), i * self.batch
         if not self.train:
             return range(first, min(first + self.batch, n))
-        places = range(first, first + 2 * n)                    # two epochs' length holds each entry at least once
+        # twice the length of an epoch holds each entry at least once
+        places = range(first, first + 2 * n)
         return (self.order(place // n)[place % n] for place in places)
 
     def __getitem__(self, i):
@@ -2321,7 +2330,7 @@ class VideoBatches(torch.utils.data.Dataset):
                 bad.append((self.entries[number]["path"], str(error)))
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
-        batch = {key: [clip[key] for clip in clips] for key in self.KEYS}
+        batch = {key: [clip.get(key) for clip in clips] for key in self.KEYS}
         for key in ("video", "labels"):
             batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
         return batch | dict(bad=bad)
@@ -2340,8 +2349,8 @@ class VideoBatches(torch.utils.data.Dataset):
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
-        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), caption=caption,
-                    captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
+        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), times=times.tolist(),
+                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
 
 
 class Mixed(torch.utils.data.Dataset):
@@ -2392,16 +2401,6 @@ def finish(batch, device):
     return batch
 
 
-class Shard(torch.utils.data.Dataset):
-    """Every ranks-th batch of a dataset, from `rank` on. Goes when no script uses it any more: loader(rank=, world=)."""
-
-    def __init__(self, dataset, rank, ranks):
-        self.dataset, self.rank, self.ranks = dataset, rank, ranks
-
-    def __getitem__(self, i):
-        return self.dataset[i * self.ranks + self.rank]
-
-
 def loader(dataset, first, last, workers=0, rank=0, world=1):
     """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
     rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
@@ -2428,8 +2427,8 @@ def watched(batches):
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
-        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one of them died for want of shared memory: "
-                       "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
+        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: make "
+                       "/dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
 
 class Damage:
@@ -2518,7 +2517,7 @@ def open_data(cfg, need="caption", world=1):
         shares += [share * (dataset.files or 1) / files for dataset in learnt]
         held_out += tested if val is None else []
     if val is not None:
-        held_out = datasets(cfg, val, train=False)
+        held_out = real_batches(cfg, val, False)
     if len(train) > 1:
         train = [Mixed(train, shares, cfg.seed, world)]
     return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
@@ -2530,8 +2529,8 @@ def sets_of(data):
 
 
 def usable_entries(name, need):
-    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there is
-    no other."""
+    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there
+    is no other."""
     entries = read_manifest(name)
     labels = [entry for entry in entries if need == "caption" and not entry["caption"] and entry["label"]]
     for entry in labels:
@@ -2540,7 +2539,7 @@ def usable_entries(name, need):
         print(f"{name}: of {len(labels)} clips the label is the caption")
     lacking = [entry["path"] for entry in entries if not entry[need]]
     if lacking:
-        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one, or leave it out")
+        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one")
     return entries
 
 
@@ -2558,13 +2557,13 @@ def read_shares(cfg, names):
 
 def world_of(cfg):
     """The world that a configuration asks for."""
-    names = [field.name for field in dataclasses.fields(World) if field.name != "size" and hasattr(cfg, field.name)]
-    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names})
+    names = {field.name for field in dataclasses.fields(World)} - {"size"}
+    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
 
 
 def made_clips(cfg):
-    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of its
-    own; held-out captions all differ."""
+    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of
+    its own; held-out captions all differ."""
     world = world_of(cfg)
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
@@ -2572,8 +2571,8 @@ def made_clips(cfg):
 
 
 def real_clips(cfg, name, need, val):
-    """-> training datasets, held-out datasets of the manifest `name`: of videos, of pictures. With `val`, the
-    entries of another manifest, the latter are none."""
+    """-> training datasets, held-out datasets of the manifest `name`. With `val`, the entries of another
+    manifest, the latter are none."""
     entries = usable_entries(name, need)
     if val is None:
         train, test = split(entries)
@@ -2582,17 +2581,21 @@ def real_clips(cfg, name, need, val):
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
         both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
         if both or not train:
-            raise BadInput(f"{name}: {len(both)} of {len(train)} training files are in --val as well: {', '.join(both[:1])}")
+            raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
-    return datasets(cfg, train, True), datasets(cfg, test, False)
+    return real_batches(cfg, train, True), real_batches(cfg, test, False)
 
 
-def datasets(cfg, entries, train):
-    """Entries -> datasets: of the videos, of the pictures."""
-    kinds = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
-    stride = getattr(cfg, "stride", 8)
-    return [VideoBatches(kind, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, stride) for kind in kinds if kind]
+def real_batches(cfg, entries, train):
+    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8)
+    return [VideoBatches(kind, *options) for kind in kinds(entries)]
+
+
+def kinds(entries):
+    """Entries -> [the videos, the pictures], without what there is none of."""
+    parts = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
+    return [part for part in parts if part]
 
 
 def fingerprint(data, val=None):
@@ -2630,10 +2633,14 @@ def make(argv):
     """The same clips as a training sees, on disk."""
     cfg = configure(MakeConfig, None, argv)
     if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
-        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, even, 1 to 1000")
+        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an even "
+                       "number, 1 to 1000")
     world, out = world_of(cfg), Path(cfg.out)
     first = TRAIN + cfg.seed % 49 * 10_000_000
-    make_room(out / "manifest.json")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); give another folder") from None
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
     workers = cores() if cfg.workers is None else cfg.workers
     rows = [row for _, row in tqdm(in_processes(make_clip, jobs, workers), total=len(jobs), unit=" clips")]

@@ -1397,7 +1397,7 @@ def test_a_manifest_decides_what_is_held_out(tmp_path):
     ("m.json", '[{"video": "a.mp4", "qa": [{"question": "x"}]}]', "entry 1: \"qa\""),
     ("m.json", '[{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}]}]', "conversations"),
     ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "not UTF-8"),
-    ("m.csv", "clip,words\na.mp4,x\n", "line 1: a header of clip, words.*known are video, path"), ("m.csv", "path,capton\na.mp4,x\n", "header"),
+    ("m.csv", "clip,words\na.mp4,x\n", "line 1: a header of clip, words.*one of video, path"), ("m.csv", "path,capton\na.mp4,x\n", "header"),
     ("m.csv", "path,label\na.mp4\n", "line 2: 1 cells, not 2"), ("m.csv", "a, b.mp4,1\n", "header"), ("m.csv", '"a.mp4,1\n', "line 1"),
     ("nothing.json", None, "cannot be read"), (".", None, "no entries")))
 def test_wrong_manifests_are_refused_in_one_line(tmp_path, capsys, name, content, words):
@@ -1594,7 +1594,7 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     train, held_out = data.open_data(Asked("a.json"))
     names = [set(part.captions()) for part in (train, held_out.datasets[0] if hasattr(held_out, "datasets") else held_out)]
     assert not names[0] & names[1] - {"still"}
-    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "are in --val as well"),
+    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "are in --val"),
                        (Asked("a.json", mix="x"), "--mix"), (Asked("nothing"), "nothing")):
         with pytest.raises(BadInput, match=words):
             data.open_data(cfg)
