@@ -207,7 +207,8 @@ def film(path, rate, exact=False):
         stream.options = {"crf": "0" if exact else "18"}
 
         def add(frames):
-            stream.height, stream.width = frames.shape[1:3]
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 container.mux(stream.encode(frame))
