@@ -64,7 +64,8 @@ class BadInput(ValueError):
 
 
 class BadVideo(BadInput):
-    """One file cannot be used."""
+    """One file cannot be used. Training replaces it by another, evaluation leaves it out; a command that was
+    given this one file stops."""
 
 
 def one_line_errors(main):
@@ -89,6 +90,8 @@ def one_line_errors(main):
 # -----------------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its whole usage before an error: here it is one line, as everywhere."""
+
     def error(self, message):
         raise BadInput(f"{message}; --help lists the flags")
 
@@ -99,15 +102,18 @@ def configure(config, sizes, argv, positional=None):
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
     values = {field.name: field.default for field in dataclasses.fields(config)}
     if sizes is not None:
+        # the size first: the other defaults, which --help shows, depend on it
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
         size = parser.parse_known_args(argv)[0].size
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
+    # dataclasses do not keep comments: they are read off the source
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
+    # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size
     for field in dataclasses.fields(config):
         name = "--" + field.name.replace("_", "-")
         text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
@@ -140,6 +146,7 @@ def replacing(path):
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
+        # on disk before it has the name: else a power cut could leave an empty file
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -151,15 +158,18 @@ def replacing(path):
 
 
 def replace(path, write):
+    """write(beside), renamed to `path`."""
     with replacing(path) as beside:
         write(beside)
 
 
 def write_json(path, value):
+    """A value -> a JSON file that a person can read."""
     replace(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def write_npz(path, key, array):
+    """One array -> a compressed .npz file that holds it as `key`."""
     def write(beside):
         with open(beside, "wb") as file:                        # given a name, numpy would add .npz to it
             np.savez_compressed(file, **{key: array})
@@ -172,6 +182,7 @@ def write_png(path, image):
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
     h, w, _ = image.shape
+    # 8 bits of each channel, colour type 2 = RGB; each row begins with its filter, 0 = none
     header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
     rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -197,8 +208,8 @@ def paint(video, ids, colours):
 @contextlib.contextmanager
 def film(path, rate, exact=False):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes ->
-    an H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
-    more than 2 of 255 off, but browsers do not play it."""
+    an H.264 file that every player opens. exact: lossless colours at full resolution, for training; no
+    pixel is more than 2 of 255 off, but browsers do not play it."""
     import av
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
@@ -226,12 +237,14 @@ def in_processes(work, jobs, workers):
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
+    # one thread each: together they take as many cores as there are workers.
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
     try:
         yield from zip(jobs, pool.map(work, jobs))
     finally:
+        # after an error, or ctrl-C, what has not begun does not begin any more
         pool.shutdown(cancel_futures=True)
 
 
@@ -949,6 +962,7 @@ def coloured(s, ids, u, v):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
+# what is taken for a video or a picture in a folder, and for a clip rather than a header in a table
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv",
                   ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -958,7 +972,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 def opened(path):
     """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
     wrong inside is a BadVideo of one line."""
-    import av
+    import av                                                   # here: made clips need no av
     if not os.path.isfile(path):
         raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
@@ -995,13 +1009,15 @@ def frame_count(path, container, stream):
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
+    # MP4 and its kin count all frames, those that an edit list hides as well; their length is of what is shown
     if "mov" in container.format.name and length:
-        return min(stream.frames or expected, expected)         # an edit list may hide some
+        return min(stream.frames or expected, expected)
     return stream.frames or expected or len(frame_times(path))
 
 
 def frame_times(path):
-    """When each frame of a video is shown, in seconds after the first. Nothing is decoded."""
+    """When each frame of a video is shown, in seconds after the first: (F,), ascending. All packets are read,
+    none is decoded; a film of an hour takes a few seconds."""
     with opened(path) as (container, stream):
         tick, rate = float(stream.time_base), rate_of(stream)
         by_count = container.format.name == "avi"
@@ -1012,8 +1028,8 @@ def frame_times(path):
 
 
 def upright(frame, size, whole=False, crop=0.5):
-    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the longer
-    side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels are taken as square ones."""
+    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the
+    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels are taken as square ones."""
     import av
     turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
@@ -1033,6 +1049,7 @@ def upright(frame, size, whole=False, crop=0.5):
 
 
 def check_size(path, frame, first):
+    """Masks and models take one size: a stream whose frames change theirs is refused."""
     sizes = [f"{one.width} x {one.height} px" for one in (frame, first)]
     if sizes[0] != sizes[1]:
         raise BadVideo(f"{path}: a frame of {sizes[0]} among those of {sizes[1]}; re-encode it at one size")
@@ -1063,6 +1080,7 @@ def on_screen(frames, wanted):
     """(seconds, frame) pairs in order -> a list of those on screen at the times `wanted`."""
     shown, ahead, found = None, next(frames, None), []
     for t in wanted:
+        # on screen is the last frame that began before. Nothing begins before the first.
         while ahead and (shown is None or ahead[0] <= t):
             shown, ahead = ahead, next(frames, None)
         found.append(shown)
@@ -1082,6 +1100,7 @@ def by_seeking(container, stream, wanted):
     margin = 1 + 16 / rate_of(stream)
     if wanted[0] > margin:
         container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
+    # up to the packet that is decoded after the last wanted time: whatever comes later is shown later
     packets = []
     for packet in container.demux(stream):
         if packet.size:
@@ -1091,10 +1110,13 @@ def by_seeking(container, stream, wanted):
     stamps = [packet.pts for packet in packets]
     if None in stamps:
         return None
+    # what an edit list hides is decoded, since others may refer to it, but never on screen
     shown = np.array(sorted(p.pts for p in packets if not p.is_discard))
     places = np.searchsorted((shown - start) * tick, wanted, side="right") - 1
     if len(shown) == 0 or places[0] < 0:
         return None
+    # which packets have to be decoded: from a key frame up to a chosen one, in the order of the file. Frames
+    # between a key frame and its packet may be shown before it, and then refer to what came before.
     chosen, needed, frames = shown[places].tolist(), set(), {}
     for pts in set(chosen):
         at = key = stamps.index(pts)
@@ -1104,13 +1126,14 @@ def by_seeking(container, stream, wanted):
                 return None
         needed.update(range(key, at + 1))
 
-    def keep(decoded):
+    def keep(decoded):                                          # frames come out later than their packets go in
         frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
 
     for i in sorted(needed):
         if i - 1 not in needed:                                 # a key frame: what was before it is forgotten
             keep(codec.decode(None))
             codec.flush_buffers()
+        # NONREF: a frame is left out if no other refers to it
         codec.skip_frame = "DEFAULT" if stamps[i] in chosen else "NONREF"
         keep(codec.decode(packets[i]))
     keep(codec.decode(None))
@@ -1133,7 +1156,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
         if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames")
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
         if start is None:
             numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
         else:
@@ -1145,6 +1168,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
         far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
         parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
         if None in parts:
+            # decode everything from the beginning on
             container.seek(0)
             stream.codec_context.skip_frame = "DEFAULT"
             parts = [on_screen(in_order(path, container, stream), wanted)]
@@ -1155,6 +1179,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
             check_size(path, frame, found[0][1])
         images = [upright(frame, size, crop=crop) for _, frame in found]
         times = np.array([time for time, _ in found])
+    # the last one stays long, or the file ends early? Only all its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
         check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1] * rate, rate)
     return np.stack(images), times
@@ -1188,15 +1213,17 @@ def load_labels(mask_path, graph_path, times, size, video):
     shown = frame_times(video)
     if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
         raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write all")
+    # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
     place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
     rows = (h / 2 + place).astype(int)
     columns = (w / 2 + place).astype(int)
+    # frames are told apart by their times: at a variable rate their number is not time x rate
     labels = np.full((len(times), size, size), -1)
     for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
         ids = mask[f][rows[:, None], columns]
         order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
-        own = graph[order, f]
+        own = graph[order, f]                                   # ascending
         at = np.searchsorted(own, ids).clip(max=len(own) - 1)
         found = (ids > 0) & (own[at] == ids)
         label[found] = order[at[found]]
@@ -1212,7 +1239,8 @@ def sidecars(mask_path, graph_path):
         try:
             with np.load(path) as file:
                 array = file[key]
-            assert array.ndim == axes and array.dtype.kind in "iub" and array.size, f"{array.dtype} {array.shape}"
+            fits = array.ndim == axes and array.dtype.kind in "iub" and array.size
+            assert fits, f"{array.dtype} {array.shape}"
         # what numpy raises depends on where a file is damaged
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:60]}"
@@ -1220,7 +1248,7 @@ def sidecars(mask_path, graph_path):
         arrays.append(array)
     mask, graph = arrays
     if graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: {len(mask)} frames, but its graph has {graph.shape[1]}; write both again")
+        raise BadVideo(f"{mask_path}: {len(mask)} frames, its graph has {graph.shape[1]}; write both again")
     return mask, graph
 
 
@@ -1251,6 +1279,7 @@ def read_manifest(path):
     folder = path if path.is_dir() else path.parent
     entries = {}
     for where, row in read_rows(path):
+        # the real path: a file may be named in several ways
         try:
             entry = to_entry(row, folder)
             file = os.path.realpath(entry["path"])
@@ -1266,6 +1295,7 @@ def read_rows(path):
     """-> (where, row) pairs of a manifest, a CSV file or a folder."""
     if path.is_dir():
         return folder_rows(path)
+    # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -1281,6 +1311,7 @@ def read_rows(path):
 
 
 def load_json(path, text, line):
+    """JSON that begins in this line of a file -> its value."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -1296,17 +1327,20 @@ def csv_rows(path, text):
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
     try:
+        # csv reads quoted line breaks and both kinds of line ends; cells are stripped, or " walking" and
+        # "walking" would be two classes
         for cells in reader:
             cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
             if not any(cells):
                 continue
             if header is None:
+                # Kinetics writes `path,label` and V-JEPA `path label`, without a header
                 media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
                 header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
                 if not media:
                     continue
             if len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds a separator")
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote separators")
             yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
@@ -1316,16 +1350,18 @@ def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name a column for the file, and one for its "
-                       f"caption or label, by one of {', '.join(COLUMNS)}")
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name a column for the file, and one for "
+                       f"its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file. Links are followed, hidden names left out."""
+    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out.
+    Pictures count where there are no videos: beside videos they are thumbnails."""
     videos, pictures = [], []
     for folder, folders, files in os.walk(root, followlinks=True):
-        above = os.path.realpath(folder) + os.sep               # a link to a folder above would never end
+        # a link to a folder above would never end
+        above = os.path.realpath(folder) + os.sep
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not above.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
         for name in sorted(files):
@@ -1351,6 +1387,7 @@ def to_entry(row, folder):
     """A row of a manifest -> an entry. ValueError says what is wrong with it."""
     if not isinstance(row, dict) or not is_text(row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    # types first, so that nothing below has to think of them
     kinds = dict(caption=(str, list), label=(str, int), group=(str, int), split=str, mask=str, graph=str,
                  qa=list, conversations=list)
     for key, kind in kinds.items():
@@ -1368,6 +1405,7 @@ def to_entry(row, folder):
     if row.get("split") not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
     entry["split"] = SPLITS.get(row.get("split"))
+    # a sidecar that is named must be there; one that is not named may be
     for key in ("mask", "graph"):
         sidecar = Path(folder, row[key]) if row.get(key) else file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(sidecar) if row.get(key) or sidecar.exists() else None
@@ -1377,12 +1415,13 @@ def to_entry(row, folder):
         if row.get("conversations"):
             entry["conversations"] = [conversation(row["conversations"])]
     except (KeyError, TypeError, ValueError):
-        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": '
-                         '"human", "value": question} and {"from": "gpt", "value": answer} in turn') from None
+        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of '
+                         '{"from": "human", "value": question} and {"from": "gpt", "value": answer}') from None
     return entry
 
 
 def pair(question, answer, source):
+    """A question and its answer, with its kind and the answers to choose from where they are given."""
     if not is_text(question) or not is_text(answer):
         raise ValueError
     more = {key: source[key] for key in ("type", "options") if key in source}
@@ -1421,6 +1460,8 @@ def split(entries):
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
+        # names, not numbers in the list: the order of a manifest does not matter. Whole names: of
+        # <id>/rgb.mp4 the last part is the same for all.
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
         share = min(0.25, 5000 / len(entries))
         least = max(min(len(entries), 24) // 6, 1)
@@ -2244,7 +2285,7 @@ class WorldBatches(torch.utils.data.Dataset):
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
-    files = None
+    files = None                                                # made clips never end, and none is damaged
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
@@ -2296,14 +2337,16 @@ class VideoBatches(torch.utils.data.Dataset):
         assert len(kinds) == 1, "a batch holds videos or pictures: make a dataset of each, and mix them"
 
     def __len__(self):
+        """Batches of held-out clips; in training, of an epoch."""
         return -(-len(self.entries) // self.batch)
 
     def captions(self):
-        """All captions of all clips."""
+        """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
+        """The entries' numbers as one epoch takes them. A batch may need two epochs."""
         rng = np.random.default_rng((self.seed, epoch))
         return rng.permutation(len(self.entries)).tolist()
 
@@ -2340,6 +2383,7 @@ class VideoBatches(torch.utils.data.Dataset):
         """One entry, decoded. BadVideo if it cannot be used."""
         entry = self.entries[number]
         frames = 1 if entry["image"] else self.frames
+        # drawn for every clip, used or not, so that a picture or a caption more moves nothing else
         start, choice = rng.random(2)
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
@@ -2348,10 +2392,12 @@ class VideoBatches(torch.utils.data.Dataset):
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
+        # one of several captions in training; evaluation has all of them, as `captions`
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
         return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), times=times.tolist(),
-                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
+                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []),
+                    index=number)
 
 
 class Mixed(torch.utils.data.Dataset):
@@ -2365,7 +2411,7 @@ class Mixed(torch.utils.data.Dataset):
     sqrt(s)."""
 
     def __init__(self, datasets, shares, seed=0, world=1):
-        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each set"
+        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each"
         self.datasets, self.world = datasets, world
         # of the steps that the datasets before it leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
@@ -2397,6 +2443,7 @@ def finish(batch, device):
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     else:
+        # from pinned memory the copy runs beside the computation
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)
     return batch
@@ -2428,8 +2475,8 @@ def watched(batches):
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
-        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: make "
-                       "/dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
+        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: "
+                       "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
 
 class Damage:
@@ -2456,6 +2503,7 @@ def augment(video, labels, seed, flip=True):
         values = torch.tensor(values, dtype=torch.float32, device=video.device)
         return values.view(b, 1, 1, 1, 1)
 
+    # one map for all frames of a clip: a still thing stays still
     grid = random_crops(rng, b, h, w, flip).to(video.device).repeat_interleave(t, 0)    # (b t, h, w, 2)
     x = rearrange(video, "b t h w c -> (b t) c h w").float()
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -2464,7 +2512,9 @@ def augment(video, labels, seed, flip=True):
     ids = F.grid_sample(ids, grid, mode="nearest", align_corners=False)
     labels = rearrange(ids, "(b t) 1 h w -> b t h w", b=b).round().long() - 1
     x = rearrange(x, "(b t) c h w -> b t c h w", b=b)
+    # how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
+    # PAPER: colour jitter, grey and blur, each the same for a whole clip
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, (3, b))
     saturation[rng.random(b) < 0.2] = 0                         # grey
     x = x * each(brightness)
@@ -2487,6 +2537,7 @@ def random_crops(rng, b, h, w, flip):
     cx = rng.uniform(-1, 1, b) * (1 - sx)                       # its centre
     cy = rng.uniform(-1, 1, b) * (1 - sy)
     mirrored = flip * (rng.random(b) < 0.5)
+    # output pixel (x, y) in -1 .. 1 comes from theta (x, y, 1)
     theta = np.zeros((b, 2, 3), np.float32)
     theta[:, 0, 0] = np.where(mirrored, -sx, sx)
     theta[:, 1, 1] = sy
@@ -2513,6 +2564,7 @@ def open_data(cfg, need="caption", world=1):
             learnt, tested = made_clips(cfg)
         else:
             learnt, tested = real_clips(cfg, name, need, val)
+        # within a set, videos and pictures have shares by their numbers
         files = sum(dataset.files or 1 for dataset in learnt)
         train += learnt
         shares += [share * (dataset.files or 1) / files for dataset in learnt]
@@ -2540,7 +2592,7 @@ def usable_entries(name, need):
         print(f"{name}: of {len(labels)} clips the label is the caption")
     lacking = [entry["path"] for entry in entries if not entry[need]]
     if lacking:
-        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one")
+        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
     return entries
 
 
@@ -2578,6 +2630,7 @@ def real_clips(cfg, name, need, val):
     if val is None:
         train, test = split(entries)
     else:
+        # what is held out must not be learnt: neither what "split" says, nor what stands in both manifests
         files = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
         both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
@@ -2589,6 +2642,7 @@ def real_clips(cfg, name, need, val):
 
 
 def real_batches(cfg, entries, train):
+    """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
     options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8)
     return [VideoBatches(kind, *options) for kind in kinds(entries)]
 
@@ -2634,8 +2688,9 @@ def make(argv):
     """The same clips as a training sees, on disk."""
     cfg = configure(MakeConfig, None, argv)
     if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
-        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an even "
-                       "number, 1 to 1000")
+        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an "
+                       "even number, 1 to 1000")
+    # seeds as in made_clips: --data world sees the same clips
     world, out = world_of(cfg), Path(cfg.out)
     first = TRAIN + cfg.seed % 49 * 10_000_000
     try:
@@ -2655,6 +2710,7 @@ def make_clip(job):
     made = script(index, world)
     video, labels = rasterise(stack([made]), world.size, "cpu")
     file = out / f"{index:010d}.mp4"
+    # lossless: an ordinary file blurs the objects' borders, just where labels change
     with film(file, fps, exact=True) as add:
         add(video[0].numpy())
     # object id = label + 1, since 0 is nothing; row m of the graph is label m
