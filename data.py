@@ -1,32 +1,32 @@
-"""Videos in: the procedural world, real video, labels, text, batches.
+"""Videos in: the procedural world, real video, manifests, text, batches, labels.
 
-Everything a run trains on comes through this file, in one form whatever its source:
+Everything that is trained on comes through this file, in one form whatever its source:
 
-    video    uint8 (b, t, H, W, 3)     as decoded; normalised later, on the device, inside the model
-    labels   int64 (b, t, H, W)        trajectory id of each pixel, -1 = unlabelled (or None: no labels at all)
-    caption  list of b strings, and `appearance` / `motion` / `label` class ids where there are any
+    video     uint8 (b, t, H, W, 3)     as decoded; normalised later, on the device, inside the model
+    labels    int64 (b, t, H, W)        the trajectory of each pixel, -1 = unlabelled
+    caption   list of b texts; `captions`: all texts of each clip; `label`: names of classes, or None
 
-1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
-   over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
-   of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
-2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
-   manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
-   `classic_track` (or SAM2's), joined by `label_frames`.
-3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
-4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
+1. The procedural world.  `script(i)` writes a scene as a few small arrays, with its caption, classes and
+   questions; `rasterise` turns a batch of scripts into pixels and exact labels, on any device. Clip i is the
+   same clip on every machine.
+2. Real video.  `decode` reads T frames with PyAV, by seeking, straight to the size asked for; `load_labels`
+   reads the masks that stand beside a video.
+3. Manifests.  `read_manifest` takes the JSON, CSV files and folders that people have; `split` holds out a part.
+4. Text.  tiktoken encodings: words of captions, a tiktoken name, or a published tokenizer.json.
+5. Batches.  `open_data` is what a training calls. Batch i is a pure function of (seed, i), so a run's place in
+   its data is one number. Files that cannot be used are named, counted and replaced.
+6. Labels for video that has no masks.
 
-    python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
-    python data.py label manifest.json --method sam2 --sam2 FOLDER  # the same with a published SAM2
-    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
-    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
+    python data.py make --clips 1000 --out out/world    # made clips as files, with a manifest
+    python data.py label videos/                        # `_mask.npz` and `_graph.npz` beside each video
+    python data.py check videos/manifest.json           # names every file that cannot be used
 """
 from __future__ import annotations
 
 import argparse
 import collections
 import colorsys
-import concurrent.futures.process
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -39,14 +39,10 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import re
-import signal
 import sys
-import threading
 import time
 import unicodedata
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -1009,7 +1005,7 @@ def frame_count(path, container, stream):
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
-    # MP4 and its kin count all frames, those that an edit list hides as well; their length is of what is shown
+    # MP4 and its kin count also frames that an edit list hides; their length is of what is shown
     if "mov" in container.format.name and length:
         return min(stream.frames or expected, expected)
     return stream.frames or expected or len(frame_times(path))
@@ -1029,7 +1025,7 @@ def frame_times(path):
 
 def upright(frame, size, whole=False, crop=0.5):
     """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the
-    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels are taken as square ones."""
+    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels count as square ones."""
     import av
     turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
@@ -1126,7 +1122,7 @@ def by_seeking(container, stream, wanted):
                 return None
         needed.update(range(key, at + 1))
 
-    def keep(decoded):                                          # frames come out later than their packets go in
+    def keep(decoded):                                          # frames come out later than packets go in
         frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
 
     for i in sorted(needed):
@@ -1178,7 +1174,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
         for _, frame in found:
             check_size(path, frame, found[0][1])
         images = [upright(frame, size, crop=crop) for _, frame in found]
-        times = np.array([time for time, _ in found])
+        times = np.array([seconds for seconds, _ in found])
     # the last one stays long, or the file ends early? Only all its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
         check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1] * rate, rate)
@@ -1191,9 +1187,9 @@ def read_frames(path, size, whole=False):
     piece, end = [], 0
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
-        for time, frame in in_order(path, container, stream):
+        for seconds, frame in in_order(path, container, stream):
             piece.append(upright(frame, size, whole))
-            end = max(end, time + 1 / rate)
+            end = max(end, seconds + 1 / rate)
             if len(piece) == 8:
                 yield np.stack(piece)
                 piece = []
@@ -1220,7 +1216,8 @@ def load_labels(mask_path, graph_path, times, size, video):
     columns = (w / 2 + place).astype(int)
     # frames are told apart by their times: at a variable rate their number is not time x rate
     labels = np.full((len(times), size, size), -1)
-    for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
+    for label, t in zip(labels, times):
+        f = min(int(np.abs(shown - t).argmin()), len(mask) - 1)
         ids = mask[f][rows[:, None], columns]
         order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
         own = graph[order, f]                                   # ascending
@@ -1350,7 +1347,7 @@ def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name a column for the file, and one for "
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one for "
                        f"its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
@@ -1416,7 +1413,7 @@ def to_entry(row, folder):
             entry["conversations"] = [conversation(row["conversations"])]
     except (KeyError, TypeError, ValueError):
         raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of '
-                         '{"from": "human", "value": question} and {"from": "gpt", "value": answer}') from None
+                         '{"from": "human", "value": text} and {"from": "gpt", "value": text}') from None
     return entry
 
 
