@@ -2191,25 +2191,26 @@ def fingerprint(*names):
     return f"{crc:08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 6. Labels for video that has none
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-# PAPER: TrajViT's pipeline. The video is cut at key frames, each stretch between two of them is segmented and
-# tracked, and stretches are linked where their masks of the common frame overlap. A method labels one stretch:
-# frames uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none.
+# PAPER: TrajViT's pipeline. The video is cut at key frames, each stretch between two of them is segmented
+# and tracked, and stretches are linked where their masks overlap in the frame that they share.
+# A method labels one stretch: frames uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none.
 #
-# `classic_labels` needs no other model. CHOICE: a thing is what moves otherwise than the camera, together with
-# whatever looks like it in all frames; the rest is divided by colour, texture and place.
+# `classic_labels` needs no other model. CHOICE: a thing is what moves otherwise than the camera, together
+# with what looks like it in all frames. Everything is also divided by colour, texture and place, since many
+# things do not move.
 
 PATCH = 5                                                       # pixels of a superpixel's side
-REGIONS = 38                                                    # regions of the rest
+REGIONS = 38                                                    # regions by colour, texture and place
 ANCHORS = 8                                                     # frames that are segmented together
 
 
 def opponent(frames):
-    """uint8 (t, H, W, 3) -> (t, 3, H/2, W/2): light, red against green, both against blue. Distances between these
-    see hue, which grey does not. All of the classic method works at this half of the resolution."""
+    """uint8 (t, H, W, 3) -> (t, 3, H/2, W/2): light, red against green, both against blue. Distances between
+    these see hue, which grey does not. All of the classic method works at this half of the resolution."""
     x = rearrange(frames, "t h w c -> t c h w").float() / 255
     h, w = x.shape[-2:]
     r, g, b = F.adaptive_avg_pool2d(x, (-(-h // 2), -(-w // 2))).unbind(1)
@@ -2217,30 +2218,32 @@ def opponent(frames):
 
 
 def box(x, radius):
-    """The mean over the square of 2 radius + 1 pixels around each pixel, as far as it lies inside the frame."""
+    """The mean over 2 radius + 1 pixels squared around each pixel, as far as they lie inside the frame."""
     return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
 
 
 def positions(h, w):
-    """The x and y of each pixel (2, h, w)."""
+    """The x and y of each pixel: (2, h, w)."""
     y, x = torch.meshgrid(torch.arange(float(h)), torch.arange(float(w)), indexing="ij")
     return torch.stack([x, y])
 
 
 def warped(x, flow, mode="bilinear"):
-    """x (n, c, h, w) read at each pixel's own place + flow (n, 2, h, w), in pixels; outside, at the border."""
+    """x (n, c, h, w) read at each pixel's place + flow (n, 2, h, w), in pixels; outside, at the border."""
     h, w = x.shape[-2:]
-    place = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1) * 2 - 1
-    place = rearrange(place, "n c h w -> n h w c")
+    place = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1)
+    # grid_sample counts from -1 to 1
+    place = rearrange(2 * place - 1, "n c h w -> n h w c")
     return F.grid_sample(x, place, mode, padding_mode="border", align_corners=False)
 
 
 def coarse_motion(a, b, h, w):
-    """Motion by trying everything: each of h x w cells of a is compared with each of b, on 6 x 6 points around it.
-    a, b (n, 3, H, W) -> flow (n, 2, h, w) in cells and its weight (n, 1, h, w), near 1 where the way back from b
-    leads home."""
+    """Motion by trying everything: each of h x w cells of a is compared with each of b, on 6 x 6 points
+    around it. a, b (n, 3, H, W) -> flow (n, 2, h, w) in cells, and its weight (n, 1, h, w)."""
     def patches(x):                                             # (n, h w, patch)
-        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w)) * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1)
+        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w))
+        # twice the weight for colour, since light changes more easily
+        x = x * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1)
         return F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 6, stride=2).mT
 
     place = positions(h, w).flatten(1).T                        # (h w, 2)
@@ -2250,21 +2253,32 @@ def coarse_motion(a, b, h, w):
     cost = distance / (usual + 1e-3) + 0.08 * torch.cdist(place, place)
     there = rearrange(place[cost.argmin(2)] - place, "n (h w) c -> n c h w", h=h)
     back = rearrange(place[cost.argmin(1)] - place, "n (h w) c -> n c h w", h=h)
+    # The weight is near 1 where the way back from b leads home.
     missed = (there + warped(back, there)).norm(dim=1, keepdim=True)
     return there, torch.exp(-(missed / 1.5) ** 2) + 1e-3
 
 
+def window(x):
+    """(n, c, h, w) summed over channels, averaged over 5 x 5 pixels: (n, 1, h, w)."""
+    return box(x.sum(1, keepdim=True), 2)
+
+
 def refined_motion(a, b, flow):
-    """Lucas and Kanade: each step solves, in a window of 5 x 5 pixels, for the shift that explains what still
+    """Lucas and Kanade: a step solves, in a window of 5 x 5 pixels, for the shift that explains what still
     differs. Then the field is smoothed, and plain places follow those that have structure."""
     gx = F.pad(a[..., 2:] - a[..., :-2], (1, 1)) / 2
     gy = F.pad(a[..., 2:, :] - a[..., :-2, :], (0, 0, 1, 1)) / 2
-    xx, yy, xy = [box(g.sum(1, keepdim=True), 2) for g in (gx * gx + 3e-5, gy * gy + 3e-5, gx * gy)]
+    # the small number keeps the system solvable where there is no structure
+    xx = window(gx * gx) + 1e-4
+    yy = window(gy * gy) + 1e-4
+    xy = window(gx * gy)
     determinant = xx * yy - xy * xy
-    weight = determinant / (xx + yy) + 1e-5                     # large where edges have two directions
+    # large where edges have two directions
+    weight = determinant / (xx + yy) + 1e-5
     for _ in range(3):
         error = warped(b, flow) - a
-        ex, ey = [box((g * error).sum(1, keepdim=True), 2) for g in (gx, gy)]
+        ex = window(gx * error)
+        ey = window(gy * error)
         step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
         flow = flow + step.clamp(-1, 1)
         flow = box(flow * weight, 1) / box(weight, 1)
@@ -2272,18 +2286,20 @@ def refined_motion(a, b, flow):
 
 
 def camera_motion(flow, weight):
-    """The camera's part of the motion: an affine field, fitted by re-weighted least squares, in which what moves by
-    itself counts less and less. CHOICE: the border of a frame counts ten times as much as its middle, because
-    things that a camera follows stand in the middle. flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w)."""
+    """The camera's part of the motion: an affine field, fitted by re-weighted least squares, in which what
+    moves by itself counts less and less. flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w).
+    CHOICE: the border of a frame counts ten times as much as its middle, because a camera keeps the things
+    that it follows in the middle."""
     h, w = flow.shape[-2:]
-    x, y = (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) * 2 - 1
+    x, y = 2 * (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) - 1
     rows = torch.stack([torch.ones_like(x), x, y])              # (3, h w)
     weight = weight.flatten(1) * (0.1 + torch.maximum(x.abs(), y.abs()) ** 2)
     target, now = flow.flatten(2), weight
     for _ in range(8):
         weighted = rows * now[:, None]
-        # the small number on the diagonal: where nothing is to be seen, nothing moves
-        p = torch.linalg.solve(weighted @ rows.T + 3e-3 * torch.eye(3), weighted @ target.mT)
+        # The small number on the diagonal means: where there is nothing to see, nothing moves.
+        system = weighted @ rows.T + 3e-3 * torch.eye(3)
+        p = torch.linalg.solve(system, weighted @ target.mT)    # (n, 3, 2)
         camera = (rows.T @ p).mT                                # (n, 2, h w)
         now = weight / ((target - camera).square().sum(1).sqrt() + 0.3)
     return camera.view_as(flow)
@@ -2291,76 +2307,82 @@ def camera_motion(flow, weight):
 
 def misfit(a, b, flow):
     """How much a differs from b after the motion is undone: (n, 1, h, w)."""
-    return box((warped(b, flow) - a).abs().sum(1, keepdim=True), 2)
+    return window((warped(b, flow) - a).abs())
 
 
 def dense_motion(a, b):
-    """Where each pixel of a is in b: a, b (n, 3, h, w) of `opponent` -> flow and the camera's part of it, both
-    (n, 2, h, w) in pixels. A quarter of the resolution is searched, a half and the whole are refined."""
+    """Where each pixel of a is in b: a, b (n, 3, h, w) of `opponent` -> flow and the camera's part of it,
+    both (n, 2, h, w) in pixels. A quarter of the resolution is searched, a half and the whole are refined."""
     h, w = a.shape[-2:]
     flow, weight = coarse_motion(a, b, -(-h // 4), -(-w // 4))
     camera = camera_motion(flow, weight)
     flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
-    for h, w in ((-(-h // 2), -(-w // 2)), (h, w)):
-        p, q = F.adaptive_avg_pool2d(a, (h, w)), F.adaptive_avg_pool2d(b, (h, w))
-        # twice the resolution, twice the pixels
-        flow = 2 * F.interpolate(flow, size=(h, w), mode="bilinear")
-        camera = 2 * F.interpolate(camera, size=(h, w), mode="bilinear")
-        # unless something speaks against it, the ground moves with the camera
-        with_camera = misfit(p, q, camera) <= misfit(p, q, flow) + 0.01
-        flow = refined_motion(p, q, torch.where(with_camera, camera, flow))
+    for size in ((-(-h // 2), -(-w // 2)), (h, w)):
+        p = F.adaptive_avg_pool2d(a, size)
+        q = F.adaptive_avg_pool2d(b, size)
+        # twice the resolution, so twice the pixels
+        flow = 2 * F.interpolate(flow, size=size, mode="bilinear")
+        camera = 2 * F.interpolate(camera, size=size, mode="bilinear")
+        # The ground moves with the camera, unless the pixels speak against it.
+        ground = misfit(p, q, camera) <= misfit(p, q, flow) + 0.01
+        flow = refined_motion(p, q, torch.where(ground, camera, flow))
         camera = camera_motion(flow, torch.exp(-10 * misfit(p, q, flow)))
     return flow, camera
 
 
 def averages(values, weight, group, n):
-    """values (p, c) of weights (p,) -> their means in each of n groups (n, c), and the groups' weights (n,)."""
+    """values (p, c) of weights (p,) -> their means in n groups (n, c), and the groups' weights (n,)."""
     mass = torch.zeros(n).index_add_(0, group, weight)
     total = torch.zeros(n, values.shape[1]).index_add_(0, group, values * weight[:, None])
     return total / mass.clamp(min=1e-6)[:, None], mass
 
 
 def k_means(points, weight, centres, rounds=10):
-    """points (p, c) of weights (p,), centres (k, c) to begin with -> the nearest centre of each point (p,)."""
+    """points (p, c) of weights (p,), the first centres (k, c) -> the nearest centre of each point (p,)."""
     for _ in range(rounds):
         group = torch.cdist(points, centres).argmin(1)
         mean, mass = averages(points, weight, group, len(centres))
+        # a centre that has lost its points stays where it is
         centres = torch.where(mass[:, None] > 0, mean, centres)
     return torch.cdist(points, centres).argmin(1)
 
 
 def superpixels(x):
-    """x (t, 3, h, w) -> patches of one colour, some PATCH pixels wide: the number of each pixel's patch (t, h, w),
-    counted through all frames, and how many patches a frame has. SLIC: k-means on colour and place."""
+    """x (t, 3, h, w) -> patches of one colour, some PATCH pixels wide: the number of each pixel's patch
+    (t, h, w), counted through all frames, and how many a frame has. SLIC: k-means on colour and place."""
     t, _, h, w = x.shape
     rows, columns = max(h // PATCH, 1), max(w // PATCH, 1)
     owner = []
     for i in range(t):
-        points = torch.cat([x[i] / 0.06, positions(h, w) / PATCH])
+        points = torch.cat([x[i] / 0.06, positions(h, w) / PATCH])                   # (5, h, w)
         centres = F.adaptive_avg_pool2d(points, (rows, columns)).flatten(1).T
-        owner.append(k_means(points.flatten(1).T, torch.ones(h * w), centres, 3) + i * rows * columns)
+        patch = k_means(points.flatten(1).T, torch.ones(h * w), centres, 3)
+        owner.append(patch + i * rows * columns)
     return torch.stack(owner).view(t, h, w), rows * columns
 
 
 def own_motion(x):
-    """x (t, 3, h, w) -> how much the motion of each pixel differs from the camera's (t, h, w). Of both
-    neighbouring frames the smaller difference counts: ground that a thing uncovers is seen in the other."""
+    """x (t, 3, h, w) -> how much the motion of each pixel differs from the camera's (t, h, w). The smaller
+    difference to both neighbouring frames counts: ground that a thing uncovers is seen in the other one."""
     t = len(x)
     if t == 1:
         return torch.zeros_like(x[:, 0])
     flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
-    to_next, to_last = (flow - camera).norm(dim=1).split(t - 1)
-    return torch.minimum(torch.cat([to_next, to_last[-1:]]), torch.cat([to_next[:1], to_last]))
+    ahead, behind = (flow - camera).norm(dim=1).split(t - 1)
+    # the last frame has no next one, the first has none before
+    ahead, behind = torch.cat([ahead, behind[-1:]]), torch.cat([ahead[:1], behind])
+    return torch.minimum(ahead, behind)
 
 
 def votes(looks, size, values, t):
-    """values (n,) of superpixels of t frames -> the mean over the six of each frame that look most like it, five
-    times over. What moves is marked in part and in some frames only (the edges of a plain thing, a leg); its looks
-    tell the rest. So do false alarms end: the ground that looks like them is still."""
-    per_frame = len(looks) // t
-    distance = torch.cdist(looks, looks).view(-1, t, per_frame)
+    """values (n,) of the superpixels of t frames, their looks (n, c) and sizes (n,) -> the mean over the six
+    of each frame that look most like it, five times over. What moves is marked in part and in some frames
+    only (the edges of a plain thing, a leg), and its looks tell the rest. False alarms end in the same way,
+    because the ground that looks like them is still."""
+    n, per_frame = len(looks), len(looks) // t
+    distance = torch.cdist(looks, looks).view(n, t, per_frame)
     distance, index = distance.topk(min(6, per_frame), largest=False)                # (n, t, 6)
-    index = (index + per_frame * torch.arange(t)[:, None]).flatten(1)
+    index = (index + per_frame * torch.arange(t)[:, None]).flatten(1)                # (n, 6 t)
     distance = distance.flatten(1)
     weight = torch.exp(-2 * (distance / (distance.median() + 1e-6)) ** 2) * size[index]
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
@@ -2370,20 +2392,21 @@ def votes(looks, size, values, t):
 
 
 def connected(chosen):
-    """chosen bool (t, h, w) -> pieces that hang together in space and time: a number of each, elsewhere -1."""
-    own = torch.arange(float(chosen.numel())).view(chosen.shape)
-    ids = torch.where(chosen, own, -1)
+    """chosen bool (t, h, w) -> pieces that hang together in space and time: a number of each, else -1."""
+    ids = torch.arange(float(chosen.numel())).view(chosen.shape)
+    ids = torch.where(chosen, ids, -1)
     while True:
         largest = F.max_pool3d(ids[None], 3, 1, 1)[0]
-        # Each pixel also takes what the pixel has that its number comes from: far fewer rounds.
+        # A number is a pixel. Taking what that pixel has found by now needs far fewer rounds.
         spread = torch.where(chosen, largest.flatten()[largest.long()], -1)
         if torch.equal(spread, ids):
             return ids.long()
         ids = spread
 
 
-def classic_segment(x):
-    """Some frames of a stretch, x (t, 3, h, w) of `opponent` -> ids int64 (t, h, w)."""
+def described(x):
+    """x (t, 3, h, w) -> of each superpixel its looks (n, 5), place (n, 2), own motion (n,) and size in pixels
+    (n,), and the superpixel of each pixel (t, h, w)."""
     t, _, h, w = x.shape
     owner, per_frame = superpixels(x)
     light = x[:, :1]
@@ -2394,17 +2417,26 @@ def classic_segment(x):
     values = torch.cat([looks, place, own_motion(x)[:, None]], 1)
     values = rearrange(values, "t c h w -> (t h w) c")
     values, size = averages(values, torch.ones(len(values)), owner.flatten(), t * per_frame)
-    looks, place, own = values[:, :5], values[:, 5:7], values[:, 7]
-    # Nine times as far from the median as the median from 0 is as much as counts. What is filmed is near the middle.
-    moving = (own / own.median().clamp(min=1e-3) - 1).div(9).clamp(0, 1)
+    return values[:, :5], values[:, 5:7], values[:, 7], size, owner
+
+
+def classic_segment(x):
+    """Some frames of a stretch, x (t, 3, h, w) of `opponent` -> ids int64 (t, h, w)."""
+    t, _, h, w = x.shape
+    looks, place, own, size, owner = described(x)
+    # 0 at the median of the motion, 1 at ten times that
+    moving = ((own / own.median().clamp(min=1e-3) - 1) / 9).clamp(0, 1)
+    # what is filmed is mostly near the middle
     middle = torch.tensor([w, h]) / (2 * min(h, w))
     moving = moving * torch.exp(-(place - middle).square().sum(1) / 0.245)
     moving = votes(torch.cat([looks, 0.25 * place], 1), size, moving, t)
     # a few bright spots must not set the scale
-    moving = (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)[:, None]
+    top = moving.quantile(0.98).clamp(min=1e-6)
+    moving = (moving / top).clamp(max=1)[:, None]
     points = torch.cat([looks, 0.35 * place], 1)
-    first = points[torch.linspace(0, len(points) - 1, REGIONS).long()]
-    ids = k_means(points, size, first)[owner]
+    first = torch.linspace(0, len(points) - 1, REGIONS).long()
+    ids = k_means(points, size, points[first])[owner]
+    # Two kinds of superpixels, still and moving. Each large piece of the moving ones is a thing.
     chosen = k_means(moving, size, torch.tensor([[0.0], [1.0]])) == 1
     pieces = connected(chosen[owner])
     number, area = pieces[pieces >= 0].unique(return_counts=True)
@@ -2415,14 +2447,14 @@ def classic_segment(x):
 
 @torch.no_grad()
 def classic_labels(frames):
-    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W). Eight frames are segmented together, since motion shows
-    only beside other frames. Each pixel of another frame has the id of where it is in the nearest of the eight."""
+    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W). Eight frames are segmented together, since motion
+    shows only beside other frames. In the others a pixel has the id of its place in the nearest of these."""
     t, height, width, _ = frames.shape
     x = opponent(frames)
     count = min(t, ANCHORS)
     anchors = ((torch.arange(count) + 0.5) * t / count).long()
     nearest = (torch.arange(t)[:, None] - anchors).abs().argmin(1)
-    ids = classic_segment(x[anchors])[nearest].float()[:, None]
+    ids = classic_segment(x[anchors])[nearest].float()[:, None]                      # (t, 1, h, w)
     for i, anchor in enumerate(anchors[nearest].tolist()):
         if i != anchor:
             flow, _ = dense_motion(x[i:i + 1], x[anchor:anchor + 1])
@@ -2432,19 +2464,19 @@ def classic_labels(frames):
 
 def is_cut(before, after):
     """Do two frames uint8 (H, W, 3) show different scenes? CHOICE: they do if their histograms of 8 x 8 x 8
-    colours share less than half. Motion hardly changes these."""
+    colours share less than half, which motion hardly changes."""
     shares = []
     for frame in (before, after):
         colours = (frame[::2, ::2] // 32).reshape(-1, 3) @ np.array([64, 8, 1])
         shares.append(np.bincount(colours, minlength=512) / len(colours))
-    return np.minimum(*shares).sum() < 0.5
+    return np.minimum(shares[0], shares[1]).sum() < 0.5
 
 
 def stretches(pieces, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (frames (t, H, W, 3), shared). A
-    stretch reaches from one key frame to the next, which it shares with the stretch after it (shared = 1; of the
-    last stretch 0), so that the two can be linked. CHOICE: after `longest` frames the next one is a key frame, so
-    that memory stays small and things that came in are found."""
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (frames (t, H, W, 3), shared).
+    A stretch reaches from one key frame to the next, which it shares with the stretch after it (shared = 1;
+    of the last stretch 0), so that the two can be linked. CHOICE: after `longest` frames the next one is a
+    key frame, so that memory stays small and things that came in are found."""
     held = []
     for frame in itertools.chain.from_iterable(pieces):
         if held and (len(held) == longest or is_cut(held[-1], frame)):
@@ -2457,73 +2489,74 @@ def stretches(pieces, longest):
 
 def linked(before, after):
     """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU > 0.5.
-    CHOICE: the paper links at 0.5 exactly, too; above it nothing can be claimed twice."""
+    CHOICE: the paper links at 0.5 exactly, too. Above it nothing can be claimed twice."""
     rows, columns = int(before.max()) + 2, int(after.max()) + 2
     pairs = (before + 1) * columns + after + 1
     both = torch.bincount(pairs.flatten(), minlength=rows * columns).view(rows, columns)
     union = both.sum(1, keepdim=True) + both.sum(0) - both
+    # the first row and column count unlabelled pixels
     i, j = (2 * both > union)[1:, 1:].nonzero(as_tuple=True)
     return dict(zip(j.tolist(), i.tolist()))
 
 
 def label_frames(pieces, method, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none, numbered
-    through the whole video without gaps."""
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none,
+    numbered through the whole video without gaps."""
     out, count, tracked = [], 0, None
     for frames, shared in stretches(pieces, longest):
         ids = method(torch.from_numpy(frames))
         known = {} if tracked is None else linked(tracked, ids[0])
         kept = len(ids) - shared
-        # the last entry is of id -1
+        # The last entry is read at id -1.
         number = torch.full((int(ids.max()) + 2,), -1)
         for i in ids[:kept].unique().tolist():
             if i >= 0:
                 number[i] = known.get(i, count)
                 count += i not in known
-        # the next stretch segments the shared frame anew
+        # The next stretch segments the shared frame anew, and is linked to how it was tracked here.
         out.append(number[ids[:kept]].int())
         tracked = number[ids[-1]]
     return torch.cat(out)
 
 
 def write_labels(mask_path, graph_path, ids):
-    """Trajectories (T, H, W), -1 = none -> both sidecars; returns how many trajectories there are. An object's id
-    is the trajectory + 1, since 0 is nothing."""
+    """Trajectories (T, H, W), -1 = none -> both sidecars; returns how many trajectories there are. The object
+    id of a trajectory is its number + 1, since 0 is nothing."""
     count = int(ids.max()) + 1
     if count > 65535:
-        raise BadVideo(f"{mask_path}: {count} trajectories, and a mask can name 65535; cut the video into parts")
+        raise BadVideo(f"{mask_path}: {count} trajectories, a mask can name 65535; cut the video into parts")
     graph = np.zeros((count, len(ids)), np.int64)
     for t, frame in enumerate(ids):
         present = np.unique(frame[frame >= 0])
         graph[present, t] = present + 1
-    # The mask is written last, and an old one removed first: beside a mask there always is its own graph.
+    # The mask is written last and an old one removed first: beside a mask there always is its own graph.
     Path(mask_path).unlink(missing_ok=True)
     write_npz(graph_path, "tensor", graph)
     write_npz(mask_path, "arr_0", (ids + 1).astype(np.uint8 if count < 256 else np.uint16))
     return count
 
 
-# `label --sam2 FOLDER` needs the package transformers and a published SAM2. The thresholds are those of SAM2's own
-# generator of masks. CHOICE: at most 128 trajectories in a stretch.
+# `label --sam2 FOLDER` needs the package transformers and a published SAM2. The thresholds are those of
+# SAM2's own generator of masks. CHOICE: at most 128 trajectories in a stretch.
 SAM2_POINTS, SAM2_MASKS = 32, 128
 SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 0.8, 0.95, 0.7
 
 
 @functools.lru_cache(maxsize=1)
 def load_sam2(folder):
-    """-> the picture model and the video model of a folder. Nothing is downloaded."""
+    """-> the picture model and the video model of a folder, on a GPU if there is one."""
     try:
         from transformers import Sam2Model, Sam2VideoModel, logging
     except ImportError:
-        raise BadInput("--sam2 needs the package transformers: pip install transformers, or leave it out") from None
+        raise BadInput("--sam2 needs transformers: pip install transformers, or leave it out") from None
     if not Path(folder, "config.json").exists():
         raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2")
-    # the picture model leaves out the memory's weights, and would list them all
+    # The picture model leaves out the weights of the memory, and transformers would list them all.
     logging.set_verbosity_error()
     models = []
     for kind in (Sam2Model, Sam2VideoModel):
         model, info = kind.from_pretrained(folder, output_loading_info=True)
-        # transformers would only warn, and fill in random weights
+        # transformers would fill in random weights and only warn
         if info["missing_keys"]:
             raise BadInput(f"--sam2 {folder}: is no whole SAM2; {min(info['missing_keys'])} is missing")
         models.append(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
@@ -2531,8 +2564,9 @@ def load_sam2(folder):
 
 
 def sam2_masks(model, pixels):
-    """A picture (1, 3, S, S) -> logits of its masks (objects, s, s), smallest first. Of the masks of a grid of
-    prompts those are kept that are sure, steady (the same when cut at +1 and at -1) and like no better one."""
+    """A picture (1, 3, S, S) -> logits of its masks (objects, s, s), smallest first. Of the masks of a grid
+    of prompts those are kept that are sure, steady (much the same when cut at +1 and at -1) and do not
+    overlap a better one."""
     side = (torch.arange(SAM2_POINTS) + 0.5) * pixels.shape[-1] / SAM2_POINTS
     points = torch.cartesian_prod(side, side).view(1, -1, 1, 2).to(pixels)
     embeddings = model.get_image_embeddings(pixels)
@@ -2540,37 +2574,40 @@ def sam2_masks(model, pixels):
     found = [model(image_embeddings=embeddings, input_points=some) for some in points.split(64, 1)]
     logits = torch.cat([out.pred_masks.flatten(0, 2) for out in found]).cpu()
     scores = torch.cat([out.iou_scores.flatten() for out in found]).cpu()
-    masks, kept = (logits > 0).flatten(1), []
+    masks = (logits > 0).flatten(1)
     area = masks.sum(1)
     steady = (logits > 1).sum((1, 2)) >= SAM2_STABILITY * (logits > -1).sum((1, 2))
     good = steady & (scores >= SAM2_IOU) & (area > 0)
+    kept = []
     for i in scores.argsort(descending=True).tolist():
         both = (masks[kept] & masks[i]).sum(1)
         alike = both > SAM2_OVERLAP * (area[kept] + area[i] - both)
         if good[i] and not alike.any() and len(kept) < SAM2_MASKS:
             kept.append(i)
-    return logits[sorted(kept, key=area.tolist().__getitem__)]
+    return logits[kept][area[kept].argsort(stable=True)]
 
 
 @torch.inference_mode()
 def sam2_labels(folder, frames):
-    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none: the masks of its first frame, propagated."""
+    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none: masks of its first frame,
+    propagated."""
     from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
     picture, video = load_sam2(folder)
-    t, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     size = picture.config.prompt_encoder_config.image_size
     x = rearrange(frames, "t h w c -> t c h w").float() / 255
     x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     x = x.to(video.device)
-    masks, ids = sam2_masks(picture, x[:1]), torch.full((t, height, width), -1)
+    masks, ids = sam2_masks(picture, x[:1]), torch.full(frames.shape[:3], -1)
     session = Sam2VideoInferenceSession(x, height, width, video.device, dtype=torch.float32)
     for i, mask in enumerate(F.interpolate(masks[:, None], size=(size, size), mode="bilinear")):
         session.add_mask_inputs(session.obj_id_to_idx(i), 0, (mask > 0).float()[None])
     session.obj_with_new_inputs = list(range(len(masks)))
     if len(masks):
         for result in video.propagate_in_video_iterator(session, 0):
-            logits = F.interpolate(result.pred_masks.float().cpu(), size=(height, width), mode="bilinear")
+            logits = F.interpolate(result.pred_masks.cpu(), size=(height, width), mode="bilinear")
             # Of equal logits the first wins: in the first frame small things lie on large ones.
             best, owner = logits[:, 0].max(0)
             ids[result.frame_idx] = torch.where(best > 0, owner, -1)
@@ -2754,10 +2791,10 @@ def inspect_entry(job):
 class LabelConfig:
     """Makes trajectory labels for real video: `_mask.npz` and `_graph.npz` beside each file."""
     source: str = ""                    # a folder of videos, a manifest or a CSV
-    sam2: str | None = None             # folder of a published SAM2; without it the classic method, which needs nothing
+    sam2: str | None = None             # folder of a published SAM2; without it, the classic method
     image_size: int = 224               # short side of the masks in pixels, 32 to 1024
     stretch: int = 48                   # the next frame is a key frame after so many at the latest
-    workers: int | None = None          # processes; 0: none but this one; default: one for each core, for SAM2 none
+    workers: int | None = None          # processes, 0: none but this one; default: one a core, for SAM2 0
     overwrite: bool = False             # make labels anew that are there
 
 
@@ -2772,33 +2809,43 @@ def label_video(job):
         return str(error)
 
 
-def label(argv):
-    """Labels each file that has no mask. One that cannot be labelled is named and left out."""
-    cfg = configure(LabelConfig, None, argv, positional="source")
-    if not 32 <= cfg.image_size <= 1024 or cfg.stretch < 1:
-        raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
-    if cfg.sam2:
-        load_sam2(cfg.sam2)             # a missing package or folder is told before the work
+def label_jobs(cfg):
+    """-> {mask to write: job of `label_video`} for every file that has no mask."""
     jobs = {}
     for entry in read_manifest(cfg.source):
         path = Path(entry["path"])
+        # a manifest may name other sidecars than those beside the video
         mask = entry["mask"] or str(path.with_name(f"{path.stem}_mask.npz"))
         graph = entry["graph"] or str(path.with_name(f"{path.stem}_graph.npz"))
         if mask in jobs:
             raise BadInput(f"{path} and {jobs[mask][1]}: the labels of both would be {mask}; rename one")
         if cfg.overwrite or not os.path.exists(mask):
             jobs[mask] = cfg, str(path), mask, graph
-    workers = (0 if cfg.sam2 else cores()) if cfg.workers is None else cfg.workers
+    return jobs
+
+
+def label(argv):
+    """Labels every file that has no mask. A file that cannot be labelled is named and left out."""
+    cfg = configure(LabelConfig, None, argv, positional="source")
+    if not 32 <= cfg.image_size <= 1024 or cfg.stretch < 1:
+        raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
+    if cfg.sam2:
+        # a missing package or folder is told before the work
+        load_sam2(cfg.sam2)
+    jobs = list(label_jobs(cfg).values())
+    workers = cfg.workers
+    if workers is None:
+        # each process would hold a SAM2 of its own
+        workers = 0 if cfg.sam2 else cores()
     counts = []
-    results = in_processes(label_video, list(jobs.values()), min(workers, len(jobs)))
+    results = in_processes(label_video, jobs, min(workers, len(jobs)))
     for _, result in tqdm(results, total=len(jobs), desc="labels", unit=" videos"):
         if isinstance(result, str):
             tqdm.write(f"left out: {result}", file=sys.stderr)
         else:
             counts.append(result)
     average = sum(counts) / max(len(counts), 1)
-    print(f"{len(counts)} of {len(jobs)} files without labels have them now, {average:.1f} trajectories each; "
-          f"train with --data {cfg.source}")
+    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
     if jobs and not counts:
         raise BadInput(f"{cfg.source}: no file could be labelled")
 
