@@ -268,7 +268,7 @@ CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)
 # A subject that grows or shrinks changes its radius by GROWTH, between sizes that other subjects have. The
 # radii of the others are shares of its mean radius. At no moment is one larger than 0.7 of the subject's.
 GROWTH, SHARE = 1.7, (0.43, 0.53)                               # 0.53 * sqrt(1.7) = 0.69
-COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                           # how often there are 1, 2, ... 8 objects, in percent
+COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                           # how often 1, 2, ... 8 objects, in percent
 LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
@@ -277,12 +277,11 @@ TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_00
 # An act is a program and the way it goes. The program is the motion class, the way is told by captions alone.
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}         # y grows downwards
 TURNS = {"clockwise": 1, "anticlockwise": -1}
-MOTIONS = (
-    "straight", "bounce", "orbit", "spin", "grow", "shrink",
-    "approach", "follow", "collide", "behind", "front")
+MOTIONS = tuple("straight bounce orbit spin grow shrink approach follow collide behind front".split())
 SOLO = MOTIONS[:6]                                              # programs that need no companion
 WAYS = {
-    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"),
+    "orbit": tuple(TURNS), "spin": tuple(TURNS)}
 # The acts of a chain by the words of questions: infinitives whose third person is "<first word>s ...".
 CHAIN = {
     "dart left": ("straight", "left"), "dart right": ("straight", "right"), "rise": ("straight", "up"),
@@ -295,7 +294,8 @@ ROLES = {
     "returns": ((0.12, 0.35), (0.55, 0.8))}
 # Words of a clip that runs backwards.
 OPPOSITE = {
-    "left": "right", "up": "down", "clockwise": "anticlockwise", "grow": "shrink", "in": "out", "lighter": "darker"}
+    "left": "right", "up": "down", "clockwise": "anticlockwise",
+    "grow": "shrink", "in": "out", "lighter": "darker"}
 OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
 
 
@@ -320,12 +320,11 @@ class World:
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
             raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
-        if self.frames < 1 or self.size < 8:
-            raise BadInput(f"{self.frames} frames at {self.size} px: give at least 1 frame and 8 px")
+        least = 8 if self.chain else 1
+        if self.frames < least or self.size < 8:
+            raise BadInput(f"{self.frames} frames at {self.size} px: give at least {least} of 8 px")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
-        if self.chain and self.frames < 8:
-            raise BadInput(f"a story of {self.frames} frames: give at least 8")
         if self.words not in ("all", "looks", "deeds"):
             raise BadInput(f"words {self.words!r}: one of all, looks, deeds")
         # Backwards, approaching and following are something that there are no words for; so are chains.
@@ -374,7 +373,8 @@ def path_of(state, x=0.0, y=0.0, r=1.0, angle=0.0):
 
 
 def toward(me, other):
-    """-> unit vector x, y from one to the other, and their distance and where they touch, in the frame's side"""
+    """-> unit vector x, y from one to the other, and their distance and where they touch, in the frame's
+    side"""
     x, y = other[:2] - me[:2]
     away = max(math.hypot(x, y), 1e-6)
     return x / away, y / away, away, 0.95 * (me[2] + other[2])
@@ -388,11 +388,8 @@ def straight(go, way, far, phase, me, other):
 def bounce(go, way, far, phase, me, other):
     """Forth, back and forth again."""
     wave = far * (1 - np.abs(1 - 3 * go % 2))
-    if phase < math.pi:
-        wave = -wave
-    if way == "sideways":
-        return path_of(me, x=wave), None
-    return path_of(me, y=wave), None
+    wave = wave if phase < math.pi else -wave
+    return (path_of(me, x=wave) if way == "sideways" else path_of(me, y=wave)), None
 
 
 def orbit(go, way, far, phase, me, other):
@@ -449,9 +446,9 @@ def passing(go, way, far, phase, me, other):
         return path_of(me, s * x, s * y), None
 
 
-PROGRAMS = {
-    "straight": straight, "bounce": bounce, "orbit": orbit, "spin": spin, "grow": grow, "shrink": shrink,
-    "approach": approach, "follow": follow, "collide": collide, "behind": passing, "front": passing}
+FUNCTIONS = (
+    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)
+PROGRAMS = dict(zip(MOTIONS, FUNCTIONS))
 
 
 def perform(rng, world, act, frames, me, other=None):
@@ -486,7 +483,7 @@ class Scene(NamedTuple):
     act: tuple                      # of the subject: its first (program, way)
     deeds: list                     # of the subject, by name
     hero: str                       # the deed whose number is balanced
-    visits: list                    # of the others in a chain: (role, first frame of going, first frame of coming)
+    visits: list                    # of the others in a chain: (role, first frame of going, of coming)
     grounds: list                   # names
     film: list                      # what camera and light do, in words
 
@@ -533,7 +530,8 @@ def script(index, world=World()):
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see Scene"""
+    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see
+    Scene"""
     likely = np.array(COUNTS[:world.max_objects])
     count = 1 + int(rng.choice(len(likely), p=likely / likely.sum()))
     size = pick(rng, tuple(SIZES)) if count < 6 else "medium"
@@ -551,7 +549,8 @@ def cast(rng, world, index):
             continue
         taken.add(mark)
         texture = 0 if world.plain else int(rng.integers(len(TEXTURES)))
-        looks.append(dict(shape=shape, colour=colour, texture=texture, size="", r=radius * rng.uniform(*SHARE)))
+        r = radius * rng.uniform(*SHARE)
+        looks.append(dict(shape=shape, colour=colour, texture=texture, size="", r=r))
     looks[0].update(size=size, r=radius)
     return looks
 
@@ -564,9 +563,7 @@ def choose_acts(rng, world, count):
         return [program], "", [(program, pick(rng, WAYS.get(program, ("",))))]
     hero = pick(rng, tuple(CHAIN))
     times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
-    at = [0, 0]
-    while len(at) > 1 and np.diff(at).min() < 2:
-        at = np.sort(rng.permutation(world.acts)[:times])
+    at = np.sort(rng.permutation(world.acts - times + 1)[:times]) + np.arange(times)
     deeds = []
     for i in range(world.acts):
         others = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
@@ -583,11 +580,19 @@ def beside(rng, state, other, close):
     return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
 
 
+def start(rng, looks):
+    """-> states (count, 4) of objects at about (0, 0), turned anyhow"""
+    states = rng.uniform(-0.03, 0.03, (len(looks), 4))
+    states[:, 2] = [look["r"] for look in looks]
+    states[:, 3] = rng.uniform(0, 2 * math.pi, len(looks))
+    return states
+
+
 def staged(rng, world, looks, act):
-    """Paths (count, T, 4) of a clip of one act. Places are drawn until the act fits. A companion that does not
-    matter is put where one could be that does, or its place would tell the program."""
+    """Paths (count, T, 4) of a clip of one act. Places are drawn until the act fits. A companion that does
+    not matter is put where one could be that does, or its place would tell the program."""
     program = act[0]
-    states = np.array([(0.0, 0.0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
+    states = start(rng, looks)
     # All subjects have the sizes at which those begin and end that grow and shrink.
     size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
     size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
@@ -616,14 +621,14 @@ def staged(rng, world, looks, act):
 
 
 def chained(rng, world, looks, acts, bounds):
-    """Paths (count, T, 4) of a chain, and visits: the subject in the middle, the others in the corners, then at
-    the sides, from where they come and go. Acts end where they begin, so that any may follow any."""
+    """Paths (count, T, 4) of a chain, and visits: the subject in the middle, the others in the corners,
+    then at the sides, from where they come and go. Acts end where they begin, so that any may follow
+    any."""
     T = world.frames
     homes = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
     homes = [(0.5, 0.5), *homes, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
-    states = [(*home, look["r"], rng.uniform(0, 2 * math.pi)) for home, look in zip(homes, looks)]
-    states = np.array(states)
-    states[:, :2] += rng.uniform(-0.03, 0.03, (len(looks), 2))
+    states = start(rng, looks)
+    states[:, :2] += homes[:len(looks)]
     paths = np.repeat(states[:, None], T, 1)
     for act, begin, end in zip(acts, bounds, bounds[1:]):
         paths[0, begin:end] = perform(rng, world, act, end - begin, states[0])[0]
@@ -642,8 +647,8 @@ def chained(rng, world, looks, acts, bounds):
 
 
 def painting_order(rng, world, count, program):
-    """Numbers of objects, the deepest first: by chance, but for the two of whom one passes behind the other. In a
-    chain the subject is the nearest, so that what is asked about is seen."""
+    """Numbers of objects, the deepest first: by chance, but for the two of whom one passes behind the
+    other. In a chain the subject is the nearest, so that what is asked about is seen."""
     order = rng.permutation(count).tolist()
     if world.chain:
         order.remove(0)
@@ -656,25 +661,21 @@ def painting_order(rng, world, count, program):
 
 def filmed(rng, world):
     """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
-    tau = np.linspace(-0.5, 0.5, world.frames)
-    if world.frames == 1:
-        tau = np.zeros(1)
-    camera = np.tile((0.0, 0.0, 1.0), (world.frames, 1))
-    light = np.ones((world.frames, 3))
-    film = []
+    tau = np.arange(world.frames) / max(world.frames - 1, 1) - 0.5
+    camera, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), []
+    light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))         # each clip has a tint
     if world.camera and not world.chain and rng.random() < 0.35:
         way = pick(rng, (*DIRECTIONS, "in", "out"))
         if way in DIRECTIONS:
             camera[:, :2] = tau[:, None] * rng.uniform(0.12, 0.25) * np.array(DIRECTIONS[way])
-            film.append(f"the camera pans {way}")
         else:
             camera[:, 2] = np.exp(tau * (0.35 if way == "in" else -0.35))
-            film.append(f"the camera zooms {way}")
+        film.append(f"the camera {'pans' if way in DIRECTIONS else 'zooms'} {way}")
     if world.light and rng.random() < 0.25:
         way = pick(rng, ("lighter", "darker"))
         light *= np.exp(0.6 * (tau if way == "lighter" else -tau) - 0.3)[:, None]
         film.append(f"it gets {way}")
-    return camera, light * rng.uniform(0.94, 1.06, 3), film     # each clip has a tint
+    return camera, light, film
 
 
 def surfaces(rng, world, looks):
@@ -705,13 +706,15 @@ def surfaces(rng, world, looks):
 # -----------------------------------------------------------------------------------------------------------
 
 def controls(world, clips=8000):
-    """What a network can tell of the motion class (accuracy, chance 1 / 11) that is given the true states of the
-    subject and its companion: those of the last frame alone, or their mean and spread over the frames, which hold
-    no order. A probe of a video model proves use of order only where it is above the second."""
+    """What a network can tell of the motion class (accuracy, chance 1 / 11) that is given the true states
+    of the subject and its companion: those of the last frame alone, or their mean and spread over the
+    frames, which hold no order. A probe of a video model proves use of order only where it is above the
+    second."""
     states, motion = [], []
     for s in (script(i, world) for i in range(clips)):
         slots = s["told"]["slots"][:2]
-        me, other = s["place"][slots[0]], s["place"][slots[-1]]             # (T, 4), the same one if it is alone
+        # both (T, 4); of an object that is alone, the same
+        me, other = s["place"][slots[0]], s["place"][slots[-1]]
         turn = np.stack((np.sin(me[:, 3]), np.cos(me[:, 3])), -1)
         depth = np.full((world.frames, 1), slots[-1] - slots[0])
         states.append(np.concatenate((me[:, :3], other[:, :3] - me[:, :3], turn, depth), -1))
@@ -722,7 +725,8 @@ def controls(world, clips=8000):
 
 
 def known_controls(world):
-    """The values of `controls` at this setting, of any size in pixels; None where they are not in the table."""
+    """The values of `controls` at this setting, of any size in pixels; None where they are not in the
+    table."""
     names = ("control_last_frame", "control_no_order")
     for setting, values in CONTROLS.items():
         if dataclasses.replace(world, size=setting.size) == setting:
@@ -731,7 +735,8 @@ def known_controls(world):
 
 
 def guessed(x, y, steps=1500):
-    """Accuracy on the last quarter of x (n, features) of a network of two hidden layers fitted to the rest."""
+    """Accuracy on the last quarter of x (n, features) of a network of two hidden layers fitted to the
+    rest."""
     n = 3 * len(y) // 4
     x = torch.tensor(x, dtype=torch.float32)
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-3)
@@ -759,7 +764,8 @@ CONTROLS = {
 
 VERBS = {
     "straight": ("moves", "glides", "drifts", "slides", "travels"), "bounce": ("bounces", "springs", "bobs"),
-    "orbit": ("circles", "goes round", "moves in a circle"), "spin": ("spins", "turns on the spot", "rotates"),
+    "orbit": ("circles", "goes round", "moves in a circle"),
+    "spin": ("spins", "turns on the spot", "rotates"),
     "grow": ("grows", "gets bigger", "swells"), "shrink": ("shrinks", "gets smaller", "dwindles"),
     "approach": ("moves up to {} and stops", "comes to rest beside {}", "approaches {} and halts"),
     "follow": ("follows {}", "chases {}", "trails behind {}"),
@@ -830,11 +836,11 @@ def describe(rng, scene):
 
 
 def questions(rng, scene):
-    """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types: what,
-    first, after, times, back (who left and came back?), again (did it come back?), order. Wrong options come from
-    the same clip where it offers enough: that a thing occurs is not yet the answer. Answers are balanced: all
-    deeds are equally likely at each place of a chain, how often the hero's occurs and who comes back is drawn
-    before it is asked."""
+    """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types:
+    what, first, after, times, back (who left and came back?), again (did it come back?), order. Wrong
+    options come from the same clip where it offers enough: that a thing occurs is not yet the answer.
+    Answers are balanced: all deeds are equally likely at each place of a chain, how often the hero's occurs
+    and who comes back is drawn before it is asked."""
     names, deeds, qa = [name_of(look) for look in scene.looks], scene.deeds, []
     known = list(CHAIN if scene.world.chain else MOTIONS)
 
@@ -854,19 +860,22 @@ def questions(rng, scene):
     if len(deeds) > 1:
         deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
         follows = deeds[deeds.index(deed) + 1]
-        seen, all_of = set(deeds) - {deed}, [other for other in known if other != deed]
-        ask("after", f"What does the {names[0]} do right after it first {third(deed)}?", follows, seen, all_of)
+        all_of = [other for other in known if other != deed]
+        seen = [other for other in all_of if other in deeds]
+        question = f"What does the {names[0]} do right after it first {third(deed)}?"
+        ask("after", question, follows, seen, all_of)
     if len(deeds) > 2:
         times = [str(n + 1) for n in range(min(3, (len(deeds) + 1) // 2))]
         ask("times", f"How many times does the {names[0]} {scene.hero}?", str(deeds.count(scene.hero)), times)
-    roles = {names[j]: role for j, (role, _, _) in enumerate(scene.visits, 1)}
-    goes = {names[j]: when for j, (_, when, _) in enumerate(scene.visits, 1) if roles[names[j]] in ("leaves", "returns")}
-    back = [name for name in goes if roles[name] == "returns"]
+    visits = dict(zip(names[1:], scene.visits))
+    goes = {name: when for name, (role, when, _) in visits.items() if role in ("leaves", "returns")}
+    back = [name for name in goes if visits[name][0] == "returns"]
     if len(back) == 1:
-        ask("back", "Which object leaves the view and comes back?", back[0], roles)
+        ask("back", "Which object leaves the view and comes back?", back[0], visits)
     if goes:
         name = pick(rng, list(goes))
-        ask("again", f"Does the {name} come back after it left?", "yes" if name in back else "no", ("yes", "no"))
+        answer = "yes" if name in back else "no"
+        ask("again", f"Does the {name} come back after it left?", answer, ("yes", "no"))
     pair = shuffled(rng, list(goes))[:2]
     if len(pair) == 2 and abs(goes[pair[0]] - goes[pair[1]]) >= max(2, scene.world.frames // 16):
         ask("order", f"Which leaves first, the {pair[0]} or the {pair[1]}?", min(pair, key=goes.get), pair)
@@ -877,17 +886,18 @@ def questions(rng, scene):
 # 1. The procedural world: pixels
 # -----------------------------------------------------------------------------------------------------------
 
-CELLS, TILE = 128, 64                                           # sides of the tables of shapes and of textures
+CELLS, TILE = 128, 64                                           # sides of the tables below
 
 
 @functools.lru_cache(maxsize=None)
 def atlas(device):
-    """Shapes bool (10, 128, 128), False along their edges, and textures float (6, 64, 64) in [0, 1]: what there
-    is at an object's own coordinates. A look-up costs the same whatever it shows."""
+    """Shapes bool (10, 128, 128), False along their edges, and textures float (6, 64, 64) in [0, 1]: what
+    there is at an object's own coordinates. A look-up costs the same whatever it shows."""
     g = (np.arange(CELLS) + 0.5) / CELLS * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1       # of a turn, from one point of the star to the next
+    # 0 .. 1 from one point of the star to the next
+    fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1
     hx, hy = 1.15 * x, 0.15 - 1.15 * y
     shaft = (abs(x) < 0.36) & (y > -0.1) & (y < 0.95)
     shapes = np.stack((
@@ -917,11 +927,13 @@ def stack(scripts):
 
 @torch.no_grad()
 def rasterise(scripts, size, device="cpu"):
-    """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
-    Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel remembers the last
-    surface that covered it and its own coordinates on that surface, and is coloured once, at the end."""
+    """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on
+    `device`. Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel
+    remembers the last surface that covered it and its own coordinates on that surface, and is coloured
+    once, at the end."""
     device = torch.device(device)
-    chunk = 16 if device.type == "cpu" else 64                  # clips at once: on a CPU they stay in its cache
+    # So many clips at once: on a CPU their planes stay in its cache.
+    chunk = 16 if device.type == "cpu" else 64
     videos, labels = [], []
     for i in range(0, len(scripts["count"]), chunk):
         s = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
@@ -953,9 +965,9 @@ def draw_ground(s, size):
 
 
 def covered(s, j, size):
-    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and their coordinates (n,) on
-    it, along its own axes, in radii. Only a square window around the object is looked at: at 64 px this is 6
-    times as fast as looking at every pixel of the frame."""
+    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and their coordinates
+    (n,) on it, along its own axes, in radii. Only a square window around the object is looked at: at 64 px
+    this is 6 times as fast as looking at every pixel of the frame."""
     shapes = atlas(s["place"].device)[0]
     b, t = s["camera"].shape[:2]
     x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
@@ -1522,7 +1534,8 @@ def split(entries):
 # ---------------------------------------------------------------------------------------------------------------------
 
 WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
-GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # of GPT-2 (tiktoken_ext)
+# The split of GPT-2, as in tiktoken_ext/openai_public.py.
+GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 
 
@@ -1534,7 +1547,8 @@ class Composing(tiktoken.Encoding):
 
 
 def word_list(texts, most=16_000, pattern=WORDS):
-    """The most frequent words of some texts, each with the blank before it: a list of str, ties by alphabet."""
+    """The most frequent words of some texts, each with the blank before it: a list of str, ties by
+    alphabet."""
     counts = collections.Counter()
     for text in texts:
         counts.update(re.findall(pattern, text))
@@ -1542,8 +1556,8 @@ def word_list(texts, most=16_000, pattern=WORDS):
 
 
 def word_encoding(words, pattern=WORDS, special=(END,)):
-    """256 bytes and these words -> a tiktoken Encoding with the special tokens after them.
-    CHOICE: no byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
+    """256 bytes and these words -> a tiktoken Encoding with the special tokens after them. CHOICE: no
+    byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
     words is a vocabulary: a word of the list is one token, any other text falls back to its bytes."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:
@@ -1554,8 +1568,9 @@ def word_encoding(words, pattern=WORDS, special=(END,)):
 
 @functools.lru_cache(maxsize=None)
 def load_encoding(name="world"):
-    """A tiktoken Encoding. name: "world", the words of made captions; a name that tiktoken knows; a folder with a
-    published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its <|endoftext|>."""
+    """A tiktoken Encoding. name: "world", the words of made captions; a name that tiktoken knows; a folder
+    with a published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its
+    <|endoftext|>."""
     if name == "world":
         chains = World(frames=64, acts=8)
         captions = [script(i)["caption"] for i in range(500)]
@@ -1566,16 +1581,18 @@ def load_encoding(name="world"):
         return tiktoken.get_encoding(name)
     except ValueError:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--text {name}: neither `world`, a folder, nor a tiktoken encoding ({known})") from None
+        raise BadInput(f"--text {name}: no folder, no `world`, and none of tiktoken's {known}") from None
     except OSError:                                             # those of the network among them
-        raise BadInput(f"--text {name}: cannot be fetched; put it into the folder TIKTOKEN_CACHE_DIR") from None
+        raise BadInput(f"--text {name}: cannot be fetched; put it into TIKTOKEN_CACHE_DIR") from None
 
 
 def published_encoding(path):
-    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank: ranks are ids."""
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank:
+    ranks are ids."""
     path = path / "tokenizer.json" if path.is_dir() else path
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # the byte map of these files: printable bytes stand for themselves, the others for characters 256, 257, ...
+    # the byte map of these files: printable bytes stand for themselves, the others for characters 256, 257,
+    # ...
     hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
@@ -1593,15 +1610,16 @@ def published_encoding(path):
         if merged != sorted(merged) or not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError("it is not byte-level, or its merges are not in the order of their ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: not a published byte-level tokenizer ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
     kind = Composing if composed else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenize(encoding, texts, length):
-    """Texts -> ids int64 (b, length), closed by the end token (which is never cut off) and filled up with it, and
-    mask (b, length), True = a real token (the end token included)."""
+    """Texts -> ids int64 (b, length), closed by the end token (which is never cut off) and filled up with
+    it, and mask (b, length), True = a real token (the end token included)."""
     ids = torch.full((len(texts), length), encoding.eot_token, dtype=torch.int64)
     mask = torch.zeros((len(texts), length), dtype=torch.bool)
     for i, tokens in enumerate(encoding.encode_ordinary_batch(list(texts), num_threads=1)):
