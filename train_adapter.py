@@ -258,8 +258,8 @@ WRAPPERS = ("target_encoder", "encoder", "model", "module", "state_dict")
 PUBLISHED_HEADS = dict(vjepa2={1024: 16, 1280: 16, 1408: 22},
                        videomae={384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16})
 # what the model hub's config.json calls what no tensor tells
-HUB_NAMES = dict(num_attention_heads="heads", num_heads="heads", frames_per_clip="frames", num_frames="frames",
-                 crop_size="image_size", img_size="image_size", image_size="image_size", layer_norm_eps="eps")
+HUB_KEYS = dict(num_attention_heads="heads", num_heads="heads", frames_per_clip="frames", num_frames="frames",
+                crop_size="image_size", img_size="image_size", image_size="image_size", layer_norm_eps="eps")
 
 
 def backbone_config(path, weights):
@@ -276,7 +276,7 @@ def backbone_config(path, weights):
         values = dict(kind="videomae", eps=1e-12 if "blocks.0.attn.query.weight" in weights else 1e-6)
     values["heads"] = PUBLISHED_HEADS[values["kind"]].get(width)
     config = config.get("model_config", config)                 # VideoMAEv2's
-    values |= {ours: config[name] for name, ours in HUB_NAMES.items() if name in config}
+    values |= {ours: config[name] for name, ours in HUB_KEYS.items() if name in config}
     if values["heads"] is None:
         raise BadInput(f"{path}: no published model has width {width}; put a config.json beside the file")
     values |= dict(mlp=len(weights["blocks.0.mlp.fc1.weight"]), last_norm="norm.weight" in weights)
