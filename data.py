@@ -1149,501 +1149,271 @@ def _skinned(s, row, u, v, size, textures):
     return (rgb[:, i] * gain for i in range(3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: decoding
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 2. Real video
+# -----------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv", ".ts", ".3gp"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv",
+                  ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-FILE_SECONDS = 60.0                                              # seconds that one file may take
-
-
-def fit(height, width, size):
-    """(h, w) with the short side = size, and the (top, left) of the central size x size square."""
-    scale = size / min(height, width)
-    h, w = max(size, round(height * scale)), max(size, round(width * scale))
-    return h, w, (h - size) // 2, (w - size) // 2
-
-
-def decode(path, frames, size, start=None, stride=None, threads=None, places=True, whole=False):
-    """T frames of a video (or the one of a picture) as uint8 (T, size, size, 3), their times in seconds (T,) and the
-    positions of these frames in the file, as a fraction in [0, 1).
-
-    Without start: what is on screen in the middles of T equal parts of the whole video.  With start (a fraction of the room there
-    is) and stride (in frames, shortened where the video is too short for it): T frames in a row from there.  By time stamps: at a
-    variable rate a frame that stays is shown as often as its time says.  Each frame is converted straight to the size asked for,
-    by swscale; the central square is kept.  A damaged, truncated or empty file is refused (BadVideo) if a frame that is asked for
-    cannot be had as it was encoded, as far as decoder and container tell (a damaged MKV may lose frames without a word: the one before
-    then seems to stay); so is one of fewer than T frames, and one that takes longer than FILE_SECONDS.
-
-    threads: of the decoder, 0 as many as there are cores; default: 1 in a worker process, else 0.  places=False: the positions need
-    not be exact to the frame, which saves reading a file through whose header does not count its frames.  whole: frames (T, h, w, 3), not
-    cut, the short side `size`."""
-    if threads is None:
-        threads = 0 if torch.utils.data.get_worker_info() is None else 1
-    return within(FILE_SECONDS, path, lambda late: _decode(path, frames, size, start, stride, threads, late, places, whole))
-
-
-HAND = threading.local()                                         # of each thread that asks: the thread that decodes for it
-STUCK = {}                                                       # file that was given up -> where its result would arrive
-
-
-def decode_for_others(inbox):
-    while (job := inbox.get()) is not None:
-        work, late, box = job
-        try:
-            box.put((work(late), None))
-        except BaseException as error:                           # whatever it is, it is raised where the call was made
-            box.put((None, error))
-        del job, work, box                                       # else the last frames stay until the next job comes
-
-
-def within(seconds, path, work):
-    """work(late), done by a thread that this one keeps for it -> what it returns; given up after `seconds`: BadVideo.
-
-    CHOICE: a thread, not a process. Both stop waiting for a call into the decoder that never returns (PyAV lets go of Python's lock in
-    it). A process could be killed as well, but costs 36 ms a file, a thread 0.03 (on two cores; a small clip takes 1.4 to decode): a
-    thread that hangs is left behind, one for each such file, and the file is not tried again. What is merely slow ends by itself:
-    `late()`, called between packets, raises. The thread is kept: the C library gives new ones heaps of their own, which add up."""
-    def refusal():
-        return BadVideo(f"{path}: not decoded within {seconds:g} s; leave it out or re-encode it")
-    deadline = time.monotonic() + seconds
-
-    def late():
-        if time.monotonic() > deadline:
-            raise refusal()
-    if str(path) in STUCK and STUCK[str(path)].empty():
-        raise refusal()
-    if getattr(HAND, "process", None) != os.getpid():            # none yet, or it stayed behind in the process that this one was forked from
-        HAND.process, HAND.inbox = os.getpid(), queue.SimpleQueue()
-        threading.Thread(target=decode_for_others, args=(HAND.inbox,), daemon=True).start()
-    box = queue.SimpleQueue()
-    HAND.inbox.put((work, late, box))
-    try:
-        result, error = box.get(timeout=seconds + 1)             # the second is for `late` to come first
-    except queue.Empty:
-        STUCK[str(path)], HAND.process = box, None
-        HAND.inbox.put(None)                                     # should it come back after all
-        raise refusal() from None
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error                                            # else error -> traceback -> this frame -> error keeps the file open
-    return result
 
 
 @contextlib.contextmanager
 def opened(path):
-    """`with opened(path) as container`: PyAV's, which has a video stream. What goes wrong inside is a BadVideo that names the file."""
-    import av                                                    # here: the procedural path needs no av
-    if not os.path.exists(path):
-        raise BadVideo(f"{path}: no such file; check the path")
-    if not os.path.isfile(path):                                 # a folder; or a pipe, whose opening would wait for ever
-        raise BadVideo(f"{path}: cannot be decoded (not a file); give a video file")
+    """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
+    wrong inside is a BadVideo of one line."""
+    import av
+    if not os.path.isfile(path):
+        raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
-        with av.open(str(path), timeout=FILE_SECONDS) as container:
-            if not container.streams.video:
-                raise BadVideo(f"{path}: holds no video stream; leave it out or give a video file")
-            # a decoder may paint over what it cannot read, and says so nowhere that PyAV shows: it shall fail instead
-            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-            yield container
+        with av.open(str(path)) as container:
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if torch.utils.data.get_worker_info() is not None:
+                stream.codec_context.thread_count = 1           # the other cores are other workers'
+            yield container, stream
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadVideo(f"{path}: cannot be decoded ({getattr(error, 'strerror', None) or type(error).__name__}); re-encode or remove it") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise BadVideo(f"{path}: cannot be decoded ({reason}); re-encode or remove it") from None
 
 
-def read_frames(path, size, whole=False):
-    """Every frame of a video, in order: an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode` cuts; whole: (c, h, w, 3), not cut,
-    the short side `size`. Memory does not grow with the video. A file that ends long before its header says, in a damaged part, or
-    holds no frame: BadVideo."""
-    held, count, upright = [], 0, framer(path, size, whole)
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        end = base = float((stream.start_time or 0) * stream.time_base)
-        frames = container.decode(stream)
-        # a film may be long: the time limit is for each of its frames
-        while (frame := within(FILE_SECONDS, path, lambda late: next(frames, None))) is not None:
-            held.append(upright(frame))
-            count += 1
-            end = max(frame.time if frame.time is not None else base + count / rate, end)
-            if len(held) == 8:
-                yield np.stack(held)
-                held = []
-    if held:
-        yield np.stack(held)
-    if not count:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it")
-    if length - (end - base) > max(0.05 * length, 3 / rate):     # headers often announce a little too much; of a cut file, a lot
-        raise BadVideo(f"{path}: ends at {end - base:.2f} s of the {length:.2f} s that its header announces (truncated?); re-encode or cut it")
+def rate_of(stream):
+    """Frames a second, as the header says; of a GIF that is a guess from its first frames."""
+    if stream.codec_context.name == "gif" and stream.duration:
+        return float(stream.frames / (stream.duration * stream.time_base))
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def frame_rate(path):
-    """Frames a second of a video file, as its header says (25 where it says nothing)."""
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        return float(stream.average_rate or stream.guessed_rate or 25)
+    """Frames a second of a video file."""
+    with opened(path) as (_, stream):
+        return rate_of(stream)
 
 
-def framer(path, size, whole=False):
-    """-> a function: PyAV's frame -> uint8 (size, size, 3), the central square, upright; whole: (h, w, 3), all of it, its short side `size`.
+def frame_count(path, container, stream):
+    """How many frames a video shows, as its header says."""
+    length = float((stream.duration or 0) * stream.time_base)
+    if not length and "DURATION" in stream.metadata:            # MKV
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    expected = round(length * rate_of(stream))
+    if "mov" in container.format.name and length:
+        return min(stream.frames or expected, expected)         # an edit list may hide some
+    return stream.frames or expected or len(frame_times(path))
 
-    CHOICE: pixels that are not square are taken as they are stored, as most readers do, those of the tools that make masks among
-    them: a mask lies on its pixels, whatever the header says of their shape.
-    CHOICE: what is transparent is laid on white, as a page shows it: below it a file may hold any colour.
-    One reformatter for all frames: a new one for each frame would work out the filter anew."""
+
+def frame_times(path):
+    """When each frame of a video is shown, in seconds after the first. Nothing is decoded."""
+    with opened(path) as (container, stream):
+        tick, rate = float(stream.time_base), rate_of(stream)
+        by_count = container.format.name == "avi"
+        stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    if by_count or None in stamps:
+        return np.arange(len(stamps)) / rate
+    return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
+
+
+def upright(frame, size, whole=False):
+    """A frame of PyAV -> uint8 (size, size, 3), its central square; whole: (h, w, 3), all of it, and the short
+    side is `size`. Pixels are taken as square ones."""
     import av
-    convert, most = av.video.reformatter.VideoReformatter().reformat, 4 if whole else 64
-
-    def upright(frame):
-        turns = round(getattr(frame, "rotation", 0) / 90) % 4    # phones write the picture lying and a rotation beside it
-        h, w, top, left = fit(frame.height, frame.width, size)
-        if max(h, w) > most * size:
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px is too narrow: its sides may differ {most} times; crop it")
-        if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
-            rgba = convert(frame, format="rgba").to_ndarray().astype(np.uint16)
-            white = (rgba[..., :3] * rgba[..., 3:] + 255 * (255 - rgba[..., 3:]) + 127) // 255
-            frame = av.VideoFrame.from_ndarray(white.astype(np.uint8), format="rgb24")
-        image = convert(frame, width=w, height=h, format="rgb24", interpolation="AREA", threads=1).to_ndarray()
-        return np.ascontiguousarray(np.rot90(image if whole else image[top:top + size, left:left + size], turns))
-    return upright
-
-
-def scan(container, stream):
-    """The times of all frames in ticks, in order, and how many packets there are, with times or without: every packet is read, none decoded.
-    The file was just opened, and is left at its beginning; but a JPEG cannot be read twice."""
-    sizes, pts = 0, []
-    for p in container.demux(stream):
-        sizes += bool(p.size)
-        if p.size and p.pts is not None and not p.is_discard:
-            pts.append(p.pts)
-    container.seek(0)
-    return sorted(pts), sizes
+    turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
+    if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
+        # below what is transparent a file may hold any colour. Pages show white.
+        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = rgba[..., 3:]
+        rgb = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        frame = av.VideoFrame.from_ndarray(rgb.astype(np.uint8), format="rgb24")
+    scale = size / min(frame.width, frame.height)
+    w = max(size, round(frame.width * scale))
+    h = max(size, round(frame.height * scale))
+    image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
+    if not whole:
+        top, left = (h - size) // 2, (w - size) // 2
+        image = image[top:top + size, left:left + size]
+    return np.ascontiguousarray(np.rot90(image, turns))
 
 
-def timeline(container, stream):
-    """(frames, frames a second, is that of this stream alone?) of a video, as its header says: what is shown, if an edit list hides a part."""
-    rate, total = float(stream.average_rate or stream.guessed_rate or 25), stream.frames
-    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-    if not length and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):           # MKV keeps it there
-        length = sum(float(x) * s for x, s in zip(stream.metadata["DURATION"].split(":"), (3600, 60, 1)))
-    own = bool(length or total)
-    length = length or (container.duration or 0) / 1e6           # of all streams: sound may go on for longer
-    if length and (not total or total > length * rate + 1 and "mov" in container.format.name):
-        total = int(length * rate + 0.5)
-    if total < 2:                                                # the header does not tell: count the packets
-        pts, total = scan(container, stream)
-        if len(pts) > 1:
-            return len(pts), (len(pts) - 1) / float((pts[-1] - pts[0]) * stream.time_base), True
-    return total, rate, own
-
-
-def packets(container, stream, late):
-    """The packets of a stream that hold something, to its end, or to where the file can be read no further: what is asked for behind
-    that place will be missed by whoever asks."""
-    import av
-    try:
-        for packet in container.demux(stream):
-            late()
-            if packet.size:                                      # the last one is empty, PyAV's sign for the end
-                yield packet
-    except av.error.FFmpegError:
-        return
-
-
-def _decode(path, frames, size, start, stride, threads, late, exact, whole):
-    square = framer(path, size, whole)
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        total, rate, own = timeline(container, stream)
-        if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for; give --frames {max(total, 1)} or less, "
-                           "or a longer video")
-        if start is None:
-            targets = (np.arange(frames) + 0.5) * total / frames             # in frames, at a constant rate
+def in_order(path, container, stream):
+    """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
+    rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
+    shape = stream.width, stream.height
+    for count, frame in enumerate(container.decode(stream)):
+        if (frame.width, frame.height) != shape:
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {shape[0]} x {shape[1]}; "
+                           "re-encode it at one size")
+        # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
+        if frame.pts is None or container.format.name == "avi":
+            yield count / rate, frame
         else:
-            stride = max(1, min(stride or 1, total // frames))
-            targets = start * (total - (frames - 1) * stride - 1) + np.arange(frames) * stride + 0.5
-        counted = total == stream.frames and stream.average_rate == stream.base_rate         # the second: frames of equal length
-        times = (np.floor(targets) + 0.5) / rate                 # the middle of a frame's time: no rounding makes it a neighbour's
-        found = by_seeking(container, stream, times, square, threads, late)
-    if found is None:
-        with opened(path) as container:
-            found = in_order(container, container.streams.video[0], times, square, rate, late)
-    images, seen, end = found
-    lost = [i for i, image in enumerate(images) if image is None]
-    if len(lost) == frames:
-        raise BadVideo(f"{path}: not one frame can be decoded; re-encode or remove it" if end < math.inf else
-                       f"{path}: the frames asked for are damaged; re-encode or remove it")
-    if lost:
-        raise BadVideo(f"{path}: damaged at {times[lost[0]]:.2f} s; re-encode or remove it")
-    # headers often announce a frame or two too much, or what the sound lasts; of a cut file, a lot
-    if times[-1] - 0.5 / rate - end > max(2 / rate, 0 if own else 0.5 * total / rate / frames):
-        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces (truncated?); re-encode or remove it")
-    places = np.rint(seen * rate)
-    if exact and (not counted or abs(seen * rate - places).max() > 0.25):    # no count, or a variable rate: the list of all frames tells
-        with opened(path) as container:
-            (pts, _), tick = scan(container, container.streams.video[0]), float(container.streams.video[0].time_base)
-        if pts:
-            places, total = np.searchsorted(pts, np.rint(seen / tick) + pts[0]), len(pts)
-    return np.stack(images), seen, np.clip(places / total, 0, 1 - 1e-9)
+            yield (frame.pts - start) * tick, frame
 
 
-def unordered(container, stream):
-    """Does the file tell wrong times? AVI has none: they are counted in the file's order, which is not H.264's and HEVC's order on screen."""
-    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+def on_screen(frames, wanted):
+    """(seconds, frame) pairs in order -> a list of those on screen at the times `wanted`."""
+    shown, ahead, found = None, next(frames, None), []
+    for t in wanted:
+        while ahead and (shown is None or ahead[0] <= t):
+            shown, ahead = ahead, next(frames, None)
+        found.append(shown)
+    return found
 
 
-def by_seeking(container, stream, times, square, threads, late):
-    """What is on screen at `times` (T,), ascending, in seconds after the first frame -> (images, times of these frames (T,), end of the
-    last packet if the file was read so far, else infinity). None: the file is damaged, or of a kind that wants the slow way.
+def by_seeking(container, stream, wanted):
+    """The same without decoding everything; None if the file does not allow it.
 
-    The file tells the times of frames and the key frames before anything is decoded: packets are read until the one after a time has
-    passed; the frame is the last that begins before it. Decoding starts at the last key frame before it and leaves out
-        1. whatever stands between the last frame that is wanted and the next such key frame, and
-        2. frames that no other frame refers to (half of an H.264 stream of ordinary settings), unless one of them is wanted.
-    Neither changes a bit of the others. More than two seconds ahead, the file is not even read: it is sought."""
-    import av
-    codec, tick = stream.codec_context, float(stream.time_base or 0)
-    if unordered(container, stream):
+    Packets tell when frames are shown before anything is decoded. Decoding goes from the key frame before a
+    wanted frame up to it, and leaves out frames that no other refers to: half of an ordinary H.264 file."""
+    codec, tick, start = stream.codec_context, float(stream.time_base), stream.start_time or 0
+    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
+    if container.format.name == "avi" or "444" in (codec.pix_fmt or ""):
         return None
-    codec.thread_type, codec.thread_count = "AUTO", threads
-    codec.open(strict=False)                                     # before skip_frame is set: dav1d would take that for all it ever decodes
-    images, wanted, chosen, ready = {}, set(), [], {}            # by time stamp. ready: decoded, and a later time may want it
-    held, known, reader = [], set(), packets(container, stream, late)        # packets read, not decoded; time stamps read
-    base, reached, over, busy, end = None, -math.inf, False, False, 0.0     # reached: no packet that comes is shown before it
+    margin = 1 + 16 / rate_of(stream)                           # frames are stored in another order than shown
+    if wanted[0] > margin:
+        container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
+    packets = []
+    for packet in container.demux(stream):
+        if packet.size:
+            packets.append(packet)
+        if packet.dts is not None and (packet.dts - start) * tick > wanted[-1]:
+            break
+    stamps = [packet.pts for packet in packets]
+    if None in stamps:
+        return None
+    shown = np.array(sorted(p.pts for p in packets if not p.is_discard))
+    places = np.searchsorted((shown - start) * tick, wanted, side="right") - 1
+    if len(shown) == 0 or places[0] < 0:
+        return None
+    chosen, needed, frames = shown[places].tolist(), set(), {}
+    for pts in set(chosen):
+        at = key = stamps.index(pts)
+        while not (packets[key].is_keyframe and stamps[key] <= pts):
+            key -= 1
+            if key < 0:
+                return None
+        needed.update(range(key, at + 1))
 
-    def read(until):                                             # -> can this way go on?
-        nonlocal reached, over, end
-        while reached <= until and not over:
-            packet = next(reader, None)
-            over = packet is None
-            if over:
-                break
-            if packet.pts is None or packet.is_corrupt:
-                return False
-            held.append(packet)
-            reached, end = reached if packet.dts is None else packet.dts, max(end, packet.pts + (packet.duration or 0))
-            if not packet.is_discard:                            # what an edit list hides is decoded, not shown
-                known.add(packet.pts)
-        return True
+    def keep(decoded):
+        frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
 
-    def feed(packet):                                            # None: give out what is still inside
-        codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
-        for frame in codec.decode(packet):
-            if frame.is_corrupt or frame.pts is None:
-                continue
-            if frame.pts in wanted:
-                images[frame.pts] = square(frame)
-            elif frame.pts > chosen[-1]:
-                ready[frame.pts] = frame
-
-    def drain():
-        nonlocal busy
-        if busy:
-            feed(None)
+    for i in sorted(needed):
+        if i - 1 not in needed:                                 # a key frame: what was before it is forgotten
+            keep(codec.decode(None))
             codec.flush_buffers()
-        busy = False
-        ready.clear()
-
-    def jump(target):                                            # to a key frame at or before it
-        nonlocal reader, reached, over
-        drain()
-        back = 0
-        while True:
-            held.clear()
-            known.clear()
-            container.seek(max(target - back, base), stream=stream)
-            reader, reached, over = packets(container, stream, late), -math.inf, False
-            if read(target) and any(p.is_keyframe and p.pts <= target for p in held):
-                return True
-            if target - back <= base:
-                return False
-            back = max(2 * back, round(1 / tick))                # some formats land behind the target
-
-    try:
-        while not over and (not known or reached < min(known)):  # the first frame to be shown is not always the first in the file
-            if not read(reached):
-                return None
-        if not known or not tick:
-            return None
-        base = min(known)
-        for target in (base + np.floor(times / tick)).astype(int).tolist():
-            if not (jump(target) if target - max(reached, base) > 2 / tick else read(target)) or not known:
-                return None
-            pts = max((p for p in known if p <= target), default=min(known))
-            chosen.append(pts)
-            known.difference_update([p for p in known if p < pts])
-            for p in [p for p in ready if p < pts]:
-                del ready[p]
-            if pts in wanted:
-                continue
-            wanted.add(pts)
-            if pts in ready:
-                images[pts] = square(ready.pop(pts))
-                continue
-            at = next((i for i, p in enumerate(held) if p.pts == pts and not p.is_discard), None)
-            if at is None:                                       # read and fed on the way to an earlier one: still inside the decoder
-                continue
-            key = next((i for i in range(at, -1, -1) if held[i].is_keyframe and held[i].pts <= pts), None)
-            if key is not None:
-                drain()
-            elif not busy:
-                return None
-            for packet in held[key or 0:at + 1]:
-                feed(packet)
-            del held[:at + 1]
-            busy = True
-        drain()
-    except av.error.FFmpegError:
+        codec.skip_frame = "DEFAULT" if stamps[i] in chosen else "NONREF"
+        keep(codec.decode(packets[i]))
+    keep(codec.decode(None))
+    codec.flush_buffers()
+    if not all(pts in frames for pts in chosen):
         return None
-    if not all(pts in images for pts in chosen):
-        return None
-    return [images[pts] for pts in chosen], (np.array(chosen) - base) * tick, (end - base) * tick if over else math.inf
+    return [((pts - start) * tick, frames[pts]) for pts in chosen]
 
 
-def in_order(container, stream, times, square, rate, late):
-    """The same by decoding everything from the beginning: for files without time stamps or key frames, and to judge what damage hit.
-    An image is None if its frame is damaged, or if it may refer to a damaged one: all from there to the next key frame."""
-    import av
-    codec, tick, counting = stream.codec_context, float(stream.time_base or 0), unordered(container, stream)
-    codec.thread_count = 1                                       # more of them would tell of damage later than it happens
-    images, seen, shown, base, count, end = [], [], None, None, 0, 0.0
-    fed, sound, hurt, damaged, floor = set(), set(), False, False, -math.inf             # time stamps: of all packets; decoded from sound data alone
+def decode(path, frames, size, start=None, stride=1, whole=False):
+    """T frames of a video, or the one of a picture -> uint8 (T, size, size, 3), and when they are shown, in
+    seconds after the first frame (T,). whole: (T, h, w, 3), not cut, the short side `size`.
 
-    def settle(until):                                           # `shown` is on screen up to `until`
-        while len(images) < len(times) and times[len(images)] < until:
-            at, (now, frame) = times[len(images)], shown or (0.0, None)
-            lost = frame is None or frame.is_corrupt
-            if damaged and not lost:                             # is it whole, and is no later one, which was lost, on screen by then?
-                lost = hurt if counting or frame.pts is None else frame.pts not in sound or any(frame.pts < p <= base + at / tick for p in fed)
-            images.append(None if lost else square(frame))
-            seen.append(now)
+    start=None: what is on screen in the middles of T equal parts. Else T frames in a row, every `stride`-th
+    (less where the video is too short), from `start` on, a fraction 0 .. 1 of the room there is.
 
-    for packet in itertools.chain(packets(container, stream, late), (None,)):                # None: give out what is still inside
-        stamp = None if packet is None or counting else packet.pts
-        if hurt and packet is not None and packet.is_keyframe:
-            hurt, floor = False, -math.inf if stamp is None else stamp       # what follows it but is shown before it may refer to what was lost
-        if stamp is not None and not packet.is_discard:
-            fed.add(stamp)
-        try:
-            frames = codec.decode(packet)
-        except av.error.FFmpegError:
-            frames, hurt, damaged = [], True, True
-        if stamp is not None and not hurt and stamp >= floor:
-            sound.add(stamp)
-        for frame in frames:
-            if base is None:
-                base = min(fed, default=frame.pts)
-            now = count / rate if counting or frame.pts is None else (frame.pts - base) * tick
-            settle(now)
-            shown, count, end = (now, frame), count + 1, max(end, now + 1 / rate)
-        if len(images) == len(times):
-            return images, np.array(seen), math.inf
-    settle(math.inf)
-    return images, np.array(seen), end
+    BadVideo: fewer than T frames, a file that ends early, one that fails. Not noticed are wrong pixels that a
+    damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
+    is waited for."""
+    with opened(path) as (container, stream):
+        rate, total = rate_of(stream), frame_count(path, container, stream)
+        if total < frames:
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames or a longer video")
+        if start is None:
+            numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
+        else:
+            stride = max(1, min(stride, total // frames))
+            numbers = round(start * (total - 1 - (frames - 1) * stride)) + np.arange(frames) * stride
+        # the middle of a frame's time: no rounding makes it a neighbour's
+        wanted = (numbers + 0.5) / rate
+        # what lies far apart is sought one by one
+        far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
+        parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
+        found = None if None in parts else sum(parts, [])
+        if found is None:
+            container.seek(0)
+            stream.codec_context.skip_frame = "DEFAULT"
+            found = on_screen(in_order(path, container, stream), wanted)
+        if None in found:
+            raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+        images = [upright(frame, size, whole) for _, frame in found]
+        times = np.array([time for time, _ in found])
+    slack = max(2 / rate, 0.05 * total / rate)
+    if wanted[-1] - times[-1] > slack and wanted[-1] - frame_times(path)[-1] > slack:
+        raise BadVideo(f"{path}: ends before the {total / rate:.2f} s that its header announces; re-encode or cut it")
+    return np.stack(images), times
 
 
-def load_labels(mask_path, graph_path, where, size, video=None):
-    """The sidecars -> int64 (T, size, size): the trajectory of each pixel of the frames at `where` (fractions of the video),
-    -1 = none. mask: `arr_0` (F, H, W), object id of each pixel, 0 = none, any whole numbers.  graph: `tensor` (M, F): id of trajectory m
-    in frame f, 0 = absent.  Cut to the same central square as `decode`, by nearest neighbour.
+def read_frames(path, size, whole=False):
+    """Every frame of a video, in order -> an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode`
+    cuts; whole: (c, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
+    piece, end = [], 0
+    with opened(path) as (container, stream):
+        rate, total = rate_of(stream), frame_count(path, container, stream)
+        for time, frame in in_order(path, container, stream):
+            piece.append(upright(frame, size, whole))
+            end = max(end, time + 1 / rate)
+            if len(piece) == 8:
+                yield np.stack(piece)
+                piece = []
+    if piece:
+        yield np.stack(piece)
+    if not end:
+        raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+    if total / rate - end > max(3 / rate, 0.05 * total / rate):
+        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces; re-encode or cut it")
 
-    An id that no trajectory owns is unlabelled, not refused: tools drop small or lost tracks from the graph alone. Refused is what
-    cannot be right: an object that two trajectories claim; masks that share no id with the graph in any frame asked for; with
-    `video`, its file: sidecars of another length or shape than it has (see `check_fit`)."""
-    mask, graph, shape = cut_masks(mask_path, graph_path, size)
-    if video is not None:
-        check_fit(mask_path, shape, *video_header(str(video))[:3])
-    labels, frames = np.empty((len(where), size, size), np.int64), (np.asarray(where) * len(mask) + 0.5).astype(int).clip(0, len(mask) - 1)
-    for i, f in enumerate(frames):
-        owner, column = np.argsort(graph[:, f], kind="stable"), np.sort(graph[:, f])         # trajectories by the id that they have here
-        owner, column = owner[column > 0], column[column > 0]
-        twice = np.flatnonzero(column[1:] == column[:-1])
-        if len(twice):
-            raise BadVideo(f"{graph_path}: trajectories {owner[twice[0]]} and {owner[twice[0] + 1]} both are object {column[twice[0]]} in frame {f}; "
-                           "an object belongs to one trajectory")
-        labels[i] = -1
-        if len(column):
-            at = np.searchsorted(column, mask[f]).clip(max=len(column) - 1)
-            labels[i] = np.where(column[at] == mask[f], owner[at], -1)
-    if (labels < 0).all() and strangers(*sidecars(mask_path, graph_path), frames):
-        raise BadVideo(f"{mask_path}: shares no object id with {graph_path} in the frames read; do the two belong together?")
+
+def load_labels(mask_path, graph_path, times, size, video):
+    """The sidecars of a video -> int64 (T, size, size): the trajectory of each pixel of the frames shown at
+    `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
+    mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
+    trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
+    mask, graph = sidecars(mask_path, graph_path)
+    shown = frame_times(video)
+    if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
+        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write one for each")
+    h, w = mask.shape[1:]
+    scale = min(h, w) / size
+    place = (np.arange(size) + 0.5 - size / 2) * scale
+    rows = (h / 2 + place).astype(int)
+    columns = (w / 2 + place).astype(int)
+    labels = np.full((len(times), size, size), -1)
+    for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
+        ids = mask[f][rows[:, None], columns]
+        order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
+        sorted_ids = graph[order, f]
+        at = np.searchsorted(sorted_ids, ids).clip(max=len(order) - 1)
+        found = (ids > 0) & (sorted_ids[at] == ids)
+        label[found] = order[at[found]]
     return labels
 
 
-def strangers(mask, graph, frames):
-    """Has each of these frames masks and trajectories, and none of the latter is among the former?"""
-    return all(graph[:, f].any() and mask[f].any() and not np.isin(graph[graph[:, f] > 0, f], mask[f]).any() for f in frames)
-
-
-KEPT, KEPT_BYTES = collections.OrderedDict(), 2 ** 28            # the last masks that `cut_masks` made: 256 MB in a process
-
-
-def cut_masks(mask_path, graph_path, size):
-    """-> masks (F, size, size), the central square by nearest neighbour; graph (M, F); shape of the whole masks. Kept for the next time:
-    to unpack 147 frames of 292 x 224 takes some 80 ms, and a clip needs eight of them."""
-    key = (str(mask_path), str(graph_path), size, *(os.stat(p).st_mtime_ns for p in (mask_path, graph_path) if p and os.path.exists(p)))
-    if key in KEPT:
-        KEPT.move_to_end(key)
-        return KEPT[key]
-    mask, graph = sidecars(mask_path, graph_path)
-    h, w, top, left = fit(*mask.shape[1:], size)
-    rows = ((np.arange(size) + top + 0.5) * mask.shape[1] / h).astype(int)
-    columns = ((np.arange(size) + left + 0.5) * mask.shape[2] / w).astype(int)
-    KEPT[key] = np.ascontiguousarray(mask[:, rows[:, None], columns]), graph, mask.shape
-    while len(KEPT) > 1 and sum(kept[0].nbytes for kept in KEPT.values()) > KEPT_BYTES:
-        KEPT.popitem(last=False)
-    return KEPT[key]
-
-
 def sidecars(mask_path, graph_path):
-    """-> mask (F, H, W) and graph (M, F) of whole numbers from 0 on, of their own types. Anything else: BadVideo, which names the file."""
-    for one, other, kind in ((mask_path, graph_path, "graph"), (graph_path, mask_path, "mask")):
-        if one and not other:
-            raise BadVideo(f"{one}: its {kind} is missing; labels are two files, `<video>_mask.npz` and `<video>_graph.npz`: write both or remove both")
+    """-> mask (F, H, W) and graph (M, F), whole numbers. BadVideo names the file that is wrong."""
     arrays = []
-    for path, key, axes, form in ((mask_path, "arr_0", 3, "(F, H, W)"), (graph_path, "tensor", 2, "(M, F)")):
+    for path, key, axes in ((mask_path, "arr_0", 3), (graph_path, "tensor", 2)):
+        if path is None:
+            raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write both, or remove both")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                x = file[key]
-        except KeyError:
-            raise BadVideo(f"{path}: holds no array `{key}`; masks are `arr_0` {form[:9]}, graphs are `tensor` (M, F)") from None
-        except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-            raise BadVideo(f"{path}: its labels cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                           "write both sidecars again, or remove them") from None
-        if x.dtype.kind not in "iub" or x.dtype.kind == "i" and x.size and x.min() < 0:
-            raise BadVideo(f"{path}: labels of type {x.dtype}{' below 0' if x.dtype.kind == 'i' else ''}; they must be whole numbers from 0 on")
-        if x.ndim != axes or not x.size and axes == 3:
-            raise BadVideo(f"{path}: an array {x.shape}; it must be {form}, F at least 1")
-        arrays.append(x.view(np.uint8) if x.dtype.kind == "b" else x)
+            with np.load(path) as file:
+                array = file[key]
+        # what numpy raises depends on where a file is damaged
+        except Exception as error:
+            raise BadVideo(f"{path}: no labels can be read ({type(error).__name__}: {error}); write both sidecars again, or remove them") from None
+        if array.ndim != axes or array.dtype.kind not in "iub" or not array.size:
+            raise BadVideo(f"{path}: `{key}` is {array.dtype} {array.shape}; it must be whole numbers of {axes} axes")
+        arrays.append(array)
     mask, graph = arrays
     if graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: masks {mask.shape} and graph {graph.shape} do not fit; they must be (F, H, W) and (M, F)")
+        raise BadVideo(f"{mask_path}: {len(mask)} frames, but its graph has {graph.shape[1]}; write both again")
     return mask, graph
-
-
-@functools.lru_cache(maxsize=65536)
-def video_header(path):
-    """(frames, height, width, seconds) of a video as its header says: height and width as stored, frames as shown. Nothing is decoded, and
-    each file is opened once."""
-    with opened(path) as container:
-        stream = container.streams.video[0]
-        total, rate, _ = timeline(container, stream)
-        return total, stream.height, stream.width, total / rate
-
-
-def check_fit(path, shape, frames, height, width):
-    """Masks (F, H, W) against their video's frames and shape. CHOICE: the length may differ by 2 frames or 5 %: headers round, and count
-    frames at the ends of a stream that no decoder gives out. The size may differ, the shape by one pixel of the mask: labels may be coarser than
-    pixels; a video may lie on its side (phones turn it when it is shown); and a square mask is the central square, which `decode` cuts."""
-    count, h, w = shape
-    if frames and abs(count - frames) > max(2, 0.05 * frames):
-        raise BadVideo(f"{path}: masks of {count} frames, but the video has {frames}; write masks for every frame, or remove both sidecars")
-    if h != w and min(abs(w - h * width / height), abs(w - h * height / width)) > max(1, w / h, 0.01 * w):
-        raise BadVideo(f"{path}: masks of {w} x {h} px do not have the shape of the video's {width} x {height}; write them at its size, or scaled evenly")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2797,10 +2567,10 @@ class VideoBatches(torch.utils.data.Dataset):
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
             start = None
-        video, _, where = decode(entry["path"], frames, self.size, start, stride)
+        video, times = decode(entry["path"], frames, self.size, start, stride)
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
-            labels = load_labels(entry["mask"], entry["graph"], where, self.size, entry["path"])
+            labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
         return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), caption=caption,
@@ -3226,8 +2996,7 @@ def inspect_entry(job):
     try:
         frames = sum(len(piece) for piece in read_frames(entry["path"], size))
         if entry["mask"] or entry["graph"]:
-            where = (np.arange(frames) + 0.5) / frames
-            load_labels(entry["mask"], entry["graph"], where, size, entry["path"])
+            load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
     except BadVideo as error:
         return str(error)
 
