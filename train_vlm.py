@@ -23,9 +23,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -33,19 +33,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import Places, TrajectoryEncoder, soft_sums
-from segmenter import Segmenter, normalise, one_hot, recomputed
+from segmenter import normalise, one_hot, recomputed
 from trajtok import TrajTokConfig, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ class Attention(nn.Module):
             if memory:
                 k = torch.cat((memory["k"], k), 2)
                 v = torch.cat((memory["v"], v), 2)
-            memory.update(k=k, v=v)
+            memory.update(q=q, k=k, v=v)
         s, total = q.shape[2], k.shape[2]
         # the queries are the last s of `total` positions; True = may be read: nothing later than the query
         mask = None if s == total else torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
@@ -205,18 +204,7 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """A published Qwen3: config.json and one or several files of weights -> Decoder in float32."""
-        config = published_config(folder, "qwen3")
-        rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rotary.get("rope_type", rotary.get("type", "default"))
-        if kind != "default" or config.get("attention_bias") or config.get("use_sliding_window"):
-            raise BadInput(f"{folder}: rotary scaling, biases and windows are not computed here; give a plain Qwen3")
-        weights = trajtok.rename(trajtok.read_weights(folder), [(r"model\.(.+)", r"\1")])
-        config.setdefault("tie_word_embeddings", "lm_head.weight" not in weights)
-        config["theta"] = float(rotary.get("rope_theta") or config.get("rope_theta"))
-        # some folders of tied models hold the table twice
-        if config["tie_word_embeddings"]:
-            weights.pop("lm_head.weight", None)
-        return load_published(cls, DecoderConfig, QWEN3_KEYS, config, weights, folder)
+        return load_published(cls, DecoderConfig, QWEN3_KEYS, [(r"model\.(.+)", r"\1")], folder, "qwen3")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -226,27 +214,31 @@ class Decoder(nn.Module):
 # our name of a field -> the name in config.json
 QWEN3_KEYS = dict(
     vocabulary="vocab_size", width="hidden_size", mlp="intermediate_size", layers="num_hidden_layers",
-    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", theta="theta",
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", theta="rope_theta",
     eps="rms_norm_eps", context="max_position_embeddings", tied="tie_word_embeddings")
 SIGLIP_KEYS = dict(
     width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", mlp="intermediate_size",
     patch="patch_size", image="image_size", eps="layer_norm_eps")
 
 
-def published_config(folder, *kinds):
-    """config.json of a folder from the hub, whose model_type is one of kinds."""
+def load_published(cls, config_cls, keys, names, folder, *kinds):
+    """A folder from the hub, whose model_type is one of kinds -> the model. keys: of config.json; names: renaming
+    rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
     if config.get("model_type") not in kinds:
         raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
-    return config
-
-
-def load_published(cls, config_cls, keys, config, weights, folder):
-    """The fields of config that `keys` names, and weights -> the model, strictly."""
+    for part in ("vision_config", "rope_scaling", "rope_parameters"):
+        config |= config.get(part) or {}
+    if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
+        raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here; give a plain Qwen3")
     try:
         cfg = config_cls(**{ours: config[theirs] for ours, theirs in keys.items() if theirs in config})
     except TypeError as error:
         raise BadInput(f"{folder}/config.json: {error}; fetch it again") from None
+    weights = trajtok.rename(trajtok.read_weights(folder), names)
+    # some folders of tied models hold the table twice
+    if config.get("tie_word_embeddings"):
+        weights.pop("lm_head.weight", None)
     # to draw four billion random weights would take a minute: memory is reserved instead, and filled once
     with torch.device("meta"):
         model = cls(cfg)
@@ -267,11 +259,7 @@ def load_tokenizer(name="world"):
     """-> a tiktoken Encoding with the special tokens above. name: a published Qwen3 folder, or `world`: the words
     of made stories. Its encode_ordinary never makes a special token, whatever a text says."""
     if name != "world":
-        encoding = data.load_encoding(str(name))
-        lacking = [token for token in SPECIAL if token not in encoding.special_tokens_set]
-        if lacking:
-            raise BadInput(f"{name}: the tokenizer lacks {', '.join(lacking)}; give one of Qwen3's")
-        return encoding
+        return data.load_encoding(str(name))
     import tiktoken
     texts = ["user\nassistant\n" + DESCRIBE] * 1000
     for clip in (data.script(i, story_world(32)) for i in range(1000)):
@@ -334,10 +322,10 @@ def lay_out(conversations, encoding, context, device="cpu"):
 
 
 @torch.no_grad()
-def generate(decoder, x, stop, most=64, known=None):
+def generate(decoder, x, cache, stop, known=None, most=64):
     """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each the most likely one; it ends
-    before a token of `stop`. known: ids below it alone (published tables have more rows than there are tokens)."""
-    cache = decoder.empty_cache()
+    before a token of `stop`. known: ids below it alone (published tables have more rows than there are tokens).
+    cache: an empty one, which fills."""
     for _ in range(min(most, decoder.cfg.context - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
@@ -365,42 +353,24 @@ class SigLIP2Config:
         return self.image // self.patch                         # 378 / 14: 27 x 27 patches
 
 
-class VisionAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        q = rearrange(self.q_proj(x), "b n (a c) -> b a n c", a=self.heads)
-        k = rearrange(self.k_proj(x), "b n (a c) -> b a n c", a=self.heads)
-        v = rearrange(self.v_proj(x), "b n (a c) -> b a n c", a=self.heads)
-        # softmax over all patches of the picture
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(rearrange(y, "b a n c -> b n (a c)"))
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, width, mlp):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class VisionLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(cfg.width, cfg.eps)
-        self.self_attn = VisionAttention(cfg.width, cfg.heads)
-        self.layer_norm2 = nn.LayerNorm(cfg.width, cfg.eps)
-        self.mlp = VisionMLP(cfg.width, cfg.mlp)
+        self.heads, w = cfg.heads, cfg.width
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(w, cfg.eps), nn.LayerNorm(w, cfg.eps)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(w, w) for name in names})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, cfg.mlp), fc2=nn.Linear(cfg.mlp, w)))
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        y, attention = self.layer_norm1(x), self.self_attn
+        heads = [attention[name](y) for name in ("q_proj", "k_proj", "v_proj")]
+        q, k, v = (rearrange(z, "b n (a c) -> b a n c", a=self.heads) for z in heads)
+        # softmax over all patches of the picture
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + attention["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
 # a published SigLIP2 also holds a text tower, a head that pools the patches, and the temperature of the two
@@ -411,8 +381,8 @@ SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head
 class SigLIP2(nn.Module):
     """The vision tower of SigLIP and SigLIP2 of fixed size.
 
-    features(x (b, 3, H, W), in -1 .. 1) -> (b, n, d), n = H/p · W/p row by row, after the last norm as the hub's
-    last_hidden_state; post_norm=False: before it. Other sizes than the table's: positions are interpolated.
+    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image) -> (b, n, d), n = h·w patches row by row, after the last
+    norm as the hub's last_hidden_state; post_norm=False: before it.
     forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm, as the published TrajVLM reads."""
 
     def __init__(self, cfg):
@@ -428,24 +398,12 @@ class SigLIP2(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """A hub folder: the whole SigLIP2, or its vision tower alone."""
-        config = published_config(folder, "siglip", "siglip_vision_model")
-        config = config.get("vision_config", config)
-        weights = trajtok.rename(trajtok.read_weights(folder), SIGLIP_NAMES)
-        return load_published(cls, SigLIP2Config, SIGLIP_KEYS, config, weights, folder)
-
-    def positions(self, h, w):
-        table, side = self.embeddings["position_embedding"].weight, self.cfg.side
-        if (h, w) == (side, side):
-            return table
-        grid = rearrange(table, "(h w) d -> 1 d h w", h=side)
-        grid = F.interpolate(grid.float(), size=(h, w), mode="bicubic")
-        return rearrange(grid, "1 d h w -> (h w) d").to(table.dtype)
+        kinds = ("siglip", "siglip_vision_model")
+        return load_published(cls, SigLIP2Config, SIGLIP_KEYS, SIGLIP_NAMES, folder, *kinds)
 
     def features(self, x, post_norm=True):
-        # pixels beyond the last whole patch are not read
-        x = self.embeddings["patch_embedding"](x)               # (b, d, h, w)
-        h, w = x.shape[-2:]
-        x = rearrange(x, "b d h w -> b (h w) d") + self.positions(h, w)
+        x = self.embeddings["patch_embedding"](x).flatten(2).transpose(1, 2)        # (b, n, d)
+        x = x + self.embeddings["position_embedding"].weight
         for layer in self.encoder["layers"]:
             x = recomputed(self.recompute, layer, x)
         return self.post_layernorm(x) if post_norm else x
@@ -583,14 +541,6 @@ class PatchConnector(nn.Module):
         return self.project(x, window.repeat_interleave(math.prod(self.grid)))
 
 
-def patch_grid(tokens, window, side):
-    """The grid (t', h', w') of at least `tokens` cells in a window. Frames are kept apart as long as 2 x 2 cells
-    of each are left: 128 tokens of 8 frames are 8 x 4 x 4, PatchVLM's; 7 tokens are 2 x 2 x 2."""
-    h = min(max(math.ceil(math.sqrt(tokens / window)), 2), side)
-    frames = [t for t in range(1, window + 1) if window % t == 0 and t * h * h >= tokens]
-    return (frames[0] if frames else window, h, h)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # The model
 # -----------------------------------------------------------------------------------------------------------
@@ -638,7 +588,7 @@ def segment_windows(segmenter, video, side):
     return features, rearrange(logits.argmax(1), "(v t) h w -> v t h w", t=t)
 
 
-def assemble(cfg, decoder, segmenter, vision, grid):
+def assemble(cfg, decoder, segmenter, vision):
     """-> VLM with the connector that the configuration names."""
     decoder.recompute = cfg.recompute
     if segmenter is None:
@@ -647,7 +597,7 @@ def assemble(cfg, decoder, segmenter, vision, grid):
     width, dim = decoder.cfg.width, segmenter.cfg.dim
     if vision is not None:
         vision.recompute, dim = cfg.recompute, vision.cfg.width
-    connector = PatchConnector(dim, grid, width)
+    connector = PatchConnector(dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
     if cfg.connector == "trajtok":
         connector = TrajectoryConnector(dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
     return VLM(decoder, connector, segmenter, vision)
@@ -676,19 +626,15 @@ class VLMConfig:
     frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
+    patch_frames: int = 2                   # patch: tokens of a window, along its frames ...
+    patch_side: int = 2                     # ... and along a side of the picture
     questions: int = 6                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
     # the training: captions first, then questions; each part has a rate in either stage
     caption_steps: int = 0                  # steps of the first stage
     steps: int = 480                        # steps of the second stage
     batch: int = 16                         # clips a step of each process
-    lr: float = 1.0                         # a factor of all rates
-    caption_connector_lr: float = 2e-3      # first stage: peak learning rate of the connector
-    caption_vision_lr: float = 0.0          # of vision
-    caption_decoder_lr: float = 2e-3        # of the decoder
-    connector_lr: float = 2e-3              # second stage: likewise
-    vision_lr: float = 0.0                  # of vision
-    decoder_lr: float = 2e-3                # of the decoder
+    lr: float = 1.0                         # a factor of the size's rates, see RATES
     warmup: int = 20                        # steps of linear warm-up in each stage; then a cosine to 1 %
     weight_decay: float = 0.02              # on matrices
     clip: float = 1.0                       # largest gradient norm
@@ -704,36 +650,34 @@ class VLMConfig:
     recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
     eval_clips: int = 96                    # held-out made stories of each length
-    eval_split: str = "test"                # of made stories: test, or validation to choose a recipe by
 
     def __post_init__(self):
         trajtok.at_least(self, 1, "batch frames window questions clips eval_clips save_every segmenter_steps")
         trajtok.at_least(self, 0, "caption_steps steps warmup lr weight_decay clip seed processes workers")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
-        if self.tokens_per_trajectory not in (1, 2, 4):
-            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: 1, 2 or 4")
         if self.frames > self.window and self.frames % self.window:
             raise BadInput(f"--frames {self.frames}: give a multiple of --window {self.window}")
-        if self.data == "world" and (self.vision or self.frames < 8 or 8 % self.window):
-            raise BadInput("--data world: leave out --vision; stories need --frames 8 or more, and a --window of 8")
-        if self.size != "nano" and not (self.decoder and self.segmenter and self.vision):
-            raise BadInput(f"--size {self.size}: give --decoder, --vision and --segmenter, a published folder each")
-        if self.data != "world" and not self.segmenter:
-            raise BadInput(f"--data {self.data}: give --segmenter, the folder of `trajtok.py pretrain`")
+        if self.data == "world" and (self.vision or self.frames < 8):
+            raise BadInput("--data world: leave out --vision, and give at least --frames 8")
+        if not self.segmenter and (self.size != "nano" or self.data != "world"):
+            raise BadInput("--segmenter: give the folder of `trajtok.py pretrain`, or the authors' checkpoint")
+        if self.size != "nano" and not (self.decoder and self.vision):
+            raise BadInput(f"--size {self.size}: give --decoder and --vision, a published folder each")
 
 
-# PAPER: the published rates of connector, vision and decoder. CHOICE: nano learns from random weights, and
-# goes straight to the questions.
-FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
-            caption_connector_lr=2e-4, caption_vision_lr=6e-6, caption_decoder_lr=2e-5, connector_lr=5e-6,
-            vision_lr=5e-6, decoder_lr=1e-5, weight_decay=0.0, recompute=True)
+FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000, patch_frames=8,
+            patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
+# peak learning rates of connector, vision and decoder, on captions and on questions. PAPER: the published ones.
+# CHOICE: nano learns from random weights, and goes straight to the questions.
+PUBLISHED_RATES = (dict(connector=2e-4, vision=6e-6, decoder=2e-5), dict(connector=5e-6, vision=5e-6, decoder=1e-5))
+NANO_RATES = (dict(connector=2e-3, vision=0.0, decoder=2e-3),) * 2
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Clips and what is asked about them. A batch is a dict: qa: of each clip its conversations, lists of turns; times:
-# of each clip's frames; video (b, T, H, W, 3); or of made stories features and ids of their windows
+# Clips and what is asked about them. A batch is a dict: caption and qa of each clip, times of its frames (seconds);
+# video (b, T, H, W, 3); or, of made stories, features and ids of their windows
 # -----------------------------------------------------------------------------------------------------------
 
 def story_world(frames, size=64):
@@ -749,38 +693,34 @@ def cut_windows(video, window):
 def draw_stories(cfg, segmenter, frames, first, count, device):
     """Stories first .. first + count - 1 -> a dict for each. The segmenter is frozen: it sees them once, here."""
     world = story_world(frames, segmenter.cfg.image_size if segmenter else 64)
-    clips, at_once = [], max(256 // frames, 1)
-    for begin in tqdm(range(0, count, at_once), desc=f"{frames} frames", leave=False, disable=None):
-        scripts = [data.script(first + i, world) for i in range(begin, min(begin + at_once, count))]
-        some = [dict(caption=script["caption"], qa=[[turn] for turn in script["qa"]]) for script in scripts]
+    batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
+    clips = []
+    for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
+        batch = batches[i]
+        some = [dict(caption=caption, qa=qa) for caption, qa in zip(batch["caption"], batch["qa"])]
         clips += some
         if segmenter is None:
             continue
-        video, _ = data.rasterise(data.stack(scripts), world.size, device)
+        video = cut_windows(data.finish(batch, device)["video"], cfg.window)
         with trajtok.precision(device, cfg.bf16):
-            seen = segment_windows(segmenter, cut_windows(video, cfg.window), grid_side(segmenter, None))
-        for key, values in zip(("features", "ids"), seen):
-            values = values.to(torch.float16 if key == "features" else torch.int16).cpu()
-            for clip, own in zip(some, values.unflatten(0, (len(some), -1))):
-                clip[key] = own
+            features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
+        # half precision and short numbers: thousands of windows are kept
+        features, ids = features.to("cpu", torch.float16), ids.to("cpu", torch.int16)
+        windows = len(ids) // len(some)
+        for clip, f, own in zip(some, features.split(windows), ids.split(windows)):
+            clip.update(features=f, ids=own)
     return clips
 
 
-def join_stories(clips, frames, captions=False):
+def join_stories(clips, frames):
     """Dicts of stories of one length -> a batch."""
     batch = {key: [clip[key] for clip in clips] for key in clips[0]}
-    if captions:
-        batch["qa"] = [described(caption) for caption in batch["caption"]]
     return batch | dict(times=[[i / FPS for i in range(frames)]] * len(clips), bad=[])
-
-
-def described(caption):
-    return [[dict(question=DESCRIBE, answer=caption)]]
 
 
 class StoryBatches(Dataset):
     """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and on are
-    those of one step, and of one length. The first cfg.caption_steps are captions.
+    those of one step, and of one length.
 
     CHOICE: the shortest clips alone for the first two fifths: to find the right token among six is learnt in
     minutes, among sixty not."""
@@ -789,73 +729,56 @@ class StoryBatches(Dataset):
         self.stories, self.cfg, self.world = stories, cfg, world
 
     def __getitem__(self, i):
-        (step, rank), cfg = divmod(i, self.world), self.cfg
-        rng = np.random.default_rng((cfg.seed, step))
-        early = step < 0.4 * (cfg.caption_steps + cfg.steps)
-        frames = 8 if early else int(rng.choice(list(self.stories)))
+        step, rank = divmod(i, self.world)
+        rng = np.random.default_rng((self.cfg.seed, step))
+        frames = int(rng.choice(list(self.stories))) if step >= 0.4 * self.cfg.steps else 8
         clips = self.stories[frames]
-        chosen = rng.permutation(len(clips))[rank:cfg.batch * self.world:self.world]
-        return join_stories([clips[i] for i in chosen], frames, step < cfg.caption_steps)
+        chosen = rng.permutation(len(clips))[:self.cfg.batch * self.world]
+        return join_stories([clips[j] for j in chosen[rank::self.world]], frames)
 
 
 def open_stories(cfg, segmenter, world, device):
-    """-> batches for training, held-out batches, live trajectories of a window on average."""
-    begin = data.VALIDATION if cfg.eval_split == "validation" else data.TEST
-    stories, held_out, frames, place = {}, [], 8, 0
-    while frames <= cfg.frames:
+    """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
+    stories, held_out = {}, []
+    for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
         count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
         stories[frames] = draw_stories(cfg, segmenter, frames, data.TRAIN + 10_000_000 * place, count, device)
-        test = draw_stories(cfg, segmenter, frames, begin + 1_000_000 * place, cfg.eval_clips, device)
+        test = draw_stories(cfg, segmenter, frames, data.TEST + 1_000_000 * place, cfg.eval_clips, device)
         held_out += [join_stories(test[i:i + 8], frames) for i in range(0, len(test), 8)]
-        frames, place = 2 * frames, place + 1
-    windows = [window for clip in stories[8] for window in clip.get("ids", ())]
-    live = sum(len(window.unique()) for window in windows) / max(len(windows), 1)
-    return StoryBatches(stories, cfg, world), held_out, live
-
-
-class Films(Dataset):
-    """Batches of real clips: first those of captions, then those of questions."""
-
-    def __init__(self, captions, questions, caption_batches):
-        self.captions, self.questions, self.caption_batches = captions, questions, caption_batches
-
-    def __getitem__(self, i):
-        if i < self.caption_batches:
-            return self.captions[i]
-        return self.questions[i - self.caption_batches]
+    return StoryBatches(stories, cfg, world), held_out
 
 
 def open_films(cfg, size, world):
-    """Manifests -> batches for training, held-out batches."""
+    """Manifests -> batches of captions (None: there are none), batches of questions, held-out batches."""
     def batches(entries, train=True):
-        sets = [data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0)
-                for kind in data.kinds(entries)]
-        if not train:
-            return torch.utils.data.ConcatDataset(sets)
-        return data.Mixed(sets, [one.files for one in sets], cfg.seed, world)
+        kinds = data.kinds(entries)
+        sets = [data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0) for kind in kinds]
+        return data.Mixed(sets, [len(kind) for kind in kinds], cfg.seed, world) if train else ConcatDataset(sets)
 
-    entries = []
-    for entry in data.read_manifest(cfg.data):
-        talks = [[turn] for turn in entry.get("qa", [])] + entry.get("conversations", [])
-        entries += [entry | dict(qa=talks)] if talks else []
+    entries = [e | dict(qa=[*e.get("qa", []), *e.get("conversations", [])]) for e in data.read_manifest(cfg.data)]
+    entries = [e for e in entries if e["qa"]]
     if len(entries) < 2:
         raise BadInput(f'{cfg.data}: {len(entries)} clips with questions; give rows with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
     # a caption may say what is asked about the same video later
-    held_out = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = [entry | dict(qa=described(entry["caption"][0])) for entry in data.read_manifest(cfg.captions or cfg.data)
-                 if entry["caption"] and os.path.realpath(entry["path"]) not in held_out]
+    held_out = {os.path.realpath(e["path"]) for e in test}
+    captioned = [e for e in data.read_manifest(cfg.captions or cfg.data) if e["caption"]]
+    captioned = [e for e in captioned if os.path.realpath(e["path"]) not in held_out]
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions MANIFEST, or --caption-steps 0")
     print(f"{len(asked)} clips with questions to learn from, {len(test)} held out; {len(captioned)} with captions")
-    captions = batches(captioned) if captioned else None
-    return Films(captions, batches(asked), cfg.caption_steps * world), batches(test, train=False)
+    return batches(captioned) if captioned else None, batches(asked), batches(test, train=False)
+
+
+def turns_of(talk):
+    """A question of `qa`, or a conversation of several turns -> its turns."""
+    return [talk] if isinstance(talk, dict) else talk
 
 
 def add_options(entries):
     """Give each last question that has no options its answer and three others to choose from, in a fixed order."""
-    turns = [talk[-1] for entry in entries for talk in entry["qa"]]
+    turns = [turns_of(talk)[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
         others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
         rng = np.random.default_rng(number)
@@ -931,21 +854,25 @@ def make_optimizer(model, cfg):
 
 
 def set_rates(optimizer, step, cfg):
-    """The learning rates of this step. Both stages warm up, and end at 1 %."""
-    stage, begin, steps = "caption_", 0, cfg.caption_steps
-    if step >= cfg.caption_steps:
-        stage, begin, steps = "", cfg.caption_steps, cfg.steps
+    """The learning rates of this step. Captions and questions each warm up, and end at 1 %."""
+    stage = int(step >= cfg.caption_steps)
+    steps = cfg.steps if stage else cfg.caption_steps
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
+    share = trajtok.learning_rate(step - stage * cfg.caption_steps, plan)
+    rates = NANO_RATES if cfg.size == "nano" else PUBLISHED_RATES
     for group in optimizer.param_groups:
-        group["lr"] = trajtok.learning_rate(step - begin, plan) * getattr(cfg, f"{stage}{group['part']}_lr")
+        group["lr"] = share * rates[stage][group["part"]]
 
 
-def training_rows(batch, windows, encoding, cfg, rng):
+def training_rows(batch, windows, encoding, cfg, step):
     """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has fewer."""
-    rows = []
-    for talks, own in zip(batch["qa"], windows):
+    rng, rows = np.random.default_rng((cfg.seed, step, ranks()[0])), []
+    for caption, talks, own in zip(batch["caption"], batch["qa"], windows):
+        if step < cfg.caption_steps:
+            talks = [dict(question=DESCRIBE, answer=caption)]
         order = rng.permutation(len(talks))
-        rows += [chat(encoding, talks[order[i % len(talks)]], own) for i in range(cfg.questions)]
+        chosen = [talks[order[i % len(talks)]] for i in range(cfg.questions)]
+        rows += [chat(encoding, turns_of(talk), own) for talk in chosen]
     return rows
 
 
@@ -956,17 +883,13 @@ def train(cfg, folder):
     if segmenter is not None:
         segmenter.to(device)
     if cfg.data == "world":
-        batches, held_out, live = open_stories(cfg, segmenter, world, device)
+        questions, held_out = open_stories(cfg, segmenter, world, device)
+        captions = questions
     else:
         size = max(segmenter.cfg.image_size, vision.cfg.image if vision else 0)
-        batches, held_out = open_films(cfg, size, world)
-        live = segmenter.cfg.num_queries
-    # PatchVLM gets at least as many tokens as TrajVLM
-    grid = patch_grid(live * cfg.tokens_per_trajectory, cfg.window, grid_side(segmenter, vision)) if segmenter else None
-    shapes = dict(decoder=decoder, vision=vision, segmenter=segmenter)
-    shapes = {key: dataclasses.asdict(part.cfg) for key, part in shapes.items() if part is not None}
-    trajtok.open_run(folder, cfg, shapes=shapes, grid=grid)
-    model = assemble(cfg, decoder, segmenter, vision, grid).to(device)
+        captions, questions, held_out = open_films(cfg, size, world)
+    model = assemble(cfg, decoder, segmenter, vision).to(device)
+    trajtok.open_run(folder, cfg)
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
         shard(model, device, cfg)
@@ -976,12 +899,15 @@ def train(cfg, folder):
     print(f"{parameters / 1e6:.2f} M parameters, connector {cfg.connector}, on {device}; an even guess is "
           f"ln {decoder.cfg.vocabulary} = {math.log(decoder.cfg.vocabulary):.2f}")
     steps = cfg.caption_steps + cfg.steps
+    early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
+    batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
+                              data.loader(questions, late, cfg.steps, cfg.workers, rank, world))
     began = mark = time.time()
-    for step, batch in enumerate(data.loader(batches, first, steps, cfg.workers, rank, world), first):
+    for step, batch in enumerate(batches, first):
         damage.add(batch["bad"])
         set_rates(optimizer, step, cfg)
         seen, windows = perceive(batch, model, cfg, device)
-        rows = training_rows(batch, windows, encoding, cfg, np.random.default_rng((cfg.seed, step, rank)))
+        rows = training_rows(batch, windows, encoding, cfg, step)
         ids, visual, targets = lay_out(rows, encoding, decoder.cfg.context, device)
         if step == 0 and seen and not vision:
             model.connector.features.calibrate(seen["features"])
@@ -1042,7 +968,6 @@ def save(folder, model, optimizer, step):
         state = dict(model=weights, optimizer=moments, step=step)
         data.replace(folder / "state.pt", lambda beside: torch.save(state, beside))
         trajtok.write_weights(folder / "model.safetensors", weights)
-    dist.barrier()
 
 
 def restore(folder, model, optimizer):
@@ -1084,7 +1009,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         seen, windows = perceive(batch, model, cfg, device)
         rows, asked = [], []
         for talks, times, own in zip(batch["qa"], batch["times"], windows):
-            for *before, turn in talks:
+            for *before, turn in map(turns_of, talks):
                 rows += [chat(encoding, [*before, turn | dict(answer=text)], own) for text in turn["options"]]
                 asked.append((turn, len(times)))
         costs = score(model, rows, seen, encoding, cfg, device)
@@ -1125,10 +1050,9 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
     write_json(folder / "result.json", result)
     trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
     curves = {}
-    for key, value in scores.items():
-        found = re.fullmatch(r"(accuracy|chance)_(\d+)_frames", key)
-        if found:
-            curves.setdefault(found[1], []).append((int(found[2]), 100 * value))
+    for name in ("accuracy", "chance"):
+        lengths = sorted({answer["frames"] for answer in answers})
+        curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
     print(f"{len(answers)} held-out questions; {seconds:.0f} s of training, {len(damage.files)} files left out\n"
@@ -1141,18 +1065,13 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
 # -----------------------------------------------------------------------------------------------------------
 
 def open_model(folder):
-    """The folder of a run -> its VLMConfig, tokenizer and VLM."""
+    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be there."""
     saved = trajtok.read_json(Path(folder) / "config.json")
-    try:
-        cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
-        shapes = saved["shapes"]
-        decoder = Decoder(DecoderConfig(**shapes["decoder"]))
-        vision = SigLIP2(SigLIP2Config(**shapes["vision"])) if "vision" in shapes else None
-        segmenter = Segmenter(TrajTokConfig(**shapes["segmenter"])) if "segmenter" in shapes else None
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"--model {folder}: not a run of train_vlm.py ({type(error).__name__}: {error})") from None
-    model = assemble(cfg, decoder, segmenter, vision, saved["grid"])
-    return cfg, load_tokenizer(cfg.tokenizer or cfg.decoder or "world"), trajtok.load_weights(model, folder).eval()
+    if "connector" not in saved:
+        raise BadInput(f"--model {folder}: not a run of train_vlm.py")
+    cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
+    encoding, *parts = open_parts(cfg)
+    return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval()
 
 
 def clip_to_ask(path, frames, window, size):
@@ -1165,40 +1084,16 @@ def clip_to_ask(path, frames, window, size):
     return dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
 
 
-@torch.no_grad()
-def attended(decoder, x, begin):
-    """Embeddings (1, s, w) of prompt and answer; the answer's tokens are predicted from position `begin` on -> how
-    much they attend to each position (s,): softmax weights, averaged over layers, heads and these tokens."""
-    found = []
-
-    def record(module, args):
-        q, k, _ = module.project(*args[:3])
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = q[:, :, begin:] @ k.transpose(2, 3) / math.sqrt(module.head_dim)
-        later = torch.ones_like(scores, dtype=torch.bool).triu(begin + 1)
-        found.append(scores.masked_fill(later, -math.inf).softmax(-1).mean((0, 1, 2)))     # over the keys
-
-    hooks = [layer.self_attn.register_forward_pre_hook(record) for layer in decoder.layers]
-    decoder(x)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found).mean(0)
-
-
-def attention_picture(video, owner, weight):
-    """video uint8 (T, H, W, 3), owner (T, h, w): the token of each cell, weight (n,) of each token -> a picture: up to
-    eight frames, and below them the same in grey, each trajectory coloured as much as it was attended to."""
-    some = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-    video, size = video[some], video.shape[1]
-    owner = F.interpolate(owner[some][:, None].float(), size=(size, size))[:, 0].long().numpy()
-    strength = (weight / weight.max()).sqrt().numpy()[owner][..., None]
-    grey = 0.6 * video.mean(-1, keepdims=True)
-    colours = data.paint(video, owner, data.palette(len(weight)))
-    lit = (grey * (1 - strength) + colours * strength).astype(np.uint8)
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in (video, lit)])
-    scale = max(1, 128 // size)
-    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
-    return np.pad(sheet, ((20, 0), (0, 0), (0, 0)), constant_values=255)
+def attended(cache):
+    """How much the newest position attends to all positions so far (s,): softmax weights, averaged over layers and
+    heads."""
+    weights = []
+    for memory in cache:
+        q, k = memory["q"][0, :, -1:], memory["k"][0]
+        k = k.repeat_interleave(len(q) // len(k), 0)
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        weights.append(scores.softmax(-1).mean((0, 1)))
+    return torch.stack(weights).mean(0)
 
 
 @torch.no_grad()
@@ -1215,31 +1110,29 @@ def ask(argv):
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model)
     model.to(device)
-    sizes = [part.cfg.image_size for part in [model.segmenter] if part]
-    sizes += [part.cfg.image for part in [model.vision] if part]
-    batch = clip_to_ask(args.clip, args.frames or cfg.frames, cfg.window, max(sizes, default=64))
+    size = max(64, model.segmenter.cfg.image_size if model.segmenter else 0, model.vision.cfg.image if model.vision else 0)
+    batch = clip_to_ask(args.clip, args.frames or cfg.frames, cfg.window, size)
     seen, windows = perceive(batch, model, cfg, device)
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.context, device)
-    x = model.embed(ids, visual, seen)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
-    answer = []
-    for token in generate(model.decoder, x, stop, known=encoding.n_vocab):
-        answer.append(token)
+    cache, weights = model.decoder.empty_cache(), []
+    for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
+        weights.append(attended(cache)[:len(prompt)])
         print(encoding.decode([token]), end="", flush=True)
-    tokens = visual[0] >= 0
-    print(f"\n{batch['video'].shape[1]} frames, {int(tokens.sum())} visual tokens, {len(prompt)} tokens in all")
-    if seen is None:
+    visual = visual[0] >= 0
+    print(f"\n{batch['video'].shape[1]} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
+    if seen is None or not weights:
         return
-    said = model.decoder.embed_tokens(torch.tensor([answer], dtype=torch.int64, device=device))
-    weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt) - 1)[:len(prompt)][tokens]
-    weight = weight.view(-1, model.connector.m).sum(1).cpu()
-    owner = model.connector.owner(seen["ids"]).flatten(0, 1).cpu()
-    sheet = attention_picture(batch["video"][0].numpy(), owner, weight)
-    trajtok.write_text(sheet, f"{args.question} {encoding.decode(answer)}", 4, 4)
+    # of each trajectory, or patch; what got more than the mean is painted
+    weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
+    owner = model.connector.owner(seen["ids"]).flatten(0, 1)
+    owner = torch.where((weight > weight.mean())[owner], owner, -1)
+    video = batch["video"][0].numpy()
+    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long()
     path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, sheet)
+    write_png(path, trajtok.filmstrip(video, {"attended": owner.cpu().numpy()}, min(8, len(video))))
     print(f"wrote {path}")
 
 
