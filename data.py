@@ -9,8 +9,7 @@ Everything a run trains on comes through this file, in one form whatever its sou
 1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
    over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
    of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.  With `textures`, a
-   folder, objects and grounds are painted with its pictures: real texture, exact labels.
+   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
    `classic_track` (or SAM2's), joined by `label_frames`.
@@ -20,7 +19,6 @@ Everything a run trains on comes through this file, in one form whatever its sou
     python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
     python data.py label manifest.json --method sam2 --sam2 FOLDER  # the same with a published SAM2
     python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
-    python data.py make --textures pictures --size base             # painted with your pictures; 16 frames of 224 px
     python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
 """
 from __future__ import annotations
@@ -52,6 +50,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,32 +60,33 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong: the message is one line that names the value and the mend."""
+    """What a person typed or pointed to is wrong. The message is one line: the value and the mend."""
 
 
 class BadVideo(BadInput):
-    """One file cannot be used. Loaders name it, count it and leave it out; a single-file command stops."""
+    """One file cannot be used."""
 
 
 def one_line_errors(main):
-    """Wrap a script's main: bad input prints one line on stderr and exits with code 2, without a traceback.
-    Only BadInput is caught: any other exception is a bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is a
+    bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        sys.stdout.reconfigure(errors="backslashreplace")       # file names that the terminal cannot show
         try:
             return main(argv)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("interrupted: what was saved is whole; --resume goes on from it", file=sys.stderr)
+            print("interrupted: what was saved is whole", file=sys.stderr)
             raise SystemExit(130) from None
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 0. What every command shares: flags from a dataclass; files, pictures and films that are whole or not there
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 0. What every command shares: flags from a dataclass; files, pictures and films
+# -----------------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
@@ -95,10 +95,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def configure(config, sizes, argv, positional=None):
     """A frozen dataclass -> an instance of it, from the command line. Each field is a flag, and the comment
-    beside it is its help; `positional` names a field that is given without a flag.
+    behind it is its help; `positional` names a field that is given without a flag.
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
-    fields = dataclasses.fields(config)
-    values = {field.name: field.default for field in fields}
+    values = {field.name: field.default for field in dataclasses.fields(config)}
     if sizes is not None:
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
@@ -106,19 +105,17 @@ def configure(config, sizes, argv, positional=None):
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
+    helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
-    for field in fields:
-        text = f"{comments.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
+    for field in dataclasses.fields(config):
+        name = field.name if field.name == positional else "--" + field.name.replace("_", "-")
+        text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        flag = "--" + field.name.replace("_", "-")
-        if field.name == positional:
-            parser.add_argument(positional, help=comments.get(field.name))
-        elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__, help=text)
+            parser.add_argument(name, type=kind, metavar=None if field.name == positional else kind.__name__, help=text)
     return config(**values | vars(parser.parse_args(argv)))
 
 
@@ -127,22 +124,22 @@ def dispatch(script, doc, commands, argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(doc)
-        return
-    if not argv or argv[0] not in commands:
-        raise BadInput(f"python {script} {' '.join(argv[:1]) or '(nothing)'}: give one of {', '.join(commands)}; `--help` after it lists its flags")
-    commands[argv[0]](argv[1:])
+    elif argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}; --help after it lists its flags")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is flushed to disk and renamed at the end: a reader, or a kill, sees
-    the old file or the new, never half of one."""
+    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a kill,
+    sees the old file or the new one, never half of one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
-        with open(beside, "rb") as f:
-            os.fsync(f.fileno())
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
@@ -156,7 +153,7 @@ def replace(path, write):
 
 
 def make_room(out):
-    """--out, the name of a file, before the work that ends there: its folder is made, and what cannot be such a name is refused."""
+    """Before long work that ends in the file --out: make its folder, or refuse."""
     if not out or Path(out).is_dir():
         raise BadInput(f"--out {out!r}: give the name of a file")
     try:
@@ -166,49 +163,61 @@ def make_room(out):
 
 
 def write_json(path, value):
-    replace(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    replace(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_npz(path, key, array):
+    def write(beside):
+        with open(beside, "wb") as file:                        # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **{key: array})
+    replace(path, write)
 
 
 def write_png(path, image):
-    """uint8 (H, W, 3) -> a PNG file. Twelve lines of zlib save an imaging library."""
-    h, w, _ = image.shape
-    raw = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
-
+    """uint8 (H, W, 3) -> a PNG file. A few lines of zlib save an imaging library."""
     def chunk(kind, body):
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    h, w, _ = image.shape
     header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    replace(path, lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")))
+    rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    replace(path, lambda beside: beside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks))
 
 
 def palette(count):
-    """`count` colours, neighbours far apart: hues by the golden ratio, three brightnesses."""
-    return np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.95, 0.5)[i % 3], (0.95, 0.75, 0.9)[i // 3 % 3])]
-                     for i in range(count)]).round().astype(np.uint8)
+    """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
+    saturation, value = (0.75, 0.95, 0.5), (0.95, 0.75, 0.9)
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3]) for i in range(count)]
+    return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
 
 
 def paint(video, ids, colours):
-    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W): the frame's light, the trajectory's colour."""
+    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W), -1 = none: the frame's light, the
+    trajectory's colour."""
     grey = video.astype(np.float32).mean(-1, keepdims=True)
-    return np.where(ids[..., None] >= 0, 0.75 * colours[ids] + 0.35 * (grey - 64), grey).clip(0, 255).astype(np.uint8)
+    painted = 0.75 * colours[ids] + 0.35 * (grey - 64)
+    return np.where(ids[..., None] >= 0, painted, grey).clip(0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
 def film(path, rate, exact=False):
-    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even), as often as one likes -> an H.264 file that every
-    player opens, renamed into place at the end.
-    exact: colours at full resolution, lossless: no pixel comes back more than 2 of 255 off (a test), for training; browsers do not play it.
-    CHOICE: measured on made clips of 224 px, 16 frames: 207 kB a clip; the usual 4:2:0 at crf 4 takes 156 kB, and is off by up to 147 at the
-    objects' borders, just where the labels change."""
+    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes -> an
+    H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
+    more than 2 of 255 off, but browsers do not play it."""
     import av
-    stream = None
+    rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.pix_fmt = "yuv444p" if exact else "yuv420p"
+        stream.options = {"crf": "0" if exact else "18"}
+
         def add(frames):
-            nonlocal stream
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fractions.Fraction(max(rate, 1.0)).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt, stream.options = *frames.shape[1:3], "yuv444p" if exact else "yuv420p", {"crf": "0" if exact else "18"}
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(frame))
         yield add
         container.mux(stream.encode())
 
@@ -218,673 +227,595 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def alone():
-    """What a process of `in_processes` does first: it keeps to one core, and ends with its parent, or by ctrl-C, at once."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
-
-
 def in_processes(work, jobs, workers):
     """An iterator over (job, work(job)), in order; in `workers` processes of their own (0: in this one)."""
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), alone)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
     try:
         yield from zip(jobs, pool.map(work, jobs))
-    except concurrent.futures.process.BrokenProcessPool:
-        raise BadInput("a worker process died (killed for want of memory?); what was written is whole: give fewer --workers, and run it again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The procedural world: words and colours
+# 1. The procedural world: what there is
 # ---------------------------------------------------------------------------------------------------------------------
 
+SEED = 20260222
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass")
-COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 50), "green": (45, 165, 60),
-           "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
-           "white": (248, 248, 248), "black": (22, 22, 26)}
+COLOURS = {
+    "red": (220, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 50), "green": (45, 165, 60),
+    "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
+    "white": (248, 248, 248), "black": (22, 22, 26)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "wavy", "speckled")
-SIZES = {"small": 0.15, "medium": 0.185, "large": 0.22}          # radius as a fraction of the frame, in a scene of up to 3
-CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)             # ... and what it is multiplied by when there are more
-# name: two close, muted colours (objects are saturated: an object is never the colour of its ground) and texture ids
-GROUNDS = {"sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 128, 78), (76, 112, 66), (5, 1)),
-           "water": ((98, 138, 170), (84, 122, 156), (4,)), "snow": ((208, 216, 226), (190, 200, 212), (5, 0)),
-           "bricks": ((150, 92, 78), (128, 78, 68), (2,)), "stone": ((128, 128, 132), (110, 110, 116), (5, 2)),
-           "earth": ((98, 76, 58), (82, 62, 48), (5, 3)), "tiles": ((170, 170, 150), (140, 144, 130), (2, 3))}
-# The motion class is the program that the subject follows; directions are told in the caption, not in the class.
-MOTIONS = ("straight", "bounce", "orbit", "spin", "grow", "shrink", "approach", "follow", "collide", "behind", "front")
-SOLO = MOTIONS[:6]                                               # programs that need no companion
-COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                            # how often 1, 2, ... 8 objects, in percent
-MAX_OBJECTS, MAX_GROUNDS = 8, 4                                  # label ids: grounds 0..3, objects 4..11
+# name: two close, muted colours, and which textures it may have. Objects are saturated: none has the colour of
+# its ground.
+GROUNDS = {
+    "sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 128, 78), (76, 112, 66), (5, 1)),
+    "water": ((98, 138, 170), (84, 122, 156), (4,)), "snow": ((208, 216, 226), (190, 200, 212), (5, 0)),
+    "bricks": ((150, 92, 78), (128, 78, 68), (2,)), "stone": ((128, 128, 132), (110, 110, 116), (5, 2)),
+    "earth": ((98, 76, 58), (82, 62, 48), (5, 3)), "tiles": ((170, 170, 150), (140, 144, 130), (2, 3))}
+MAX_OBJECTS, MAX_GROUNDS = 8, 4                                 # label ids: grounds 0..3, objects 4..11
 
-# What the subject of a story does (World.story): infinitives whose third person is "<first word>s ...", and the motion class of each.
-DEEDS = {"rise": "bounce", "sink": "bounce", "dart left": "bounce", "dart right": "bounce", "circle": "orbit", "spin": "spin", "swell": "grow", "shrink": "shrink"}
-ROLES = ("stays", "comes", "leaves", "returns", "leaves", "returns")         # of the others, drawn evenly from this list
+# Radius of the subject as a fraction of the frame. More objects are all smaller, by CROWDED[count - 1].
+SIZES = {"medium": 0.20, "large": 0.24}
+CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)
+# A subject that grows or shrinks changes its radius by GROWTH, from and to sizes that other subjects have. The
+# others' radii are shares of its mean radius. At no moment is one larger than 0.7 of it: 0.53 * sqrt(1.7) = 0.69.
+GROWTH, SHARE = 1.7, (0.43, 0.53)
+# How often there are 1, 2, ... 8 objects, in percent. A story needs somebody who comes and goes.
+COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)
+STORY_COUNTS = (5, 10, 20, 20, 10, 10, 10, 10)
+LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
-LOW, HIGH = 0.17, 0.83                                           # centres start and end inside this box
 
-# The skinned world (World.textures). CHOICE: an eighth of its clips stay exactly what the plain world shows; in the others a surface wears a
-# picture three times out of four, and every other object has an irregular outline, the eleventh class of appearance.
-SKINNED_CLIPS, SKINNED_SURFACES, IRREGULAR = 0.875, 0.75, 0.5
-BLOB, BLOBS = len(SHAPES), 118                                   # `shape` 10 .. 127: irregular outlines, "blob" in words
-TEXTURE_SIDE, TEXTURES_MOST, FRAMES_MOST = 256, 256, 4           # pixels of a side; pictures in all; frames of one clip
-DEFORM = 0.15                                                    # largest wobble, in radii
-
-
-def held_out(shape, colour):
-    """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape; in the HELDOUT
-    range the subject always wears that pair, so that accuracy there measures composition, not memory."""
-    return (3 * shape + colour) % len(COLOURS) == 7
+# An act is a program and the way it goes. The program is the motion class; the way is told by the caption alone.
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}         # y grows downwards
+TURNS = {"clockwise": 1, "anticlockwise": -1}
+WAYS = {
+    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"), "orbit": tuple(TURNS), "spin": tuple(TURNS),
+    "grow": ("",), "shrink": ("",), "approach": ("",), "follow": ("",), "collide": ("",), "behind": ("",),
+    "front": ("",)}
+MOTIONS = tuple(WAYS)
+SOLO = MOTIONS[:6]                                              # programs that need no companion
+# Acts of a chain, "" = any way, and the infinitives that questions call them by.
+CHAIN = (
+    ("straight", "left"), ("straight", "right"), ("straight", "up"), ("straight", "down"), ("orbit", ""),
+    ("spin", ""), ("grow", ""), ("shrink", ""))
+ACTS = tuple((program, way) for program in MOTIONS for way in WAYS[program])
+DEEDS = {
+    "left": "dart left", "right": "dart right", "up": "rise", "down": "sink", "orbit": "circle", "grow": "swell",
+    "behind": "hide", "front": "cover"}
+ROLES = ("stays", "comes", "leaves", "returns", "leaves", "returns")    # of the others in a story, drawn evenly
+# What an act, the camera and the light are when time runs backwards.
+OPPOSITE = {
+    "left": "right", "up": "down", "clockwise": "anticlockwise", "grow": "shrink", "in": "out", "lighter": "darker"}
+OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
 
 
 @dataclass(frozen=True)
 class World:
-    """What the procedural world may do. One frozen object, so that a run's config.json says exactly what it saw."""
+    """What the procedural world shows and says. A frozen object, so that a run's config.json says what it saw."""
     size: int = 64                  # pixels of a side
     frames: int = 8                 # frames of a clip
     max_objects: int = 8            # 1..8
-    shared_colours: bool = True     # may two objects of a clip wear the same colour (never also the same shape)?
-    acts: int = 1                   # acts that the subject performs one after another; more for long clips
+    shared_colours: bool = True     # may two objects of a clip have one colour (never also the same shape)?
+    acts: int = 1                   # acts of the subject; several are a chain: each ends where it began
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
-    textures: str | None = None     # a folder of pictures and clips that objects and grounds are painted with
-    story: bool = False             # clips to ask about what happens when: acts that begin and end at one place, objects that leave and come back
+    story: bool = False             # a chain, also of one act, and others that come, leave and come back
+    words: str = "all"              # what captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
+    shapes: int = len(SHAPES)       # how many of SHAPES there are
+    programs: tuple = MOTIONS       # what a subject of one act may do
+    plain: bool = False             # no texture anywhere, and one dark ground
+    scale: float = 1.0              # of all radii
+    reverse: bool = False           # clips run backwards, with the captions of what is then seen
 
     def __post_init__(self):
-        if self.story and self.frames < 8:
-            raise BadInput(f"a story of {self.frames} frames: give at least 8, or an object could not leave and come back")
         if not 1 <= self.max_objects <= MAX_OBJECTS:
             raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
         if self.frames < 1 or self.size < 8:
             raise BadInput(f"a world of {self.frames} frames at {self.size} px: give at least 1 frame and 8 px")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
+        if self.chain and self.frames < 8:
+            raise BadInput(f"a story of {self.frames} frames: give at least 8, or nobody could leave and come back")
+        if self.words not in ("all", "looks", "deeds"):
+            raise BadInput(f"words {self.words!r}: one of all, looks, deeds")
+        assert 1 <= self.shapes <= len(SHAPES) and set(self.programs) & set(SOLO), (self.shapes, self.programs)
+        # approaching and following are something else backwards, for which there are no words; so are chains
+        one_way = self.chain or set(self.programs) & {"approach", "follow"}
+        assert not (self.reverse and one_way), "reverse: give programs without approach and follow, and one act"
+
+    @property
+    def chain(self):
+        return self.story or self.acts > 1
 
 
-class Dice:
-    """Random choices for a script. Only raw doubles of PCG64 are used: numpy keeps a bit generator's stream for ever, but
-    may change how its higher-level methods consume it. One draw of a block is faster than many draws of one."""
+# The stage: little is shown and all of it is asked for. Its radii are 1.1 times those of the full world.
+STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", plain=True, scale=1.1)
 
-    def __init__(self, *index):
-        self.rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((20260222, *index))))
-        self.block, self.at = self.rng.random(256).tolist(), 0
 
-    def __call__(self, low=0.0, high=1.0):
-        if self.at == 256:
-            self.block, self.at = self.rng.random(256).tolist(), 0
-        self.at += 1
-        return low + (high - low) * self.block[self.at - 1]
+def held_out(shape, colour):
+    """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape. In the
+    HELDOUT range the subject always has such a pair: accuracy there measures composition, not memory."""
+    return (3 * shape + colour) % len(COLOURS) == 7
 
-    def integer(self, n):
-        return int(self() * n)
 
-    def pick(self, options):
-        return options[int(self() * len(options))]
+def pick(rng, options):
+    return options[rng.integers(len(options))]
 
-    def shuffled(self, options):
-        return sorted(options, key=lambda _: self())
+
+def shuffled(rng, options):
+    return [options[i] for i in rng.permutation(len(options))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The procedural world: motion programs
 # ---------------------------------------------------------------------------------------------------------------------
+# Each takes go (T,), the share of the act that is done: 0 .. 1, or 0 .. 1 .. 0 in a chain; the way; far, a
+# distance, and phase, an angle, both random; the states (x, y, r, angle) of subject and companion at go = 0.
+# -> path (T, 4) of the subject, and of the companion if it moves (else None); or None where there is no room.
+# What one frame gives away is measured by `controls`.
 
-DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}   # y grows downwards
+def path_of(state, x=0.0, y=0.0, r=1.0, angle=0.0):
+    """A state and what is added to x, y and angle, and multiplies the radius, (T,) or a number -> (T, 4)"""
+    columns = np.broadcast_arrays(state[0] + x, state[1] + y, state[2] * r, state[3] + angle)
+    return np.stack(columns, -1)
 
 
-def move(program, dice, tau, me, other):
-    """One act of one object. tau (T,) in [0, 1]; me, other: dict(x, y, r, a) at tau = 0 (other may be None).
-    Returns (path (T, 4) of x, y, r, a, other's path or None, detail) or None where the program does not fit the place.
+def toward(me, other):
+    """-> unit vector (2,) from one to the other, their distance, and the distance at which they touch"""
+    between = other[:2] - me[:2]
+    away = max(math.hypot(*between), 1e-6)
+    return between / away, away, 0.95 * (me[2] + other[2])
 
-    Every program may start from any state that leaves it room, so acts can be chained, and the place of an object at a
-    given moment says next to nothing about its program: the motion class cannot be read from one frame."""
-    x, y, r, a = me["x"], me["y"], me["r"], me["a"]
-    path = np.empty((len(tau), 4))
-    path[:] = (x, y, r, a)
-    if program in ("straight", "bounce"):
-        room = {d: (HIGH - x if dx > 0 else x - LOW if dx < 0 else HIGH - y if dy > 0 else y - LOW)
-                for d, (dx, dy) in DIRECTIONS.items()}
-        direction = dice.pick([d for d in DIRECTIONS if room[d] >= 0.3])     # the box is 0.66 wide: there always is one
-        d = np.array(DIRECTIONS[direction])
-        far = dice(0.3, min(room[direction], 0.5))
-        # straight: once along the line.  bounce: forth, back and forth again (a triangle wave of one and a half periods).
-        travelled = tau if program == "straight" else 1 - np.abs(1 - (3 * tau) % 2)
-        path[:, :2] += travelled[:, None] * far * d
-        return path, None, direction if program == "straight" else ("sideways" if d[0] else "upright")
-    if program == "orbit":
-        turn = dice.pick((1, -1))                                # +1: clockwise on the screen, since y grows downwards
-        for _ in range(8):
-            phase, radius = dice(0, 2 * math.pi), dice(0.15, 0.22)
-            cx, cy = x - radius * math.cos(phase), y - radius * math.sin(phase)
-            if LOW - .05 < cx - radius and cx + radius < HIGH + .05 and LOW - .05 < cy - radius and cy + radius < HIGH + .05:
-                angle = phase + turn * 2 * math.pi * dice(0.85, 1.0) * tau
-                path[:, 0], path[:, 1] = cx + radius * np.cos(angle), cy + radius * np.sin(angle)
-                return path, None, "clockwise" if turn > 0 else "anticlockwise"
+
+def straight(go, way, far, phase, me, other):
+    x, y = DIRECTIONS[way]
+    return path_of(me, far * go * x, far * go * y), None
+
+
+def bounce(go, way, far, phase, me, other):
+    """Forth, back and forth again."""
+    wave = 1 - np.abs(1 - 3 * go % 2)
+    side = 1 if phase < math.pi else -1
+    if way == "sideways":
+        return path_of(me, x=side * far * wave), None
+    return path_of(me, y=side * far * wave + 0 * go), None
+
+
+def orbit(go, way, far, phase, me, other):
+    """Once round a circle that passes through the place where it begins."""
+    radius, angle = 0.44 * far, phase + TURNS[way] * 2 * math.pi * go
+    x, y = np.cos(angle) - math.cos(phase), np.sin(angle) - math.sin(phase)
+    return path_of(me, radius * x, radius * y), None
+
+
+def spin(go, way, far, phase, me, other):
+    """3 to 5 radians: at 8 frames at most 41 degrees a frame, so that a square is not seen to turn backwards."""
+    return path_of(me, angle=TURNS[way] * 10 * far * go), None
+
+
+def grow(go, way, far, phase, me, other):
+    return path_of(me, r=GROWTH ** go), None
+
+
+def shrink(go, way, far, phase, me, other):
+    return path_of(me, r=GROWTH ** -go), None
+
+
+def approach(go, way, far, phase, me, other):
+    """Up to the companion, and a rest beside it."""
+    (x, y), away, touching = toward(me, other)
+    gap = away - touching * (1 + 0.025 * phase)
+    s = gap * np.minimum(go / 0.6, 1)
+    return None if gap < 0.15 else (path_of(me, s * x, s * y), None)
+
+
+def follow(go, way, far, phase, me, other):
+    """Both go the same way, the companion ahead."""
+    (x, y), away, touching = toward(me, other)
+    s = 0.6 * far * go
+    return None if not touching < away < 0.5 else (path_of(me, s * x, s * y), path_of(other, s * x, s * y))
+
+
+def collide(go, way, far, phase, me, other):
+    """Both meet half-way, and spring back."""
+    (x, y), away, touching = toward(me, other)
+    gap = away - touching
+    s = gap / 2 * (1 - np.abs(1 - 2 * go))
+    return None if gap < 0.2 else (path_of(me, s * x, s * y), path_of(other, -s * x, -s * y))
+
+
+def passing(go, way, far, phase, me, other):
+    """Through the companion's place and out on its far side, behind it or in front of it."""
+    (x, y), away, touching = toward(me, other)
+    s = 2 * away * go
+    return None if away < 0.9 * touching else (path_of(me, s * x, s * y), None)
+
+
+PROGRAMS = dict(zip(MOTIONS, (
+    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)))
+
+
+def perform(rng, world, act, frames, me, other=None):
+    """One act from these states -> paths (frames, 4) of the subject and of the companion, or None: it does not fit."""
+    program, way = act
+    reach, go = 1.0, np.linspace(0, 1, frames)
+    if world.chain:
+        reach, go = 0.55, np.linspace(0, 1, frames + 1)[1:]
+        if program not in ("orbit", "spin"):                    # these end where they begin by themselves
+            go = reach * np.sin(math.pi * go)
+    paths = PROGRAMS[program](go, way, reach * rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi), me, other)
+    if paths is None:
         return None
-    if program == "spin":
-        turn = dice.pick((1, -1))
-        path[:, 3] += turn * dice(3.5, 5.0) * tau                # at most 41 degrees a frame at 8 frames: no aliasing
-        return path, None, "clockwise" if turn > 0 else "anticlockwise"
-    if program in ("grow", "shrink"):
-        factor = 1.8 if program == "grow" else 1 / 1.8
-        if not 0.07 <= r * factor <= 0.34:
-            return None
-        path[:, 2] *= factor ** tau
-        return path, None, ""
-    # from here on there is somebody else
-    if other is None:
-        return None
-    ox, oy, orad = other["x"], other["y"], other["r"]
-    away = math.hypot(ox - x, oy - y)
-    if away < 1e-6:
-        return None
-    ux, uy = (ox - x) / away, (oy - y) / away                    # unit vector from me to the other
-    if program == "approach":                                    # move up to the other and stay there
-        gap = away - (r + orad) * 0.95
-        if gap < 0.15:
-            return None
-        s = np.minimum(tau / 0.6, 1.0) * gap
-        path[:, 0] += s * ux
-        path[:, 1] += s * uy
-        return path, None, ""
-    if program == "collide":                                     # meet, and spring back
-        gap = away - (r + orad) * 0.95
-        if gap < 0.2:
-            return None
-        s = (1 - np.abs(1 - 2 * tau)) * gap / 2
-        theirs = np.empty((len(tau), 4))
-        theirs[:] = (ox, oy, orad, other["a"])
-        path[:, 0] += s * ux
-        path[:, 1] += s * uy
-        theirs[:, 0] -= s * ux
-        theirs[:, 1] -= s * uy
-        return path, theirs, ""
-    if program in ("behind", "front"):                           # through the other's place and out on its far side
-        far = 2 * away
-        ex, ey = x + far * ux, y + far * uy
-        if away < r + orad or not (0.08 < ex < 0.92 and 0.08 < ey < 0.92):
-            return None
-        path[:, 0] += tau * far * ux
-        path[:, 1] += tau * far * uy
-        return path, None, ""
-    if program == "follow":                                      # both go the same way, the other ahead
-        if not r + orad < away < 0.5:
-            return None
-        far = 0.0
-        for step in np.arange(0.24, 0.5, 0.02):                  # as far as the leader stays inside
-            if LOW - .06 < ox + step * ux < HIGH + .06 and LOW - .06 < oy + step * uy < HIGH + .06:
-                far = step
-        if far == 0.0:
-            return None
-        theirs = np.empty((len(tau), 4))
-        theirs[:] = (ox, oy, orad, other["a"])
-        for p in (path, theirs):
-            p[:, 0] += tau * far * ux
-            p[:, 1] += tau * far * uy
-        return path, theirs, ""
-    raise ValueError(f"unknown motion program {program!r}: one of {MOTIONS}")
+    places = np.concatenate([path[:, :2] for path in paths if path is not None])
+    return paths if LOW <= places.min() and places.max() <= HIGH else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The procedural world: scripts
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Visit(NamedTuple):
+    """When an object is in view: it begins to go and to come at these frames."""
+    role: str = "stays"
+    goes: int | None = None
+    comes: int | None = None
+
+
+class Scene(NamedTuple):
+    """What words are made of."""
+    world: World
+    looks: list                     # of each object, the subject first: dict(shape, colour, size, texture, r)
+    acts: list                      # of the subject: (program, way)
+    hero: str                       # the deed whose number is balanced
+    visits: list                    # of each object
+    grounds: list                   # names
+    film: list                      # what camera and light do
+
+
 def script(index, world=World()):
-    """The scene number `index`: a dict of small arrays (what `rasterise` needs), its words and its classes.
+    """The scene number `index`, the same on every machine: a dict of small arrays, for `rasterise`, and words.
 
-    seeds (4, 2), warp (4,): the background's regions (nearest seed, wavy borders); camera (T, 3): centre x, y and zoom;
-    light (T, 3): gain per colour; place (8, T, 4): x, y, radius, angle of each object on the *screen*, painted in order
-    of the first axis (object 0 lies deepest); shape (8,), count: objects that exist; surface (12, 11): texture kind,
-    tiles per unit, cos, sin, shading, colour A (3), colour B (3) of grounds 0..3 and objects 4..11.
-    caption, qa (list of {type, question, answer}), appearance, colour and motion (class ids of the subject), index.
-    Of a skinned world also skin and bend: see `dress`."""
-    dice = Dice(index)
-    skinner = None if world.textures is None else Dice(index, 1)             # a stream of its own: pictures do not change who does what
-    T = world.frames
-    tau = np.linspace(0, 1, T) if T > 1 else np.zeros(1)
+    seeds (4, 2), warp (4,): the regions of the ground, each pixel in that of the nearest seed, with wavy borders;
+    camera (T, 3): centre x, y and zoom; light (T, 3): gain of each colour; place (8, T, 4): x, y, radius, angle of
+    each object on the screen, from the deepest to the nearest; shape (8,); count: objects that there are;
+    surface (12, 11) of grounds 0..3 and objects 4..11: texture, tiles a unit, cos, sin, shading, two colours.
+    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: classes of the subject;
+    told: dict(acts, bounds: frames at which they begin and end, visits, slots: index in `place` of each object)."""
+    rng = np.random.default_rng((SEED, index))
+    looks = cast(rng, world, index)
+    acts, hero = choose_acts(rng, world, len(looks))
+    bounds, T = [0, world.frames], world.frames
+    if world.chain:
+        bounds, paths = chained(rng, world, looks, acts)
+        visits = [Visit()] + [draw_visit(rng, path) for path in paths[1:]]
+    else:
+        paths, visits = staged(rng, world, looks, acts[0]), [Visit() for _ in looks]
+    camera, light, film = filmed(rng, world)
+    if world.reverse:
+        paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
+        acts = [(OPPOSITE.get(program, program), OPPOSITE.get(way, way)) for program, way in acts]
+        film = [" ".join(OPPOSITE.get(word, word) for word in text.split()) for text in film]
 
-    # -- who is there: the subject first. It is the largest, so that "the" appearance and motion of a clip are visible facts.
-    likely = (0, 1, 2, 2, 1, 1, 1, 1)[:world.max_objects] if world.story and world.max_objects > 1 else COUNTS[:world.max_objects]
-    count = int(np.searchsorted(np.cumsum(likely), dice() * sum(likely), side="right")) + 1
-    subject_size = dice.pick(("medium", "large")) if count < 6 else "medium"
-    looks, taken = [], set()
-    for j in range(count):
-        size = subject_size if j == 0 else ("small" if subject_size == "medium" else dice.pick(("small", "medium")))
-        while True:
-            shape, colour = dice.integer(len(SHAPES)), dice.integer(len(COLOURS))
-            if j == 0 and index >= HELDOUT:
-                colour = (7 - 3 * shape) % len(COLOURS)
-            elif held_out(shape, colour):
-                continue
-            mark = (shape, colour) if world.shared_colours else colour
-            if mark not in taken:                                # two objects of a clip never share both shape and colour,
-                break                                            # so that words can point at one of them
-        taken.add(mark)
-        looks.append(dict(shape=shape, colour=colour, size=size, texture=dice.integer(len(TEXTURES)),
-                          r=SIZES[size] * CROWDED[count - 1] * math.exp(dice(-0.1, 0.1)), a=dice(0, 2 * math.pi)))
-    dressed = skinner is not None and skinner() < SKINNED_CLIPS
-    if dressed:
-        disguise(looks, skinner, subject=index < HELDOUT)
-
-    # -- what the subject does. Places are drawn without looking at the program and drawn again until it fits.
-    program = dice.pick(MOTIONS) if count > 1 else dice.pick(SOLO)
-    chain = 1 if world.story else world.acts                     # a story's acts are its own
-    acts, bounds = [], [round(i * T / chain) for i in range(chain + 1)]
-    while True:
-        for j in range(count):                                   # of the bystanders, the freest of three places
-            spots = [(dice(LOW, HIGH), dice(LOW, HIGH)) for _ in range(1 if j < 2 else 3)]
-            x, y = max(spots, key=lambda p: min((math.hypot(p[0] - l["x"], p[1] - l["y"]) for l in looks[:j]), default=0))
-            looks[j].update(x=x, y=y)
-        # growing and shrinking pass through sizes; everybody else's subject is drawn from that same spread of sizes
-        spread = {"grow": -0.29, "shrink": 0.29}.get(program, dice(-0.29, 0.29))
-        me = dict(looks[0], r=looks[0]["r"] * math.exp(spread))
-        done = move(program, dice, tau if chain == 1 else np.linspace(0, 1, bounds[1]), me, looks[1] if count > 1 else None)
-        if done is not None:
-            break
-    paths = np.empty((MAX_OBJECTS, T, 4))
-    paths[:] = (0.5, 0.5, 1e-3, 0.0)
-    busy = [False] * count                                       # moved by the subject's program
-    mine, theirs, detail = done
-    acts.append((program, detail))
-    paths[0, :bounds[1]] = mine
-    if count > 1:
-        paths[1] = [looks[1][k] for k in "xyra"]
-        if theirs is not None:
-            paths[1, :bounds[1]], busy[1] = theirs, True
-            paths[1, bounds[1]:] = theirs[-1]
-    for i in range(1, chain):                                    # further acts start where the last one ended
-        state = dict(zip("xyra", paths[0, bounds[i] - 1]))
-        partner = dict(zip("xyra", paths[1, bounds[i] - 1])) if count > 1 else None
-        sub = np.linspace(0, 1, bounds[i + 1] - bounds[i] + 1)[1:]
-        fits = [p for p in MOTIONS if p != acts[-1][0]]
-        for nxt in dice.shuffled(fits):
-            if {"behind", "front"} & {p for p, _ in acts} and nxt in ("behind", "front") and nxt not in {p for p, _ in acts}:
-                continue                                         # the two need opposite depths
-            done = move(nxt, dice, sub, state, partner)
-            if done is not None:
-                break                                            # one always does: straight, or spin after it
-        paths[0, bounds[i]:bounds[i + 1]] = done[0]
-        if done[1] is not None:
-            paths[1, bounds[i]:bounds[i + 1]], busy[1] = done[1], True
-            paths[1, bounds[i + 1]:] = done[1][-1]
-        acts.append((nxt, done[2]))
-
-    # -- what the others do: half of them stay, the rest follow a program of their own, in one half of the clip or all of it
-    side = [None] * count                                        # (begin, end) of each other object that moves
-    for j in range(1, count):
-        if j > 1:
-            paths[j] = [looks[j][k] for k in "xyra"]
-        if busy[j] or (j == 1 and acts[0][0] in MOTIONS[6:]) or (j == 1 and chain > 1) or dice() < 0.5:
-            continue
-        begin, end = dice.pick(((0, T), (0, T // 2), (T // 2, T)))
-        own = move(dice.pick(("straight", "bounce", "orbit", "spin")), dice, np.linspace(0, 1, max(end - begin, 1)),
-                   dict(zip("xyra", paths[j, 0])), None) if end - begin >= 3 else None
-        if own is not None:
-            paths[j, begin:end] = own[0]
-            paths[j, end:] = own[0][-1]
-            side[j] = (begin, end)
-
-    told = tell(looks, T, world.acts, Dice(index, 2)) if world.story else {}             # a stream of its own: other worlds stay as they are
-    if told:
-        paths, acts, program = told["paths"], [], DEEDS[told["deeds"][0]]
-
-    # -- depth: any order, but for who passes behind whom
-    order = dice.shuffled(list(range(count)))                    # order[0] is painted first
-    if count > 1 and {p for p, _ in acts} & {"behind", "front"}:
-        deeper = 0 if "behind" in {p for p, _ in acts} else 1
-        i, j = sorted((order.index(0), order.index(1)))
-        order[i], order[j] = deeper, 1 - deeper
-    if told:                                                     # what is asked about is seen
-        order = [j for j in order if j] + [0]
-
-    # -- the ground, the camera, the light
-    names = dice.shuffled(list(GROUNDS))[:1 + min(int(dice() * dice() * 6), 3)]
-    seeds = np.full((MAX_GROUNDS, 2), 1e3)
-    for i in range(len(names)):
-        seeds[i] = dice(0.05, 0.95), dice(0.05, 0.95)
-    warp = np.array([dice(0.0, 0.05), dice(4, 12), dice(0, 6.3), dice(0, 6.3)])
-    camera, filmed = np.tile((0.0, 0.0, 1.0), (T, 1)), ""
-    if world.camera and not told and dice() < 0.35:
-        if dice() < 0.65:
-            way = dice.pick(tuple(DIRECTIONS))
-            camera[:, :2] += (tau - 0.5)[:, None] * dice(0.12, 0.25) * np.array(DIRECTIONS[way])
-            filmed = f"pans {way}"
-        else:
-            inwards = dice() < 0.5
-            camera[:, 2] = np.exp((tau - 0.5) * (0.35 if inwards else -0.35))
-            filmed = "zooms in" if inwards else "zooms out"
-    light, shine = np.ones((T, 3)), ""
-    if world.light and dice() < 0.25:
-        brighter = dice() < 0.5
-        light *= np.exp(((tau - 1) if brighter else -tau) * 0.6)[:, None]
-        shine = "gets lighter" if brighter else "gets darker"
-    light *= 1 + 0.06 * np.array([dice(-1, 1), dice(-1, 1), dice(-1, 1)])    # the tint of the whole clip
-    if dressed and world.camera and not told:
-        film_by_hand(camera, paths[0, :, :2], tau, skinner)
-
-    # -- everything onto the screen, in painting order
-    place = paths.copy()
-    place[:, :, 0] = (paths[:, :, 0] - 0.5 - camera[:, 0]) * camera[:, 2] + 0.5
-    place[:, :, 1] = (paths[:, :, 1] - 0.5 - camera[:, 1]) * camera[:, 2] + 0.5
-    place[:, :, 2] = paths[:, :, 2] * camera[:, 2]
-    surface = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 11))
-    for i, name in enumerate(names):
-        one, two, kinds = GROUNDS[name]
-        turn = dice(0, 2 * math.pi)
-        surface[i] = (dice.pick(kinds), dice(4, 8), math.cos(turn), math.sin(turn), 0.0, *one, *two)
-    rgb = list(COLOURS.values())
+    order = rng.permutation(len(looks)).tolist()                # order[0] is painted first
+    if world.chain:                                             # what is asked about is seen
+        order = [j for j in order if j != 0] + [0]
+    elif acts[0][0] in ("behind", "front"):
+        front, back = (1, 0) if acts[0][0] == "behind" else (0, 1)
+        i, k = sorted((order.index(0), order.index(1)))
+        order[i], order[k] = back, front
+    grounds, seeds, surface = surfaces(rng, world, [looks[j] for j in order])
+    place = np.full((MAX_OBJECTS, T, 4), (0.5, 0.5, 1e-3, 0.0))
+    place[:len(looks)] = paths[order]
+    place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
+    place[..., 2] *= camera[:, 2]
     shape = np.zeros(MAX_OBJECTS, np.int64)
-    for slot, j in enumerate(order):
-        look = looks[j]
-        colour = np.array(rgb[look["colour"]], float)
+    shape[:len(looks)] = [looks[j]["shape"] for j in order]
+    warp = np.array((rng.uniform(0, 0.05), rng.uniform(4, 12), *rng.uniform(0, 6.3, 2)))
+    scene = Scene(world, looks, acts, hero, visits, grounds, film)
+    arrays = dict(seeds=seeds, warp=warp, camera=camera, light=light, place=place, surface=surface)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return arrays | dict(
+        index=index, shape=shape, count=len(looks), caption=describe(rng, scene), qa=questions(rng, scene),
+        appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=MOTIONS.index(acts[0][0]),
+        told=dict(acts=acts, bounds=bounds, visits=visits, slots=[order.index(j) for j in range(len(looks))]))
+
+
+def cast(rng, world, index):
+    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see Scene."""
+    likely = np.array(STORY_COUNTS if world.chain else COUNTS)[:world.max_objects]
+    count = 1 + int(rng.choice(len(likely), p=likely / likely.sum()))
+    size = pick(rng, tuple(SIZES)) if count < 6 else "medium"
+    radius = world.scale * SIZES[size] * CROWDED[count - 1] * math.exp(rng.uniform(-0.08, 0.08))
+    looks, taken = [], set()
+    while len(looks) < count:
+        shape, colour = int(rng.integers(world.shapes)), int(rng.integers(len(COLOURS)))
+        if not looks and index >= HELDOUT:
+            colour = (7 - 3 * shape) % len(COLOURS)
+        elif held_out(shape, colour):
+            continue
+        # two objects of a clip never share both shape and colour, so that words can point at one of them
+        mark = (shape, colour) if world.shared_colours else colour
+        if mark in taken:
+            continue
+        taken.add(mark)
+        texture = 0 if world.plain else int(rng.integers(len(TEXTURES)))
+        looks.append(dict(shape=shape, colour=colour, texture=texture, size="", r=radius * rng.uniform(*SHARE)))
+    looks[0].update(size=size, r=radius)
+    return looks
+
+
+def choose_acts(rng, world, count):
+    """-> list of (program, way), and the hero. In a chain two equal deeds never stand side by side: they would look like one. One
+    of them, the hero, occurs 1, 2 or 3 times, each as often: questions ask how many times."""
+    if not world.chain:
+        program = pick(rng, [p for p in world.programs if count > 1 or p in SOLO])
+        return [(program, pick(rng, WAYS[program]))], ""
+    hero, times = pick(rng, CHAIN), 1 + rng.integers(min(3, (world.acts + 1) // 2))
+    neighbours = True
+    while neighbours:
+        at = set(rng.permutation(world.acts)[:times].tolist())
+        neighbours = any(i + 1 in at for i in at)
+    deeds = []
+    for i in range(world.acts):
+        fitting = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
+        deeds.append(hero if i in at else pick(rng, fitting))
+    return [(program, way or pick(rng, WAYS[program])) for program, way in deeds], deed(hero)
+
+
+def beside(rng, state, other, close):
+    """A place (2,) for the companion: close by, if that may be, every other time; else farther away."""
+    angle, away = rng.uniform(0, 2 * math.pi), rng.uniform(0.9, 1.1) * (state[2] + other[2])
+    if not close or rng.random() < 0.5:
+        away += rng.uniform(0.15, 0.45)
+    return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
+
+
+def staged(rng, world, looks, act):
+    """Paths (count, T, 4) of a clip of one act. Places are drawn, without looking at the program, until it fits."""
+    # Subjects of other programs have all the sizes through which those pass that grow and shrink, the ends oftenest.
+    spread = math.log(GROWTH) / 2
+    end = {"grow": -1.0, "shrink": 1.0}.get(act[0], pick(rng, (-1.0, 1.0, rng.uniform(-1, 1))))
+    states = np.array([(0.0, 0.0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
+    states[0, 2] *= math.exp(end * spread)
+    done = None
+    while done is None:
+        states[0, :2] = rng.uniform(LOW, HIGH, 2)
+        if act[0] not in SOLO:
+            states[1, :2] = beside(rng, states[0], states[1], act[0] in ("follow", "behind", "front"))
+        done = perform(rng, world, act, world.frames, *states[:2])
+    if len(looks) > 1 and act[0] in SOLO:                       # a companion that does not matter looks like one that does
+        end, fits = done[0][-pick(rng, (0, 1, 1))], False
+        while not fits:
+            states[1, :2] = beside(rng, end, states[1], True)
+            fits = LOW <= states[1, :2].min() and states[1, :2].max() <= HIGH
+    for j in range(2, len(looks)):                              # of the others, the freest of three places
+        spots = rng.uniform(LOW, HIGH, (3, 1, 2))
+        free = np.linalg.norm(spots - states[:j, :2], axis=-1).min(1)
+        states[j, :2] = spots[free.argmax(), 0]
+    paths = np.repeat(states[:, None], world.frames, 1)
+    paths[0] = done[0]
+    # half of the others stay, the rest follow programs of their own; the companion does what the subject's asks for
+    for j in range(1, len(looks)):
+        program = pick(rng, ("straight", "bounce", "orbit", "spin"))
+        own = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])
+        if own is not None and rng.random() < 0.5 and j > 1:
+            paths[j] = own[0]
+    if done[1] is not None:
+        paths[1] = done[1]
+    return paths
+
+
+def chained(rng, world, looks, acts):
+    """-> bounds, paths (count, T, 4) of a clip of several acts: the subject in the middle, the others in the corners,
+    then at the sides. Acts end where they begin, so that any may follow any: what comes after one is not likely."""
+    T, n = world.frames, len(acts)
+    bounds = [0, *(round((i + rng.uniform(-0.15, 0.15)) * T / n) for i in range(1, n)), T]
+    corners = [(x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)]
+    sides = [(0.1, 0.5), (0.9, 0.5), (0.5, 0.1), (0.5, 0.9)]
+    homes = np.array([(0.5, 0.5)] + shuffled(rng, corners) + shuffled(rng, sides))[:len(looks)]
+    homes += rng.uniform(-0.03, 0.03, homes.shape)
+    states = np.array([(x, y, look["r"], rng.uniform(0, 2 * math.pi)) for (x, y), look in zip(homes, looks)])
+    paths = np.repeat(states[:, None], T, 1)
+    for act, begin, end in zip(acts, bounds, bounds[1:]):
+        paths[0, begin:end] = perform(rng, world, act, end - begin, states[0])[0]
+        states[0, 3] = paths[0, end - 1, 3]
+    return bounds, paths
+
+
+def draw_visit(rng, path):
+    """Of another object in a story: -> Visit, and path (T, 4) is changed where the object is out of view."""
+    T, role = len(path), pick(rng, ROLES)
+    frame, way = np.arange(T), max(1, min(T // 16, 4))          # way: frames that going and coming take
+    goes = comes = None
+    if role in ("leaves", "returns"):
+        goes = int(T * (rng.uniform(0.15, 0.75) if role == "leaves" else rng.uniform(0.12, 0.35)))
+    if role in ("comes", "returns"):
+        comes = int(T * (rng.uniform(0.3, 0.8) if role == "comes" else rng.uniform(0.55, 0.8)))
+    gone = np.zeros(T) if goes is None else np.interp(frame, (goes, goes + way), (0, 1))    # 0: at home, 1: out of view
+    if comes is not None:
+        away = gone if goes is not None else np.ones(T)
+        gone = np.where(frame < comes, away, np.interp(frame, (comes, comes + way), (1, 0)))
+    off = path[0, :2] - 0.5
+    axis = int(abs(off[1]) > abs(off[0]))                       # over the nearest edge
+    path[:, axis] += gone * (math.copysign(0.9, off[axis]) - off[axis])
+    return Visit(role, goes, comes)
+
+
+def filmed(rng, world):
+    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, and what they do in words"""
+    tau = np.linspace(-0.5, 0.5, world.frames) if world.frames > 1 else np.zeros(1)
+    camera, light, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), np.ones((world.frames, 3)), []
+    if world.camera and not world.chain and rng.random() < 0.35:
+        if rng.random() < 0.65:
+            way = pick(rng, tuple(DIRECTIONS))
+            camera[:, :2] = tau[:, None] * rng.uniform(0.12, 0.25) * np.array(DIRECTIONS[way])
+            film.append(f"the camera pans {way}")
+        else:
+            way = pick(rng, ("in", "out"))
+            camera[:, 2] = np.exp(tau * (0.35 if way == "in" else -0.35))
+            film.append(f"the camera zooms {way}")
+    if world.light and rng.random() < 0.25:
+        way = pick(rng, ("lighter", "darker"))
+        light *= np.exp(0.6 * (tau if way == "lighter" else -tau) - 0.3)[:, None]
+        film.append(f"it gets {way}")
+    return camera, light * rng.uniform(0.94, 1.06, 3), film
+
+
+def surfaces(rng, world, looks):
+    """Of objects in the order of painting -> names of the grounds, seeds (4, 2) and surface (12, 11), see `script`"""
+    seeds, surface = np.full((MAX_GROUNDS, 2), 1e3), np.zeros((MAX_GROUNDS + MAX_OBJECTS, 11))
+    grounds = ["a dark ground"] if world.plain else shuffled(rng, list(GROUNDS))[:rng.choice(range(1, 5), p=(0.46, 0.25, 0.16, 0.13))]
+    seeds[:len(grounds)] = rng.uniform(0.05, 0.95, (len(grounds), 2))
+    for i, name in enumerate(grounds):
+        one, two, kinds = GROUNDS.get(name, ((64, 64, 72), (64, 64, 72), (0,)))
+        turn = rng.uniform(0, 2 * math.pi)
+        surface[i] = (pick(rng, kinds), rng.uniform(4, 8), math.cos(turn), math.sin(turn), 0.0, *one, *two)
+    for slot, look in enumerate(looks, MAX_GROUNDS):
+        colour = np.array(list(COLOURS.values())[look["colour"]], float)
         second = colour * 0.45 if colour.sum() > 230 else colour * 0.55 + 95       # darker; of a dark colour, lighter
         # shading 0.25: one side of each object is lighter, so that even a plain circle is seen to spin
-        surface[MAX_GROUNDS + slot] = (look["texture"], dice(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
-        shape[slot] = look["shape"]
-    place[:count] = place[order]
-    skins = dress(looks, order, names, tau, skinner, dressed) if skinner else {}
-
-    scene = dict(looks=looks, acts=acts, side=side, names=names, filmed=filmed, shine=shine, paths=paths, place=place,
-                 order=order, T=T)
-    words = tale(scene | told, Dice(index, 3)) if told else dict(caption=describe(scene, dice), qa=questions(scene, dice))
-    return dict(index=index, seeds=seeds.astype(np.float32), warp=warp.astype(np.float32), camera=camera.astype(np.float32),
-                light=light.astype(np.float32), place=place.astype(np.float32), shape=shape, count=count,
-                surface=surface.astype(np.float32), **words,
-                appearance=min(looks[0]["shape"], BLOB), colour=looks[0]["colour"], motion=MOTIONS.index(program), **skins)
-
-
-def tell(looks, T, acts, dice):
-    """What happens in a story, of any length: paths (8, T, 4) of x, y, r, angle; deeds: what the subject does, one after the other, each in
-    its frames bounds[i] .. bounds[i+1] - 1; roles (j: (role, frame at which it begins to go, or None, frame at which it begins to come, or
-    None)) of the others; deeds end where they begin, so that any may follow any: the question "what comes after X" has no likely answer.
-    Two equal deeds never stand side by side: they would look like one. One of them, `hero`, occurs 1, 2 or 3 times, each as often."""
-    count = len(looks)
-    paths = np.empty((MAX_OBJECTS, T, 4))
-    paths[:] = (0.5, 0.5, 1e-3, 0.0)
-    # -- the subject's deeds
-    hero, times = dice.pick(tuple(DEEDS)), 1 + dice.integer(min(3, (acts + 1) // 2))
-    while True:
-        at = set(dice.shuffled(range(acts))[:times])
-        if not any(i + 1 in at for i in at):
-            break
-    deeds = []
-    for i in range(acts):
-        deeds.append(hero if i in at else dice.pick([d for d in DEEDS if d != hero and d not in deeds[-1:]]))
-    bounds = [0, *(round((i + dice(-0.15, 0.15)) * T / acts) for i in range(1, acts)), T]
-    paths[0] = (dice(0.45, 0.55), dice(0.45, 0.55), looks[0]["r"], looks[0]["a"])
-    far = 0.22 if count < 6 else 0.16                            # not over the others
-    for deed, begin, end in zip(deeds, bounds, bounds[1:]):
-        tau, me = np.linspace(0, 1, end - begin + 1)[1:], paths[0, begin:end]
-        out = np.sin(math.pi * tau)                              # there and back
-        if deed in ("rise", "sink"):
-            me[:, 1] += far * dice(0.9, 1.1) * out * (1 if deed == "sink" else -1)
-        elif deed.startswith("dart"):
-            me[:, 0] += far * dice(0.9, 1.1) * out * (1 if deed == "dart right" else -1)
-        elif deed == "circle":
-            angle, turn = dice(0, 2 * math.pi), dice.pick((1, -1))
-            me[:, 0] += 0.6 * far * (np.cos(angle + turn * 2 * math.pi * tau) - math.cos(angle))
-            me[:, 1] += 0.6 * far * (np.sin(angle + turn * 2 * math.pi * tau) - math.sin(angle))
-        elif deed == "spin":
-            me[:, 3] += dice.pick((1, -1)) * dice(3.5, 5.0) * tau
-            paths[0, end:, 3] = me[-1, 3]
-        else:
-            me[:, 2] *= 1.6 ** (out if deed == "swell" else -out)
-    # -- the others: in the corners, then at the sides
-    spots = dice.shuffled([(x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)]) + dice.shuffled([(0.1, 0.5), (0.9, 0.5), (0.5, 0.1), (0.5, 0.9)])
-    roles, way = {}, max(1, min(T // 16, 4))                     # frames that going and coming take
-    for j in range(1, count):
-        home = np.array(spots[j - 1]) + (dice(-0.03, 0.03), dice(-0.03, 0.03))
-        role = dice.pick(ROLES)
-        goes = int(T * {"leaves": dice(0.15, 0.75), "returns": dice(0.12, 0.35)}[role]) if role in ("leaves", "returns") else None
-        comes = int(T * {"comes": dice(0.3, 0.8), "returns": dice(0.55, 0.8)}[role]) if role in ("comes", "returns") else None
-        frame, gone = np.arange(T), np.zeros(T)                  # 0: at home, 1: out of view
-        if goes is not None:
-            gone = np.interp(frame, (goes, goes + way), (0, 1))
-        if comes is not None:
-            gone = np.where(frame < comes, gone if goes is not None else 1.0, np.interp(frame, (comes, comes + way), (1, 0)))
-        off = home - 0.5
-        axis = int(abs(off[1]) > abs(off[0]))                    # the nearest edge
-        paths[j] = (*home, looks[j]["r"], looks[j]["a"])
-        paths[j, :, axis] += gone * (0.5 + math.copysign(0.9, off[axis]) - home[axis])
-        roles[j] = (role, goes, comes)
-    return dict(paths=paths, deeds=deeds, bounds=bounds, hero=hero, roles=roles)
-
-
-def disguise(looks, dice, subject):
-    """Of a skinned clip: which objects wear a picture, and which have an irregular outline (in place). CHOICE: captions stay true. A
-    picture hides the colour, so none is told: "a textured star"; an irregular outline is a "blob", whatever it wears; sizes are not told,
-    since the camera may stand nearer. subject: may the subject change? Not in the HELDOUT range, which asks for its shape and colour."""
-    for j, look in enumerate(looks):
-        skinned, irregular, which = dice() < SKINNED_SURFACES, dice() < IRREGULAR, dice.integer(BLOBS)
-        look["size"] = "medium"
-        if j or subject:
-            look.update(skinned=skinned, shape=BLOB + which if irregular else look["shape"])
-
-
-def film_by_hand(camera, subject, tau, dice):
-    """Of a skinned clip: the camera (T, 3) of real footage, in place: nearer or farther, never quite still, and sometimes after the subject
-    (T, 2), so that the ground moves and the subject does not. Contacts and depths are those of the script: all are filmed alike."""
-    camera[:, 2] *= math.exp(dice(-0.1, 0.45))
-    shake = dice.pick((0.0, 0.006, 0.02))
-    for axis in (0, 1):
-        camera[:, axis] += shake * np.sin(dice(3, 12) * tau + dice(0, 6.3))
-    follow, chosen = dice(0.4, 0.8), dice() < 0.3
-    if chosen:
-        camera[:, :2] += follow * (subject - subject.mean(0))
-
-
-def dress(looks, order, names, tau, dice, dressed):
-    """skin (12, 8) of grounds 0..3 and objects 4..11: which picture, as a fraction of the folder (-1: none, the plain surface), two rows
-    (du, dv, 1) that take the surface's own coordinates to the picture's in [0, 1), and a gain; bend (8, T, 5) of objects: stretch
-    along the own axes, wobble, its frequency and its phase (see `rasterise`). In `names` skinned grounds become "textured ground"."""
-    skin, bend = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 8), np.float32), np.zeros((MAX_OBJECTS, len(tau), 5), np.float32)
-    skin[:, 0], bend[:, :, :2] = -1, 1
-    if not dressed:
-        return dict(skin=skin, bend=bend)
-
-    def picture(span, turn):                                     # one unit of the surface shows `span` of the picture
-        cos, sin, mirror = span * math.cos(turn), span * math.sin(turn), dice.pick((1, -1))
-        return dice(), mirror * cos, -mirror * sin, dice(0.15, 0.85), sin, cos, dice(0.15, 0.85), dice(0.75, 1.15)
-    for i in range(len(names)):                                  # from a detail, all one stuff, to a whole scene, upright as pictures are
-        chosen, worn = dice() < SKINNED_SURFACES, picture(math.exp(dice(math.log(0.15), math.log(1.2))), dice(-0.3, 0.3))
-        if chosen:
-            skin[i], names[i] = worn, "textured ground"
-    for slot, j in enumerate(order):
-        worn = picture(math.exp(dice(math.log(0.08), math.log(0.5))), dice(0, 2 * math.pi))
-        free = looks[j]["shape"] >= BLOB                         # named shapes wobble a little: a star remains a star
-        thin, sway, wobble, speed, phase = dice(0.5, 1.0), dice(0, 0.12), dice(0, DEFORM), dice(-4, 4), dice(0, 6.3)
-        breath = sway * np.sin(speed * tau + phase) if free else 0 * tau
-        bend[slot, :, 0], bend[slot, :, 1] = np.exp(breath) * 0.88, np.exp(-breath) * (0.88 * thin if free else 0.88)
-        bend[slot, :, 2], bend[slot, :, 3], bend[slot, :, 4] = wobble if free else 0.3 * wobble, dice(1.5, 4.0), speed * tau + phase
-        if looks[j].get("skinned"):
-            skin[MAX_GROUNDS + slot] = worn
-    return dict(skin=skin, bend=bend)
+        surface[slot] = (look["texture"], rng.uniform(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
+    return grounds, seeds, surface
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The procedural world: words
 # ---------------------------------------------------------------------------------------------------------------------
 
-VERBS = {"straight": ("moves", "glides", "drifts", "slides", "travels"), "bounce": ("bounces", "springs", "bobs"),
-         "orbit": ("circles", "goes round", "moves in a circle"), "spin": ("spins", "turns on the spot", "rotates"),
-         "grow": ("grows", "gets bigger", "swells"), "shrink": ("shrinks", "gets smaller", "dwindles"),
-         "approach": ("moves up to {} and stops", "comes to rest beside {}", "approaches {} and halts"),
-         "follow": ("follows {}", "chases {}", "trails behind {}"),
-         "collide": ("bumps into {}", "collides with {} and springs back", "knocks against {}"),
-         "behind": ("passes behind {}", "goes by behind {}", "slips behind {} and out again"),
-         "front": ("passes in front of {}", "goes by in front of {}", "crosses in front of {}")}
-WAYS = {"left": ("to the left", "leftwards", "left"), "right": ("to the right", "rightwards", "right"),
-        "up": ("upwards", "up", "to the top"), "down": ("downwards", "down", "to the bottom"),
-        "sideways": ("from side to side", "left and right"), "upright": ("up and down", "upwards and downwards"),
-        "clockwise": ("clockwise",), "anticlockwise": ("anticlockwise", "counterclockwise"), "": ("",)}
+VERBS = {
+    "straight": ("moves", "glides", "drifts", "slides", "travels"), "bounce": ("bounces", "springs", "bobs"),
+    "orbit": ("circles", "goes round", "moves in a circle"), "spin": ("spins", "turns on the spot", "rotates"),
+    "grow": ("grows", "gets bigger", "swells"), "shrink": ("shrinks", "gets smaller", "dwindles"),
+    "approach": ("moves up to {} and stops", "comes to rest beside {}", "approaches {} and halts"),
+    "follow": ("follows {}", "chases {}", "trails behind {}"),
+    "collide": ("bumps into {}", "collides with {} and springs back", "knocks against {}"),
+    "behind": ("passes behind {}", "goes by behind {}", "slips behind {} and out again"),
+    "front": ("passes in front of {}", "goes by in front of {}", "crosses in front of {}")}
+ADVERBS = {
+    "left": ("to the left", "leftwards", "left"), "right": ("to the right", "rightwards", "right"),
+    "up": ("upwards", "up", "to the top"), "down": ("downwards", "down", "to the bottom"),
+    "sideways": ("from side to side", "left and right"), "upright": ("up and down", "upwards and downwards"),
+    "clockwise": ("clockwise",), "anticlockwise": ("anticlockwise", "counterclockwise"), "": ("",)}
 
 
 def a(phrase):
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+    return ("an " if phrase.startswith(("a", "e", "i", "o", "u", "hour")) else "a ") + phrase
 
 
-def name_of(look, full=True):
-    """'large red striped star', or just 'red star' (enough to point at it: the two are unique in a clip). With a picture on it
-    'textured star', which need not be unique."""
-    if look["shape"] >= BLOB or look.get("skinned"):
-        colour = "textured" if look.get("skinned") else list(COLOURS)[look["colour"]]
-        return f"{colour} {'blob' if look['shape'] >= BLOB else SHAPES[look['shape']]}"
-    words = [look["size"] if full and look["size"] != "medium" else "", list(COLOURS)[look["colour"]],
-             TEXTURES[look["texture"]] if full and look["texture"] else "", SHAPES[look["shape"]]]
-    return " ".join(w for w in words if w)
+def name_of(look, full=False):
+    """'red star', enough to point at it: the two are unique in a clip. full: 'large red striped star'"""
+    colour, shape = list(COLOURS)[look["colour"]], SHAPES[look["shape"]]
+    if not full:
+        return f"{colour} {shape}"
+    size = "large" if look["size"] == "large" else ""
+    texture = TEXTURES[look["texture"]] if look["texture"] else ""
+    return " ".join(f"{size} {colour} {texture} {shape}".split())
 
 
-def act_words(act, dice, companion):
-    program, detail = act
-    return f"{dice.pick(VERBS[program])} {dice.pick(WAYS[detail])}".strip().replace("{}", companion)
+def deed(act):
+    """(program, way) -> an infinitive, for questions"""
+    program, way = act
+    return DEEDS.get(way if program == "straight" else program, program)
 
 
-def describe(scene, dice):
-    """A caption in varied English. The subject, its companion and the ground are always told; the rest by chance."""
-    looks, names = scene["looks"], scene["names"]
-    subject = a(name_of(looks[0]))
-    partner = a(name_of(looks[1], full=dice() < 0.7)) if len(looks) > 1 else ""
-    doing = " and then ".join(act_words(act, dice, partner if i == 0 else "it") for i, act in enumerate(scene["acts"]))
-    if scene["acts"][0][0] in SOLO and any(p not in SOLO for p, _ in scene["acts"]):     # "it" must have been named
-        doing = doing.replace(" it", " " + partner, 1)
-    ground = " and ".join(dict.fromkeys(names[:2])) if dice() < 0.8 else names[0]
-    where = dice.pick(("on", "over", "against")) + " " + ground
-    used = 2 if scene["acts"][0][0] not in SOLO else 1
-    rest = looks[used:]
-    others = ""
-    if rest:
-        near = a(name_of(rest[0], full=dice() < 0.6))
-        others = dice.pick((f" with {near} nearby", f" and there is {near}", f" next to {near}", f" while {near} is in view"))
-        if len(rest) > 1 and dice() < 0.6:
-            others += f" and {a(name_of(rest[1], full=False))}"
-    template = dice.integer(4)
-    if template == 0:
-        text = f"{subject} {doing} {where}{others}"
-    elif template == 1:
-        text = f"{where}, {subject} {doing}{others}"
-    elif template == 2:
-        text = f"{subject} {doing}{others}, {where}"
+def third(infinitive):
+    """'dart left' -> 'darts left'"""
+    first, *rest = infinitive.split()
+    return " ".join([first + "s", *rest])
+
+
+def describe(rng, scene):
+    """A caption in varied English. Subject, companion and ground are always told, the rest by chance. Of a chain each
+    act is told. `words`: "looks" leaves out what the subject does; "deeds" leaves out all but shapes and deeds, in
+    the same words each time."""
+    world, deeds_alone = scene.world, scene.world.words == "deeds"
+    if deeds_alone:
+        subject, *others = [a(SHAPES[look["shape"]]) for look in scene.looks]
     else:
-        text = f"there is {subject} {where}; it {doing}{others}"
-    if scene["filmed"] and dice() < 0.7:
-        text += dice.pick((", the camera ", " as the camera ")) + scene["filmed"]
-    if scene["shine"] and dice() < 0.7:
-        text += dice.pick((" and it ", " while it ")) + scene["shine"]
-    return text
+        subject, *others = [a(name_of(look, look["size"] or rng.random() < 0.65)) for look in scene.looks]
+    (program, way), doing = scene.acts[0], ""
+    if world.words != "looks" and world.chain:
+        doing = ", then ".join(third(deed(act)) for act in scene.acts)
+    elif world.words != "looks":
+        verbs, adverbs = VERBS[program], ADVERBS[way]
+        doing = f"{verbs[0]} {adverbs[0]}" if deeds_alone else f"{pick(rng, verbs)} {pick(rng, adverbs)}"
+        if program not in SOLO:
+            doing = doing.replace("{}", others.pop(0))
+    rest = ""
+    if world.chain:
+        happens = {"stays": "is there", "returns": "leaves and comes back"}
+        rest = "".join(f"; {name} {happens.get(visit.role, visit.role)}" for name, visit in zip(others, scene.visits[1:]))
+    elif others and deeds_alone:
+        rest = f" with {others[0]}"
+    elif others:
+        rest = pick(rng, (" with {} nearby", " and there is {}", " next to {}", " while {} is in view")).format(others[0])
+        rest += f" and {others[1]}" if len(others) > 1 and rng.random() < 0.6 else ""
+    ground = " and ".join(dict.fromkeys(scene.grounds[:1 + (rng.random() < 0.8)]))
+    where = "" if deeds_alone else f"{pick(rng, ('on', 'over', 'against'))} {ground}"
+    templates = (f"{subject} {doing} {where}{rest}", f"{where}, {subject} {doing}{rest}",
+                 f"{subject} {doing}{rest}, {where}", f"there is {subject} {where}; it {doing}{rest}")
+    text = pick(rng, templates) if where and doing and not world.chain else templates[0]
+    for change in scene.film:
+        if rng.random() < 0.7 and not deeds_alone:
+            text += pick(rng, (", ", " as ", " while ")) + change
+    return " ".join(text.split()).replace(" ;", ";")
 
 
-def visible_side(x):
-    return "left" if x < 0.5 else "right"
+def questions(rng, scene):
+    """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types: what,
+    first, after, times, back (who left and came back?), again (did it come back?), order. The wrong options come from
+    the same clip where it offers enough: that a thing occurs is not yet the answer. Balanced, so that a question's
+    words say nothing of its answer: all deeds are equally likely at each place of a chain, and how often the hero's
+    occurs and who comes back is drawn before the question."""
+    looks, qa = scene.looks, []
+    names, colours = [name_of(look) for look in looks], [list(COLOURS)[look["colour"]] for look in looks]
 
+    def ask(kind, question, answer, mine, all_of=()):           # mine: what occurs in the clip
+        options = shuffled(rng, sorted(set(mine))) + shuffled(rng, list(all_of))
+        options = [option for option in dict.fromkeys(options) if option != answer][:3]
+        if options:
+            qa.append(dict(type=kind, question=question, answer=answer, options=shuffled(rng, [answer, *options])))
 
-def questions(scene, dice):
-    """Question-answer pairs with one-word (or one-phrase) answers, all decidable from the pixels:
-    what, where, count, first, after, behind. Of a skinned clip those whose words or answer a picture hides are left out."""
-    looks, acts, place, order = scene["looks"], scene["acts"], scene["place"], scene["order"]
-    slot = {j: s for s, j in enumerate(order)}
-    qa = []
-
-    called = [name_of(look, False) for look in looks]
-    hidden = any(look.get("skinned") for look in looks)          # its colour, that is
-
-    def ask(kind, question, answer, *about):                     # about: the objects that the question names
-        if all(called.count(called[j]) == 1 for j in about):
-            qa.append(dict(type=kind, question=question, answer=answer))
-
-    subject = looks[0]
-    colour, shape = list(COLOURS)[subject["colour"]], (*SHAPES, "blob")[min(subject["shape"], BLOB)]
-    largest = place[:len(looks), :, 2].mean(1).argmax() == slot[0]
-    if largest and not subject.get("skinned"):
-        ask("what", "What colour is the largest object?", colour)
-    if not hidden:
-        ask("what", f"What shape is the largest object, the {colour} one?", shape)
-    elif largest:
-        ask("what", "What shape is the largest object?", shape)
-    ask("what", f"What does the {name_of(subject, False)} do{' first' if len(acts) > 1 else ''}?", acts[0][0], 0)
-    if "textured ground" not in scene["names"]:
-        ask("what", "What is the ground made of?", " and ".join(sorted(scene["names"])))
-    ask("where", f"On which side is the {name_of(subject, False)} at the end?", visible_side(place[slot[0], -1, 0]), 0)
-    ask("count", "How many objects are there?", str(len(looks)))
-    counted = dice.pick(tuple(COLOURS))
-    if not hidden:
-        ask("count", f"How many {counted} objects are there?", str(sum(list(COLOURS)[l["colour"]] == counted for l in looks)))
-    starts = {j: s[0] for j, s in enumerate(scene["side"]) if s}
-    starts[0] = 0
-    late = [j for j in starts if starts[j] > 0]
-    if late:                                                     # the subject moves from the first frame on
-        pair = dice.shuffled([0, late[0]])
-        ask("first", f"Which moves first, the {name_of(looks[pair[0]], False)} or the {name_of(looks[pair[1]], False)}?",
-            name_of(subject, False), *pair)
-    for (before, _), (after, _) in zip(acts, acts[1:]):
-        ask("after", f"What happened to the {name_of(subject, False)} after its first \"{before}\"?", after, 0)
-        break
-    if len(looks) > 1:
-        passes = {p for p, _ in acts} & {"behind", "front"}
-        way = dice.pick(("behind", "front"))
-        word = {"behind": "behind", "front": "in front of"}[way]
-        ask("behind", f"Did the {name_of(subject, False)} pass {word} the {name_of(looks[1], False)}?",
-            "yes" if way in passes else "no", 0, 1)
-    return qa
-
-
-def tale(scene, dice):
-    """Caption and questions of a story; `told`: what they speak of, for whoever wants to check them. Each question also holds `options`, the
-    answer among them, drawn from the same clip where it offers enough: that something occurs is not yet the answer.
-    what, first, after, times, back (who left and came back?), again (did it come back?), order. Balanced, so that a question's words
-    say nothing of its answer (a test measures it): all deeds are equally likely at any place; how often the asked deed occurs, and whether
-    the asked object came back, is drawn before the question."""
-    looks, deeds, roles = scene["looks"], scene["deeds"], scene["roles"]
-    called, qa = [name_of(look, False) for look in looks], []
-    hidden = any(look.get("skinned") for look in looks)
-
-    def ask(kind, question, answer, options, *about):            # about: the objects that question and options name
-        options = [o for o in dict.fromkeys(options) if o != answer]
-        if options and all(called.count(called[j]) == 1 for j in about):
-            qa.append(dict(type=kind, question=question, answer=answer, options=dice.shuffled([answer, *options[:3]])))
-
-    def others(mine, all_of):                                    # first those that occur in the clip
-        return dice.shuffled(sorted(set(mine))) + dice.shuffled([x for x in all_of if x not in mine])
-
-    def third(deed):
-        return deed.replace(" ", "s ", 1) if " " in deed else deed + "s"
-    me, colours = called[0], [list(COLOURS)[look["colour"]] for look in looks]
-    if dice() < 0.5 and len(scene["names"]) == 1 and scene["names"][0] in GROUNDS:
-        ask("what", "What is the ground made of?", scene["names"][0], others([], GROUNDS))
-    elif not hidden:
-        ask("what", "What colour is the largest object?", colours[0], others(colours, COLOURS))
-    where = dice.pick((("first", 0), ("last", -1)))
-    ask("first", f"What does the {me} do {where[0]}?", deeds[where[1]], others(deeds, DEEDS), 0)
-    begun = [d for i, d in enumerate(deeds[:-1]) if d not in deeds[:i]]
-    if begun:
-        asked = dice.pick(begun)
+    if len(scene.grounds) == 1 and scene.grounds[0] in GROUNDS and rng.random() < 0.5:
+        ask("what", "What is the ground made of?", scene.grounds[0], (), GROUNDS)
+    else:
+        ask("what", "What colour is the largest object?", colours[0], colours, COLOURS)
+    me, deeds = names[0], [deed(act) for act in scene.acts]
+    known = [deed(act) for act in (CHAIN if scene.world.chain else ACTS)]
+    where, i = pick(rng, (("first", 0), ("last", -1)))
+    ask("first", f"What does the {me} do {where}?", deeds[i], deeds, known)
+    if len(deeds) > 1:
+        asked = pick(rng, list(dict.fromkeys(deeds[:-1])))
+        mine, all_of = ([d for d in some if d != asked] for some in (deeds, known))
         follows = deeds[deeds.index(asked) + 1]
-        ask("after", f"What does the {me} do right after it first {third(asked)}?", follows, [d for d in others(deeds, DEEDS) if d != asked], 0)
+        ask("after", f"What does the {me} do right after it first {third(asked)}?", follows, mine, all_of)
     most = min(3, (len(deeds) + 1) // 2)
     if most > 1:
-        ask("times", f"How many times does the {me} {scene['hero']}?", str(deeds.count(scene["hero"])), [str(n + 1) for n in range(most)], 0)
-    who = [j for j, (role, _, _) in roles.items() if role == "returns"]
-    if len(who) == 1 and len(roles) > 1:
-        ask("back", "Which object leaves the view and comes back?", called[who[0]], dice.shuffled([called[j] for j in roles]), *roles)
-    gone = [j for j, (_, goes, _) in roles.items() if goes is not None]
-    if gone:
-        j = dice.pick(gone)
-        ask("again", f"Does the {called[j]} come back after it left?", "yes" if roles[j][0] == "returns" else "no", ["yes", "no"], j)
-    pairs = [(i, j) for i, j in itertools.permutations(gone, 2) if abs(roles[i][1] - roles[j][1]) >= max(2, scene["T"] // 16)]
+        times = [str(n + 1) for n in range(most)]
+        ask("times", f"How many times does the {me} {scene.hero}?", str(deeds.count(scene.hero)), times)
+    goes = {j: visit.goes for j, visit in enumerate(scene.visits) if visit.goes is not None}
+    back = [j for j in goes if scene.visits[j].comes is not None]
+    if len(back) == 1 and len(looks) > 2:
+        ask("back", "Which object leaves the view and comes back?", names[back[0]], names[1:])
+    if goes:
+        j = pick(rng, list(goes))
+        ask("again", f"Does the {names[j]} come back after it left?", "yes" if j in back else "no", ("yes", "no"))
+    pairs = [(i, j) for i in goes for j in goes if abs(goes[i] - goes[j]) >= max(2, scene.world.frames // 16)]
     if pairs:
-        i, j = dice.pick(pairs)
-        soon = i if roles[i][1] < roles[j][1] else j
-        ask("order", f"Which leaves first, the {called[i]} or the {called[j]}?", called[soon], [called[i], called[j]], i, j)
-    happens = {"comes": "comes", "leaves": "leaves", "returns": "leaves and comes back"}
-    text = f"{a(name_of(looks[0]))} {', then '.join(map(third, deeds))}, on {' and '.join(dict.fromkeys(scene['names'][:2]))}"
-    text += "".join(f"; {a(called[j])} {happens.get(role, 'is there')}" for j, (role, _, _) in roles.items())
-    return dict(caption=text, qa=qa, told=dict(deeds=deeds, bounds=scene["bounds"], roles=roles))
+        i, j = pick(rng, pairs)
+        soon = min(i, j, key=goes.get)
+        ask("order", f"Which leaves first, the {names[i]} or the {names[j]}?", names[soon], (names[i], names[j]))
+    return qa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -901,252 +832,123 @@ def atlas(device):
     g = (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    points = 0.55 + 0.45 * (np.abs(((angle + math.pi / 2) * 5 / (2 * math.pi)) % 1 - 0.5) * 2) ** 1.2    # five-pointed
-    shapes = np.stack([
-        radius < 0.92, np.maximum(abs(x), abs(y)) < 0.8, (y < 0.75) & (y > 1.75 * abs(x) - 0.95), radius < 0.98 * points,
-        (np.minimum(abs(x), abs(y)) < 0.36) & (radius < 0.98), (radius < 0.96) & (radius > 0.42),
-        ((1.15 * x) ** 2 + (1.15 * -y + 0.15) ** 2 - 0.6) ** 3 < 0.7 * (1.15 * x) ** 2 * (1.15 * -y + 0.15) ** 3 * 1.6,
-        (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),
-        ((abs(x) < 0.36) & (y > -0.1) & (y < 0.95)) | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),
-        (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)])
+    fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1       # of a turn, from one point of the star to the next
+    star = 0.55 + 0.45 * (2 * np.abs(fifth - 0.5)) ** 1.2
+    hx, hy = 1.15 * x, 0.15 - 1.15 * y
+    shaft = (abs(x) < 0.36) & (y > -0.1) & (y < 0.95)
+    shapes = np.stack((
+        radius < 0.92,                                                      # circle
+        np.maximum(abs(x), abs(y)) < 0.8,                                   # square
+        (y < 0.75) & (y > 1.75 * abs(x) - 0.95),                            # triangle
+        radius < 0.98 * star,
+        (np.minimum(abs(x), abs(y)) < 0.36) & (radius < 0.98),              # cross
+        (radius < 0.96) & (radius > 0.42),                                  # ring
+        (hx ** 2 + hy ** 2 - 0.6) ** 3 < 1.12 * hx ** 2 * hy ** 3,          # heart
+        (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),                   # moon
+        shaft | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),  # arrow
+        (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)))                   # hourglass
     s = np.arange(TEXTURE_RES) / TEXTURE_RES
     u, v = np.meshgrid(s, s)
-    grain = np.random.Generator(np.random.PCG64(7)).random((16, 16)).repeat(4, 0).repeat(4, 1)
-    textures = np.stack([np.zeros_like(u), (u % 1) < 0.45, ((u < 0.5) ^ (v < 0.5)),
-                         np.hypot(u - 0.5, v - 0.5) < 0.3, ((v + 0.15 * np.sin(2 * np.pi * u)) % 1) < 0.45, grain])
+    speckles = np.random.default_rng(7).random((16, 16)).repeat(4, 0).repeat(4, 1)
+    waves = (v + 0.15 * np.sin(2 * np.pi * u)) % 1 < 0.45
+    dots = np.hypot(u - 0.5, v - 0.5) < 0.3
+    textures = np.stack((0 * u, u < 0.45, (u < 0.5) ^ (v < 0.5), dots, waves, speckles))
     return torch.tensor(shapes, device=device), torch.tensor(textures, dtype=torch.float32, device=device)
 
 
 def stack(scripts):
-    """A list of scripts -> one dict of tensors with a leading batch axis (words stay out)."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface", "skin", "bend")
-    return {k: torch.from_numpy(np.stack([s[k] for s in scripts])) for k in keys if k in scripts[0]}
-
-
-@functools.lru_cache(maxsize=None)
-def outlines(device):
-    """bool (10 + BLOBS, R, R): the ten shapes, then irregular outlines: wavy circles, bodies with limbs, polygons, pairs of shapes. They
-    are what lets a segmenter learn "what moves together" instead of ten silhouettes."""
-    dice, g = Dice(2 ** 40), (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
-    named, found = atlas(torch.device("cpu"))[0].numpy(), []
-
-    def wavy():
-        waves = [(k, dice(0, 0.5) / k, dice(0, 6.3)) for k in range(1, 8)]
-        return lambda x, y: np.hypot(x, y) < 0.6 * (1 + sum(a * np.cos(k * np.arctan2(y, x) + p) for k, a, p in waves))
-
-    def limbs():                                                 # capsules from one point: (angle, length, thickness)
-        some = [(dice(0, 6.3), dice(0.4, 1.2), dice(0.12, 0.3)) for _ in range(2 + dice.integer(5))]
-        body = dice(0.2, 0.45)
-
-        def inside(x, y):
-            hit = np.hypot(x, y) < body
-            for angle, length, thick in some:
-                along = (x * math.cos(angle) + y * math.sin(angle)).clip(0, length)
-                hit |= np.hypot(x - along * math.cos(angle), y - along * math.sin(angle)) < thick
-            return hit
-        return inside
-
-    def polygon():
-        sides = sorted(dice(0, 6.3) for _ in range(3 + dice.integer(4))) + [0.0, 2.1, 4.2]               # the last three close it
-        far = [dice(0.3, 0.9) for _ in sides]
-        return lambda x, y: np.all([x * math.cos(angle) + y * math.sin(angle) < d for angle, d in zip(sides, far)], 0)
-
-    def pair():
-        parts = [(named[dice.integer(len(SHAPES))], dice(-0.3, 0.3), dice(-0.3, 0.3), dice(0.5, 0.9)) for _ in range(2)]
-
-        def inside(x, y):
-            hit = np.zeros(x.shape, bool)
-            for table, cx, cy, r in parts:
-                u, v = (x - cx) / r, (y - cy) / r
-                cell = [((q + 1) * SHAPE_RES / 2).astype(int).clip(0, SHAPE_RES - 1) for q in (v, u)]
-                hit |= (abs(u) < 1) & (abs(v) < 1) & table[cell[0], cell[1]]
-            return hit
-        return inside
-    coarse = np.meshgrid(g[::4] * 2, g[::4] * 2)
-    while len(found) < BLOBS:
-        inside = (wavy, limbs, polygon, pair)[len(found) % 4]()
-        hit = inside(*coarse)
-        if not hit.any():
-            continue
-        cx, cy = (c[hit].mean() for c in coarse)                 # about its own middle, as large as fits
-        far = np.hypot(coarse[0][hit] - cx, coarse[1][hit] - cy).max() + 0.06
-        whole = inside(*np.meshgrid(g * far / 0.95 + cx, g * far / 0.95 + cy))
-        if whole.mean() > 0.2:                                   # no threads
-            found.append(whole)
-    return torch.tensor(np.concatenate([named, np.stack(found)]), device=device)
-
-
-@functools.lru_cache(maxsize=2)
-def load_textures(folder):
-    """The pictures and clips below a folder -> uint8 (n, R, R, 3), and why files are left out, a line each. n <= TEXTURES_MOST and
-    R = TEXTURE_SIDE: at most 50 MB, and 90 MB, with the smaller sizes of `pyramid`, where it is drawn. Files in the order of their
-    paths; of each clip up to FRAMES_MOST frames, evenly; of more files than fit, every so many. The central square of each. A
-    function of the folder's content: the same everywhere. A folder of nothing usable: BadInput."""
-    root, chosen, bad = Path(folder), [], []
-    if not root.is_dir():
-        raise BadInput(f"--textures {folder}: no such folder; give a folder of pictures or clips")
-    files = sorted((f for f in root.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not f.name.startswith(".")),
-                   key=lambda f: f.relative_to(root).as_posix())
-    if not files:
-        raise BadInput(f"--textures {folder}: no picture and no clip in it; expected files such as {folder}/a.jpg or {folder}/b.mp4")
-    if len(files) > TEXTURES_MOST:
-        files = [files[i * len(files) // TEXTURES_MOST] for i in range(TEXTURES_MOST)]
-    each = max(1, min(FRAMES_MOST, TEXTURES_MOST // len(files)))
-
-    def read(file):
-        frames = 1 if file.suffix.lower() in IMAGE_SUFFIXES else each
-        try:
-            return decode(file, frames, TEXTURE_SIDE, threads=1)[0]
-        except BadVideo as error:
-            try:                                                 # one frame of a clip that is short, or cut, still is a texture
-                return decode(file, 1, TEXTURE_SIDE, threads=1)[0]
-            except BadVideo:
-                return str(error)
-    with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
-        for file, got in zip(files, pool.map(read, files)):
-            (bad if isinstance(got, str) else chosen).append(got)
-    if not chosen:
-        raise BadInput(f"--textures {folder}: none of its {len(files)} files can be used; the last: {bad[-1]}")
-    return torch.from_numpy(np.concatenate(chosen)), bad
-
-
-def open_textures(folder):
-    """What a command does first with --textures: read them, name what is left out, tell what there is. -> a number that changes when the
-    pictures do (None without a folder): a run that goes on must see the clips it began with."""
-    if folder is None:
-        return None
-    textures, bad = load_textures(folder)
-    for reason in bad:
-        print(f"left out: {reason}", file=sys.stderr)
-    print(f"textures: {len(textures)} pictures of {folder}" + (f"; {len(bad)} files left out" if bad else ""))
-    return zlib.crc32(textures.numpy())
-
-
-@functools.lru_cache(maxsize=2)
-def pyramid(folder, device):
-    """The textures at R, R/2, ... 16 pixels, one after the other, each pixel's colour in one int32: one look-up reads all three. Small
-    objects read small pictures: every third pixel of a large one would flicker as nothing real does. -> int32 (cells,), sides."""
-    x, sides = F.pad(load_textures(folder)[0].permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1)), [TEXTURE_SIDE >> i for i in range(5)]           # (n, 4, R, R)
-    levels = [F.adaptive_avg_pool2d(some.float(), side).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.int32).flatten()
-              for side in sides for some in x.split(16)]
-    return torch.cat(levels).to(device), sides
+    """A list of scripts -> one dict of tensors with a leading batch axis; words stay out."""
+    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
+    return {key: torch.from_numpy(np.stack([s[key] for s in scripts])) for key in keys}
 
 
 @torch.no_grad()
-def rasterise(scripts, size, device="cpu", textures=None):
+def rasterise(scripts, size, device="cpu"):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
-    Painter's algorithm: the ground, then objects from the deepest to the nearest; each pixel remembers the last surface
-    that covered it and the surface's own coordinates there, and is coloured once, at the end. So many clips
-    are drawn together, 16 on a CPU: measured on two cores at 64 px, 1.8x as fast as two by two, and more gains nothing.
-    textures: of a skinned world, its folder."""
+    Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel remembers the last
+    surface that covered it and its own coordinates on that surface, and is coloured once, at the end."""
     device = torch.device(device)
-    if "skin" in scripts and textures is None:
-        raise ValueError("scripts of a skinned world are drawn with rasterise(..., textures=world.textures)")
-    b = len(scripts["count"])
-    chunk = 16 if device.type == "cpu" else 64
-    out = [_rasterise({k: v[i:i + chunk].to(device) for k, v in scripts.items()}, size, device, textures) for i in range(0, b, chunk)]
-    return torch.cat([o[0] for o in out]), torch.cat([o[1] for o in out])
+    chunk = 16 if device.type == "cpu" else 64                  # clips at once: their planes stay in the CPU's cache
+    videos, labels = [], []
+    for i in range(0, len(scripts["count"]), chunk):
+        s = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
+        ids, u, v = draw_ground(s, size)
+        for j in range(int(s["count"].max())):
+            where, object_u, object_v = covered(s, j, size)
+            ids.view(-1)[where] = MAX_GROUNDS + j
+            u.view(-1)[where] = object_u
+            v.view(-1)[where] = object_v
+        videos.append(coloured(s, ids, u, v))
+        labels.append(ids.long())
+    return torch.cat(videos), torch.cat(labels)
 
 
-def _rasterise(s, size, device, textures):
-    shapes = outlines(device) if "bend" in s else atlas(device)[0]
-    reach = 1.25 if "bend" in s else 1.0                         # how far from its place an object may be seen, in radii along its axes
+def draw_ground(s, size):
+    """-> the region of each pixel (b, t, H, W), and its coordinates on the ground, which move with the camera"""
+    p = (torch.arange(size, device=s["camera"].device) + 0.5) / size
+    cx, cy, zoom = s["camera"][..., None, None].unbind(2)                   # (b, t, 1, 1)
+    u = (p - 0.5) / zoom + 0.5 + cx                                         # (b, t, 1, W)
+    v = (p[:, None] - 0.5) / zoom + 0.5 + cy                                # (b, t, H, 1)
+    amount, frequency, p1, p2 = s["warp"][:, :, None, None, None].unbind(1)
+    x = u + amount * torch.sin(frequency * v + p1)                          # (b, t, H, W), wavy borders
+    y = v + amount * torch.sin(frequency * u + p2)
+    regions = int((s["seeds"][:, :, 0] < 100).sum(1).max())
+    nearest = torch.full_like(x, 1e9)
+    ids = torch.zeros_like(x, dtype=torch.int32)
+    for i in range(regions):
+        gx, gy = s["seeds"][:, i, :, None, None, None].unbind(1)            # (b, 1, 1, 1)
+        distance = (x - gx).square_().add_((y - gy).square_())
+        ids.masked_fill_(distance < nearest, i)
+        nearest = torch.minimum(nearest, distance)
+    return ids, u.expand_as(ids).contiguous(), v.expand_as(ids).contiguous()
+
+
+def covered(s, j, size):
+    """-> numbers of the pixels (n,) of the batch that object j of each clip covers, and their coordinates (n,) on it,
+    in units of its radius along its own axes. Only a square window around the object is looked at: 6 times as fast
+    at 64 px as to look at each pixel of the frame."""
+    shapes = atlas(s["place"].device)[0].flatten()
     b, t = s["camera"].shape[:2]
-    p = (torch.arange(size, device=device) + 0.5) / size
-    camera = s["camera"][..., None, None]                                    # (b, t, 3, 1, 1)
-    wx = (p - 0.5) / camera[:, :, 2] + 0.5 + camera[:, :, 0]                 # (b, t, 1, W): screen -> world
-    wy = (p[:, None] - 0.5) / camera[:, :, 2] + 0.5 + camera[:, :, 1]        # (b, t, H, 1)
-    amount, freq, p1, p2 = (w[:, None, None, None] for w in s["warp"].unbind(1))
-    bx, by = wx + amount * torch.sin(freq * wy + p1), wy + amount * torch.sin(freq * wx + p2)       # wavy borders
-    nearest = torch.full((b, t, size, size), 1e9, device=device)
-    ids = torch.zeros((b, t, size, size), dtype=torch.int32, device=device)
-    for i in range(int((s["seeds"][:, :, 0] < 1e2).sum(1).max())):
-        gx, gy = (c[:, None, None, None] for c in s["seeds"][:, i].unbind(1))
-        distance = (bx - gx).square_().add_((by - gy).square_())
-        closer = distance < nearest
-        nearest = torch.where(closer, distance, nearest)
-        ids.masked_fill_(closer, i)
-    u, v = wx.expand(b, t, size, size).contiguous(), wy.expand(b, t, size, size).contiguous()       # texture coordinates
-    flat = shapes.flatten()
-    half = SHAPE_RES / 2
-    frame = torch.arange(b * t, device=device).view(b, t, 1, 1) * (size * size)
-    pixel = torch.arange(2 * size, device=device)
-    for j in range(int(s["count"].max())):
-        x, y, r, angle = (q[:, :, None] for q in s["place"][:, j].unbind(-1))                      # (b, t, 1)
-        w = min(int(2.5 * size * r.max()) + 3, 2 * size)                     # only a w x w window around it is looked at
-        ix = ((x * size).round().long() - w // 2 + pixel[:w]).clamp_(-1, size)                     # (b, t, w)
-        iy = ((y * size).round().long() - w // 2 + pixel[:w]).clamp_(-1, size)
-        dx, dy = ((ix + 0.5) / size - x)[:, :, None], ((iy + 0.5) / size - y)[..., None]           # (b, t, 1, w), (b, t, w, 1)
-        c, n = torch.cos(angle)[..., None] / r[..., None], torch.sin(angle)[..., None] / r[..., None]
-        ou, ov = dx * c + dy * n, dy * c - dx * n                            # its own axes, in units of its radius
-        visible = ((ix >= 0) & (ix < size) & (s["count"] > j)[:, None, None])[:, :, None] & ((iy >= 0) & (iy < size))[..., None]
-        hit = ((ou.abs() < reach) & (ov.abs() < reach) & visible).flatten().nonzero()[:, 0]
-        fu, fv = ou.flatten().index_select(0, hit), ov.flatten().index_select(0, hit)
-        if "bend" in s:                                          # its outline and its picture give way together
-            across, along, amount, freq, phase = s["bend"][:, j].flatten(0, 1).index_select(0, hit // (w * w)).unbind(1)
-            fu, fv = (fu + amount * torch.sin(freq * fv + phase)) / across, (fv + amount * torch.sin(freq * fu - phase)) / along
-            kept = ((fu.abs() < 1) & (fv.abs() < 1)).nonzero()[:, 0]
-            hit, fu, fv = hit.index_select(0, kept), fu.index_select(0, kept), fv.index_select(0, kept)
-        kind = s["shape"][:, j].index_select(0, hit // (t * w * w))
-        # just below 1, a coordinate is rounded up to SHAPE_RES, which is beyond the last row
-        row, column = ((f * half + half).long().clamp_(max=SHAPE_RES - 1) for f in (fv, fu))
-        inside = flat.index_select(0, (kind * SHAPE_RES + row) * SHAPE_RES + column)
-        where = (frame + iy[..., None] * size + ix[:, :, None]).flatten()[hit[inside]]
-        u.view(-1)[where], v.view(-1)[where] = fu[inside], fv[inside]
-        ids.view(-1)[where] = MAX_GROUNDS + j
-    # colour every pixel once: its surface's row of the table, one column after the other. (Measured: index_select on a
-    # plane is 4x faster than advanced indexing.)
-    row = (ids + torch.arange(b, device=device, dtype=torch.int32)[:, None, None, None] * s["surface"].shape[1]).flatten()
-    u, v = u.flatten(), v.flatten()
-    if "skin" in s:                                              # plain and skinned pixels apart: each kind costs only itself
-        worn = (s["skin"][..., 0] >= 0).flatten().index_select(0, row)
-        planes = torch.empty((3, len(row)), device=device)
-        for which, look in ((~worn, _plain), (worn, functools.partial(_skinned, size=size, textures=textures))):
-            which = which.nonzero()[:, 0]
-            for plane, part in zip(planes, look(s, *(x.index_select(0, which) for x in (row, u, v)))):
-                plane.index_copy_(0, which, part)
-    else:
-        planes = _plain(s, row, u, v)
-    video = torch.empty((b, t, size, size, 3), dtype=torch.uint8, device=device)
-    for c, plane in enumerate(planes):
-        video[..., c] = plane.view(b, t, size, size).mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
-    return video, ids.long()
+    x, y, r, angle = s["place"][:, j, :, None].unbind(-1)                   # (b, t, 1)
+    w = min(int(2.5 * size * r.max()) + 3, 2 * size)
+    offset = torch.arange(w, device=x.device) - w // 2
+    column = ((x * size).round().long() + offset).clamp(-1, size)           # (b, t, w); -1 and size: outside
+    row = ((y * size).round().long() + offset).clamp(-1, size)
+    dx, dy = ((column + 0.5) / size - x)[:, :, None], ((row + 0.5) / size - y)[..., None]
+    cos, sin = (torch.cos(angle) / r)[..., None], (torch.sin(angle) / r)[..., None]
+    u, v = dx * cos + dy * sin, dy * cos - dx * sin                         # (b, t, w, w)
+    there = (column >= 0) & (column < size) & (s["count"] > j)[:, None, None]
+    seen = there[:, :, None] & ((row >= 0) & (row < size))[..., None]
+    near = (seen & (u.abs() < 1) & (v.abs() < 1)).flatten().nonzero()[:, 0]
+    u, v = u.flatten()[near], v.flatten()[near]
+    # just below 1, a coordinate is rounded up to SHAPE_RES, which is beyond the last cell
+    cell_u, cell_v = (((q + 1) * (SHAPE_RES / 2)).long().clamp(max=SHAPE_RES - 1) for q in (u, v))
+    kind = s["shape"][:, j][near // (t * w * w)]
+    hit = shapes[(kind * SHAPE_RES + cell_v) * SHAPE_RES + cell_u]
+    frame = torch.arange(b * t, device=x.device).view(b, t, 1, 1)
+    pixel = (frame * size + row[..., None]) * size + column[:, :, None]     # (b, t, w, w)
+    return pixel.flatten()[near[hit]], u[hit], v[hit]
 
 
-def _plain(s, row, u, v):
-    """Pixels (n,) of these rows of the table, at these coordinates of their surfaces -> an iterator over three planes (n,): R, G, B."""
-    textures = atlas(row.device)[1]
-    column = s["surface"].flatten(0, 1).t().contiguous()                     # (11, b·12)
+def coloured(s, ids, u, v):
+    """Surface ids (b, t, H, W) and coordinates on them -> video uint8 (b, t, H, W, 3). Column by column of the table
+    of surfaces: index_select on a plane is 4 times as fast as advanced indexing."""
+    textures = atlas(ids.device)[1].flatten()
+    clip = torch.arange(len(ids), device=ids.device, dtype=torch.int32)[:, None, None, None]
+    row = (ids + clip * s["surface"].shape[1]).flatten()
+    column = s["surface"].flatten(0, 1).t().contiguous()                    # (11, b * 12)
     kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    tiles *= TEXTURE_RES
-    tu = ((u * cos + v * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
-    tv = ((v * cos - u * sin) * tiles).floor().to(torch.int32) & (TEXTURE_RES - 1)
-    blend = textures.flatten().index_select(0, (kind.to(torch.int32) * TEXTURE_RES + tv) * TEXTURE_RES + tu)
+    u, v, tiles = u.flatten(), v.flatten(), tiles * TEXTURE_RES
+    tile_u = ((u * cos + v * sin) * tiles).floor().int() % TEXTURE_RES
+    tile_v = ((v * cos - u * sin) * tiles).floor().int() % TEXTURE_RES
+    blend = textures.index_select(0, (kind.int() * TEXTURE_RES + tile_v) * TEXTURE_RES + tile_u)
     gain = 1 + shade * v
+    video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
     for c in range(3):
-        one, step = column[5 + c].index_select(0, row), (column[8 + c] - column[5 + c]).index_select(0, row)
-        yield one.addcmul_(step, blend).mul_(gain)
-
-
-def _skinned(s, row, u, v, size, textures):
-    """The same for pixels that wear a picture: the nearest pixel of it, in the size of it that fits the surface's on the screen."""
-    cells, sides = pyramid(textures, row.device)
-    skin, n = s["skin"], len(load_textures(textures)[0])
-    # how many pixels of the largest picture fall on one of the screen: of a ground 1 unit is the frame, of an object its radius
-    radius = torch.cat((s["camera"][:, :, 2].mean(1, keepdim=True).expand(-1, MAX_GROUNDS), s["place"][..., 2].mean(2)), 1)        # (b, 12)
-    crowd = skin[..., 1:3].norm(dim=-1) * sides[0] / (radius * size)
-    level = crowd.clamp(min=1e-6).log2().round().clamp(0, len(sides) - 1).int()
-    side = torch.tensor(sides, dtype=torch.int32, device=row.device)[level]
-    begin = torch.tensor([n * sum(q * q for q in sides[:i]) for i in range(len(sides))], dtype=torch.int32, device=row.device)[level]
-    begin += (skin[..., 0] * n).int().clamp(max=n - 1) * side * side
-    begin, side = (x.flatten().index_select(0, row) for x in (begin, side))
-    a, b, c, d, e, f, gain = (x.index_select(0, row) for x in skin[..., 1:].flatten(0, 1).t().contiguous())
-    shade = s["surface"][..., 4].flatten().index_select(0, row)
-    x, y = ((q * side).floor().to(torch.int32) & (2 * side - 1) for q in (c.addcmul_(a, u).addcmul_(b, v), f.addcmul_(d, u).addcmul_(e, v)))
-    x, y = torch.minimum(x, 2 * side - 1 - x), torch.minimum(y, 2 * side - 1 - y)         # beyond its edge a picture is mirrored: no seam
-    rgb = cells.index_select(0, begin + y * side + x).view(torch.uint8).view(-1, 4)
-    gain *= 1 + shade * v
-    return (rgb[:, i] * gain for i in range(3))
+        first, step = column[5 + c], column[8 + c] - column[5 + c]
+        plane = first.index_select(0, row).addcmul_(step.index_select(0, row), blend).mul_(gain).view(ids.shape)
+        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+    return video
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1236,14 +1038,19 @@ def upright(frame, size, whole=False):
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
+def check_size(path, frame, first):
+    if (frame.width, frame.height) != (first.width, first.height):
+        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {first.width} x {first.height}; "
+                       "re-encode it at one size")
+
+
 def in_order(path, container, stream):
     """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
     rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
-    shape = stream.width, stream.height
+    first = None
     for count, frame in enumerate(container.decode(stream)):
-        if (frame.width, frame.height) != shape:
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {shape[0]} x {shape[1]}; "
-                           "re-encode it at one size")
+        first = first or frame
+        check_size(path, frame, first)
         # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
         if frame.pts is None or container.format.name == "avi":
             yield count / rate, frame
@@ -1342,6 +1149,8 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
             found = on_screen(in_order(path, container, stream), wanted)
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+        for _, frame in found:
+            check_size(path, frame, found[0][1])
         images = [upright(frame, size, whole) for _, frame in found]
         times = np.array([time for time, _ in found])
     slack = max(2 / rate, 0.05 * total / rate)
@@ -1420,34 +1229,28 @@ def sidecars(mask_path, graph_path):
 # 3. Manifests, CSV files, folders
 # -----------------------------------------------------------------------------------------------------------
 
-# what people call the columns of a CSV file
-COLUMNS = {"video": ("video", "path", "filename", "file", "video_path"), "caption": ("caption", "text", "sentence"),
-           "label": ("label", "class", "action"), "split": ("split",), "mask": ("mask",), "graph": ("graph",),
-           "group": ("group",)}
+# what people call the columns of a CSV file -> our name of it
+COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "video")
+COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
+COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
+COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_manifest(path):
     """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
     dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
-    label, split ("train", "val", "test" or None), mask, graph, and where given group, qa (list of dicts
-    question, answer), conversations (list of conversations: lists of such dicts).
+    label, group, split ("train", "val", "test" or None), mask, graph, and where given qa (list of dicts
+    question, answer) and conversations (a list of lists of such dicts).
 
-    Rows that name the same file are one entry with all their captions and questions. Masks and graphs that
-    are not named are looked for beside the video. What is wrong: BadInput, which says in which line."""
+    Rows that name the same file are one entry with all their captions and questions. Sidecars that are not
+    named are looked for beside the video. BadInput says what is wrong, and where."""
     path = Path(path)
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder; give a manifest (.json, .jsonl), a CSV or a folder of videos")
     if path.is_dir() and (path / "manifest.json").exists():
         path = path / "manifest.json"
-    if path.is_dir():
-        folder, rows = path, folder_rows(path)
-    else:
-        folder = path.parent
-        read = csv_rows if path.suffix.lower() in (".csv", ".tsv", ".txt") else json_rows
-        rows = read(path, read_text(path))
+    folder = path if path.is_dir() else path.parent
     entries = {}
-    for where, row in rows:
+    for where, row in read_rows(path):
         try:
             entry = to_entry(row, folder)
             file = os.path.realpath(entry["path"])
@@ -1455,93 +1258,80 @@ def read_manifest(path):
         except ValueError as error:
             raise BadInput(f"{path} {where}: {error}") from None
     if not entries:
-        raise BadInput(f'{path}: no entries; expected a JSON list of {{"video": path, "caption": text}}')
+        raise BadInput(f'{path}: holds no entries; expected a JSON list of {{"video": path, "caption": text}}')
     return list(entries.values())
 
 
-def read_text(path):
+def read_rows(path):
+    """-> (where, row) pairs of a manifest, a CSV file or a folder."""
+    if path.is_dir():
+        return folder_rows(path)
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not a manifest in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def json_rows(path, text):
-    """A JSON list, or an object a line -> (where, row) pairs."""
-    def load(part, line):
-        try:
-            return json.loads(part)
-        except ValueError as error:
-            line += getattr(error, "lineno", 1) - 1
-            raise BadInput(f"{path} line {line}: not a manifest ({error}); expected a JSON list of "
-                           '{"video": path, "caption": text}, or such an object a line') from None
-
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8: {error.reason} at byte {error.start}"
+        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder of videos") from None
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return csv_rows(path, text)
     if text.lstrip().startswith("["):
-        return [(f"entry {number}", row) for number, row in enumerate(load(text, 1), 1)]
+        return [(f"entry {number}", row) for number, row in enumerate(load_json(path, text, 1), 1)]
     # not splitlines: a text in JSON may hold other line separators
     lines = enumerate(text.split("\n"), 1)
-    return [(f"line {number}", load(line, number)) for number, line in lines if line.strip()]
+    return [(f"line {number}", load_json(path, line, number)) for number, line in lines if line.strip()]
+
+
+def load_json(path, text, line):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise BadInput(f'{path} line {line}: not a manifest ({error}); expected a JSON list of {{"video": path, '
+                       '"caption": text}, or such an object a line') from None
 
 
 def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells may stand between
-    commas, semicolons, tabs or spaces."""
+    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons or
+    spaces."""
     first = text.partition("\n")[0]
-    delimiter = next((d for d in "\t,;" if d in first), " ")
+    delimiter = next((mark for mark in "\t,;" if mark in first), " ")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            where = f"line {reader.line_num}"
-            if not any(cells):
-                continue
-            if header is None:
-                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
-                if not media:
-                    continue
-            if len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not the {len(header)} of {', '.join(map(str, header))}; "
-                               "quote a cell that holds the separator")
-            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
+            cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
+            if header is None and Path(cells[0] if cells else "").suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                header = ["video", "label"]
+            if header is None and any(cells):
+                header = [COLUMNS.get(cell.lower()) for cell in cells]
+                if "video" not in header or not {"caption", "label", "mask"} & set(header):
+                    raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:80]}; a column for the file and one for "
+                                   f"its caption or label are needed; known are {', '.join(COLUMNS)}")
+            elif any(cells) and len(cells) != len(header):
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds the separator")
+            elif any(cells):
+                yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
 
 
-def known_columns(where, cells):
-    """A header -> our name of each column, None for those that are not read."""
-    names = {name: key for key, known in COLUMNS.items() for name in known}
-    header = [names.get(cell.lower()) for cell in cells]
-    if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        known = "; ".join(f"{key}: {', '.join(names)}" for key, names in COLUMNS.items())
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:80]}; name the file and its caption or label by known names ({known})")
-    return header
-
-
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out."""
+    """root/[train|val|test/]label/.../file. Links are followed, hidden names left out."""
     videos, pictures = [], []
     for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder) + os.sep
-        targets = {name: os.path.realpath(os.path.join(folder, name)) + os.sep for name in folders}
+        above = os.path.realpath(folder) + os.sep               # a link to a folder above would never end
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
-                            and not here.startswith(targets[name]))          # a link to a folder above
+                            and not above.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
         for name in sorted(files):
-            file = Path(folder, name).relative_to(root)
-            if name[0] != "." and file.suffix.lower() in VIDEO_SUFFIXES:
-                videos.append(file)
-            elif name[0] != "." and file.suffix.lower() in IMAGE_SUFFIXES:
-                pictures.append(file)
+            kind = Path(name).suffix.lower()
+            if name[0] != "." and kind in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                (videos if kind in VIDEO_SUFFIXES else pictures).append(Path(folder, name).relative_to(root))
     for file in videos or pictures:
-        above = list(file.parts[:-1])
+        parts = list(file.parts[:-1])
         row = {"video": str(file)}
-        if above and above[0] in SPLITS:
-            row["split"] = above.pop(0)
-        if above:
-            row["label"] = above[0]
+        if parts and parts[0] in SPLITS:
+            row["split"] = parts.pop(0)
+        if parts:
+            row["label"] = parts[0]
         yield str(file), row
 
 
@@ -1552,100 +1342,88 @@ def is_text(value):
 
 def to_entry(row, folder):
     """A row of a manifest -> an entry. ValueError says what is wrong with it."""
-    def given(key, fits, form):
-        value = row.get(key)
-        if value is not None and not fits(value):
-            raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; give {form}, or leave it out')
-        return value
-
-    source = (row.get("video") or row.get("image")) if isinstance(row, dict) else None
-    if not is_text(source):
+    if not isinstance(row, dict) or not is_text(row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
-    file = Path(folder, source)
+    kinds = dict(caption=(str, list), label=(str, int), group=(str, int), split=str, mask=str, graph=str,
+                 qa=list, conversations=list)
+    for key, kind in kinds.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise ValueError(f'"{key}" is {json.dumps(row[key])[:60]}; it must be {kind}')
+    file = Path(folder, row.get("video") or row["image"])
     entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
     entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
-    captions = given("caption", are_texts, "a text, or a list of texts, none empty, in UTF-8")
-    entry["caption"] = [captions] if isinstance(captions, str) else captions
+    captions = [row["caption"]] if isinstance(row.get("caption"), str) else row.get("caption")
+    if captions and not all(map(is_text, captions)):
+        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give a text or a list of texts, none empty')
+    entry["caption"] = captions or None
     for key in ("label", "group"):
-        name = given(key, lambda value: is_text(value) or type(value) is int, "a name or a whole number")
-        entry[key] = None if name is None else str(name)
-    entry["split"] = SPLITS.get(given("split", lambda value: value in SPLITS, '"train", "val" or "test"'))
+        entry[key] = None if row.get(key) is None else str(row[key])
+    if row.get("split") not in (None, *SPLITS):
+        raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
+    entry["split"] = SPLITS.get(row.get("split"))
     for key in ("mask", "graph"):
-        beside = file.with_name(f"{file.stem}_{key}.npz")
-        path = given(key, is_text, "a path")
-        if path is None and beside.exists():
-            entry[key] = str(beside)
-        else:
-            entry[key] = path and str(Path(folder, path))
-    if given("qa", are_questions, 'a list of {"question": text, "answer": text}'):
-        entry["qa"] = row["qa"]
-    form = '[{"from": "human", "value": question}, {"from": "gpt", "value": answer}, ...], the two in turn'
-    if given("conversations", are_turns, form):
-        entry["conversations"] = [conversation(row["conversations"])]
+        sidecar = Path(folder, row[key]) if row.get(key) else file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(sidecar) if row.get(key) or sidecar.exists() else None
+    try:
+        if row.get("qa"):
+            entry["qa"] = [pair(qa["question"], qa["answer"], qa) for qa in row["qa"]]
+        if row.get("conversations"):
+            entry["conversations"] = [conversation(row["conversations"])]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": "human", '
+                         '"value": question} and {"from": "gpt", "value": answer} in turn') from None
     return entry
 
 
-def are_texts(value):
-    return is_text(value) or isinstance(value, list) and bool(value) and all(map(is_text, value))
-
-
-def are_questions(value):
-    return isinstance(value, list) and all(
-        isinstance(qa, dict) and is_text(qa.get("question")) and is_text(qa.get("answer")) for qa in value)
-
-
-def are_turns(value):
-    """Is this a conversation in LLaVA's form, whose questions are more than a <video> mark?"""
-    if not isinstance(value, list) or not value or len(value) % 2:
-        return False
-    for turn, who in zip(value, itertools.cycle(("human", "gpt"))):
-        if not isinstance(turn, dict) or turn.get("from") != who or not is_text(turn.get("value")):
-            return False
-    return all(turn["question"] for turn in conversation(value))
+def pair(question, answer, source):
+    if not is_text(question) or not is_text(answer):
+        raise ValueError
+    return dict(question=question, answer=answer) | {key: source[key] for key in ("type", "options") if key in source}
 
 
 def conversation(turns):
-    """LLaVA's turns -> [dict(question, answer, ...)]. A <video> mark goes, and the words around it stay
-    apart: the video always stands before the text."""
+    """LLaVA's turns -> [dict(question, answer)]. A <video> mark goes, and the words around it stay apart: the
+    video always stands before the text."""
     pairs = []
-    for human, gpt in zip(turns[::2], turns[1::2]):
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            raise ValueError
         text = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
-        more = {key: human[key] for key in ("type", "options") if key in human}
-        pairs.append(dict(question=text, answer=gpt["value"]) | more)
+        pairs.append(pair(text, gpt["value"], human))
     return pairs
 
 
 def joined(entry, other):
     """Two rows of one file -> one entry with the captions and questions of both."""
-    for key in ("label", "split", "mask", "graph", "group"):
+    for key in ("label", "group", "split", "mask", "graph"):
         if None not in (entry[key], other[key]) and entry[key] != other[key]:
             raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the same file says {entry[key]!r}')
-    together = {key: other[key] if entry[key] is None else entry[key] for key in other}
-    together["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
+        other[key] = other[key] if entry[key] is None else entry[key]
+    other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
     for key in ("qa", "conversations"):
-        if key in entry or key in other:
-            together[key] = entry.get(key, []) + other.get(key, [])
-    return together
+        if key in entry:
+            other[key] = entry[key] + other.get(key, [])
+    return other
 
 
 def split(entries):
-    """-> (training, held out). "split" decides where it is given: entries without it are trained on. If no
+    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If no
     entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
-    others are added. Of a few entries at least a sixth is held out."""
+    others are added. Of a few entries a sixth at least is held out."""
     if any(entry["split"] for entry in entries):
-        held_out = [entry for entry in entries if entry["split"] in ("val", "test")]
+        held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
+        hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
         share = min(0.25, 5000 / len(entries))
-        order = sorted(entries, key=lambda entry: zlib.crc32(entry["name"].encode()))
-        count = sum(zlib.crc32(entry["name"].encode()) < share * 2 ** 32 for entry in entries)
-        held_out = order[:max(count, min(len(entries), 24) // 6, 1)]
-    names = {entry["name"] for entry in held_out}
-    train = [entry for entry in entries if entry["name"] not in names]
-    if not train or not held_out:
-        raise BadInput(f"{len(train)} clips to train on and {len(held_out)} held out: at least one of each is needed; "
+        least = max(min(len(entries), 24) // 6, 1)
+        limit = max(share * 2 ** 32, sorted(hashes)[least - 1] + 1)
+        held_out = [number < limit for number in hashes]
+    train = [entry for entry, held in zip(entries, held_out) if not held]
+    test = [entry for entry, held in zip(entries, held_out) if held]
+    if not train or not test:
+        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is needed; "
                        'mark some entries "split": "val", or give --val')
-    return train, [entry for entry in entries if entry["name"] in names]
-
+    return train, test
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2518,6 +2296,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
+    KEYS = ("video", "labels", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -2539,43 +2318,32 @@ class VideoBatches(torch.utils.data.Dataset):
         return rng.permutation(len(self.entries)).tolist()
 
     def candidates(self, i):
-        """Numbers of the entries that batch i tries, in order, each once."""
+        """Numbers of the entries that batch i may take, in order."""
         n, first = len(self.entries), i * self.batch
         if not self.train:
-            yield from range(first, min(first + self.batch, n))
-            return
-        seen = set()
-        for place in itertools.count(first):
-            entry = self.order(place // n)[place % n]
-            if entry not in seen:
-                seen.add(entry)
-                yield entry
-            if len(seen) == n:
-                return
+            return range(first, min(first + self.batch, n))
+        places = range(first, first + 2 * n)                    # two epochs' length holds each entry at least once
+        return (self.order(place // n)[place % n] for place in places)
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, 1, i))
-        clips, bad = [], []
+        clips, bad, tried = [], [], set()
         for number in self.candidates(i):
+            if len(clips) == self.batch:
+                break
+            if number in tried:
+                continue
+            tried.add(number)
             try:
                 clips.append(self.clip(number, rng))
             except BadVideo as error:
                 bad.append((self.entries[number]["path"], str(error)))
-            if len(clips) == self.batch:
-                break
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
-        batch = dict(bad=bad)
-        for key in ("video", "labels", "caption", "captions", "label", "qa", "index"):
-            batch[key] = [clip[key] for clip in clips]
-        if clips:
-            batch["video"] = torch.stack(batch["video"])                # (b, t, H, W, 3)
-            batch["labels"] = torch.stack(batch["labels"])              # (b, t, H, W)
-        else:
-            shape = (0, self.frames, self.size, self.size)
-            batch["video"] = torch.zeros(*shape, 3, dtype=torch.uint8)
-            batch["labels"] = torch.zeros(shape, dtype=torch.int64)
-        return batch
+        batch = {key: [clip[key] for clip in clips] for key in self.KEYS}
+        for key in ("video", "labels"):
+            batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
+        return batch | dict(bad=bad)
 
     def clip(self, number, rng):
         """One entry, decoded. BadVideo if it cannot be used."""
@@ -2751,42 +2519,55 @@ def random_crops(rng, b, h, w, flip):
 # -----------------------------------------------------------------------------------------------------------
 
 def open_data(cfg, need="caption", world=1):
-    """What a run is told to learn from -> (training dataset, held-out dataset).
+    """What a run learns from -> (training dataset, held-out dataset).
 
     cfg.data: `world`, or a manifest, CSV or folder; several with commas, in the shares of cfg.mix, a batch of
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
     ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
-    names = [cfg.data] if os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
-    shares = read_shares(cfg, names)
-    train, held_out, mix = [], [], []
-    val = read_manifest(cfg.val) if getattr(cfg, "val", None) else None
-    for name, share in zip(names, shares):
+    names = sets_of(cfg.data)
+    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else None
+    train, held_out, shares = [], [], []
+    for name, share in zip(names, read_shares(cfg, names)):
         if name == "world":
-            made, test = made_clips(cfg)
-            train.append(made)
-            mix.append(share)
-            held_out += [test] if val is None else []
-            continue
-        entries = read_manifest(name)
-        learnt, test = split(entries) if val is None else (without(entries, val), [])
-        check_entries(name, learnt + test, need, len(learnt), len(test))
-        for kind in kinds(learnt):
-            train.append(videos(cfg, kind, train=True))
-            mix.append(share * len(kind) / len(learnt))
-        held_out += [videos(cfg, kind, train=False) for kind in kinds(test)]
+            learnt, tested = made_clips(cfg)
+        else:
+            learnt, tested = real_clips(cfg, name, need, val)
+        files = sum(dataset.files or 1 for dataset in learnt)
+        train += learnt
+        shares += [share * (dataset.files or 1) / files for dataset in learnt]
+        held_out += tested if val is None else []
     if val is not None:
-        check_entries(cfg.val, val, need, 0, len(val))
-        held_out = [videos(cfg, kind, train=False) for kind in kinds(val)]
+        held_out = datasets(cfg, val, train=False)
     if len(train) > 1:
-        train = [Mixed(train, mix, cfg.seed, world)]
+        train = [Mixed(train, shares, cfg.seed, world)]
     return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
+
+
+def sets_of(data):
+    """--data "A,B" -> ["A", "B"]. A comma may stand in a path: what exists is one set."""
+    return [data] if os.path.exists(data) else [name.strip() for name in data.split(",")]
+
+
+def usable_entries(name, need):
+    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there is
+    no other."""
+    entries = read_manifest(name)
+    labels = [entry for entry in entries if need == "caption" and not entry["caption"] and entry["label"]]
+    for entry in labels:
+        entry["caption"] = [entry["label"].replace("_", " ")]
+    if labels:
+        print(f"{name}: of {len(labels)} clips the label is the caption")
+    lacking = [entry["path"] for entry in entries if not entry[need]]
+    if lacking:
+        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one, or leave it out")
+    return entries
 
 
 def read_shares(cfg, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
-    mix = getattr(cfg, "mix", None)
+    mix = getattr(cfg, "mix", None) or ",".join("1" for _ in names)
     try:
-        shares = [1.0] * len(names) if mix is None else [float(share) for share in mix.split(",")]
+        shares = [float(share) for share in mix.split(",")]
     except ValueError:
         shares = []
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
@@ -2794,190 +2575,108 @@ def read_shares(cfg, names):
     return shares
 
 
+def world_of(cfg):
+    """The world that a configuration asks for."""
+    names = [field.name for field in dataclasses.fields(World) if field.name != "size" and hasattr(cfg, field.name)]
+    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names})
+
+
 def made_clips(cfg):
-    """-> (training, held-out) clips of the world that a configuration asks for. Every seed has ten million
-    training clips of its own; held-out captions all differ."""
-    asked = {}
-    for field in dataclasses.fields(World):
-        if field.name != "size" and hasattr(cfg, field.name):
-            asked[field.name] = getattr(cfg, field.name)
-    world = World(size=cfg.image_size, **asked)
+    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of its
+    own; held-out captions all differ."""
+    world = world_of(cfg)
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
-    indices = distinct(world, begin, cfg.eval_clips)
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
-    return train, WorldBatches(world, cfg.batch, indices=indices)
+    return [train], [WorldBatches(world, cfg.batch, indices=distinct(world, begin, cfg.eval_clips))]
 
 
-def videos(cfg, entries, train):
-    return VideoBatches(entries, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8))
+def real_clips(cfg, name, need, val):
+    """-> training datasets, held-out datasets of the manifest `name`: of videos, of pictures. With `val`, the
+    entries of another manifest, the latter are none."""
+    entries = usable_entries(name, need)
+    if val is None:
+        train, test = split(entries)
+    else:
+        files = {os.path.realpath(entry["path"]) for entry in val}
+        train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
+        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
+        if both or not train:
+            raise BadInput(f"{name}: {len(both)} of {len(train)} training files are in --val as well: {', '.join(both[:1])}")
+    masks = sum(bool(entry["mask"]) for entry in train)
+    print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
+    return datasets(cfg, train, True), datasets(cfg, test, False)
 
 
-def kinds(entries):
-    """Entries -> [videos, pictures], without the kind that there is none of."""
-    parts = [[e for e in entries if e["image"] == image] for image in (False, True)]
-    return [part for part in parts if part]
+def datasets(cfg, entries, train):
+    """Entries -> datasets: of the videos, of the pictures."""
+    kinds = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
+    stride = getattr(cfg, "stride", 8)
+    return [VideoBatches(kind, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, stride) for kind in kinds if kind]
 
 
-def without(entries, val):
-    """Of --data what may be trained on beside --val: not what `split` holds out, and no file of --val."""
-    held_out = {os.path.realpath(e["path"]) for e in val}
-    learnt = [e for e in entries if e.get("split") in (None, "train")]
-    both = [e["path"] for e in learnt if os.path.realpath(e["path"]) in held_out]
-    if both or not learnt:
-        raise BadInput(f"--val: {len(both)} files of --data are in it as well, the first {both[:1]}; {len(learnt)} are left to train on")
-    return learnt
-
-
-def check_entries(name, entries, need, learnt, test):
-    """Refuse entries without what training needs, and print how many there are."""
-    lacking = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
-    if lacking:
-        raise BadInput(f"{name}: {len(lacking)} of {len(entries)} entries have no {need}, the first "
-                       f"{lacking[0]}; give each a {need}, or leave it out")
-    masks = sum(bool(e["mask"]) for e in entries)
-    note = "" if masks or need == "mask" else ": no segmentation loss"
-    print(f"{name}: {learnt} clips to train on, {test} held out, {masks} of them with masks{note}")
-
-
-def fingerprint(*names):
-    """A short text that changes when an entry of these manifests does: a resumed run stores and compares it."""
+def fingerprint(data, val=None):
+    """A short text that changes when what is read from these manifests does, for a resumed run to compare."""
     crc = 0
-    for name in names:
-        entries = read_manifest(name) if name and name != "world" else []
-        for entry in entries:
-            parts = [entry.get(key) for key in ("name", "caption", "label", "split")]
-            crc = zlib.crc32(json.dumps(parts).encode(), crc)
+    for name in sets_of(data) + ([val] if val else []):
+        for entry in [] if name == "world" else read_manifest(name):
+            told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
+            crc = zlib.crc32(json.dumps(told).encode(), crc)
     return f"{crc:08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # python data.py make
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """Writes the procedural world as MP4s with label sidecars, captions, questions and a manifest: the same training from disk."""
-    size: str = "nano"                  # one of nano, tiny, base, large: what their clips look like by default
-    clips: int = 1000                   # how many; more later: the same command with another number
+    """Writes made clips as MP4 files with sidecars, captions, questions and a manifest."""
     out: str = "out/world"              # the folder for manifest.json and clips
+    clips: int = 1000                   # how many
     image_size: int = 64                # pixels of a side, an even number
     frames: int = 8                     # frames of a clip
-    max_objects: int = 8                # 1 .. 8 objects in a clip
-    shared_colours: bool = True         # may two objects of a clip wear the same colour?
-    acts: int = 1                       # acts that the subject performs one after another; more for long clips
+    max_objects: int = 4                # 1 .. 8 objects in a clip
+    shared_colours: bool = False        # may two objects of a clip wear the same colour?
+    acts: int = 1                       # acts that the subject performs one after another
     camera: bool = True                 # pans and zooms
     light: bool = True                  # the scene gets lighter or darker
-    textures: str | None = None         # a folder of your pictures or clips: objects and grounds are painted with them
-    story: bool = False                 # clips to ask about what happens when, of 8 frames to any number (train_vlm.py)
     seed: int = 0                       # the clips that a training of this seed sees first
-    begin: int | None = None            # or: the index of the first clip (held-out clips begin at 1150000000)
     fps: float = 8.0                    # frames a second
     workers: int | None = None          # processes; 0: none but this one; default: one for each core
-    overwrite: bool = False             # make clips anew that are there
-
-    def __post_init__(self):
-        if not self.out or self.textures == "":
-            raise BadInput(f"--out {self.out!r} --textures {self.textures!r}: give the names of folders")
-        for name, least in (("clips", 1), ("seed", 0), ("begin", 0), ("workers", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise BadInput(f"--{name} {getattr(self, name)}: at least {least}")
-        if not 1 <= self.fps <= 1000:
-            raise BadInput(f"--fps {self.fps}: 1 to 1000")
-        if self.image_size % 2 or not 8 <= self.image_size <= 8192:
-            raise BadInput(f"--image-size {self.image_size}: an even number from 8 to 8192")
-        self.world
-
-    @property
-    def world(self):
-        return World(self.image_size, self.frames, self.max_objects, self.shared_colours, self.acts, self.camera, self.light, self.textures, self.story)
-
-    @property
-    def first(self):                                             # seeds as `trajtok.open_data` counts them
-        return TRAIN + self.seed % 49 * 10_000_000 if self.begin is None else self.begin
-
-
-#  size          what `trajtok.py pretrain` and `train_clip.py` train on (a test compares)
-MAKE_SIZES = {"nano": dict(image_size=64, frames=8, max_objects=4, shared_colours=False), "tiny": dict(image_size=128, frames=8),
-              "base": dict(image_size=224, frames=16), "large": dict(image_size=224, frames=16)}
-MAKE_SIZES = {name: {"size": name, **values} for name, values in MAKE_SIZES.items()}
-AT_ONCE = 16                                                     # clips that a worker paints together
 
 
 def make(argv):
-    """The same clips as on the fly, on disk: begin .. begin + clips - 1. What is there whole is kept, so a run that was stopped goes on."""
-    cfg = configure(MakeConfig, MAKE_SIZES, argv)
-    out, began = Path(cfg.out), time.time()
-    # what the clips in a folder have in common: one folder never holds two worlds. The words stand for the code that wrote them.
-    words = [(s["caption"], s["qa"]) for s in (script(cfg.first + i, cfg.world) for i in range(16))]
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("size", "clips", "out", "seed", "begin", "workers", "overwrite")}
-    settings = {k: v for k, v in settings.items() if k != "story" or v}      # folders that were made before there were stories remain usable
-    settings |= dict(first=cfg.first, words_crc=zlib.crc32(repr(words).encode()), textures_crc=open_textures(cfg.textures))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = json.loads((out / "make.json").read_text(encoding="utf-8")) if (out / "make.json").exists() and not cfg.overwrite else settings
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--out {out}: cannot be used ({error}); give another folder") from None
-    differ = [f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in settings if old.get(k) != settings[k]]
-    if differ:
-        raise BadInput(f"--out {out}: holds clips made with {', '.join(differ[:4])}; give the same flags, another --out, or --overwrite")
-    if cfg.overwrite:                                            # clips of other settings, beyond the number asked for now, must not pass for these
-        for old_clip in (*out.glob("[0-9]*/[0-9]*.mp4"), *out.glob("[0-9]*/[0-9]*_mask.npz"), *out.glob("[0-9]*/[0-9]*_graph.npz")):
-            old_clip.unlink()
-    write_json(out / "make.json", settings)
-    for stale in out.glob("*/.*.[0-9]*"):                        # what a kill in the middle of a file left
-        stale.unlink(missing_ok=True)
-    jobs = [(cfg, cfg.first + i, min(AT_ONCE, cfg.clips - i)) for i in range(0, cfg.clips, AT_ONCE)]
-    rows, kept, size = {}, 0, 0
-    workers = min(cores() if cfg.workers is None else cfg.workers, len(jobs))
-    with tqdm(total=cfg.clips, desc=f"{out}", unit=" clips", disable=None) as bar:
-        for (_, first, count), (made, old, written) in in_processes(make_some, jobs, workers if len(jobs) > 1 else 0):
-            rows[first] = made
-            kept, size = kept + old, size + written
-            bar.update(count)
-    lines = [json.dumps(row, ensure_ascii=False) for first in sorted(rows) for row in rows[first]]
-    replace(out / "manifest.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))   # a line an entry
-    print(f"{cfg.clips} clips of {cfg.frames} frames of {cfg.image_size} x {cfg.image_size} px, {size / 1e6:.1f} MB, {time.time() - began:.0f} s"
-          + (f"; {kept} of them were there" if kept else ""))
-    talks = [json.dumps(dict(video=row["video"], conversations=[
-        {"from": "human", "value": "<video>\n" + qa["question"]} | {k: qa[k] for k in ("type", "options") if k in qa}, {"from": "gpt", "value": qa["answer"]}]), ensure_ascii=False)
-        for first in sorted(rows) for row in rows[first] for qa in row["qa"]]
-    replace(out / "qa.jsonl", lambda p: p.write_text("\n".join(talks) + "\n", encoding="utf-8"))
-    print(f"wrote {out / 'manifest.json'} and qa.jsonl, its questions in the form of LLaVA; train on it with --data {out / 'manifest.json'} --image-size {cfg.image_size} --frames {cfg.frames}")
+    """The same clips as a training sees, on disk."""
+    cfg = configure(MakeConfig, None, argv)
+    if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
+        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, even, 1 to 1000")
+    world, out = world_of(cfg), Path(cfg.out)
+    first = TRAIN + cfg.seed % 49 * 10_000_000
+    make_room(out / "manifest.json")
+    jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
+    workers = cores() if cfg.workers is None else cfg.workers
+    rows = [row for _, row in tqdm(in_processes(make_clip, jobs, workers), total=len(jobs), unit=" clips")]
+    write_json(out / "manifest.json", rows)
+    print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'}")
 
 
-def make_some(job):
-    """Clips first .. first + count - 1 in their folder -> their manifest rows, how many were there, bytes of all."""
-    cfg, first, count = job
-    scripts, rows, missing, size = [script(first + i, cfg.world) for i in range(count)], [], [], 0
-    for s in scripts:
-        clip = f"{s['index'] // 1000:07d}/{s['index']:010d}.mp4"             # a thousand clips a folder
-        rows.append(dict(video=clip, caption=s["caption"], label=MOTIONS[s["motion"]], appearance=s["appearance"], motion=s["motion"], qa=s["qa"]))
-    paths = [Path(cfg.out) / row["video"] for row in rows]
-    sidecars = [[p.with_name(f"{p.stem}_{kind}.npz") for kind in ("mask", "graph")] for p in paths]
-    missing = [i for i, p in enumerate(paths) if not all(f.exists() for f in (p, *sidecars[i]))]
-    if missing:
-        videos, labels = rasterise(stack([scripts[i] for i in missing]), cfg.image_size, textures=cfg.textures)
-    for i, video, ids in zip(missing, *((videos.numpy(), labels.numpy().astype(np.uint8)) if missing else ((), ()))):
-        try:
-            paths[i].parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{paths[i].parent}: cannot be made ({error.strerror}); give another --out, or make room") from None
-        # object id = label + 1, since 0 is nothing; row m of the graph is label m, so that labels come back as they were
-        present = np.stack([np.isin(np.arange(MAX_GROUNDS + MAX_OBJECTS), frame) for frame in ids], 1)
-        graph = present * np.arange(1, 1 + MAX_GROUNDS + MAX_OBJECTS, dtype=np.int64)[:, None]
-        paths[i].unlink(missing_ok=True)                         # a film whose labels are gone
-        write_npz(sidecars[i][0], "arr_0", ids + 1)
-        write_npz(sidecars[i][1], "tensor", graph)
-        with film(paths[i], cfg.fps, exact=True) as add:         # the video last: a clip that is there has its labels
-            add(video)
-    return rows, count - len(missing), sum(f.stat().st_size for p, both in zip(paths, sidecars) for f in (p, *both))
-
-
-def write_npz(path, key, array):
-    def write(beside):
-        with open(beside, "wb") as file:                         # given a name, numpy would add .npz to it
-            np.savez_compressed(file, **{key: array})
-    replace(path, write)
+def make_clip(job):
+    """One made clip as files -> its row of the manifest."""
+    out, index, world, fps = job
+    made = script(index, world)
+    video, labels = rasterise(stack([made]), world.size, "cpu")
+    file = out / f"{index:010d}.mp4"
+    with film(file, fps, exact=True) as add:
+        add(video[0].numpy())
+    # object id = label + 1, since 0 is nothing; row m of the graph is label m
+    ids = labels[0].numpy().astype(np.uint8) + 1                # (t, H, W)
+    graph = np.zeros((ids.max(), len(ids)), np.int64)
+    for t, frame in enumerate(ids):
+        present = np.unique(frame)
+        graph[present - 1, t] = present
+    write_npz(file.with_name(f"{file.stem}_mask.npz"), "arr_0", ids)
+    write_npz(file.with_name(f"{file.stem}_graph.npz"), "tensor", graph)
+    return dict(video=file.name, caption=made["caption"], label=MOTIONS[made["motion"]], qa=made["qa"])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2995,15 +2694,14 @@ class CheckConfig:
 def check(argv):
     """A line for each file that cannot be used, with the reason; exit code 1 if there is one."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
-    entries = read_manifest(cfg.manifest)
+    jobs = [(entry, cfg.image_size) for entry in read_manifest(cfg.manifest)]
     workers = cores() if cfg.workers is None else cfg.workers
-    jobs = [(entry, cfg.image_size) for entry in entries]
     bad = 0
-    for (entry, _), reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
+    for _, reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
         if reason:
-            bad += 1
             tqdm.write(reason)
-    print(f"{cfg.manifest}: {len(entries)} files, {bad} of them cannot be used")
+            bad += 1
+    print(f"{cfg.manifest}: {len(jobs)} files, {bad} of them cannot be used")
     if bad:
         raise SystemExit(1)
 
@@ -3012,7 +2710,8 @@ def inspect_entry(job):
     """-> what is wrong with an entry, or None."""
     entry, size = job
     try:
-        frames = sum(len(piece) for piece in read_frames(entry["path"], size))
+        for _ in read_frames(entry["path"], size):
+            pass
         if entry["mask"] or entry["graph"]:
             load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
     except BadVideo as error:

@@ -17,15 +17,19 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import types
 import unicodedata
+import xml.etree.ElementTree
 import zlib
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -175,7 +179,9 @@ def media(tmp_path_factory):
 
 
 def entry(path, caption=None):
-    return dict(path=str(path), image=Path(path).suffix == ".png", caption=caption, label=None, mask=None, graph=None)
+    texts = [caption] if isinstance(caption, str) else caption
+    return dict(path=str(path), name=Path(path).name, image=Path(path).suffix == ".png", caption=texts, label=None, group=None,
+                split=None, mask=None, graph=None)
 
 
 def log(folder):
@@ -998,359 +1004,528 @@ def test_nothing_is_downloaded(tmp_path, monkeypatch):
         data.load_encoding("cl1000k")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# data.py: flags
+# -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Flags:
+    """Something to configure."""
+    clip: "str" = ""                # a file
+    size: "str" = "nano"            # one of them
+    steps: "int" = 10               # how many, 100 % of them
+    lr: "float | None" = None       # the rate
+
+
+def test_help_shows_the_defaults_of_the_size_asked_for(capsys):
+    """Catches: a --help that shows the default of another size, or a flag that loses against its size."""
+    sizes = {"nano": {}, "large": {"steps": 77}}
+    with pytest.raises(SystemExit):
+        data.configure(Flags, sizes, ["--help", "--size", "large"], "clip")
+    text = capsys.readouterr().out
+    assert "(default: 77)" in text and "100 % of them" in text
+    assert data.configure(Flags, sizes, ["a.mp4", "--size", "large"], "clip") == Flags("a.mp4", "large", 77)
+    assert data.configure(Flags, sizes, ["--steps", "3", "a.mp4", "--lr", "1"], "clip") == Flags("a.mp4", "nano", 3, 1.0)
+    # saved values of another size, and no --size: a resumed run
+    assert data.configure(Flags, {"large": {"steps": 5}}, ["a"], "clip") == Flags("a", "large", 5)
+    for argv in (["a", "--size", "huge"], ["a", "--steps", "x"], ["a", "--sise", "nano"], ["a", "--steps"], []):
+        with pytest.raises(BadInput) as error:
+            data.configure(Flags, sizes, argv, "clip")
+        assert "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # data.py: decoding
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, count, rate, frames", (
-    ("a.mp4", 24, 10, 6), ("b.mp4", 10, 10, 4), ("c.mp4", 10, 10, 10), ("d.mp4", 140, 10, 2), ("e.mkv", 140, 25, 2), ("f.mp4", 3, 5, 1),
-    ("g.avi", 130, 25, 2), ("h.ts", 40, 10, 5), ("i.mov", 120, 1, 2), ("j.ts", 140, 25, 2)))
-def test_uniform_frames_are_the_middles_of_equal_parts(tmp_path, name, count, rate, frames):
-    """Catches: frames that are one off, clips whose end is never seen, seeking that lands on the key frame instead of the frame,
-    times that do not belong to the frames. Of d, e, g, i and j the frames are far enough apart for seeking; h and j begin at a time
-    other than 0."""
-    path = numbered(tmp_path / name, count, rate)
-    video, times, where = data.decode(path, frames, 16)
-    expected = [int((i + 0.5) * count / frames) for i in range(frames)]
-    assert video.shape == (frames, 16, 16, 3) and video.dtype == np.uint8
-    assert numbers(video) == expected
-    np.testing.assert_allclose(times, np.array(expected) / rate, atol=0.01)
-    np.testing.assert_allclose(where, np.array(expected) / count, atol=0.25 / count)
-
-
-@pytest.mark.parametrize("name, count", (("a.mp4", 30), ("b.mkv", 140)))
-def test_windows_of_frames(tmp_path, name, count):
-    """Catches: a stride that is not kept, windows that never reach the first or the last frame, a start that is ignored."""
-    path = numbered(tmp_path / name, count)
-    for stride in (1, 3, 7):
-        firsts = []
-        for start in (0.0, 0.4, 0.999999):
-            seen = numbers(data.decode(path, 4, 16, start, stride)[0])
-            assert np.diff(seen).tolist() == [stride] * 3
-            firsts.append(seen[0])
-        room = count - 1 - 3 * stride
-        assert firsts[0] == 0 and firsts[2] == room and abs(firsts[1] - 0.4 * room) <= 1
-    seen = numbers(data.decode(path, 10, 16, 0.0, 1000)[0])      # too long a stride is shortened to what the video holds
-    assert np.diff(seen).tolist() == [count // 10] * 9
+def coded(path, count, codec, pixels="yuv420p", times=None, **options):
+    """A numbered clip of 48 x 64 pixels, 10 frames a second, by any encoder. times: of its frames, in ms."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, pixels
+        stream.options = {key.replace("_", "-"): str(value) for key, value in options.items()}
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(count):
+            image = np.zeros((48, 64, 3), np.uint8)
+            image[:, :32], image[:, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    if hasattr(os, "sched_setscheduler"):
+        # SVT-AV1, run by root, makes the thread that calls it, and all that it starts, a real-time one
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return path
 
 
-@pytest.mark.parametrize("suffix, codec, pixels", [("jpg", "mjpeg", "yuvj420p"), ("jpeg", "mjpeg", "yuvj420p"), ("bmp", "bmp", "bgr24"), ("webp", "libwebp", "yuv420p")])
-def test_pictures_of_every_kind_are_read(tmp_path, suffix, codec, pixels):
-    """Catches: pictures of a kind whose file cannot be read through twice, which a count of its frames uses up."""
-    y, x = np.mgrid[:48, :64]
-    frame = np.stack([4 * x, 5 * y, np.full_like(x, 90)], -1).clip(0, 255).astype(np.uint8)
-    path = tmp_path / f"picture.{suffix}"
-    with av.open(str(path), "w", format="webp" if suffix == "webp" else "image2") as file:
-        stream = file.add_stream(codec)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
-        for packet in [*stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")), *stream.encode()]:
-            file.mux(packet)
-    video, times, where = data.decode(path, 1, 48)
-    assert video.shape == (1, 48, 48, 3) and where.tolist() == [0] and abs(video[0].astype(int) - frame[:, 8:56]).mean() < 6
-    assert data.video_header(str(path))[:3] == (1, 48, 64) and "1 frames" in str(pytest.raises(BadVideo, data.decode, path, 2, 48).value)
+def everything(path, size):
+    """The oracle: every frame of a file, by a decoder that decodes everything, and its time after the first."""
+    times, images = [], []
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        for n, frame in enumerate(file.decode(stream)):
+            counted = frame.pts is None or file.format.name == "avi"
+            times.append(n / float(stream.average_rate) if counted else float(frame.pts * stream.time_base))
+            images.append(data.upright(frame, size))
+    return np.array(times) - times[0], np.stack(images)
 
 
-def test_pictures_are_one_frame(tmp_path):
-    """Catches: a picture that is refused as a video of no duration; the crop of a wide picture that is not its middle."""
-    picture = np.zeros((32, 96, 3), np.uint8)
-    picture[:, 32:64] = (250, 100, 50)                           # the central square
-    data.write_png(tmp_path / "wide.png", picture)
-    video, times, where = data.decode(tmp_path / "wide.png", 1, 16)
-    assert video.shape == (1, 16, 16, 3) and abs(video.astype(int) - (250, 100, 50)).max() <= 2 and times.tolist() == where.tolist() == [0]
-    data.write_png(tmp_path / "tall.png", picture.transpose(1, 0, 2))
-    assert abs(data.decode(tmp_path / "tall.png", 1, 16)[0].astype(int) - (250, 100, 50)).max() <= 2
-    with pytest.raises(BadVideo, match="fewer than the 2"):
-        data.decode(tmp_path / "wide.png", 2, 16)
+def check_against_everything(path, size=16, slack=0):
+    """Every frame that `decode` gives is the one that is on screen at the time it gives; spread frames are the
+    middles of equal parts, to within `slack` frames."""
+    times, images = everything(path, size)
+    total = len(times)
+    for frames, start, stride in ((16, None, 1), (3, None, 1), (6, 0.0, 4), (5, 0.61, 3), (3, 1.0, 1)):
+        if frames > total:
+            continue
+        video, seen = data.decode(path, frames, size, start, stride)
+        where = np.abs(times[None] - seen[:, None]).argmin(1)
+        np.testing.assert_allclose(times[where], seen, atol=1e-6)
+        assert np.array_equal(video, images[where]), (frames, start, stride)
+        if start is None:
+            middles = ((np.arange(frames) + 0.5) * total / frames).astype(int)
+            assert np.abs(where - middles).max() <= slack
+        if start == 0:
+            assert where[0] <= slack
+        if start == 1:
+            assert where[-1] >= total - 1 - slack
+    assert np.array_equal(np.concatenate(list(data.read_frames(path, size))), images)
+    np.testing.assert_allclose(data.frame_times(path), times, atol=1e-6)
+
+
+FORMS = {
+    "one_group.mp4": ("libx264", dict(crf=4, g=250, bf=3, x264_params="scenecut=0")),
+    "pyramid.mkv": ("libx264", dict(crf=4, g=24, bf=3)),
+    "open.mp4": ("libx264", dict(crf=4, g=20, bf=3, x264_params="open-gop=1")),
+    "refresh.mp4": ("libx264", dict(crf=4, g=24, intra_refresh=1)),
+    "open.ts": ("libx264", dict(crf=4, g=20, bf=3, refs=1, x264_params="open-gop=1:ref=1:b-pyramid=none")),
+    "ten_bits.mov": ("libx264", dict(crf=4, g=12, pixels="yuv420p10le")),
+    "hevc.mp4": ("libx265", dict(crf=4, x265_params="keyint=20:bframes=3:log-level=none")),
+    "vp9.webm": ("libvpx-vp9", dict(crf=4, auto_alt_ref=1, lag_in_frames=16, g=24, deadline="realtime", cpu_used=8)),
+    "av1.mp4": ("libsvtav1", dict(crf=8, g=24, preset=12)),
+    "divx.avi": ("mpeg4", dict(qmin=1, qmax=2, g=12, bf=2)),
+    "h264.avi": ("libx264", dict(crf=4, g=12, bf=2)),
+    "flash.flv": ("libx264", dict(crf=4, g=12, bf=2))}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_stream_gives_the_frames_of_a_plain_decoder(tmp_path, name):
+    """Catches: a frame taken for its neighbour where frames are stored in another order than shown, frames that
+    were left out although others refer to them, decoding from a key frame behind the frame."""
+    codec, options = FORMS[name]
+    path = coded(tmp_path / name, 130, codec, **options)
+    # FLV does not say how many frames it holds, and its length counts from 0, where its first frame is not
+    check_against_everything(path, slack=3 if name == "flash.flv" else 0)
+    if name == "one_group.mp4":
+        assert numbers(data.decode(path, 4, 16)[0]) == [16, 48, 81, 113]
+
+
+@pytest.mark.parametrize("name", ("long.mp4", "long.mkv", "long.ts"))
+def test_far_frames_are_sought(tmp_path, monkeypatch, name):
+    """Catches: a seek that lands behind the frame, and hours of film decoded for one frame of it."""
+    path = numbered(tmp_path / name, 140, rate=2)
+    plain = data.in_order
+    monkeypatch.setattr(data, "in_order", lambda *_: pytest.fail("everything was decoded"))
+    assert numbers(data.decode(path, 2, 16)[0]) == [35, 105]
+    assert numbers(data.decode(path, 3, 16, 0.9, 2)[0]) == [122, 124, 126]
+    monkeypatch.setattr(data, "in_order", plain)
+
+
+@pytest.mark.parametrize("name, options", (("a.mp4", dict(g=24, bf=2)), ("b.mkv", dict(g=250, bf=3))))
+def test_variable_rates_are_read_by_time_stamps(tmp_path, name, options):
+    """Catches: frames taken by their number where they stay for different times. The oracle: the last frame that
+    begins before the middle of each part."""
+    times = np.cumsum(np.random.default_rng(0).choice([20, 40, 100, 400], 100)) + 700
+    path = coded(tmp_path / name, 100, "libx264", times=times, crf=4, **options)
+    seconds = (times - times[0]) / 1000
+    video, seen = data.decode(path, 12, 16)
+    shown = numbers(video)
+    np.testing.assert_allclose(seen, seconds[shown], atol=0.002)
+    with av.open(str(path)) as file:
+        rate = data.rate_of(file.streams.video[0])
+        total = data.frame_count(path, file, file.streams.video[0])
+    middles = (np.floor((np.arange(12) + 0.5) * total / 12) + 0.5) / rate
+    assert shown == [int(np.flatnonzero(seconds <= middle + 1e-9)[-1]) for middle in middles]
 
 
 def test_turned_videos_stand_upright(tmp_path):
-    """Catches: a phone's rotation that is ignored, or applied the wrong way round. The track header's matrix of an ordinary file is
+    """Catches: a phone's rotation that is ignored, or applied the wrong way round. The track header's matrix is
     overwritten: (x, y) -> (-y, x), a quarter turn clockwise, so what was top left is shown top right."""
     frames = np.full((4, 48, 64, 3), 30, np.uint8)
-    frames[:, :24, :32] = 220                                    # top left
+    frames[:, :24, :32] = 220                                   # top left
     raw = encode(tmp_path / "lying.mp4", frames).read_bytes()
     at = raw.index(b"tkhd") + 44
-    assert raw[at:at + 4] == (1 << 16).to_bytes(4, "big"), "the matrix of a version-0 track header begins with 1.0"
-    for (a, b, c, d), row, column in (((0, 1, -1, 0), 0, 1), ((-1, 0, 0, -1), 1, 1), ((0, -1, 1, 0), 1, 0)):
-        matrix = b"".join((n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0)) + (1 << 30).to_bytes(4, "big")
-        (tmp_path / "turned.mp4").write_bytes(raw[:at] + matrix + raw[at + 36:])
+    for (a, b, c, d), place in (((0, 1, -1, 0), (0, 1)), ((-1, 0, 0, -1), (1, 1)), ((0, -1, 1, 0), (1, 0))):
+        matrix = b"".join((n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0))
+        (tmp_path / "turned.mp4").write_bytes(raw[:at] + matrix + (1 << 30).to_bytes(4, "big") + raw[at + 36:])
         image = data.decode(tmp_path / "turned.mp4", 1, 16)[0][0].astype(float).mean(-1)
         quarters = image.reshape(2, 8, 2, 8).mean((1, 3))
-        assert np.unravel_index(quarters.argmax(), (2, 2)) == (row, column), (a, b, c, d)
+        assert np.unravel_index(quarters.argmax(), (2, 2)) == place
 
 
-def test_files_that_cannot_be_used_are_bad_videos(media, tmp_path):
-    """Catches: a traceback, an endless loop, or frames repeated in silence, where a file is damaged; a message without the file's name."""
-    long = numbered(tmp_path / "long.mkv", 120).read_bytes()     # a cut MKV opens and plays: only its end tells
-    (tmp_path / "cut.mkv").write_bytes(long[:len(long) // 2])
-    data.write_png(tmp_path / "needle.png", np.zeros((1500, 2, 3), np.uint8))
-    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    """Catches: a picture refused as a video of no length, a crop that is not the middle, and whatever colour lies
+    below transparent pixels."""
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = (250, 100, 50)                             # the central square
+    data.write_png(tmp_path / "wide.png", wide)
+    clear = np.zeros((32, 32, 4), np.uint8)                     # transparent black; its lower half blue at a quarter
+    clear[16:] = (0, 0, 255, 64)
+    forms = {"a.jpg": ("mjpeg", "yuvj444p", wide), "b.bmp": ("bmp", "bgr24", wide),
+             "c.webp": ("libwebp", "yuv420p", wide), "clear.png": ("png", "rgba", clear)}
+    for name, (codec, pixels, image) in forms.items():
+        with av.open(str(tmp_path / name), "w", format="webp" if name == "c.webp" else "image2") as file:
+            stream = file.add_stream(codec)
+            stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixels
+            frame = av.VideoFrame.from_ndarray(image, format="rgba" if image is clear else "rgb24")
+            for packet in [*stream.encode(frame), *stream.encode()]:
+                file.mux(packet)
+    for name in ("wide.png", "a.jpg", "b.bmp", "c.webp"):
+        video, times = data.decode(tmp_path / name, 1, 16)
+        assert video.shape == (1, 16, 16, 3) and times.tolist() == [0]
+        assert abs(video[0, 2:-2, 2:-2].astype(int) - (250, 100, 50)).max() < 12, name
+    image = data.decode(tmp_path / "clear.png", 1, 16)[0][0].astype(int)
+    assert abs(image[:6] - 255).max() <= 1 and abs(image[10:] - (191, 191, 255)).max() <= 2
+
+
+@pytest.fixture(scope="module")
+def broken(media, tmp_path_factory):
+    """Files that cannot be used -> words of the reason."""
+    folder = tmp_path_factory.mktemp("broken")
+    mkv = numbered(folder / "long.mkv", 120).read_bytes()
+    (folder / "cut.mkv").write_bytes(mkv[:len(mkv) // 2])
+    parts = [encode(folder / f"{side}.ts", np.full((12, side, 64, 3), side, np.uint8)).read_bytes() for side in (48, 96)]
+    (folder / "sizes.ts").write_bytes(parts[0] + parts[1])
+    with av.open(str(folder / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=8000)
         stream.layout = "mono"
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 8000
         for packet in (*stream.encode(sound), *stream.encode()):
             file.mux(packet)
-    for path, frames, words in ((tmp_path / "none.mp4", 2, "no such file"), (media / "text.mp4", 2, "cannot be decoded"),
-                                (media / "empty.mp4", 2, "cannot be decoded"), (media / "half.mp4", 2, "cannot be decoded"),
-                                (tmp_path / "cut.mkv", 6, "truncated"), (tmp_path, 2, "cannot be decoded"), (tmp_path / "sound.mp4", 2, "no video"),
-                                (media / "clip0.mp4", 25, "24"), (tmp_path / "needle.png", 1, "narrow")):
-        with pytest.raises(BadVideo, match=words) as error:
-            data.decode(path, frames, 8)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert len(data.decode(media / "clip0.mp4", 24, 8)[0]) == 24
+    return {folder / "none.mp4": "no such file", folder: "no such file", media / "text.mp4": "cannot be decoded",
+            media / "empty.mp4": "cannot be decoded", media / "half.mp4": "cannot be decoded",
+            folder / "cut.mkv": "ends", folder / "sizes.ts": "64 x 96 px among those of 64 x 48",
+            folder / "sound.mp4": "no video"}
 
+
+def test_files_that_cannot_be_used_are_bad_videos_of_one_line(media, broken):
+    """Catches: a traceback, or frames repeated in silence, where a file is damaged; a reason without the name."""
+    for path, words in broken.items():
+        for read in (data.decode, lambda path, _, size: list(data.read_frames(path, size))):
+            if path.name == "sizes.ts" and read is data.decode:
+                continue                                        # the frames that it looks at have one size
+            with pytest.raises(BadVideo, match=words) as error:
+                read(path, 6, 8)
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BadVideo, match="has 24 frames, fewer than the 25"):
+        data.decode(media / "clip0.mp4", 25, 8)
+    assert numbers(data.decode(media / "clip0.mp4", 24, 16)[0]) == list(range(24))
+
+
+@real
+def test_real_clips_decode_as_a_decoder_that_decodes_everything():
+    """Catches: seeking, frame counts and time stamps that hold only for files of our own making."""
+    for path in sorted((REAL / "clips").glob("*.mp4")):
+        check_against_everything(path)
+    for row in csv.DictReader(open(REAL / "odd" / "odd.csv", newline="")):
+        path = REAL / "odd" / row["file"]
+        if row["result"] == "ok" and "truncated" not in row["file"]:
+            check_against_everything(path, slack=9 if row["vfr"] == "True" else 1)
+        else:
+            with pytest.raises(BadVideo) as error:
+                data.decode(path, 2, 16)
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# data.py: sidecar labels
+# -----------------------------------------------------------------------------------------------------------
 
 def test_sidecar_labels_are_the_naive_look_up(tmp_path):
-    """Catches: ids that wrap at 256, trajectories that are mixed up between frames, an object that no trajectory owns, a crop
-    that is not the video's. 12 x 20 pixels to 6: the central square's pixel (i, j) is the mask's (2 i + 1, 2 j + 5)."""
+    """Catches: ids that wrap at 256, trajectories that are mixed up between frames, an object that no trajectory
+    owns, a crop that is not the video's: of 12 x 20 pixels to 6, the pixel (i, j) is the mask's (2i+1, 2j+5)."""
     rng = np.random.default_rng(0)
     mask = rng.choice(np.array([0, 1, 7, 255, 256, 300, 65535], np.uint16), (5, 12, 20))
-    graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [0, 0, 0, 0, 0]])     # 7 is absent at first
+    graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [0, 0, 0, 0, 0]])
     np.savez(tmp_path / "m.npz", mask)
     np.savez(tmp_path / "g.npz", tensor=graph)
-    where = np.array([0, 0.21, 0.6, 0.79, 0.999])
-    labels = data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", where, 6)
-    assert labels.dtype == np.int64 and labels.shape == (5, 6, 6)
-    for i, f in enumerate((0, 1, 3, 4, 4)):
+    video = encode(tmp_path / "v.mp4", np.zeros((5, 48, 80, 3), np.uint8))
+    labels = data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", np.array([0, 0.1, 0.3, 0.4]), 6, video)
+    assert labels.dtype == np.int64 and labels.shape == (4, 6, 6)
+    for i, f in enumerate((0, 1, 3, 4)):
         for row, column in itertools.product(range(6), range(6)):
-            found = [m for m in range(4) if graph[m, f] and graph[m, f] == mask[f, 2 * row + 1, 2 * column + 5]]
+            object_id = mask[f, 2 * row + 1, 2 * column + 5]
+            found = [m for m in range(4) if object_id and graph[m, f] == object_id]
             assert labels[i, row, column] == (found[0] if found else -1)
 
 
 def test_sidecars_stay_on_their_pixels(tmp_path):
-    """Catches: labels of another frame or another crop than the pixels, for windows at any place of the video and any size."""
-    labelled(tmp_path, "square", count=12)
-    entries = data.read_manifest(manifest(tmp_path / "m.json", [{"video": "square.mp4"}] * 2))
+    """Catches: labels of another frame or another crop than the pixels, for windows at any place of a video of
+    variable rate and any size."""
+    path = labelled(tmp_path, "square", count=40)
+    frames = np.concatenate(list(data.read_frames(path, 48)))
+    times = np.cumsum(np.random.default_rng(0).choice([30, 60, 300], 40))
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 48, 48, "yuv420p", {"crf": "4", "bf": "2"}
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, time in zip(frames, times):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    entries = data.read_manifest(tmp_path)
     for size, train in ((32, True), (20, True), (48, False)):
-        dataset = data.VideoBatches(entries, 3, size, 2, seed=size, train=train)
+        dataset = data.VideoBatches(entries, 3, size, 1, seed=size, train=train)
         for i in range(4 if train else 1):
             batch = dataset[i]
             bright = batch["video"].float().mean(-1) > 130
             assert not batch["bad"] and set(batch["labels"].unique().tolist()) == {-1, 1}
-            assert ((batch["labels"] == 1) != bright).float().mean() < 0.03 and 0.05 < bright.float().mean() < 0.3
+            assert ((batch["labels"] == 1) != bright).float().mean() < 0.03
 
 
-def test_damaged_sidecars_are_bad_videos(tmp_path):
-    """Catches: one unreadable, misshapen or oddly typed label file that stops a whole run, or labels that are quietly wrong."""
-    graph, mask = np.array([[1, 1]]), np.ones((2, 8, 8), np.uint8)
-    np.savez(tmp_path / "graph.npz", tensor=graph)
-    np.savez(tmp_path / "mask.npz", mask)
-    whole = (tmp_path / "mask.npz").read_bytes()
-    np.savez(tmp_path / "key.npz", other=mask)
-    np.savez(tmp_path / "flat.npz", mask[0])
-    np.savez(tmp_path / "long.npz", np.ones((3, 8, 8), np.uint8))
-    np.savez(tmp_path / "float.npz", mask.astype(np.float32) * 0.5)
-    np.savez(tmp_path / "negative.npz", -mask.astype(np.int16))
-    (tmp_path / "text.npz").write_text("no labels")
-    (tmp_path / "empty.npz").write_bytes(b"")
-    (tmp_path / "half.npz").write_bytes(whole[:len(whole) // 2])
-    np.save(tmp_path / "bare.npy", mask)
-    os.replace(tmp_path / "bare.npy", tmp_path / "bare.npz")
-    assert (data.load_labels(tmp_path / "mask.npz", tmp_path / "graph.npz", [0, 0.5], 8) == 0).all()
-    np.savez(tmp_path / "huge.npz", np.zeros((0, 8, 8), np.uint8))
-    wrong = {}
-    for name in ("huge", "absent", "key", "flat", "long", "text", "empty", "half", "bare", "float", "negative"):
-        try:
-            data.load_labels(tmp_path / f"{name}.npz", tmp_path / "graph.npz", [0, 0.5], 8)
-            wrong[name] = "accepted"
-        except BadVideo as error:
-            assert name in str(error)
-        except Exception as error:
-            wrong[name] = repr(error)
-    assert not wrong
+@pytest.mark.parametrize("mask, graph", (
+    (None, {"tensor": np.ones((1, 8), int)}), ({"arr_0": np.ones((8, 8, 8), np.uint8)}, None),
+    ({"other": np.ones(3)}, {"tensor": np.ones((1, 8), int)}), (b"no labels", {"tensor": np.ones((1, 8), int)}),
+    ({"arr_0": np.ones((8, 8), np.uint8)}, {"tensor": np.ones((1, 8), int)}),
+    ({"arr_0": np.ones((8, 8, 8))}, {"tensor": np.ones((1, 8), int)}),
+    ({"arr_0": np.ones((8, 8, 8), np.uint8)}, {"tensor": np.ones((1, 7), int)}),
+    ({"arr_0": np.ones((30, 8, 8), np.uint8)}, {"tensor": np.ones((1, 30), int)})))
+def test_sidecars_that_do_not_fit_are_named(tmp_path, capsys, mask, graph):
+    """Catches: one damaged label file that stops a run or is trained on, half a pair that is not noticed, labels
+    of another video."""
+    encode(tmp_path / "v.mp4", np.zeros((8, 48, 48, 3), np.uint8))
+    for key, arrays in (("mask", mask), ("graph", graph)):
+        path = tmp_path / f"v_{key}.npz"
+        if isinstance(arrays, bytes):
+            path.write_bytes(arrays)
+        elif arrays is not None:
+            np.savez(path, **arrays)
+    with pytest.raises(SystemExit) as stop:
+        run(data.main, "check", tmp_path, "--workers", 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and len(lines) == 2 and ".npz" in lines[0]
 
 
-def test_sidecars_that_do_not_fit_are_refused(tmp_path):
-    """Catches: labels of another video, of other frames or of another shape that are laid over the pixels without a word; a header's small
-    error, a coarser mask, a lying video or a square cut that is refused; half a pair of sidecars that is not noticed; ids that wrap."""
-    video = labelled(tmp_path, "square", count=12, side=48)
-    mask, graph = np.ones((12, 48, 48), np.uint8), np.ones((1, 12), np.int64)
+# -----------------------------------------------------------------------------------------------------------
+# data.py: manifests
+# -----------------------------------------------------------------------------------------------------------
 
-    def load(mask, graph, video=video, where=(0.1, 0.6), masks="m.npz", graphs="g.npz"):
-        np.savez(tmp_path / "m.npz", mask)
-        np.savez(tmp_path / "g.npz", tensor=graph)
-        return data.load_labels(masks and tmp_path / masks, graphs and tmp_path / graphs, where, 8, video)
-    for count in (10, 11, 12, 13, 14):                           # two frames more or less: headers
-        assert (load(np.ones((count, 48, 48), np.uint8), np.ones((1, count), int)) == 0).all()
-    assert (load(np.ones((12, 20, 20), bool), graph) == 0).all() and (load(np.ones((15, 48, 48), int), np.ones((1, 15), int), video=None) == 0).all()
-    for count in (1, 9, 15, 300):
-        with pytest.raises(BadVideo, match=f"masks of {count} frames, but the video has 12"):
-            load(np.ones((count, 48, 48), np.uint8), np.ones((1, count), int))
-    for name in ("a.mkv", "b.ts", "c.avi"):                      # of these some headers do not count frames
-        assert data.video_header(str(numbered(tmp_path / name, 40)))[:3] == (40, 48, 64)
-    wide = encode(tmp_path / "wide.mp4", np.full((12, 48, 80, 3), 90, np.uint8))
-    for h, w in ((48, 80), (24, 40), (13, 21), (80, 48), (96, 160), (30, 30)):
-        assert (load(np.ones((12, h, w), np.uint8), graph, wide) == 0).all()
-    for h, w in ((48, 64), (80, 46), (10, 80), (48, 83)):
-        with pytest.raises(BadVideo, match=f"masks of {w} x {h} px do not have the shape of the video's 80 x 48"):
-            load(np.ones((12, h, w), np.uint8), graph, wide)
-    data.check_fit("m", (1040, 48, 80), 1000, 48, 80)            # 5 % of a long one
-    with pytest.raises(BadVideo):
-        data.check_fit("m", (1060, 48, 80), 1000, 48, 80)
-    big = 2 ** 40 + 3                                            # far beyond any table, and 3 if it wrapped
-    labels = load(np.where(np.arange(48) < 24, big, 3) + 0 * mask.astype(np.int64), np.repeat([[3], [big]], 12, 1))
-    assert (labels[:, :, :4] == 1).all() and (labels[:, :, 4:] == 0).all()
-    labels = load(np.where(np.arange(48) < 24, 9, 1).astype(np.uint8) * mask, graph)                 # 9: nobody's, unlabelled
-    assert (labels[:, :, :4] == -1).all() and (labels[:, :, 4:] == 0).all()
-    with pytest.raises(BadVideo, match="shares no object id"):
-        load(9 * mask, graph)
-    assert (load(0 * mask, graph) == -1).all() and (load(9 * mask, 0 * graph) == -1).all()           # nobody in view is nothing wrong
-    with pytest.raises(BadVideo, match="trajectories 0 and 2 both are object 1 in frame 7"):
-        load(mask, np.stack([graph[0], 0 * graph[0], np.arange(12) == 7]).astype(int))
-    with pytest.raises(BadVideo, match="its graph is missing"):
-        load(mask, graph, graphs=None)
-    with pytest.raises(BadVideo, match="its mask is missing"):
-        load(mask, graph, masks=None)
-    (tmp_path / "square_graph.npz").unlink()                     # and in a batch: left out, named, not trained on without labels
-    batch = data.VideoBatches(data.read_manifest(manifest(tmp_path / "m.json", [{"video": "square.mp4"}])), 3, 16, 1)[0]
-    assert batch["video"] is None and "its graph is missing" in batch["bad"][0][1]
+def text_of(entries):
+    """Entries -> (name, first caption, label, split) of each, for comparing."""
+    return [(e["name"], (e["caption"] or [None])[0], e["label"], e["split"]) for e in entries]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: manifests and batches
-# ---------------------------------------------------------------------------------------------------------------------
+ROWS = [{"video": "run/a.mp4", "caption": "somebody runs", "label": "run"},
+        {"video": "sit/b.mp4", "caption": "two lines:\none and two", "label": "sit"}]
+TABLE = 'path,caption,label\nrun/a.mp4,somebody runs, run\nsit/b.mp4,"two lines:\none and two",sit\n'
 
-def test_manifests_of_every_kind(tmp_path):
-    """Catches: an entry whose path, label or sidecars are lost; paths that are not relative to the manifest; a header that is taken
-    for a clip; a separator that is guessed wrong."""
-    here = tmp_path / "set"
-    (here / "run").mkdir(parents=True)
-    (here / "sit").mkdir()
-    for name in ("run/a.mp4", "run/b.MP4", "sit/c.webm", "sit/c_mask.npz", "sit/c_graph.npz", "sit/notes.txt", "d.png", "e_own.npz"):
-        (here / name).write_bytes(b"")
-    rows = [{"video": "run/a.mp4", "caption": "somebody runs", "label": 3, "mask": "e_own.npz"}, {"video": "sit/c.webm"}, {"image": "d.png"},
-            {"video": "run/b.MP4", "image": None}, {"video": str(here / "run/a.mp4")}]
-    manifest(here / "list.json", rows)
-    (here / "lines.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
-    for name in ("list.json", "lines.jsonl"):
-        a, c, d, b, absolute = data.read_manifest(here / name)
-        assert a == dict(path=str(here / "run/a.mp4"), image=False, caption="somebody runs", label="3", mask=str(here / "e_own.npz"), graph=None)
-        assert c["mask"] == str(here / "sit/c_mask.npz") and c["graph"] == str(here / "sit/c_graph.npz") and c["label"] is None
-        assert d["image"] and not c["image"] and absolute["path"] == a["path"]
-        assert not b["image"], "a video whose entry says `image: null` is a video"
-    folder = data.read_manifest(here)
-    assert [(Path(e["path"]).name, e["label"]) for e in folder] == [("a.mp4", "run"), ("b.MP4", "run"), ("c.webm", "sit")]
-    assert folder[2]["mask"] and all(Path(e["path"]).exists() for e in folder)
-    for text in ("run/a.mp4,run\nsit/c.webm,sit\n", "path,label,frames\nrun/a.mp4,run,30\nsit/c.webm,sit,20\n", "run/a.mp4 run\nsit/c.webm sit\n",
-                 "video label\nrun/a.mp4 run\n\nsit/c.webm sit"):
-        (here / "set.csv").write_text(text)
-        entries = data.read_manifest(here / "set.csv")
-        assert [(e["path"], e["label"]) for e in entries] == [(str(here / "run/a.mp4"), "run"), (str(here / "sit/c.webm"), "sit")], text
-    (here / "set.csv").write_text('"a, b.mp4",run\n')
-    assert data.read_manifest(here / "set.csv")[0]["path"] == str(here / "a, b.mp4")
-    (here / "set.csv").write_text('"my run/b c.mp4" run\n')
-    assert data.read_manifest(here / "set.csv")[0]["path"] == str(here / "my run/b c.mp4")
-    (here / "set.csv").write_text("label,path,caption,mask\nrun,run/é.mp4,somebody runs,\nsit,sit/c.webm,\"sits, then stands\",e_own.npz\n", encoding="utf-8")
-    one, two = data.read_manifest(here / "set.csv")              # columns by their names, in any order
-    assert (one["path"], one["label"], one["caption"], one["mask"]) == (str(here / "run/é.mp4"), "run", "somebody runs", None)
-    assert two["caption"] == "sits, then stands" and two["mask"] == str(here / "e_own.npz")
-    qa = [{"type": "what", "question": "What?", "answer": "that"}]
-    manifest(here / "list.json", [{"video": "a.mp4", "caption": ["one", "zwei \u2028 Zeilen"], "appearance": 0, "motion": 3, "qa": qa}])
-    (here / "lines.jsonl").write_text("\ufeff" + json.dumps(json.loads((here / "list.json").read_text())[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
-    for name in ("list.json", "lines.jsonl"):                    # a mark at the beginning, other line ends, and a separator inside a text
-        made, = data.read_manifest(here / name)
-        assert (made["caption"], made["appearance"], made["motion"], made["qa"]) == (["one", "zwei \u2028 Zeilen"], 0, 3, qa)
-    manifest(here / "manifest.json", rows[:1])
-    assert len(data.read_manifest(here)) == 1                    # a folder's own manifest goes first
+
+@pytest.mark.parametrize("name, content", (
+    ("m.json", json.dumps(ROWS)), ("m.jsonl", "\n\n".join(map(json.dumps, ROWS))), ("m.json", "\ufeff" + json.dumps(ROWS, indent=1)),
+    ("m.csv", TABLE), ("m.CSV", TABLE.replace("\n", "\r\n").replace(":\r\n", ":\n")), ("m.csv", "\ufeff" + TABLE),
+    ("m.tsv", TABLE.replace(",", "\t")), ("m.csv", TABLE.replace(",", ";")),
+    *(("m.csv", TABLE.replace("path", video).replace("caption", text).replace("label", label)) for video, text, label in (
+        ("video", "text", "class"), ("filename", "sentence", "action"), ("File", "Caption", "Label"), ("video_path", "text", "label")))))
+def test_forms_of_a_manifest_that_people_write(tmp_path, name, content):
+    """Catches: " walking" and "walking" as two classes, an upper-case suffix, tabs, a byte-order mark, line ends or
+    quoted line breaks that lose rows, column names that are not known."""
+    (tmp_path / name).write_bytes(content.encode())
+    assert text_of(data.read_manifest(tmp_path / name)) == [(r["video"], r["caption"], r["label"], None) for r in ROWS]
+
+
+def test_rows_without_a_header(tmp_path):
+    """Catches: the first clip of Kinetics' `path,label` and V-JEPA's `path label` taken for a header."""
+    for separator in (",", " ", "\t"):
+        (tmp_path / "m.csv").write_text(f'a.mp4{separator}3\n"b c.mp4"{separator}video\n')
+        assert text_of(data.read_manifest(tmp_path / "m.csv")) == [("a.mp4", None, "3", None), ("b c.mp4", None, "video", None)]
+
+
+def test_rows_of_one_file_are_one_clip(tmp_path):
+    """Catches: one clip twice among the candidates, so that a perfect model finds half of them."""
+    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4"}, {"video": "./x/../a.mp4", "caption": ["two", "one"], "label": 3}]
+    talk = [{"from": "human", "value": "Look at<video>and say what it is.", "type": "what"}, {"from": "gpt", "value": "a dog"}]
+    rows += [{"video": "b.mp4", "conversations": talk}, {"video": "b.mp4", "conversations": [{"from": "human", "value": "<video>\nHow many?"}, talk[1]]}]
+    a, b = data.read_manifest(manifest(tmp_path / "m.json", rows))
+    assert a["caption"] == ["one", "two"] and a["label"] == "3" and b["caption"] is None
+    assert [talk[0]["question"] for talk in b["conversations"]] == ["Look at and say what it is.", "How many?"]
+    assert b["conversations"][0] == [dict(question="Look at and say what it is.", answer="a dog", type="what")]
+
+
+def test_folders_of_classes(tmp_path):
+    """Catches: splits or deeper folders taken for the label, macOS's litter taken for clips, links that are not
+    followed or followed for ever."""
+    for name in ("set/train/run/day 1/a.mp4", "set/val/run/b.MP4", "set/test/c.webm", "set/train/.hidden/d.mp4", "set/__MACOSX/e.mp4",
+                 "set/train/run/._a.mp4", "set/notes.txt", "set/train/run/thumb.png", "elsewhere/sit/f.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "set/train/sit").symlink_to(tmp_path / "elsewhere/sit")
+    (tmp_path / "set/train/loop").symlink_to(tmp_path / "set")
+    assert sorted(text_of(data.read_manifest(tmp_path / "set")), key=str) == [
+        ("test/c.webm", None, None, "test"), ("train/run/day 1/a.mp4", None, "run", "train"),
+        ("train/sit/f.mp4", None, "sit", "train"), ("val/run/b.MP4", None, "run", "val")]
+
+
+def test_a_manifest_decides_what_is_held_out(tmp_path):
+    """Catches: a "split" that is ignored; 28 clips called <id>/rgb.mp4 of which one is trained on; a clip that is
+    tested on after it was trained on, because others were added."""
+    rows = [{"video": f"{i}/rgb.mp4", "split": split} for i, split in enumerate(("train", "val", "valid", "test", None))]
+    train, test = data.split(data.read_manifest(manifest(tmp_path / "m.json", rows)))
+    assert [e["name"][0] for e in train] == ["0", "4"] and [e["name"][0] for e in test] == ["1", "2", "3"]
+    for n in (2, 3, 7, 28, 400):
+        entries = data.read_manifest(manifest(tmp_path / "m.json", [{"video": f"{i}/rgb.mp4"} for i in range(n)]))
+        train, test = data.split(entries)
+        assert len(train) + len(test) == n and max(min(n, 24) // 6, 1) <= len(test) <= n / 2
+        assert data.split(entries[::-1])[1] == test[::-1]
+    fewer = {e["name"] for e in data.split(entries[:300])[1]}
+    assert fewer <= {e["name"] for e in test}
+    large = [dict(name=str(i), split=None) for i in range(40_000)]
+    assert 4700 < len(data.split(large)[1]) < 5300
+    with pytest.raises(BadInput, match="at least one of each"):
+        data.split(train[:1])
 
 
 @pytest.mark.parametrize("name, content, words", (
-    ("m.json", "", "empty"), ("m.json", "[]", "empty"), ("m.json", "[{]", "not a manifest"), ("m.json", '[{"video": "a.mp4"}, 7]', "entry 2"),
-    ("m.json", '[{"caption": "x"}]', "entry 1"), ("m.json", '[{"video": ["a.mp4"]}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "caption": 3}]', "caption"),
-    ("m.json", '[{"video": "a.mp4", "mask": 3}]', "mask"), ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
-    ("m.mp4", b"\0\xff\xfe\x81", "one film"), ("m.csv", "a.mp4,1\nb.mp4\n", "line 2"), ("m.csv", "path,label\na.mp4\n", "line 2"),
-    ("m.csv", "", "empty"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "line 2: .*0xe9.*UTF-8"), ("m.csv", "a.mp4 30 1\n", "line 1.*quote"), ("m.csv", "a, b.mp4,1\n", "line 1.*quote"),
-    ("m.csv", "a.mp4,\n", "line 1.*label"), ("m.csv", 'path,caption\na.mp4,x\nb.mp4," "\n', "line 3.*caption"), ("m.csv", '"a.mp4,1\n', "line 1"), ("m.csv", "path,label\na,b,c\n", "line 2"),
-    ("m.json", '[\n{"video": "a.mp4"},\n\n{"video": "b.mp4", "caption": ""}]', r"entry 2 \(line 4\).*caption"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
-    ("m.json", '[{"video": "a.mp4"}\n{"video": "b.mp4"}]', "line 2: not a manifest.*comma"), ("m.json", '[{"video": "a.mp4"}', "not a manifest"), ("m.json", '[{"video": "a.mp4"}] x', "not a manifest.*end"),
-    ("m.json", '[{"video": "a.mp4", "caption": []}]', "entry 1.*list of texts"), ("m.json", '[{"video": "a.mp4", "caption": ["x", ""]}]', "entry 1.*list of texts"),
-    ("m.json", '[{"video": "a.mp4", "caption": {"en": "x"}}]', "entry 1.*list of texts"), ("m.json", '[{"video": "a.mp4", "caption": "\\ud800"}]', "entry 1.*UTF-8"),
-    ("m.json", '[{"video": "a\\u0000.mp4"}]', "entry 1.*path"), ("m.json", '[{"video": "a.mp4", "label": true}]', "entry 1.*label"), ("m.json", '[{"video": "a.mp4", "motion": -1}]', "entry 1.*motion"),
-    ("m.json", '[{"video": "a.mp4", "group": ["Ann"]}]', "entry 1.*group"),
-    ("m.json", '[{"video": "a.mp4", "qa": [{"question": "x"}]}]', "entry 1.*qa"), ("m.json", '{"videos": [\n"a.mp4"]}', "line 1: not a manifest"), ("m.jsonl", '["a.mp4"]', "entry 1"),
-    ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4", "caption": 3}\n', "line 2.*caption"), ("m.json", '[{"video": "a.mp4", "caption": "caf\xe9"}]'.encode("latin-1"), "line 1: .*UTF-8"),
-    ("m.json", '[{"video": "a.mp4"}]'.encode("utf-16"), "UTF-8")))
-def test_wrong_manifests_are_refused(tmp_path, name, content, words):
-    """Catches: a traceback, or a message that does not tell the line and what is wrong with it."""
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(BadInput, match=words) as error:
-        data.read_manifest(tmp_path / name)
-    assert name in str(error.value) and "\n" not in str(error.value)
+    ("m.json", "", "no entries"), ("m.json", "[]", "no entries"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
+    ("m.json", '[{"video": "a.mp4"}, 7]', "entry 2: 7 names neither"), ("m.json", '[{"caption": "x"}]', "entry 1"),
+    ("m.json", '[{"video": "a.mp4", "caption": 3}]', "entry 1: \"caption\""), ("m.json", '[{"video": "a.mp4", "caption": ["x", " "]}]', "none empty"),
+    ("m.json", '[{"video": "a.mp4", "caption": "\\ud800"}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "split": "dev"}]', "'dev'"),
+    ("m.json", '[{"video": "a.mp4", "label": "x"}, {"video": "a.mp4", "label": "y"}]', "entry 2: \"label\" is 'y', but an earlier row"),
+    ("m.json", '[{"video": "a.mp4", "qa": [{"question": "x"}]}]', "entry 1: \"qa\""),
+    ("m.json", '[{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}]}]', "conversations"),
+    ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "not UTF-8"),
+    ("m.csv", "clip,words\na.mp4,x\n", "line 1: a header of clip, words.*known are video, path"), ("m.csv", "path,capton\na.mp4,x\n", "header"),
+    ("m.csv", "path,label\na.mp4\n", "line 2: 1 cells, not 2"), ("m.csv", "a, b.mp4,1\n", "header"), ("m.csv", '"a.mp4,1\n', "line 1"),
+    ("nothing.json", None, "cannot be read"), (".", None, "no entries")))
+def test_wrong_manifests_are_refused_in_one_line(tmp_path, capsys, name, content, words):
+    """Catches: a traceback, or a message that does not tell where and what is wrong."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(capsys, data.main, "check", tmp_path / name)
+    assert re.search(words, message) and str(tmp_path) in message
 
 
-def test_folders_without_videos_are_refused(tmp_path):
-    """Catches: an empty folder, or a path that is mistyped, that ends in a traceback far away."""
-    with pytest.raises(BadInput, match="without videos"):
-        data.read_manifest(tmp_path)
-    with pytest.raises(BadInput, match="no such file"):
-        data.read_manifest(tmp_path / "nothing.json")
+# -----------------------------------------------------------------------------------------------------------
+# data.py: batches
+# -----------------------------------------------------------------------------------------------------------
+
+def same(a, b):
+    return a["index"] == b["index"] and a["caption"] == b["caption"] and torch.equal(a["video"], b["video"])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_video_batches_are_a_function_of_seed_and_number(media):
-    """Catches: an epoch that repeats or forgets clips, videos and pictures in one batch, workers or history that change a batch."""
-    entries = [entry(media / f"clip{i}.mp4", f"clip {i}") for i in range(6)] + [entry(media / f"still{i}.png", f"still {i}") for i in range(2)]
+def test_batches_are_full_and_a_function_of_seed_and_number(media):
+    """Catches: nine clips at batch 8 that give every second step a single clip and a contrastive loss of 0; a clip
+    twice in one batch; workers, processes or history that change a batch; epochs that forget clips."""
+    entries = [entry(media / f"clip{i}.mp4", f"clip {i}") for i in range(5)]
     dataset = data.VideoBatches(entries, 3, 16, 4, seed=1)
-    assert len(dataset) == 3                                     # 4 + 2 clips, 2 pictures
-    alone = list(data.loader(dataset, 0, 6))
-    fresh = data.VideoBatches(entries, 3, 16, 4, seed=1)
-    helped = list(data.loader(fresh, 0, 6, workers=2))
-    later = {i: fresh[i] for i in (5, 2)}
-    for i, batch in enumerate(alone):
-        for other in (helped[i], later.get(i, batch)):
-            assert batch["index"] == other["index"] and batch["caption"] == other["caption"] and torch.equal(batch["video"], other["video"])
-        kinds = {entries[j]["image"] for j in batch["index"]}
-        assert len(kinds) == 1 and batch["video"].shape[1] == (1 if True in kinds else 3)
-        assert batch["caption"] == [entries[j]["caption"] for j in batch["index"]] and (batch["labels"] == -1).all()
-    epochs = [[b["index"] for b in alone[:3]], [b["index"] for b in alone[3:]]]
-    assert all(sorted(sum(epoch, [])) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
-    other_seed = [data.VideoBatches(entries, 3, 16, 4, seed=2)[i]["index"] for i in range(3)]
-    assert other_seed != epochs[0]
+    alone = list(data.loader(dataset, 0, 10))
+    for i, batch in enumerate(data.loader(data.VideoBatches(entries, 3, 16, 4, seed=1), 0, 10, workers=2)):
+        assert same(batch, alone[i])
+    for rank in (0, 1):
+        for step, batch in enumerate(data.loader(dataset, 1, 5, rank=rank, world=2), 1):
+            assert same(batch, alone[2 * step + rank])
+    assert all(len(set(batch["index"])) == 4 for batch in alone)
+    counts = np.bincount([j for batch in alone for j in batch["index"]])
+    assert counts.sum() == 40 and counts.min() >= 6
+    assert not same(data.VideoBatches(entries, 3, 16, 4, seed=2)[0], alone[0])
     held_out = data.VideoBatches(entries, 3, 16, 4, train=False)
-    assert [held_out[i]["index"] for i in range(3)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
-    assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]               # clip2 has 30 frames
+    assert [held_out[i]["index"] for i in range(len(held_out))] == [[0, 1, 2, 3], [4]]
+    assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]                  # clip2 has 30 frames
+    few = data.VideoBatches(entries, 3, 16, 9)
+    assert sorted(few[3]["index"]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsys):
+    """Catches: a bad file that stops a run, makes a batch smaller, moves other batches, or is named at each step; a
+    clip shorter than what is asked for that stops a run."""
+    bad = [entry(path) for path, words in broken.items() if words in ("cannot be decoded", "no video")]
+    entries = [entry(media / f"clip{i}.mp4") for i in range(6)] + bad
+    dataset, damage = data.VideoBatches(entries, 25, 16, 3, seed=4), data.Damage()  # three clips have 25 frames
+    for batch in data.loader(dataset, 0, 8):
+        assert len(batch["video"]) == 3 and len(set(batch["index"])) == 3
+        damage.add(batch["bad"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(damage.files) == len(bad) + 3 and sum("has 24 frames" in line for line in lines) == 3
+    held_out = data.VideoBatches(entries, 3, 16, 6, train=False)
+    assert [len(held_out[i]["video"]) for i in range(len(held_out))] == [6, 0]
+    assert len(data.finish(held_out[1], "cpu")["video"]) == 0
+    for workers in (0, 1):
+        with pytest.raises(BadInput, match="^none of the 4 files can be used; the last: .*/") as error:
+            list(data.loader(data.VideoBatches(bad, 3, 16, 3), 0, 1, workers))
+        assert "\n" not in str(error.value)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
+    files = 3
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getitem__(self, i):
+        return self.name, i
+
+    def __reduce__(self):
+        return Numbers, (self.name,)
+
+
+class Unsendable(Numbers):
+    """Its batches never leave the worker, as when there is no shared memory."""
+
+    def __getitem__(self, i):
+        return self
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loader_without_shared_memory_ends(monkeypatch):
+    """Catches: a training that waits for ever in a container with a small /dev/shm."""
+    monkeypatch.setattr(data, "PATIENCE", 2)
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="/dev/shm"):
+        list(data.loader(Unsendable("a"), 0, 3, workers=1))
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("shares", ((1, 1), (0.7, 0.3), (3, 1, 1), (0.05, 0.6, 0.3, 0.05), (1e-3, 1)))
+def test_mixtures_keep_their_shares(shares):
+    """Catches: a share that drifts, a set whose batches are repeated or left out, processes that draw from
+    different sets in one step."""
+    sets = [Numbers(j) for j in range(len(shares))]
+    mixed, counts = data.Mixed(sets, shares, seed=3), [0] * len(shares)
+    pairs = data.Mixed(sets, shares, seed=3, world=2)
+    for i in range(2000):
+        j, number = mixed[i]
+        assert number == counts[j]
+        assert (pairs[2 * i], pairs[2 * i + 1]) == ((j, 2 * number), (j, 2 * number + 1))
+        counts[j] += 1
+        assert all(abs(n - (i + 1) * share / sum(shares)) < len(shares) for n, share in zip(counts, shares))
+    assert mixed.files == 3 * len(shares)
 
 
 def test_one_of_several_captions_is_drawn(media):
-    """Catches: a caption that stays a list and breaks the text tokenizer, captions that are never drawn, or differ when a run is resumed."""
-    entries = [entry(media / f"clip{i}.mp4", [f"clip {i} {word}" for word in "abc"] if i else "clip 0") for i in range(3)]
-    seen = set()
-    for i in range(12):
-        one, two = (data.VideoBatches(entries, 1, 8, 3, seed=5)[i] for _ in range(2))
-        assert one["caption"] == two["caption"] and all(c.startswith(f"clip {j}") for c, j in zip(one["caption"], one["index"]))
-        seen |= set(one["caption"])
-    assert seen == {"clip 0", *(f"clip {i} {word}" for i in (1, 2) for word in "abc")}
-    whole = data.VideoBatches(entries, 1, 8, 3, train=False)[0]
-    assert whole["caption"] == ["clip 0", "clip 1 a", "clip 2 a"] and whole["captions"] == [["clip 0"], *([f"clip {i} {word}" for word in "abc"] for i in (1, 2))]
-    cfg = train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=16))
-    torch.manual_seed(0)
-    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), data.load_encoding().n_vocab, cfg)           # evaluation reads them all
-    clips, bad = train_clip.embed(model, data.VideoBatches(entries, 1, 32, 2, train=False), 2, cfg, torch.device("cpu"), "")
-    assert clips.vectors.shape == (3, 16) and not bad
-    captions = train_clip.captions_of(clips)
-    assert captions == whole["captions"]
-    texts = train_clip.embed_texts(model, sorted(sum(captions, [])), cfg, torch.device("cpu"), data.load_encoding())
-    _, right = train_clip.retrieval(model, clips.vectors, captions, cfg, torch.device("cpu"), data.load_encoding())
-    assert right.int().argmax(1).tolist() == [0, 1, 1, 1, 2, 2, 2] and right.sum() == 7
-    ids, mask = data.tokenize(data.load_encoding(), ["clip 2 b"], cfg.text_length)
-    torch.testing.assert_close(texts[5:6], model.embed_text(ids, mask))
-    plain = data.VideoBatches([entry(e["path"], "x") for e in entries], 1, 8, 3, seed=5)[4]
-    assert torch.equal(plain["video"], data.VideoBatches(entries, 1, 8, 3, seed=5)[4]["video"]), "the draw of captions moves the clips"
+    """Catches: captions that are never drawn, or that differ when a run is resumed."""
+    entries = [entry(media / f"clip{i}.mp4", [f"clip {i} {word}" for word in "abc"]) for i in range(3)]
+    dataset = data.VideoBatches(entries, 1, 8, 3, seed=5)
+    assert len({text for i in range(12) for text in dataset[i]["caption"]}) == 9 == len(dataset.captions())
+    held_out = data.VideoBatches(entries, 1, 8, 3, train=False)[0]
+    assert held_out["caption"] == [texts[0] for texts in held_out["captions"]] == ["clip 0 a", "clip 1 a", "clip 2 a"]
 
 
-def test_a_damaged_file_is_named_and_nothing_else_moves(media):
-    """Catches: a corrupt file that stops a run, is replaced in silence, or changes what the clips after it look like."""
-    good = [entry(media / f"clip{i}.mp4") for i in range(5)]
-    broken = good[:2] + [entry(media / "text.mp4")] + good[3:]
-    for i in range(4):
-        one, two = (data.VideoBatches(e, 3, 16, 3, seed=4)[i] for e in (good, broken))
-        kept = [n for n, j in enumerate(one["index"]) if j != 2]
-        assert two["index"] == [one["index"][n] for n in kept] and torch.equal(two["video"], one["video"][kept])
-        assert [path for path, _ in two["bad"]] == [str(media / "text.mp4")] * (2 in one["index"]) and not one["bad"]
-    alone = data.VideoBatches(broken[2:3], 3, 16, 3)[0]
-    assert alone["video"] is None and len(alone["bad"]) == 1
-    assert data.finish(alone, torch.device("cpu"))["video"] is None
+def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
+    """Catches: a flag that does nothing: long videos of which training only ever sees a window."""
+    entries = [entry(media / "clip3.mp4")]
+    assert numbers(data.VideoBatches(entries, 3, 16, 1, stride=0)[0]["video"][0].numpy()) == [6, 18, 30]
+    dataset = data.VideoBatches(entries, 3, 16, 1, stride=3)
+    steps = [np.diff(numbers(dataset[i]["video"][0].numpy())).tolist() for i in range(20)]
+    assert {tuple(step) for step in steps} == {(1, 1), (2, 2), (3, 3)}
 
 
 def test_augment_changes_all_frames_alike_and_labels_with_them():
@@ -1387,655 +1562,108 @@ def test_augment_changes_all_frames_alike_and_labels_with_them():
     assert not ((ids[..., 0] % 2) > (ids[..., -1] % 2)).any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: make and check
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_work_in_processes():
-    """Catches: results in another order than the jobs, an error that is swallowed, a worker that dies and is waited for or ends in a traceback."""
-    for workers in (0, 2):
-        assert list(data.in_processes(eval, ["2", "3"], workers)) == [("2", 2), ("3", 3)]
-        with pytest.raises(ZeroDivisionError):
-            list(data.in_processes(eval, ["1 / 0"], workers))
-    with pytest.raises(BadInput, match="a worker process died"):
-        list(data.in_processes(eval, ["__import__('os').kill(__import__('os').getpid(), 9)", "6 * 7"], 1))
-
-
-MAKE = ["make", "--image-size", 32, "--frames", 4, "--workers", 0]
+@dataclass(frozen=True)
+class Asked:
+    """What open_data reads of a configuration."""
+    data: str
+    mix: str | None = None
+    val: str | None = None
+    batch: int = 2
+    frames: int = 2
+    image_size: int = 32
+    seed: int = 0
+    eval_clips: int = 4
 
 
-def test_a_made_folder_trains_as_the_world_does(skins, tmp_path, capsys):
-    """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions, classes or questions of another clip, a
-    seed that makes other clips than a training of that seed sees; defaults that are not those of the sizes."""
-    out = tmp_path / "wörld with spaces"
-    run(data.main, *MAKE, "--clips", 6, "--out", out, "--textures", skins, "--seed", 3)
-    entries = data.read_manifest(out)
-    world = data.World(32, 4, 4, False, textures=skins)
-    for i in range(2):
-        made = data.finish(data.VideoBatches(entries, 4, 32, 3, train=False)[i], torch.device("cpu"))
-        live = data.finish(data.WorldBatches(world, 3, begin=30_000_000)[i], torch.device("cpu"))
-        assert not made["bad"] and torch.equal(made["labels"], live["labels"]) and made["labels"].min() >= 0
-        assert (made["video"].int() - live["video"].int()).abs().max() <= 2
-        for key in ("caption", "qa"):
-            assert made[key] == live[key]
-        assert torch.equal(made["appearance"], live["appearance"]) and torch.equal(made["motion"], live["motion"])
-        assert made["label"] == [data.MOTIONS[m] for m in live["motion"]]
-    drawn = data.VideoBatches(entries, 4, 32, 6, seed=1)[0]      # in training too: a clip of T frames gives just these T frames
-    live = data.rasterise(data.stack([data.script(30_000_000 + j, world) for j in drawn["index"]]), 32, textures=skins)
-    assert torch.equal(drawn["labels"], live[1])
-    for name, values in data.MAKE_SIZES.items():
-        cfg = data.MakeConfig(**values)
-        shape, training = trajtok.SIZES[name], train_clip.CLIP_SIZES[name]
-        assert (cfg.image_size, cfg.frames) == (shape.image_size, shape.frames)
-        assert (cfg.max_objects, cfg.shared_colours) == (training.get("max_objects", 8), training.get("shared_colours", True))
-    mixed = data.VideoBatches([*entries[:2], {k: v for k, v in entries[2].items() if k != "motion"}], 4, 32, 3, train=False)[0]
-    assert "motion" not in mixed and len(mixed["appearance"]) == 3
-    capsys.readouterr()
-    run(trajtok.main, "pretrain", *SMALL, "--data", out / "manifest.json", "--out", tmp_path / "out")
-    run(train_clip.main, *CLIP, "--data", out / "manifest.json", "--out", tmp_path / "out", "--augment")
-    result = json.loads(next(tmp_path.glob("out/clip-*/result.json")).read_text())
-    assert result["left_out"] == 0 and result["veq"] is not None
-
-
-def test_make_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    """Catches: a stopped run whose half of a clip is taken for a whole one, clips that are made again though they are there, a folder that
-    ends up with two kinds of clips, a full disk that ends in a traceback or leaves parts of files."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(data.main, *MAKE, "--clips", 5, "--out", whole)
-    film, calls = data.film, []
-
-    def full(path, rate, exact):
-        calls.append(path)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return film(path, rate, exact)
-    monkeypatch.setattr(data, "film", full)
-    with pytest.raises(OSError):
-        run(data.main, *MAKE, "--clips", 5, "--out", broken)
-    monkeypatch.setattr(data, "film", film)
-    clips = sorted(broken.glob("*/*.mp4"))
-    assert len(clips) == 2 and not (broken / "manifest.json").exists()
-    (clips[0].parent / ".0000000002.mp4.4711").write_bytes(b"half of a film, left by a kill")
-    before = {p: p.stat().st_mtime_ns for p in clips}
-    capsys.readouterr()
-    run(data.main, *MAKE, "--clips", 5, "--out", broken)
-    assert "2 of them were there" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in clips}
-    files = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
-    assert files == sorted(str(p.relative_to(broken)) for p in broken.rglob("*") if p.is_file()) and len(files) == 18
-    assert (whole / "manifest.json").read_bytes() == (broken / "manifest.json").read_bytes()
-    one, two = (data.VideoBatches(data.read_manifest(folder), 4, 32, 5, train=False)[0] for folder in (whole, broken))
-    assert torch.equal(one["video"], two["video"]) and torch.equal(one["labels"], two["labels"])
-    assert "frames 4 (now 5)" in refused(capsys, data.main, *MAKE, "--clips", 5, "--frames", 5, "--out", broken)
-    assert "first 0 (now 7)" in refused(capsys, data.main, *MAKE, "--clips", 5, "--begin", 7, "--out", broken)
-    run(data.main, *MAKE, "--clips", 6, "--out", broken)         # more of the same
-    assert len(data.read_manifest(broken)) == 6 and "5 of them were there" in capsys.readouterr().out
-    run(data.main, *MAKE, "--clips", 2, "--begin", 7, "--out", broken, "--overwrite")
-    assert [Path(e["path"]).stem for e in data.read_manifest(broken)] == ["0000000007", "0000000008"]
-
-
-def test_a_full_disk_is_one_line(tmp_path):
-    """Catches: a disk that fills while a film is written and leaves half of it, or a traceback of the codec's. A limit on the size of files
-    stands for the disk; the command runs as a person runs it, with processes of its own."""
-    argv = ["data.py", *map(str, MAKE[:-1]), "2", "--clips", "17", "--image-size", "64", "--out", str(tmp_path / "full")]
-    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = {argv!r}; " \
-           f"sys.path.insert(0, {str(HERE)!r}); runpy.run_path({str(HERE / 'data.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and ".mp4: cannot be written (File too large)" in done.stderr
-    assert "Traceback" not in done.stderr and not [p for p in tmp_path.rglob("*") if p.suffix == ".mp4" or p.name.startswith(".")]
-
-
-@pytest.mark.parametrize("argv, words", (
-    ([], "make, check"), (["fly"], "make, check"), (["make", "--clips", 0], "--clips 0"), (["make", "--image-size", 33], "even"), (["make", "--fps", 0], "--fps"),
-    (["make", "--frames", 0], "frames"), (["make", "--max-objects", 9], "max_objects"), (["make", "--acts", 3], "acts"), (["make", "--begin", -1], "--begin"),
-    (["make", "--textures", "nowhere"], "nowhere"), (["make", "--size", "huge"], "nano, tiny"), (["make", "--out", "/dev/null/x"], "--out"),
-    (["make", "--colour"], "--help"), (["check"], "manifest"), (["check", "nothing.json"], "no such file"), (["check", "x.json", "--frames", 0], "--frames 0")))
-def test_bad_data_commands_are_refused(tmp_path, capsys, monkeypatch, argv, words):
-    """Catches: a traceback, several lines, or files written, for what a person is likely to get wrong."""
+def test_open_data(media, tmp_path, capsys, monkeypatch):
+    """Catches: --val that is not what is held out, or holds files that are trained on; pictures in one batch with
+    videos; a mixture that leaves a set out; a caption that is missing and trained on as an empty text."""
     monkeypatch.chdir(tmp_path)
-    assert words in refused(capsys, data.main, *argv)
-    assert not list(tmp_path.iterdir())
+    for name in (*(f"clip{i}.mp4" for i in range(6)), "still0.png", "still1.png"):
+        shutil.copy(media / name, tmp_path)
+    clips = [{"video": f"clip{i}.mp4", "caption": f"clip {i}"} for i in range(6)]
+    stills = [{"image": f"still{i}.png", "caption": "still"} for i in range(2)]
+    manifest(tmp_path / "a.json", clips[:4] + stills)
+    manifest(tmp_path / "val.json", clips[4:])
+    train, held_out = data.open_data(Asked("world,a.json", mix="1,3", val="val.json"))
+    assert "a.json: 6 clips to train on (0 with masks), 2 held out" in capsys.readouterr().out
+    kinds = ["world" if "scripts" in batch else batch["video"].shape[1] for batch in (train[i] for i in range(24))]
+    assert kinds.count("world") == 6 and abs(kinds.count(1) - 6) <= 1
+    assert [held_out[i]["index"] for i in range(len(held_out))] == [[0, 1]] and held_out[0]["caption"] == ["clip 4", "clip 5"]
+    assert {"clip 0", "still"} <= set(train.captions()) and "clip 4" not in train.captions()
+    train, held_out = data.open_data(Asked("a.json"))
+    names = [set(part.captions()) for part in (train, held_out.datasets[0] if hasattr(held_out, "datasets") else held_out)]
+    assert not names[0] & names[1] - {"still"}
+    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "are in --val as well"),
+                       (Asked("a.json", mix="x"), "--mix"), (Asked("nothing"), "nothing")):
+        with pytest.raises(BadInput, match=words):
+            data.open_data(cfg)
+    manifest(tmp_path / "b.json", clips + [{"video": "x.mp4"}])
+    for need, lack in (("caption", 1), ("mask", 7)):
+        with pytest.raises(BadInput, match=f"{lack} entries have no {need}, the first"):
+            data.open_data(Asked("b.json"), need)
+    before = data.fingerprint("world,a.json", "val.json")
+    assert before == data.fingerprint("world,a.json", "val.json")
+    manifest(tmp_path / "val.json", clips[4:] + [{"video": "x.mp4"}])
+    assert data.fingerprint("world,a.json", "val.json") != before
 
 
-def test_check_names_every_problem(media, tmp_path, capsys):
-    """Catches: a problem that is not found, is found for a good entry, has the wrong line, or stops the check; an exit code that says the
-    opposite."""
-    name = "ein Ordner/größe 1.mp4"
-    (tmp_path / "ein Ordner").mkdir()
-    shutil.copy(media / "clip0.mp4", tmp_path / name)
-    square = labelled(tmp_path, "square", 12)
-    for other in ("swapped", "longer"):
-        shutil.copy(square, tmp_path / f"{other}.mp4")
-        shutil.copy(tmp_path / "square_graph.npz", tmp_path / f"{other}_graph.npz")
-    np.savez(tmp_path / "swapped_mask.npz", np.full((12, 48, 48), 7, np.uint8))
-    np.savez(tmp_path / "longer_mask.npz", np.ones((30, 48, 48), np.uint8))
-    np.savez(tmp_path / "longer_graph.npz", tensor=np.ones((1, 30), int))
-    shutil.copy(square, tmp_path / "lonely.mp4")
-    shutil.copy(tmp_path / "square_mask.npz", tmp_path / "lonely_mask.npz")
-    rows = [({"video": name, "caption": ["one", "two"]}, ""), ({"video": "square.mp4", "label": "x"}, ""), ({"video": str(media / "text.mp4")}, "cannot be decoded"),
-            ({"video": "nowhere.mp4"}, "no such file"), ({"video": str(media / "half.mp4"), "caption": "a"}, "cannot be decoded"), ({"video": "a.mp4", "caption": " "}, '"caption"'),
-            ({"video": "swapped.mp4"}, "shares no object id"), ({"video": "longer.mp4"}, "masks of 30 frames, but the video has 12"), ({"video": "a\\b.mp4"}, "write /"),
-            ({"image": str(media / "still0.png")}, ""), (7, "names neither"), ({"video": "lonely.mp4"}, "graph is missing")]
-    (tmp_path / "m.json").write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row, _ in rows) + "\n]", encoding="utf-8")
+@pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "folder"))
+def test_every_form_of_own_data_trains(media, tmp_path, form):
+    """Catches: a form that can be read but not trained on: three steps, a bad file among the clips, an evaluation."""
+    files = [f"train/run {i}/clip{i}.mp4" for i in range(4)] + [f"val/run {i}/clip{i}.mp4" for i in (4, 5)] + ["train/x/text.mp4"]
+    rows = []
+    for name in files:
+        target = tmp_path / "mine" / name
+        target.parent.mkdir(parents=True)
+        shutil.copy(media / target.name, target)
+        rows.append({"video": name, "caption": f"{target.stem} runs", "split": name.split("/")[0]})
+    path = tmp_path / "mine" / form
+    if form == "manifest.json":
+        manifest(path, rows)
+    elif form == "lines.jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif form == "table.csv":
+        path.write_text("path,text,split\n" + "\n".join(",".join(row.values()) for row in rows))
+    else:
+        path = tmp_path / "mine"                                # its labels are its captions
+    run(train_clip.main, *CLIP, "--steps", 3, "--name", "own", "--text", "world", "--out", tmp_path, "--data", path)
+    assert [line["clips"] for line in log(tmp_path / "clip-own") if "contrastive" in line] == [4, 4, 4]
+    assert json.loads((tmp_path / "clip-own" / "result.json").read_text())["clips"] == 2
+
+
+# -----------------------------------------------------------------------------------------------------------
+# data.py: make and check
+# -----------------------------------------------------------------------------------------------------------
+
+def test_a_made_folder_holds_what_the_world_shows(tmp_path):
+    """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions or questions of
+    another clip, a seed that makes other clips than a training of that seed sees."""
+    out = tmp_path / "wörld with spaces"
+    run(data.main, "make", "--clips", 4, "--out", out, "--seed", 3, "--image-size", 32, "--frames", 4, "--workers", 0)
+    made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
+    live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, begin=30_000_000)[0], "cpu")
+    assert not made["bad"] and torch.equal(made["labels"], live["labels"])
+    assert (made["video"].int() - live["video"].int()).abs().max() <= 2
+    assert made["caption"] == live["caption"] and made["qa"] == live["qa"]
+
+
+def test_check_names_every_bad_file(media, broken, tmp_path, capsys):
+    """Catches: a bad file that is not found, or shares its line; a good or a short one that is called bad; an exit
+    code that says the opposite."""
+    good = [media / "clip0.mp4", media / "still0.png", coded(tmp_path / "short.mp4", 1, "libx264")]
+    rows = [{"video": str(path)} for path in (*good, *broken)]
     with pytest.raises(SystemExit) as stop:
-        run(data.main, "check", tmp_path / "m.json", "--workers", 1)
-    lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 1
-    named = [line for line in lines if line.startswith(str(tmp_path))]
-    expected = [(f"entry {i} (line {i + 1}): ", words) for i, (_, words) in enumerate(rows, 1) if words]
-    assert len(named) == len(expected)
-    for line, (where, words) in zip(named, expected):
-        assert where in line and words in line, (where, words, line)
-    table = {line[:20].strip(): line[20:].strip() for line in lines[len(named):]}
-    assert (table["entries"], table["videos"], table["pictures"], table["problems"]) == ("12", "9", "1", "9")
-    assert table["captioned"] == "2 (3 captions)" and table["labels"] == "3" and table["duration"] == "0:00:07.2"
-    manifest(tmp_path / "good.json", [{"video": name}, {"video": "square.mp4"}])
-    run(data.main, "check", tmp_path / "good.json", "--workers", 0)
-    assert "problems             0" in capsys.readouterr().out
-    (tmp_path / "bad.json").write_text('[{"video": "a.mp4"} {"video": "b.mp4"}]')
-    assert "comma" in refused(capsys, data.main, "check", tmp_path / "bad.json")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: decoding the frames asked for and no others
-# ---------------------------------------------------------------------------------------------------------------------
-
-def coded(path, count, codec, pixels="yuv420p", times=None, **options):
-    """A numbered clip of 48 x 64 pixels, 10 frames a second, by any encoder. times: of its frames, in milliseconds."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=10)
-        stream.height, stream.width, stream.pix_fmt, stream.options = 48, 64, pixels, {k.replace("_", "-"): str(v) for k, v in options.items()}
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for i in range(count):
-            image = np.zeros((48, 64, 3), np.uint8)
-            image[:, :32], image[:, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    if hasattr(os, "sched_setscheduler"):                        # SVT-AV1, run by root, makes the thread that calls it a real-time one, and all that it starts
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    return path
-
-
-# name: (encoder, its options, may the fast way leave it to the slow one?)
-FORMS = {"one.mp4": ("libx264", dict(crf=4, g=250, bf=3, x264_params="scenecut=0"), False), "pyramid.mkv": ("libx264", dict(crf=4, g=24, bf=3), False),
-         "open.mp4": ("libx264", dict(crf=4, g=20, bf=3, x264_params="open-gop=1"), True), "refresh.mp4": ("libx264", dict(crf=4, g=24, intra_refresh=1), False),
-         "open.ts": ("libx264", dict(crf=4, g=20, bf=3, refs=1, x264_params="open-gop=1:ref=1:b-pyramid=none"), False),
-         "plain.mp4": ("libx264", dict(crf=4, g=12, bf=0), False), "hevc.mp4": ("libx265", dict(crf=4, x265_params="keyint=20:bframes=3:log-level=none"), False),
-         "vp9.webm": ("libvpx-vp9", dict(crf=4, auto_alt_ref=1, lag_in_frames=16, g=24, deadline="realtime", cpu_used=8), False), "av1.mp4": ("libsvtav1", dict(crf=8, g=24, preset=12), False),
-         "divx.avi": ("mpeg4", dict(qmin=1, qmax=2, g=12, bf=2), False), "h264.avi": ("libx264", dict(crf=4, g=12, bf=2), True), "flash.flv": ("libx264", dict(crf=4, g=12, bf=2), False)}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_a_stream_gives_the_frames_that_it_says(tmp_path, monkeypatch, name):
-    """Catches: frames that were left out although others refer to them, a frame that is taken for its neighbour where the order of
-    decoding is not that of showing, decoding that starts at a key frame after the frame, times or positions of another frame, and
-    a fast way that is never taken. The oracle: the number that each frame shows."""
-    codec, options, slowly = FORMS[name]
-    count, slow, plain = 130, [], data.in_order
-    path = coded(tmp_path / name, count, codec, **options)
-    monkeypatch.setattr(data, "in_order", lambda *args: slow.append(1) or plain(*args))
-    for threads, (frames, start, stride) in itertools.product((1, 2), ((9, None, None), (3, None, None), (6, 0.8, 1), (6, 0.31, 5), (3, 0.999, 1))):
-        video, times, where = data.decode(path, frames, 16, start, stride, threads)
-        seen = numbers(video)
-        np.testing.assert_allclose(np.rint(times * 10), seen)
-        np.testing.assert_allclose(where * count, seen, atol=0.01)
-        room = count - 1 - (frames - 1) * (stride or 0)
-        expected = [int((i + 0.5) * count / frames) if start is None else int(start * room + 0.5) + i * stride for i in range(frames)]
-        # FLV does not tell how many frames it holds, and its length counts from 0, where its first frame is not
-        assert seen == expected or name == "flash.flv" and np.abs(np.array(seen) - expected).max() <= 3
-    assert slowly or not slow
-
-
-def test_only_what_is_needed_is_decoded(tmp_path):
-    """Catches: a fast way that decodes everything after all. Ten groups of 12 frames with half of them referred to by none: two frames, both
-    early in their groups, need a few."""
-    path = coded(tmp_path / "a.mp4", 120, "libx264", crf=4, g=12, bf=3, x264_params="scenecut=0:b-adapt=0")
-
-    class Counting:                                              # PyAV's codec, and how many frames came out of it
-        count = 0
-
-        def __init__(self, codec):
-            self.__dict__["codec"] = codec
-
-        def __getattr__(self, name):
-            return getattr(self.codec, name)
-
-        def __setattr__(self, name, value):
-            setattr(self.codec, name, value)
-
-        def decode(self, packet):
-            frames = self.codec.decode(packet)
-            Counting.count += len(frames)
-            return frames
-
-    class Stream:
-        def __init__(self, stream):
-            self.stream, self.codec_context = stream, Counting(stream.codec_context)
-
-        def __getattr__(self, name):
-            return getattr(self.stream, name)
-
-    class Container:
-        def __init__(self, container):
-            self.container, self.format = container, container.format
-
-        def demux(self, stream):
-            return self.container.demux(stream.stream)
-
-        def seek(self, offset, stream):
-            self.container.seek(offset, stream=stream.stream)
-
-    with data.opened(path) as container:
-        images, seen, _ = data.by_seeking(Container(container), Stream(container.streams.video[0]), np.array([1.85, 3.05, 8.65]), data.framer(path, 16), 1, lambda: None)
-    assert numbers(np.stack(images)) == [18, 30, 86] and np.allclose(seen, (1.8, 3.0, 8.6))
-    assert 3 <= Counting.count <= 13, Counting.count             # of 7, 7 and 3 frames from the key frame on; decoding all of them gives 17 or more
-
-
-def test_variable_rates_are_read_by_time_stamps(tmp_path):
-    """Catches: frames taken by their number where they stay for different times, or labels of another frame than the one shown. The
-    oracle: the last frame that begins before the middle of each part."""
-    rng = np.random.default_rng(0)
-    for name, options in (("a.mp4", dict(g=24, bf=2)), ("b.mkv", dict(g=250, bf=3)), ("c.mkv", dict(g=12, bf=0))):
-        times = np.cumsum(rng.choice([20, 40, 100, 400], 100)) + 700         # milliseconds; the first is not 0
-        path = coded(tmp_path / name, 100, "libx264", times=times, crf=4, **options)
-        with av.open(str(path)) as file:
-            shown = [frame.time for frame in file.decode(video=0)]
-            rate = float(file.streams.video[0].average_rate)
-            total = data.timeline(file, file.streams.video[0])[0]
-        np.testing.assert_allclose(shown, times / 1000, atol=0.002)
-        video, seen, where = data.decode(path, 12, 16)
-        middles = (np.floor((np.arange(12) + 0.5) * total / 12) + 0.5) / rate
-        expected = [int(np.flatnonzero(np.array(shown) - shown[0] <= middle)[-1]) for middle in middles]
-        assert numbers(video) == expected and len(set(expected)) < 13
-        np.testing.assert_allclose(seen, np.array(shown)[expected] - shown[0], atol=1e-6)
-        np.testing.assert_allclose(where * 100, expected, atol=0.01)
-
-
-def test_places_at_nearly_constant_rates_are_those_of_the_frames_shown(tmp_path):
-    """Catches: labels of another frame where the times of frames lie near multiples of the mean rate, though few of them follow it."""
-    rng = np.random.default_rng(1)
-    times = np.cumsum(rng.choice([33, 67, 533], 100, p=(0.75, 0.2, 0.05)))
-    path = coded(tmp_path / "a.mp4", 100, "libx264", times=times, crf=4, g=24, bf=2)
-    for start, stride in itertools.product(np.linspace(0, 1, 12), (1, 3, 8)):
-        video, _, where = data.decode(path, 4, 16, start, stride)
-        assert np.rint(where * 100).astype(int).tolist() == numbers(video)
-
-
-@pytest.mark.parametrize("between", (0, 2))
-def test_what_an_edit_list_hides_is_not_shown(tmp_path, monkeypatch, between):
-    """Catches: frames before the beginning that a file declares. Its edit list is overwritten: it begins 16 frames later, in the middle
-    of a group, and lasts 40 frames. With frames that refer to later ones, the first that is shown is not the first to be decoded."""
-    path = coded(tmp_path / "a.mp4", 70, "libx264", crf=4, g=12, bf=between, x264_params="scenecut=0:b-adapt=0")
-    monkeypatch.setattr(data, "in_order", None)                  # the fast way must do
-    raw = bytearray(path.read_bytes())
-    at = raw.index(b"elst") + 4
-    with av.open(str(path)) as file:
-        tick = file.streams.video[0].time_base
-    assert raw[at] == 0 and int.from_bytes(raw[at + 4:at + 8], "big") == 1, "one entry of version 0"
-    raw[at + 8:at + 12] = (4000).to_bytes(4, "big")              # in the film's ticks, milliseconds
-    raw[at + 12:at + 16] = (int.from_bytes(raw[at + 12:at + 16], "big") + int(1.6 / tick)).to_bytes(4, "big")        # in the stream's
-    path.write_bytes(raw)
-    video, times, _ = data.decode(path, 8, 16)
-    assert numbers(video) == [16 + int((i + 0.5) * 5) for i in range(8)] and np.allclose(times, [int((i + 0.5) * 5) / 10 for i in range(8)])
-
-
-@pytest.mark.parametrize("codec", ("libx264", "mpeg4"))
-def test_damage_is_never_shown(tmp_path, codec):
-    """Catches: a picture that the decoder painted over, or one that refers to it, returned as if it were the film's; and whole clips
-    refused because of damage elsewhere in the file. The oracle: the undamaged file; where a strict decoder goes through the whole damaged
-    one without a complaint (these codecs have no check sums), what it shows."""
-    path, rng, outcomes = tmp_path / "a.mp4", np.random.default_rng(1), []
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        stream.options = {"g": "12", "bf": "2"} | ({"crf": "20"} if codec == "libx264" else {"qmin": "3", "qmax": "6"})
-        for _ in range(60):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")))
-        file.mux(stream.encode())
-    asked = ((4, None), (5, 0.0), (5, 0.5), (5, 0.9))
-    whole, raw = {(frames, start): data.decode(path, frames, 16, start, 1)[0] for frames, start in asked}, path.read_bytes()
-    with av.open(str(path)) as file:
-        packets = [(p.pos, p.size, p.is_keyframe, p.pts * p.time_base) for p in file.demux(video=0) if p.size]
-    for _ in range(14):
-        begin, size, _, _ = packets[rng.integers(len(packets))]
-        hurt, at = bytearray(raw), begin + int(rng.integers(size // 10, size // 2))
-        hurt[at:at + 40] = rng.bytes(40)
-        (tmp_path / "hurt.mp4").write_bytes(hurt)
-        silent = True
-        with av.open(str(tmp_path / "hurt.mp4")) as file:
-            strict, square = file.streams.video[0].codec_context, data.framer("", 16)
-            strict.thread_count, strict.options = 1, {"err_detect": "explode"}
-            try:
-                shown = [square(frame) for frame in file.decode(video=0)]
-            except av.error.FFmpegError:
-                silent = False
-        group = max(time for pos, _, key, time in packets if key and pos <= begin)           # what is shown before its group is whole
-        for (frames, start), expected in whole.items():
-            try:
-                video, times, _ = data.decode(tmp_path / "hurt.mp4", frames, 16, start, 1)
-                same = np.array_equal(video, expected) or silent and np.array_equal(video, np.stack(shown)[np.rint(times * 10).astype(int)])
-                outcomes.append("whole" if same else "wrong")
-            except BadVideo as error:
-                assert "hurt.mp4" in str(error) and "\n" not in str(error)
-                outcomes.append("refused" if start != 0 or group < 0.5 else "refused in vain")
-    assert "wrong" not in outcomes and "refused in vain" not in outcomes and outcomes.count("whole") >= 20
-    assert outcomes.count("refused") >= 3
-
-
-def test_pixel_formats(tmp_path):
-    """Catches: ten bits read as eight, grey or full-range video that comes out too dark, colours that change places, and what shines
-    through transparent pixels."""
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[:16], image[16:] = (200, 60, 20), (10, 90, 240)
-    for codec, pixels, suffix in (("ffv1", "yuv444p10le", "mkv"), ("ffv1", "gray", "mkv"), ("ffv1", "gray16le", "mkv"), ("ffv1", "bgr0", "mkv"), ("ffv1", "yuv411p", "mkv"),
-                                  ("mjpeg", "yuvj444p", "mov"), ("libx264", "yuv420p10le", "mp4"), ("libx264rgb", "bgr24", "mp4"), ("png", "rgb48be", "mov"), ("qtrle", "rgb24", "mov")):
-        path = tmp_path / f"{codec}-{pixels}.{suffix}"
-        with av.open(str(path), "w") as file:
-            stream = file.add_stream(codec, rate=10)
-            stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
-            stream.options = {"crf": "1"} if codec.startswith("libx264") else {"qmin": "1", "qmax": "1"} if codec == "mjpeg" else {}
-            for _ in range(3):
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            file.mux(stream.encode())
-        video = data.decode(path, 2, 16)[0].astype(int)
-        grey = (image @ (0.299, 0.587, 0.114))[..., None].repeat(3, 2)
-        expected = (grey if pixels.startswith("gray") else image)[::2, ::2]
-        error = np.abs(video - expected)[:, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]].max()            # away from the edge
-        assert error <= 6, (pixels, error)
-    clear = np.zeros((32, 32, 4), np.uint8)
-    clear[:, :16] = (200, 60, 20, 255)                           # left: opaque; right: transparent black, half of it blue at a quarter
-    clear[16:, 16:] = (0, 0, 255, 64)
-    for codec, pixels, suffix in (("png", "rgba", "mov"), ("ffv1", "bgra", "mkv")):
-        path = tmp_path / f"clear.{suffix}"
-        with av.open(str(path), "w") as file:
-            stream = file.add_stream(codec, rate=10)
-            stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
-            for _ in range(2):
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(clear, format="rgba")))
-            file.mux(stream.encode())
-        image = data.decode(path, 1, 16)[0][0].astype(int)
-        for part, colour in ((image[:, :6], (200, 60, 20)), (image[:6, 10:], (255, 255, 255)), (image[10:, 10:], (191, 191, 255))):
-            assert abs(part - colour).max() <= 2, (codec, colour)
-
-
-def test_a_file_that_hangs_is_given_up(media, tmp_path, monkeypatch):
-    """Catches: a run that waits for ever for one file: a decoder that never returns, one that is slow, a pipe that nobody writes to."""
-    hang, release = str(media / "clip0.mp4"), threading.Event()
-    plain, calls = data.opened, []
-
-    def opened(path):
-        if str(path) == hang:
-            calls.append(1)
-            release.wait()                                       # as in a call into C: it comes back when it likes, and lets others run
-        return plain(path)
-    monkeypatch.setattr(data, "opened", opened)
-    try:
-        began = time.monotonic()
-        with monkeypatch.context() as short, pytest.raises(BadVideo, match="clip0.mp4: not decoded within 0.1 s"):
-            short.setattr(data, "FILE_SECONDS", 0.1)
-            data.decode(hang, 2, 16)
-        assert 0.1 <= time.monotonic() - began < 3
-        began = time.monotonic()
-        batch = data.VideoBatches([entry(media / f"clip{i}.mp4") for i in range(3)], 2, 16, 3, train=False)[0]
-        assert time.monotonic() - began < 3 and batch["index"] == [1, 2] and [path for path, _ in batch["bad"]] == [hang] and len(calls) == 1
-    finally:
-        release.set()
-    for _ in range(100):                                         # it came back: the file may be tried again
-        if not data.STUCK[hang].empty():
-            break
-        time.sleep(0.05)
-    assert len(data.decode(hang, 2, 16)[0]) == 2
-    with pytest.raises(BadVideo, match="clip1.mp4: not decoded within 0 s"):     # slow, not stuck: it ends by itself, at the next packet
-        data.within(0, media / "clip1.mp4", lambda late: data._decode(media / "clip1.mp4", 2, 16, None, None, 1, late, True, False))
-    assert str(media / "clip1.mp4") not in data.STUCK
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe.mp4")
-        with pytest.raises(BadVideo, match="not a file"):
-            data.decode(tmp_path / "pipe.mp4", 2, 16)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_decoding_holds_on_to_nothing(media, tmp_path):
-    """Catches: files, threads or memory that stay behind after each file, whole or refused."""
-    (tmp_path / "cut.mp4").write_bytes((media / "clip3.mp4").read_bytes()[:3000])
-
-    def some(n):
-        for i in range(n):
-            try:
-                data.decode((media / "clip0.mp4", media / "text.mp4", tmp_path / "cut.mp4", media / "still0.png")[i % 4], 1, 16, threads=1)
-            except BadVideo:
-                pass
-        memory = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), memory
-    before, after = some(100), some(400)
-    assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 4000             # 400 frames of 48 x 64 alone would be 3.6 MB
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: several sets, shards, workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Numbers(torch.utils.data.Dataset):
-    """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
-
-    def __init__(self, name, deadly=None):
-        self.name, self.deadly = name, deadly
-
-    def __getitem__(self, i):
-        if i == self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.name, i
-
-
-@pytest.mark.parametrize("shares", ((1,), (1, 1), (0.7, 0.3), (3, 1, 1), (0.05, 0.6, 0.3, 0.05), (1e-3, 1)))
-def test_mixtures_keep_their_shares(shares):
-    """Catches: a share that drifts, a set whose batches are repeated or left out, a batch that depends on what was asked for before."""
-    n, total, starts = 3000, sum(shares), set()
-    for seed in range(4):
-        mixed, counts = data.Mixed([Numbers(j) for j in range(len(shares))], shares, seed), [0] * len(shares)
-        drawn = [mixed[i] for i in range(n)]
-        starts.add(tuple(j for j, _ in drawn[:12]))
-        for i, (j, number) in enumerate(drawn):
-            assert number == counts[j]                           # the next of that set, none repeated, none left out
-            counts[j] += 1
-            assert all(abs(count - (i + 1) * share / total) < len(shares) for count, share in zip(counts, shares))
-        fresh = data.Mixed([Numbers(j) for j in range(len(shares))], shares, seed)
-        assert all(fresh[i] == drawn[i] for i in (2999, 0, 17, 1234))
-    assert len(starts) > 1 or len(shares) == 1 or min(shares) < 0.01         # the seed decides who begins
-    for wrong in ((), (0, 1), (-1, 2), (1, math.nan), (1, math.inf)):
-        with pytest.raises(BadInput, match="shares"):
-            data.Mixed([Numbers(0), Numbers(1)], wrong)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_mixtures_of_media_have_one_medium_a_batch(media):
-    """Catches: videos and pictures, or made clips, in one batch, with or without workers."""
-    videos = data.VideoBatches([entry(media / f"clip{i}.mp4") for i in range(4)], 3, 16, 2)
-    pictures = data.VideoBatches([entry(media / f"still{i}.png") for i in range(2)], 3, 16, 2)
-    mixed = data.Mixed([videos, pictures, data.WorldBatches(data.World(16, 3), 2)], (2, 1, 1), seed=3)
-    alone, helped = (list(data.loader(mixed, 2, 10, workers)) for workers in (0, 2))
-    kinds = ["world" if "scripts" in b else b["video"].shape[1] for b in alone]
-    assert sorted(map(str, kinds)) == ["1"] * 2 + ["3"] * 4 + ["world"] * 2
-    for a, b in zip(alone, helped):
-        assert a["index"] == b["index"] and a.keys() == b.keys() and ("scripts" in a or torch.equal(a["video"], b["video"]))
-
-
-def test_shards_are_disjoint_and_complete():
-    """Catches: ranks that see the same batches, or of which one has fewer and leaves the others waiting."""
-    for ranks in (1, 2, 3, 8):
-        parts = [[data.Shard(Numbers("a"), rank, ranks)[i] for i in range(20)] for rank in range(ranks)]
-        assert sorted(sum(parts, [])) == [("a", i) for i in range(20 * ranks)]
-    shards = [data.Mixed([data.Shard(Numbers(j), rank, 2) for j in range(3)], (1, 2, 3), seed=1) for rank in range(2)]
-    assert all(a[0] == b[0] and a != b for a, b in ((shards[0][i], shards[1][i]) for i in range(50)))            # one medium at a time, everywhere
-    with pytest.raises(BadInput, match="rank 2 of 2"):
-        data.Shard(Numbers("a"), 2, 2)
-
-
-def test_labels_are_counted_after_they_were_cropped(tmp_path, monkeypatch):
-    """Catches: a segmentation loss divided by the points that there were before --augment cut them away."""
-    monkeypatch.setattr(data, "augment", lambda video, labels, *_, **__: (video, torch.full_like(labels, -1)))
-    run(train_clip.main, *CLIP, "--out", tmp_path, "--augment")
-    assert all(line["segmentation"] is False for line in log(tmp_path / "clip-nano"))
-
-
-def test_processes_share_a_mixture_set_by_set(monkeypatch):
-    """Catches: processes that draw from different sets in one step, or the same batch; a mixture that is changed by being shared."""
-    mixed = data.Mixed([Numbers(j) for j in range(3)], (1, 2, 3), seed=1)
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(trajtok, "ranks", lambda: (rank, 2))
-        part = trajtok.shard(mixed)
-        parts.append([part[i] for i in range(60)])
-    for i, (one, two) in enumerate(zip(*parts)):
-        j, n = mixed[i]
-        assert (one, two) == ((j, 2 * n), (j, 2 * n + 1))
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_a_dead_worker_ends_the_run(tmp_path, capsys, monkeypatch):
-    """Catches: a run that waits for a worker which the system has killed, or ends in a traceback."""
-    began = time.monotonic()
-    with pytest.raises(BadInput, match="died.*fewer --workers") as error:
-        for _ in data.loader(Numbers("a", deadly=3), 0, 1000, workers=2):
-            pass
-    assert "\n" not in str(error.value) and time.monotonic() - began < 10
-    assert "told" not in repr(signal.getsignal(signal.SIGCHLD))  # ours is taken back, torch's may stay
-    make = data.WorldBatches.__getitem__
-    monkeypatch.setattr(data.WorldBatches, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL) if i == 1 and not self.indices else make(self, i))
-    assert "died" in refused(capsys, trajtok.main, "pretrain", "--out", tmp_path, "--eval-clips", 4, "--workers", 1, *SMALL)
-
-
-def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
-    """Catches: a flag that does nothing: long videos of which training only ever sees a window."""
-    entries = [entry(media / "clip3.mp4")]
-    assert numbers(data.VideoBatches(entries, 3, 16, 1, stride=0)[0]["video"][0].numpy()) == [6, 18, 30]
-    steps = [np.diff(numbers(data.VideoBatches(entries, 3, 16, 1, stride=3)[i]["video"][0].numpy())).tolist() for i in range(30)]
-    assert all(a == b for a, b in steps) and {a for a, _ in steps} == {1, 2, 3}
-
-
-def test_pretrain_on_a_mixture_and_resume(tmp_path, capsys, monkeypatch):
-    """Catches: a mixture that resumes elsewhere, sources that are not drawn, a --mix that does not fit, held-out clips of one source only."""
-    for i in range(3):
-        labelled(tmp_path, f"v{i}")
-    path = manifest(tmp_path / "set.json", [{"video": f"v{i}.mp4"} for i in range(3)])
-    flags = ["pretrain", "--data", f"world,{path}", "--mix", "0.4,0.6", "--eval-clips", 2, "--save-every", 1, "--image-size", 32, "--frames", 2, "--batch", 2, "--steps", 4]
-    run(trajtok.main, *flags, "--out", tmp_path / "whole")
-    record = trajtok.Run.record
-
-    def interrupted(self, line):
-        record(self, line)
-        if line["step"] == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(trajtok.Run, "record", interrupted)
-    with pytest.raises(SystemExit):
-        run(trajtok.main, *flags, "--out", tmp_path / "parts")
-    monkeypatch.setattr(trajtok.Run, "record", record)
-    run(trajtok.main, *flags, "--out", tmp_path / "parts", "--resume")
-    whole, parts = (without_clock(log(tmp_path / name / "segmenter-nano-world+set")) for name in ("whole", "parts"))
-    assert whole == parts and [line["step"] for line in whole] == [0, 1, 2, 3]
-    cfg = dataclasses.replace(trajtok.PretrainConfig(), image_size=32, frames=2, batch=2, data=f"world,{path}", mix="3,1", eval_clips=4)
-    train, test, batches, files = trajtok.open_data(cfg, "mask")
-    assert ["scripts" in train[i] for i in range(8)].count(True) == 6 and files == 2
-    assert ["scripts" in test[i] for i in range(batches)] == [True, True, False]
-    for wrong in ("0.5", "1,2,3", "a,b", "0,1", "1,inf"):
-        assert "--mix" in refused(capsys, trajtok.main, *flags, "--mix", wrong)
-
-
-def test_pretrain_on_skinned_plain_and_real_clips_from_a_start(tmp_path, capsys, skins):
-    """Catches: --textures that refuse to stand beside a manifest, or that paint the plain world too; a start (--init) that is not used."""
-    for i in range(2):
-        labelled(tmp_path, f"v{i}")
-    path = manifest(tmp_path / "set.json", [{"video": f"v{i}.mp4"} for i in range(2)])
-    flags = ["pretrain", "--eval-clips", 2, "--image-size", 32, "--frames", 2, "--batch", 2, "--num-queries", 7, "--out", tmp_path]
-    run(trajtok.main, *flags, "--steps", 1, "--name", "start")
-    run(trajtok.main, *flags, "--steps", 1, "--lr", 1e-12, "--name", "on", "--init", tmp_path / "segmenter-start", "--data", f"world,plain,{path}", "--textures", skins)
-    start, on = (trajtok.TrajTok.from_pretrained(tmp_path / f"segmenter-{name}").segmenter.state_dict() for name in ("start", "on"))
-    assert len(start["latents"]) == 7 and all(torch.allclose(start[k], on[k], atol=1e-9) for k in start)
-    assert log(tmp_path / "segmenter-on")[0]["live_trajectories"] >= 1
-    cfg = dataclasses.replace(trajtok.PretrainConfig(), image_size=32, frames=2, batch=2, data=f"world,plain,{path}", eval_clips=2, textures=skins)
-    train, test, _, _ = trajtok.open_data(cfg, "mask")
-    assert [d.world.textures if hasattr(d, "world") else "real" for d in train.datasets] == [skins, None, "real"]
-    assert "--textures" in refused(capsys, trajtok.main, *flags, "--data", "plain", "--textures", skins)
-
-
-def test_masks_are_unpacked_once_and_again_when_they_change(tmp_path, monkeypatch):
-    """Catches: labels of another size, or of files that have been written anew since; masks kept without end."""
-    np.savez(tmp_path / "m.npz", arr_0=np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % 5)
-    np.savez(tmp_path / "g.npz", tensor=np.arange(1, 5)[:, None])
-    data.KEPT.clear()
-    first = data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "sidecars", lambda *_: pytest.fail("unpacked again"))
-        assert (data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8) == first).all()
-    assert data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 4).shape == (1, 4, 4)
-    np.savez(tmp_path / "m.npz", arr_0=np.full((1, 8, 8), 3, np.uint8))
-    os.utime(tmp_path / "m.npz", (0, 0))
-    assert (data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], 8) == 2).all()
-    monkeypatch.setattr(data, "KEPT_BYTES", 100)
-    for size in (8, 5, 4):
-        data.load_labels(tmp_path / "m.npz", tmp_path / "g.npz", [0], size)
-    assert [key[2] for key in data.KEPT] == [5, 4]               # 25 + 16 bytes; 64 more would be too many
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: its commands
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_data_runs_as_a_script():
-    """Catches: a file that does not run as a script, or whose refusals are then tracebacks."""
-    done = subprocess.run([sys.executable, HERE / "data.py", "check", "nothing.json"], capture_output=True, text=True, timeout=60)
+        run(data.main, "check", manifest(tmp_path / "m.json", rows), "--workers", 0)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and last.endswith(f"{len(rows)} files, {len(broken)} of them cannot be used")
+    assert len(lines) == len(broken)
+    for line, (path, words) in zip(lines, broken.items()):
+        assert line.startswith(str(path)) and words in line
+    run(data.main, "check", manifest(tmp_path / "m.json", rows[:3]), "--workers", 1)
+    assert "3 files, 0 of them" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, HERE / "data.py", "check", "nothing.json"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py: real clips
-# ---------------------------------------------------------------------------------------------------------------------
-
-@real
-def test_real_clips_decode_where_a_plain_reader_does():
-    """Catches: seeking and frame counts that only hold for files of our own making."""
-    names = ("sam2_05_default_juggle.mp4", "cotracker_apple.mp4", "imageio_realshort.mp4", "torchcodec_nasa_13013.mp4")
-    for name in names:
-        with av.open(str(REAL / "clips" / name)) as file:
-            plain = [(frame.time, frame) for frame in file.decode(video=0)]
-        video, times, where = data.decode(REAL / "clips" / name, 5, 64)
-        assert video.shape == (5, 64, 64, 3) and (np.diff(times) > 0).all() and (np.diff(where) > 0).all() and video.std() > 10
-        for i in range(5):
-            expected = int((i + 0.5) * len(plain) / 5)
-            found = min(range(len(plain)), key=lambda j: abs(plain[j][0] - plain[0][0] - times[i]))
-            assert abs(found - expected) <= 1, name
-            h, w, top, left = data.fit(plain[found][1].height, plain[found][1].width, 64)
-            frame = plain[found][1].reformat(width=w, height=h, format="rgb24", interpolation="AREA").to_ndarray()[top:top + 64, left:left + 64]
-            assert abs(frame.astype(int) - video[i]).mean() < 1, name
-
-
-@real
-def test_odd_files_are_decoded_or_refused_in_one_line():
-    """Catches: an odd file (encrypted, cut, ten bits, sound only, turned, variable rate) that raises anything but BadVideo."""
-    for row in csv.DictReader(open(REAL / "odd" / "odd.csv", newline="")):
-        path = REAL / "odd" / row["file"]
-        try:
-            video, times, where = data.decode(path, 2, 32)
-            assert video.shape == (2, 32, 32, 3) and times[0] <= times[1] and 0 <= where[0] <= where[1] < 1
-            assert int(row["decoded"]) >= 2, row["file"]
-        except BadVideo as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            assert row["result"] != "ok" or int(row["decoded"]) < 2 or "truncated" in row["file"], (row["file"], error)
-
-
-@real
-def test_real_sidecars_and_label_files():
-    """Catches: the release's own training format read wrongly; folder, manifest and CSV that disagree on a label."""
-    entries = data.read_manifest(REAL / "sidecars" / "manifest.json")
-    assert len(entries) == 12 and all(e["mask"] and e["graph"] and e["caption"] for e in entries)
-    batch = data.VideoBatches(entries[:3], 4, 64, 3, train=False)[0]
-    assert not batch["bad"] and (batch["labels"] >= 0).flatten(1).any(1).all() and (batch["labels"] < 0).flatten(1).any(1).all()
-    by_manifest, by_csv = (data.read_manifest(REAL / "actions" / name) for name in ("manifest.json", "labels.csv"))
-    assert {e["path"]: e["label"] for e in by_manifest} == {e["path"]: e["label"] for e in by_csv}
-    assert all(Path(e["path"]).parent.name == e["label"] and Path(e["path"]).exists() for e in by_csv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3195,9 +2823,9 @@ def test_path_follows_the_mask():
     assert path(torch.zeros(1, 3, 6, 6)).isfinite().all()       # a trajectory without points
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# published weights: an implementation of the release in plain functions of a state dict, and every layout of a ConvNeXt
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# trajtok.py, published weights: the release's formulas; every layout of a ConvNeXt
+# -----------------------------------------------------------------------------------------------------------
 
 def plain_norm(x, w, name, eps):
     return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], eps)
@@ -3207,136 +2835,103 @@ def plain_linear(x, w, name):
     return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
 
 
-def plain_convnext(x, w, depths):
-    """x (b, 3, H, W) -> four maps; names of the original release."""
-    def norm_map(x, name):
-        return plain_norm(x.permute(0, 2, 3, 1), w, name, 1e-6).permute(0, 3, 1, 2)
-    maps = []
-    for i in range(4):
-        conv = f"downsample_layers.{i}.{int(i > 0)}"
-        x = norm_map(x, f"downsample_layers.{i}.0") if i else x
-        x = F.conv2d(x, w[conv + ".weight"], w[conv + ".bias"], stride=2 if i else 4)
-        x = x if i else norm_map(x, "downsample_layers.0.1")
-        for j in range(depths[i]):
-            name = f"stages.{i}.{j}."
-            y = F.conv2d(x, w[name + "dwconv.weight"], w[name + "dwconv.bias"], padding=3, groups=x.shape[1])
-            y = plain_norm(y.permute(0, 2, 3, 1), w, name + "norm", 1e-6)
-            y = plain_linear(F.gelu(plain_linear(y, w, name + "pwconv1")), w, name + "pwconv2") * w[name + "gamma"]
-            x = x + y.permute(0, 3, 1, 2)
-        maps.append(x)
-    maps[3] = norm_map(maps[3], "norm")
-    return maps
+def plain_rotary(x):
+    """x (b, heads, s, c), positions 0 .. s - 1: the first half of the channels turns, in float64."""
+    half = x.shape[3] // 2
+    position = torch.arange(x.shape[2], dtype=torch.float64)[:, None]
+    angle = position * 1e4 ** (-torch.arange(0, half, 2) / half)
+    pairs = torch.view_as_complex(x[..., :half].double().unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    return torch.cat((turned.float(), x[..., half:]), -1)
 
 
-def plain_perceiver(w, begin, latents, points, depth, heads, visible=None):
-    """latents (b, s, d), points (b, n, d); visible bool (b, s, s + n) or None. Rotary angles by a loop over pairs, in float64."""
-    b, s, d = latents.shape
-    c, total = d // heads, s + points.shape[1]
+def plain_perceiver(w, begin, latents, points, heads, visible=None):
+    """latents (b, s, d), points (b, n, d), two layers; visible bool (b, s, s + n), None: all of it."""
+    def split(x):
+        return rearrange(x, "b n (a c) -> b a n c", a=heads)
+
     points = plain_norm(points, w, begin + "norm_ctx", 1e-6)
-    angle = torch.arange(total, dtype=torch.float64)[:, None] * 1e4 ** (-torch.arange(0, c // 2, 2, dtype=torch.float64) / (c // 2))
-
-    def turn(x):                                                 # (b, heads, s, c), positions from 0
-        x, a = x.double().clone(), angle[:x.shape[2]]
-        for j in range(c // 4):
-            even, odd = x[..., 2 * j].clone(), x[..., 2 * j + 1].clone()
-            x[..., 2 * j], x[..., 2 * j + 1] = even * a[:, j].cos() - odd * a[:, j].sin(), odd * a[:, j].cos() + even * a[:, j].sin()
-        return x.float()
-    for i in range(depth):
+    for i in range(2):
         at, mlp = f"{begin}layers.{i}.0.", f"{begin}layers.{i}.1."
-        latents = plain_norm(latents, w, begin + "norm_lat", 1e-6)               # the residual keeps the normed value
-        x, y = plain_norm(latents, w, at + "norm_latents", 1e-5), plain_norm(points, w, at + "norm_media", 1e-5)
-        y = torch.cat((x, y), 1)
-        split = lambda z: z.view(b, -1, heads, c).transpose(1, 2)
-        k, v = plain_linear(y, w, at + "to_kv").split(d, -1)
-        scores = turn(split(plain_linear(x, w, at + "to_q"))) @ turn(split(k)).transpose(2, 3) / math.sqrt(c)
+        # the residual keeps the normed value
+        latents = plain_norm(latents, w, begin + "norm_lat", 1e-6)
+        x = plain_norm(latents, w, at + "norm_latents", 1e-5)
+        y = torch.cat((x, plain_norm(points, w, at + "norm_media", 1e-5)), 1)
+        q = plain_rotary(split(plain_linear(x, w, at + "to_q")))
+        k, v = plain_linear(y, w, at + "to_kv").chunk(2, -1)
+        scores = q @ plain_rotary(split(k)).mT / math.sqrt(q.shape[-1])
         if visible is not None:
             scores = scores.masked_fill(~visible[:, None], -1e30)
-        out = (scores.softmax(-1) @ split(v)).transpose(1, 2).reshape(b, s, d)
+        out = rearrange(scores.softmax(-1) @ split(v), "b a s c -> b s (a c)")
         latents = latents + plain_linear(out, w, at + "to_out")
         z = plain_norm(latents, w, mlp + "norm", 1e-6)
-        latents = latents + plain_linear(F.silu(plain_linear(z, w, mlp + "gate")) * plain_linear(z, w, mlp + "up"), w, mlp + "down")
+        z = F.silu(plain_linear(z, w, mlp + "gate")) * plain_linear(z, w, mlp + "up")
+        latents = latents + plain_linear(z, w, mlp + "down")
     return latents
 
 
-def plain_release(w, x, m, depths, depth, heads):
-    """The released tokenizer (SPECS 1) on normalised frames x (b, t, 3, H, W) -> features, logits, tokens, alive."""
-    b, t, _, H, W = x.shape
-    part = lambda begin: {k.removeprefix(begin): v for k, v in w.items() if k.startswith(begin)}
-    s = part("segmenter.")
+def plain_segmenter(w, x):
+    """The released segmenter on normalised frames x (b, t, 3, H, W) -> features, logits."""
+    backbone = segmenter.ConvNeXt(TINY.depths, TINY.dims)
+    backbone.load_state_dict(trajtok.under(w, "patch_encoder.backbone."))
     total = 0
-    for i, y in enumerate(plain_convnext(x.flatten(0, 1), {k.removeprefix("patch_encoder.backbone."): v for k, v in s.items()}, depths)):
-        y = F.conv2d(y, s[f"patch_encoder.proj.{i}.weight"], s[f"patch_encoder.proj.{i}.bias"])
-        y = plain_norm(y.permute(0, 2, 3, 1), s, "patch_encoder.ln", 1e-5).permute(0, 3, 1, 2)
-        total = total + F.interpolate(y, size=(H // 4, W // 4), mode="bilinear", align_corners=False)
-    d = total.shape[1]
-    features = total.view(b, t, d, -1).permute(0, 1, 3, 2).reshape(b, -1, d)
-    latents = plain_perceiver(s, "trajectory_perceiver.", s["trajectory_perceiver.latents"].expand(b, -1, -1), features, depth, heads)
-    head = lambda z, name: F.normalize(plain_linear(F.relu(plain_linear(z, s, name + ".0")), s, name + ".2"), dim=-1)
-    scale = min(math.log1p(math.exp(s["log_scale"].item())) + 1, 20.0)
-    logits = head(features, "patch_decoder_low_res") @ head(latents, "traj_seg_head_low_res").transpose(1, 2) * scale
-    K, n = logits.shape[2], logits.shape[1]
+    for i, y in enumerate(backbone(x.flatten(0, 1))):
+        y = F.conv2d(y, w[f"patch_encoder.proj.{i}.weight"], w[f"patch_encoder.proj.{i}.bias"])
+        y = plain_norm(y.movedim(1, -1), w, "patch_encoder.ln", 1e-5).movedim(-1, 1)
+        total = total + F.interpolate(y, size=(x.shape[3] // 4, x.shape[4] // 4), mode="bilinear")
+    features = rearrange(total, "(b t) d h w -> b (t h w) d", b=len(x))
+    latents = w["trajectory_perceiver.latents"].expand(len(x), -1, -1)
+    latents = plain_perceiver(w, "trajectory_perceiver.", latents, features, 2)
+    unit = []
+    for z, name in ((features, "patch_decoder_low_res"), (latents, "traj_seg_head_low_res")):
+        z = plain_linear(F.relu(plain_linear(z, w, name + ".0")), w, name + ".2")
+        unit.append(F.normalize(z, dim=-1))
+    scale = min(math.log1p(math.exp(w["log_scale"].item())) + 1, 20.0)
+    return features, scale * unit[0] @ unit[1].mT
+
+
+def plain_release(w, x, m):
+    """The released tokenizer on normalised frames -> features, logits, tokens."""
+    features, logits = plain_segmenter(trajtok.under(w, "segmenter."), x)
+    b, n, K = logits.shape
     ids, soft = logits.argmax(-1), logits.softmax(-1)
-    mean = torch.einsum("bnk,bnd->bkd", soft, features) / (soft.sum(1)[..., None] + 1e-6)
-    z = (w["latents"][:, :m] + mean[:, :, None]).reshape(b, K * m, d)
+    mean = soft.mT @ features / (soft.sum(1)[..., None] + 1e-6)
+    z = (w["latents"][:, :m] + mean[:, :, None]).flatten(1, 2)
     visible = torch.zeros(b, K * m, K * m + n, dtype=torch.bool)
     for i, k in itertools.product(range(b), range(K * m)):
-        visible[i, k, k // m * m:k // m * m + m] = True                          # the tokens of its own trajectory
-        visible[i, k, K * m:] = ids[i] == k // m
-        visible[i, k, -2:] = True                                                # the release's quirk
-    z = plain_linear(plain_perceiver(w, "traj_feature_updater.", z, features, depth, heads, visible), w, "output_projector")
-    alive = torch.stack([(ids == k).any(1) for k in range(K)], 1)
-    return features, logits, z, alive
+        own = k // m
+        visible[i, k, own * m:own * m + m] = True               # the tokens of its own trajectory
+        visible[i, k, K * m:] = ids[i] == own                   # its points
+        visible[i, k, -2:] = True                               # and the clip's last two
+    z = plain_perceiver(w, "traj_feature_updater.", z, features, 2, visible)
+    return features, logits, plain_linear(z, w, "output_projector")
 
 
-def official_weights(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), d=32, K=6, n_max=4, depth=2, heads=2, out=24):
-    """Random weights under the release's names, the tokenizer's without prefix."""
-    generator = torch.Generator().manual_seed(5)
-    w = {}
+# our names -> those of the release; what has none loses `encoder.`
+RELEASED = {"segmenter.(backbone|proj|ln)": r"segmenter.patch_encoder.\1",
+            "segmenter.latents": "segmenter.trajectory_perceiver.latents",
+            "segmenter.perceiver": "segmenter.trajectory_perceiver",
+            "segmenter.(traj_seg_head|patch_decoder)": r"segmenter.\1_low_res",
+            "encoder.perceiver": "traj_feature_updater", "encoder.": ""}
 
-    def draw(name, *shape, scale=1.0):
-        w[name] = scale * torch.randn(*shape, generator=generator)
 
-    def linear(name, inner, outer, bias=True):
-        draw(name + ".weight", outer, inner, scale=1.5 * inner ** -0.5)
-        if bias:
-            draw(name + ".bias", outer, scale=0.3)
+RELEASE = dict(normed_residual=True, norm_media=True, last_points=2)
 
-    def norm(name, width):
-        w[name + ".weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
-        draw(name + ".bias", width, scale=0.3)
 
-    def perceiver(begin):
-        norm(begin + "norm_lat", d)
-        norm(begin + "norm_ctx", d)
-        for i in range(depth):
-            at, mlp = f"{begin}layers.{i}.0.", f"{begin}layers.{i}.1."
-            for name in ("norm_media", "norm_latents"):
-                norm(at + name, d)
-            linear(at + "to_q", d, d, False)
-            linear(at + "to_kv", d, 2 * d, False)
-            linear(at + "to_out", d, d, False)
-            turns = d // heads // 2
-            w[at + "rotary_emb.freqs"] = 1e4 ** (-torch.arange(0, turns, 2).float() / turns)
-            norm(mlp + "norm", d)
-            for name, shape in (("gate", (d, 4 * d)), ("up", (d, 4 * d)), ("down", (4 * d, d))):
-                linear(mlp + name, *shape)
-    s, begin = "segmenter.", "segmenter.patch_encoder."
-    for key, value in segmenter.ConvNeXt(depths, dims).state_dict().items():
-        w[begin + "backbone." + key] = value + 0.1 * torch.randn(value.shape, generator=generator)
-    for i, dim in enumerate(dims):
-        linear(f"{begin}proj.{i}", dim, d)
-        w[f"{begin}proj.{i}.weight"] = w[f"{begin}proj.{i}.weight"][..., None, None]
-    norm(begin + "ln", d)
-    draw(s + "trajectory_perceiver.latents", K, d)
-    perceiver(s + "trajectory_perceiver.")
-    for head, resolution in itertools.product(("traj_seg_head", "patch_decoder"), ("low", "high")):
-        linear(f"{s}{head}_{resolution}_res.0", d, d // 4)
-        linear(f"{s}{head}_{resolution}_res.2", d // 4, d // 8)
-    w[s + "log_scale"] = torch.tensor([math.log(16)])
-    draw("latents", K, n_max, d)
-    perceiver("traj_feature_updater.")
-    linear("output_projector", d, out)
-    return w
+def official_weights():
+    """Random weights of a small tokenizer, under the names of the authors' release."""
+    torch.manual_seed(3)
+    weights = {}
+    tokenizer = trajtok.TrajTok(tiny(out_dim=24, **RELEASE))
+    for name, value in tokenizer.state_dict().items():
+        for ours, theirs in RELEASED.items():
+            name = re.sub("^" + ours, theirs, name)
+        weights[name] = value + 0.3 * torch.randn_like(value)
+    for i, begin in itertools.product(range(2), ("segmenter.trajectory_perceiver", "traj_feature_updater")):
+        weights[f"{begin}.layers.{i}.0.rotary_emb.freqs"] = 1e4 ** (-torch.arange(0, 8, 2) / 8)
+    # for the release's training only
+    weights["segmenter.traj_seg_head_high_res.0.bias"] = torch.zeros(3)
+    return weights
 
 
 def close(mine, theirs, relative=1e-4):
@@ -3345,64 +2940,32 @@ def close(mine, theirs, relative=1e-4):
     assert worst < relative, f"differs by {worst:.1e} of the largest value"
 
 
-@pytest.mark.parametrize("prefix", ("", "vision_encoder.traj_tokenizer.", "module.vision_encoder.traj_tokenizer."))
-@pytest.mark.parametrize("m", (1, 2, 4))
-def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
-    """Catches: any quirk of the release that is left out or switched on wrongly (residual, norms, the last two points, the scale's
-    clamp), a key that lands in the wrong place, a configuration read wrongly off the shapes."""
+@pytest.mark.parametrize("m, prefix, suffix", ((1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"),
+                                               (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
+def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, suffix):
+    """Catches: a quirk of the release that is left out or switched on wrongly (residual, norms, the last two
+    points, the scale's clamp), a key in the wrong place, a configuration read wrongly off the shapes."""
     weights = official_weights()
     if m == 4:
-        weights["segmenter.log_scale"] = torch.tensor([30.0])    # clamped at 20
-    other = {"text_encoder.embed.weight": torch.zeros(2, 2), "temp": torch.tensor(0.07)} if prefix else {}
-    file = tmp_path / ("a.pth" if m != 2 else "a.safetensors")
-    stored = {prefix + k: v.contiguous() for k, v in weights.items()} | other
-    torch.save({"model": stored, "meta": {"step": 3}}, file) if m != 2 else save_file(stored, file)
-    tokenizer = trajtok.TrajTok.load_official(file).eval()
-    cfg = tokenizer.cfg
-    assert (cfg.dim, cfg.num_queries, cfg.depth, cfg.heads, cfg.depths, cfg.dims, cfg.max_tokens, cfg.out_dim) == \
-           (32, 6, 2, 2, (1, 1, 2, 1), (8, 16, 24, 32), 4, 24)
-    video = torch.randint(0, 256, (2, 3, 64, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    features, logits, z, alive = plain_release(weights, segmenter.normalise(video), m, (1, 1, 2, 1), 2, 2)
+        weights["segmenter.log_scale"] = torch.tensor([30.0])   # clamped at 20
+    stored = {prefix + name: value for name, value in weights.items()}
+    file = tmp_path / f"a{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": stored | {"temp": torch.tensor(0.07)}, "meta": {"step": 3}}, file)
+    else:
+        save_file(stored, file)
+    tokenizer = trajtok.TrajTok.load_official(file)
+    assert tokenizer.cfg == tiny(image_size=224, frames=8, out_dim=24, **RELEASE)
+    video = random_video(2, 3, 64, 32)
+    features, logits, z = plain_release(weights, segmenter.normalise(video), m)
     with torch.no_grad():
         tokens, seg = tokenizer(video, m)
-    assert 1 < alive.sum() < alive.numel() and torch.equal(seg.alive, alive) and torch.equal(tokens.mask, alive.repeat_interleave(m, 1))
     close(seg.features, features)
     close(seg.logits, logits)
-    close(tokens.z, z)                                           # of dead trajectories too: they see their own and the last two points
-    long = tokenizer.stream(video[0], m, chunk=2)
-    close(long.z, z[:1])
-
-
-def test_the_releases_quirks_each_matter(tmp_path):
-    """Catches: an option that load_official sets and nothing reads (then the test above would pass for the wrong reason)."""
-    save_file({k: v.contiguous() for k, v in official_weights().items()}, tmp_path / "a.safetensors")
-    tokenizer = trajtok.TrajTok.load_official(tmp_path / "a.safetensors").eval()
-    video = torch.randint(0, 256, (1, 2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    with torch.no_grad():
-        reference = tokenizer(video, 2)[0].z
-        for change in (dict(normed_residual=False), dict(last_points=0), dict(mean_start=False)):
-            other = trajtok.TrajTok(dataclasses.replace(tokenizer.cfg, **change)).eval()
-            other.load_state_dict(tokenizer.state_dict())
-            assert (other(video, 2)[0].z - reference).abs().max() > 1e-3, change
-    assert trajtok.TrajTok.load_official(tmp_path / "a.safetensors", mean_start=False).cfg.mean_start is False
-
-
-def test_the_released_segmenter_alone(tmp_path):
-    """Catches: a segmenter's own checkpoint (another prefix) that is not found, or read wrongly."""
-    whole = official_weights()
-    weights = {k: v.clone() for k, v in whole.items() if k.startswith("segmenter.")}
-    torch.save({"model": {"vision_encoder." + k.removeprefix("segmenter."): v for k, v in weights.items()}}, tmp_path / "s.pth")
-    net = trajtok.load_official_segmenter(tmp_path / "s.pth")
-    with pytest.raises(BadInput, match="latents"):               # a segmenter alone is no tokenizer
-        trajtok.TrajTok.load_official(tmp_path / "s.pth")
-    video = torch.randint(0, 256, (2, 2, 64, 64, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    with torch.no_grad():
-        seg = net(video)
-    with torch.no_grad():
-        features, logits, _, alive = plain_release(whole, segmenter.normalise(video), 1, (1, 1, 2, 1), 2, 2)
-    close(seg.features, features)
-    close(seg.logits, logits)
-    assert torch.equal(seg.alive, alive)
+    close(tokens.z, z)                                          # of dead trajectories, too
+    assert 1 < seg.alive.sum() < seg.alive.numel()
+    close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
+    close(trajtok.load_official_segmenter(file)(video).logits, logits)
 
 
 class Evil:
@@ -3410,128 +2973,94 @@ class Evil:
         return os.system, ("touch /tmp/trajtok-was-here",)
 
 
-def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path):
-    """Catches: a wrong checkpoint that loads in part, code in a pickle that is run, NaN weights that pass."""
-    weights = {k: v.contiguous() for k, v in official_weights().items()}
-    whole = tmp_path / "whole.safetensors"
-    save_file(weights, whole)
-    (tmp_path / "half.safetensors").write_bytes(whole.read_bytes()[:-5000])
-    torch.save({"model": weights}, tmp_path / "whole.pth")
-    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-5000])
-    torch.save({"model": weights, "meta": Evil()}, tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("not weights")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save([1, 2], tmp_path / "list.pth")
-    broken = dict(weights, latents=weights["latents"] * float("nan"))
-    save_file(broken, tmp_path / "nan.safetensors")
-    lacking = {k: v for k, v in weights.items() if k not in ("output_projector.bias", "segmenter.patch_encoder.ln.bias")} | {"more": torch.zeros(1)}
-    lacking["segmenter.log_scale"] = torch.zeros(2)
-    save_file(lacking, tmp_path / "lacking.safetensors")
-    save_file(trajtok.TrajTok(TINY).state_dict(), tmp_path / "ours.safetensors")
-    freqs = "segmenter.trajectory_perceiver.layers.0.0.rotary_emb.freqs"
-    save_file(dict(weights, **{freqs: torch.ones(4)}), tmp_path / "freqs.safetensors")
-    save_file({k: v for k, v in weights.items() if k != freqs}, tmp_path / "nofreqs.safetensors")
-    save_file(dict(weights, **{freqs: torch.ones(0)}), tmp_path / "shortfreqs.safetensors")
-    save_file(dict(weights, latents=weights["latents"].to(torch.int32)), tmp_path / "whole_numbers.safetensors")
-    save_file(dict(weights, latents=weights["latents"].to(torch.float8_e4m3fn)), tmp_path / "float8.safetensors")
-    save_file(dict(weights, **{"segmenter.trajectory_perceiver.latents": torch.zeros(2, 6, 32)}), tmp_path / "latents.safetensors")
-    save_file(dict(weights, **{"output_projector.weight": torch.tensor(1.0)}), tmp_path / "scalar.safetensors")
-    half = {k: v.bfloat16() for k, v in weights.items()}         # rounded, but whole: it loads
-    save_file(half, tmp_path / "bf16.safetensors")
-    assert trajtok.TrajTok.load_official(tmp_path / "bf16.safetensors").cfg.heads == 2
-    for name, words in (("half.safetensors", "whole file"), ("half.pth", "whole file"), ("code.pth", "whole file"), ("text.pth", "whole file"),
-                        ("empty.pth", "whole file"), ("list.pth", "no named weights"), ("nan.safetensors", "NaN or infinite: latents"),
-                        ("lacking.safetensors", "(?=.*missing encoder.output_projector.bias)(?=.*missing segmenter.ln.bias)(?=.*unexpected encoder.more)"
-                                                "(?=.*log_scale is .2,., not .1,.)"),
-                        ("ours.safetensors", "not in the authors' layout"), ("freqs.safetensors", "frequencies"), ("nofreqs.safetensors", "missing .*freqs"),
-                        ("shortfreqs.safetensors", "frequencies"), ("whole_numbers.safetensors", "latents holds torch.int32"), ("float8.safetensors", "float8"),
-                        ("latents.safetensors", "not of 2 dimensions"), ("scalar.safetensors", "output_projector"), ("nothing.pth", "no such file")):
-        with pytest.raises(BadInput, match=words) as caught:
-            trajtok.TrajTok.load_official(tmp_path / name)
-        assert "\n" not in str(caught.value)
+# files that are no whole checkpoint of the release, and words of the refusal
+DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
+           "empty.pth": "no named weights", "nowhere.pth": "no such file",
+           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, name):
+    """Catches: a wrong checkpoint that loads in part; code in a pickle that is run; more than one line."""
+    weights, path = official_weights(), tmp_path / name
+    kind, suffix = name.split(".")
+    if kind == "ours":
+        weights = trajtok.TrajTok(TINY).state_dict()
+    if kind == "lacking":
+        del weights["output_projector.bias"]
+        weights["segmenter.log_scale"] = torch.zeros(2)
+    if kind == "freqs":
+        weights = {key: value for key, value in weights.items() if "freqs" not in key}
+    if suffix == "safetensors":
+        save_file(weights, path)
+    elif kind != "nowhere":
+        torch.save({"cut": weights, "code": dict(weights, meta=Evil()), "empty": {}}[kind], path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(BadInput, match=DAMAGED[name]) as caught:
+        trajtok.TrajTok.load_official(path)
+    assert "\n" not in str(caught.value)
     assert not Path("/tmp/trajtok-was-here").exists()
 
 
-def published_convnexts(weights, depths):
-    """Our names -> {layout: weights under its names}, written from SPECS 5 the other way round than the code reads them."""
-    def convert(down, block, renames, norm, prefix=""):
-        out = {}
-        for key, value in weights.items():
-            part = key.split(".")
-            if part[0] == "downsample_layers":
-                key = down(int(part[1]), int(part[2])) + "." + part[3]
-            elif part[0] == "stages":
-                key = block(part[1], part[2]) + "." + ".".join([renames.get(part[3], part[3]), *part[4:]])
-            else:
-                key = norm + "." + part[1]
-            out[prefix + key] = value
-        return out
-    hub = dict(gamma="layer_scale_parameter", norm="layernorm")
-    return {
-        "original": dict(weights, **{"head.weight": torch.zeros(3, 3), "head.bias": torch.zeros(3)}),
-        "dinov3": dict(weights, **{"norms.3.weight": weights["norm.weight"], "norms.3.bias": weights["norm.bias"]}),
-        "timm": convert(lambda i, j: f"stages.{i}.downsample.{j}" if i else f"stem.{j}", lambda i, j: f"stages.{i}.blocks.{j}",
-                        dict(dwconv="conv_dw", pwconv1="mlp.fc1", pwconv2="mlp.fc2"), "head.norm") | {"head.fc.weight": torch.zeros(3, 3), "head.fc.bias": torch.zeros(3)},
-        "hub": convert(lambda i, j: f"encoder.stages.{i}.downsampling_layer.{j}" if i else ("embeddings.layernorm" if j else "embeddings.patch_embeddings"),
-                       lambda i, j: f"encoder.stages.{i}.layers.{j}", hub, "layernorm"),
-        "hub classifier": convert(lambda i, j: f"encoder.stages.{i}.downsampling_layer.{j}" if i else ("embeddings.layernorm" if j else "embeddings.patch_embeddings"),
-                                  lambda i, j: f"encoder.stages.{i}.layers.{j}", hub, "layernorm", "convnext.") | {"classifier.weight": torch.zeros(3, 3), "classifier.bias": torch.zeros(3)},
-        "hub dinov3": convert(lambda i, j: f"stages.{i}.downsample_layers.{j}", lambda i, j: f"stages.{i}.layers.{j}",
-                              dict(dwconv="depthwise_conv", norm="layer_norm", pwconv1="pointwise_conv1", pwconv2="pointwise_conv2"), "layer_norm", "model."),
-    }
+# published layouts of a ConvNeXt: (pattern of the original name, name there), and keys of no use to us
+CONVNEXTS = {
+    "original": ([], ["head.weight", "head.bias"]),
+    "dinov3": ([], ["norms.3.weight", "norms.3.bias"]),
+    "timm": ([(r"downsample_layers\.0\.", "stem."), (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+              (r"stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."), ("dwconv", "conv_dw"), ("pwconv", "mlp.fc"),
+              (r"^norm\.", "head.norm.")], ["head.fc.weight", "head.fc.bias"]),
+    "hub": ([(r"downsample_layers\.0\.0", "embeddings.patch_embeddings"),
+             (r"downsample_layers\.0\.1", "embeddings.layernorm"),
+             (r"downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
+             (r"^stages\.(\d)\.(\d)\.", r"encoder.stages.\1.layers.\2."), (r"gamma", "layer_scale_parameter"),
+             (r"\bnorm\.", "layernorm."), (r"^", "convnext.")], ["classifier.weight", "classifier.bias"]),
+    "hub dinov3": ([(r"downsample_layers\.(\d)\.", r"stages.\1.downsample_layers."),
+                    (r"stages\.(\d)\.(\d)\.", r"stages.\1.layers.\2."), (r"dwconv", "depthwise_conv"),
+                    (r"pwconv", "pointwise_conv"), (r"\bnorm\.", "layer_norm."), (r"^", "model.")], [])}
 
 
-LAYOUTS = ("original", "dinov3", "timm", "hub", "hub classifier", "hub dinov3")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONVNEXTS)
 def test_every_published_convnext_layout_loads(tmp_path, layout):
-    """Catches: a layout whose keys are renamed wrongly or in part, depths and widths read wrongly."""
-    torch.manual_seed(0)
+    """Catches: a layout whose keys are renamed wrongly or in part; depths and widths read wrongly."""
     net = segmenter.ConvNeXt((1, 2, 3, 1), (8, 16, 24, 40))
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
+    rules, more = CONVNEXTS[layout]
+    published = {name: torch.zeros(3) for name in more}
+    for name, value in net.state_dict().items():
+        for pattern, there in rules:
+            name = re.sub(pattern, there, name)
+        published[name] = value
+    save_file(published, tmp_path / "model.safetensors")
     x = torch.randn(2, 3, 64, 32)
-    published = published_convnexts(net.state_dict(), (1, 2, 3, 1))[layout]
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    save_file({k: v.clone() for k, v in published.items()}, folder / "model.safetensors")
-    for path in (folder, folder / "model.safetensors"):
-        loaded = trajtok.load_convnext(path)
-        for mine, plain in zip(loaded(x), plain_convnext(x, net.state_dict(), (1, 2, 3, 1))):
-            close(mine, plain, 1e-5)
-    key = next(k for k in published if "stages.2" in k and k.endswith("1.gamma") or k.endswith("stages.2.layers.1.layer_scale_parameter"))
-    save_file({k: v.clone() for k, v in published.items() if k != key}, folder / "model.safetensors")
-    with pytest.raises(BadInput, match="missing stages.2.1.gamma"):
-        trajtok.load_convnext(folder)
-    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(BadInput, match="not a ConvNeXt"):
-        trajtok.load_convnext(folder)
+    nearly(trajtok.load_convnext(tmp_path)(x), net(x))
+    del published[next(name for name in published if re.search(r"2\D+1\.(gamma|layer_scale)", name))]
+    save_file(published, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="stages.2.1.gamma"):
+        trajtok.load_convnext(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ("ConvNext", "DINOv3ConvNext"))
 def test_convnext_is_the_published_implementation(tmp_path, kind):
-    """Catches: names that were remembered wrongly: here the package `transformers` itself writes the folder, and computes."""
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    torch.manual_seed(0)
-    config = getattr(transformers, kind + "Config")(depths=[1, 2, 3, 1], hidden_sizes=[8, 16, 24, 40], image_size=64)
+    """Catches: names remembered wrongly: `transformers` itself writes the folder, and computes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(depths=[1, 2, 3, 1], hidden_sizes=[8, 16, 24, 40], image_size=64)
+    config = getattr(transformers, kind + "Config")(**sizes)
     theirs = getattr(transformers, kind + "Model")(config).eval()
     for p in theirs.parameters():
         p.data += 0.1 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path)
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        states = theirs(x, output_hidden_states=True).hidden_states
-        maps = trajtok.load_convnext(tmp_path)(x)
-    for mine, published in zip(maps[:3], states[1:4]):           # the last stage: theirs stands before the final norm, or after
-        close(mine, published, 1e-5)
-    pooled = theirs(x).pooler_output
-    norm = trajtok.load_convnext(tmp_path).norm
-    raw = trajtok.load_convnext(tmp_path)
-    raw.norm = nn.Identity()
-    with torch.no_grad():
-        mean = raw(x)[3].mean((2, 3), keepdim=True)              # (b, c, 1, 1)
-        close(norm(mean)[..., 0, 0], pooled, 1e-5)
+    ours = trajtok.load_convnext(tmp_path)
+    published = theirs(x, output_hidden_states=True)
+    for mine, state in zip(ours(x)[:3], published.hidden_states[1:4]):
+        close(mine, state, 1e-5)
+    # the final norm: theirs stands behind the mean over the map
+    norm, ours.norm = ours.norm, nn.Identity()
+    mean = ours(x)[3].mean((2, 3), keepdim=True)
+    close(norm(mean)[..., 0, 0], published.pooler_output, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3870,347 +3399,195 @@ def test_bad_backbones_are_refused(tmp_path):
             net.features(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # trajtok.py: any length
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), dict(normed_residual=True, norm_media=True, last_points=2), dict(places=True, path=True)))
+@pytest.mark.parametrize("change", ({}, dict(hard_mask=False), RELEASE, dict(places=True, path=True)))
 @pytest.mark.parametrize("m", (1, 4))
 def test_a_stream_is_one_pass(change, m):
-    """Catches: a softmax that is closed chunk by chunk, positions that begin anew with each chunk, trajectories alive in one chunk
-    only, a last chunk that is lost, pieces that do not fit the chunks."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(dataclasses.replace(TINY, **change)).eval()
-    video = torch.randint(0, 256, (11, 32, 64, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        tokens, seg = tokenizer(video[None], m)
+    """Catches: a softmax that is closed chunk by chunk, positions or places that begin anew with each chunk,
+    trajectories alive in one chunk only, a last chunk that is lost, pieces that do not fit the chunks."""
+    tokenizer = trajtok.TrajTok(tiny(**change))
+    video = random_video(11, 32, 64)
+    tokens, seg = tokenizer(video[None], m)
+
+    def decoder():
+        return iter([video[:5].numpy(), video[5:6].numpy(), video[6:].numpy()])
+
     drawn = []
-    decoder = lambda: iter([video[:5].numpy(), video[5:6].numpy(), video[6:].numpy()])
-    for source, chunk in ((video, 3), (video.numpy(), 11), (decoder, 4), (video, 100)):
+    for source, chunk in ((video, 3), (decoder, 4), (video.numpy(), 100)):
         stream = tokenizer.stream(source, m, chunk, each=lambda *x: drawn.append(x))
         close(stream.z, tokens.z)
-        assert torch.equal(stream.mask, tokens.mask) and torch.equal(stream.trajectory, tokens.trajectory)
+        assert torch.equal(stream.mask, tokens.mask)
+        assert torch.equal(stream.trajectory, tokens.trajectory)
     first, pieces, segs = zip(*drawn[:4])
-    assert first == (0, 3, 6, 9) and torch.equal(torch.cat(pieces, 1)[0], video)
+    assert first == (0, 3, 6, 9)
+    assert torch.equal(torch.cat(pieces, 1)[0], video)
     assert torch.equal(torch.cat([s.ids for s in segs], 1), seg.ids)
-    with pytest.raises(BadInput, match="empty video"):
-        tokenizer.stream(video[:0])
-    alone = tokenizer.windows(video, 4, m)
-    with torch.no_grad():
-        for i in range(3):
-            part = tokenizer(video[None, 4 * i:4 * i + 4], m)[0]
-            close(alone.z[:, 6 * m * i:6 * m * i + 6 * m], part.z)
-            assert torch.equal(alone.trajectory[:, 6 * m * i:6 * m * i + 6 * m], part.trajectory + 6 * i)
+
+
+def test_windows_are_clips_of_their_own():
+    """Catches: windows that see each other, trajectories of two windows under one number, a short last one."""
+    tokenizer = trajtok.TrajTok(TINY)
+    video = random_video(11, 32, 32)
+    windows = tokenizer.windows(video, 4, 2)
+    for i in range(3):
+        part, _ = tokenizer(video[None, 4 * i:4 * i + 4], 2)
+        mine = slice(12 * i, 12 * i + 12)
+        close(windows.z[:, mine], part.z)
+        assert torch.equal(windows.mask[:, mine], part.mask)
+        assert torch.equal(windows.trajectory[:, mine], part.trajectory + 6 * i)
+    for read in (tokenizer.stream, tokenizer.windows):
+        with pytest.raises(BadInput, match="empty video"):
+            read(video[:0])
 
 
 def test_long_positions_are_exact():
-    """Catches: rotary angles in float32, which are wrong by more than 0.03 after some millions of points."""
-    far = torch.tensor([18_000 * 256 - 1])
-    table = segmenter.rotary_table(far, 24)[0, 0]
-    single = far.float() * 1e4 ** (-torch.arange(0, 12, 2) / 12)
-    assert max(abs(single[j].item() - (18_000 * 256 - 1) * 1e4 ** (-2 * j / 12)) for j in range(6)) > 0.03
+    """Catches: rotary angles in float32, which are wrong by 0.03 after some millions of points."""
+    far = 18_000 * 256 - 1
+    table = segmenter.rotary_table(torch.tensor([far]), 24)[0, 0]
     for j in range(6):
-        angle = (18_000 * 256 - 1) * 1e4 ** (-2 * j / 12)
-        assert table[j].real.item() == pytest.approx(math.cos(angle), abs=1e-5) and table[j].imag.item() == pytest.approx(math.sin(angle), abs=1e-5)
+        angle = far * 1e4 ** (-2 * j / 12)
+        assert table[j].item() == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=1e-5)
 
 
-def test_the_tokenizer_compiles_whole():
-    """Catches: a graph break: a question to the data in the middle of the model, which on a GPU would stall it."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(TINY)
-    video = torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8)
-    whole = torch.compile(lambda v: tokenizer(v, 2)[0].z, fullgraph=True, backend="eager")
-    plain = tokenizer(video, 2)[0].z
-    close(whole(video), plain)
-    wanted = torch.autograd.grad(plain.square().sum(), tokenizer.encoder.latents)[0]
-    close(torch.autograd.grad(whole(video).square().sum(), tokenizer.encoder.latents)[0], wanted)
-
-
-def test_the_tokenizer_under_autocast():
-    """Catches: types that do not meet in the backward pass, and masks or softmaxes in half precision, where a GPU's runs use bfloat16."""
-    torch.manual_seed(0)
-    tokenizer = trajtok.TrajTok(TINY)
-    video = torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8)
-    seg = tokenizer.segmenter(video)
-    seg = seg._replace(features=seg.features.detach(), logits=seg.logits.detach())
-    gradients = []
-    for enabled in (False, True):
-        tokenizer.zero_grad()
-        features = seg.features.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            z = tokenizer.encoder(features, seg, 2).z
-        z.float().square().mean().backward()
-        gradients.append((z.detach().float(), features.grad, tokenizer.encoder.perceiver.layers[1][0].to_kv.weight.grad))
-    for half, exact in zip(gradients[1], gradients[0]):
-        close(half, exact, 0.05)
-    with torch.autocast("cpu", torch.bfloat16):                  # the whole of it, as a run does
-        tokens, seg = tokenizer(video, 4)
-        sum(segmenter.segmentation_loss(seg, torch.zeros(2, 2, 32, 32, dtype=torch.int64))).backward(retain_graph=True)
-    tokens.z.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
-
-
-def test_flops_are_counted_by_hand():
-    """Catches: a multiply-add counted once, attention on a CPU that counts nothing, a depthwise convolution's backward pass that is
-    counted as if it were dense."""
-    q, k = torch.randn(1, 2, 8, 16, requires_grad=True), torch.randn(1, 2, 100, 16, requires_grad=True)
-    attend = lambda: F.scaled_dot_product_attention(q, k, k)
-    one = 2 * 2 * 8 * 100 * 16 / 1e9                             # a product of q and k, in all heads
-    assert trajtok.count_gflops(attend) == pytest.approx(2 * one)                        # scores, and the sum of values
-    assert trajtok.count_gflops(lambda: attend().sum().backward()) == pytest.approx(7 * one)         # + scores again, dq, dk, dp, dv
-    conv, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 6, 10, 10, requires_grad=True)
-    one = 2 * 2 * 100 * 6 * 49 / 1e9
-    assert trajtok.count_gflops(lambda: conv(x)) == pytest.approx(one)
-    assert trajtok.count_gflops(lambda: conv(x).sum().backward()) == pytest.approx(3 * one)
-    assert trajtok.count_gflops(lambda: conv(x.detach()).sum().backward()) == pytest.approx(2 * one)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is done")
-def test_large_tensors_begin_at_pages():
-    """Catches: PyTorch's switch thrown too late, after it was read."""
-    code = """import trajtok, torch
-trajtok.setup(trajtok.PretrainConfig(device='cpu'))
-print([torch.empty(2 ** 23 + i, dtype=torch.uint8).data_ptr() % 4096 for i in range(3)])"""
-    told = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60, check=True,
-                          env={k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}).stdout.splitlines()[-1]
-    assert told == "[0, 0, 0]"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # trajtok.py: the tokenizer and its files
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def count_parameters(build):
-    with torch.device("meta"):                                   # shapes only: the large sizes take no time and no memory
-        return sum(p.numel() for p in build().parameters())
+    """In millions. On the meta device: the large sizes take no time and no memory."""
+    with torch.device("meta"):
+        return round(sum(p.numel() for p in build().parameters()) / 1e6, 1)
 
 
 def test_the_tokenizer_is_as_large_as_published():
-    """Catches: a layer too many or too few. The paper's 46 M are 45.9 M with one code a trajectory, 37.2 M of them the segmenter."""
-    assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig())) / 1e6, 1) == 46.1
-    assert round(count_parameters(lambda: trajtok.TrajTok(trajtok.TrajTokConfig(max_tokens=1))) / 1e6, 1) == 45.9
-    assert round(count_parameters(lambda: segmenter.Segmenter(trajtok.TrajTokConfig())) / 1e6, 1) == 37.2
-
-
-def test_the_counts_in_the_table_of_sizes_are_true():
-    """Catches: a comment that the code has outgrown."""
-    said = dict(re.findall(r'^ +"(\w+)": +TrajTokConfig\((?:.*\n)?.*# +([\d.]+) M', inspect.getsource(trajtok), re.M))
-    assert set(said) == set(trajtok.SIZES)
-    real_ones = {name: f"{count_parameters(lambda: trajtok.TrajTok(name)) / 1e6:.1f}" for name in trajtok.SIZES}
-    assert said == real_ones
+    """Catches: a layer too many or too few; counts beside the table of sizes that the code has outgrown."""
+    paper = trajtok.TrajTokConfig()
+    assert count_parameters(lambda: segmenter.Segmenter(paper)) == 37.2
+    assert count_parameters(lambda: trajtok.TrajTok(dataclasses.replace(paper, max_tokens=1))) == 45.9
+    assert count_parameters(lambda: trajtok.TrajTok(paper)) == 46.1
+    source = inspect.getsource(trajtok)
+    said = re.findall(r'^ +"(\w+)": +TrajTokConfig\(.*# ([\d.]+) M', source, re.M)
+    counted = [(name, str(count_parameters(lambda: trajtok.TrajTok(name)))) for name in trajtok.SIZES]
+    assert said == counted
 
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
-    """Catches: a field or a weight that is not saved, a configuration that comes back as another (lists for tuples)."""
-    torch.manual_seed(0)
-    one = trajtok.TrajTok(dataclasses.replace(TINY, detach=False, scale=7.0)).eval()
+    """Catches: a field or a weight that is not saved; a configuration that comes back as another."""
+    one = trajtok.TrajTok(tiny(detach=False, scale=7.0, places=True))
     one.save_pretrained(tmp_path / "deep" / "folder")
-    two = trajtok.TrajTok.from_pretrained(tmp_path / "deep" / "folder").eval()
-    assert two.cfg == one.cfg and hash(two.cfg) == hash(one.cfg)
-    video = torch.randint(0, 256, (1, 2, 32, 32, 3), dtype=torch.uint8)
-    (a, seg_a), (b, seg_b) = one(video, 4), two(video, 4)
-    assert torch.equal(a.z, b.z) and torch.equal(seg_a.logits, seg_b.logits)
-    assert not list((tmp_path / "deep" / "folder").glob(".*"))   # nothing is left of the temporary files
+    two = trajtok.TrajTok.from_pretrained(tmp_path / "deep" / "folder")
+    assert two.cfg == one.cfg
+    assert not two.training
+    video = random_video(1, 2, 32, 32)
+    assert torch.equal(one(video, 4)[0].z, two(video, 4)[0].z)
+    names = sorted(os.listdir(tmp_path / "deep" / "folder"))
+    assert names == ["config.json", "model.safetensors"]        # no temporary file is left
 
 
 def test_loading_is_strict(tmp_path):
-    """Catches: keys that are skipped in silence; a message that names only the first kind of trouble."""
+    """Catches: keys that are skipped in silence; a configuration that another program wrote."""
     tokenizer = trajtok.TrajTok(TINY)
     tokenizer.save_pretrained(tmp_path)
     state = tokenizer.state_dict()
-    wrong = {k: v for k, v in state.items() if k != "segmenter.latents"} | {"stranger": torch.zeros(1), "encoder.latents": torch.zeros(2, 3)}
+    wrong = state | {"stranger": torch.zeros(1), "encoder.latents": torch.zeros(2, 3)}
+    del wrong["segmenter.latents"]
     trajtok.write_weights(tmp_path / "model.safetensors", wrong)
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(BadInput, match="(?s)(?=.*segmenter.latents)(?=.*stranger)(?=.*encoder.latents)"):
         trajtok.TrajTok.from_pretrained(tmp_path)
-    for words in ("missing segmenter.latents", "unexpected stranger", "encoder.latents is (2, 3), not (6, 4, 32)", "3 keys"):
-        assert words in str(error.value)
-    trajtok.write_weights(tmp_path / "model.safetensors", {f"tokenizer.{k}": v for k, v in state.items()} | {"other.weight": torch.zeros(1)})
-    trajtok.TrajTok.from_pretrained(tmp_path)                    # a larger model's file: its tokenizer is taken
-    for break_it, words in ((lambda p: p.write_bytes(p.read_bytes()[:500]), "not a whole"), (lambda p: p.unlink(), "no such file")):
-        break_it(tmp_path / "model.safetensors")
-        with pytest.raises(BadInput, match=words):
-            trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "not json", '{"tokenizer": {"nonsense": 1}}', '{"tokenizer": {"image_size": 33}}'):
+    # a larger model's file: its tokenizer is taken
+    inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
+    trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
+    trajtok.TrajTok.from_pretrained(tmp_path)
+    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(BadInput):
             trajtok.TrajTok.from_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="config.json"):
-        trajtok.TrajTok.from_pretrained(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("change", (dict(heads=0), dict(heads=-4), dict(dim=-96), dict(depth=1.5), dict(dims=(0, 8, 8, 8)), dict(scale=0.5),
-                                    dict(scale=float("nan")), dict(last_points=-3), dict(max_tokens=2.0), dict(out_dim=0)))
-def test_impossible_numbers_are_refused(change):
-    """Catches: a saved configuration, edited by hand, that ends in a traceback or builds something else."""
-    with pytest.raises(BadInput):
-        dataclasses.replace(TINY, **change)
+# -----------------------------------------------------------------------------------------------------------
+# trajtok.py: a run
+# -----------------------------------------------------------------------------------------------------------
 
+def in_ranks(world, work, folder=None):
+    """work(rank) in `world` processes that know each other. Forked: new ones would import for seconds."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
 
-def test_a_cut_film_is_refused(media, tmp_path):
-    """Catches: half a film that is drawn as if it were all."""
-    whole = encode(tmp_path / "a.mkv", np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8))
-    assert sum(map(len, data.read_frames(whole, 32))) == 60
-    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
-    with pytest.raises(BadVideo):
-        list(data.read_frames(tmp_path / "cut.mkv", 32))
+    def child(rank):
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=port)
+        os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="localhost")
+        work(rank)
 
-
-def test_wrong_configurations_are_refused():
-    """Catches: a size that only fails deep inside, as a shape mismatch."""
-    for field, value in (("image_size", 48), ("image_size", 0), ("frames", 0), ("heads", 5), ("dim", 36), ("num_queries", 0), ("max_tokens", 3),
-                         ("depths", (1, 1, 1))):
-        with pytest.raises(BadInput, match=re.escape(str(value))):
-            dataclasses.replace(TINY, **{field: value})
-    with pytest.raises(BadInput, match="nano"):
-        trajtok.TrajTok("huge")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# trajtok.py: what every run shares
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_configuration_comes_from_defaults_then_size_then_flags():
-    """Catches: a size that overrides a flag, a default that overrides a size, names or types that are not the fields'."""
-    sizes = {"nano": {"size": "nano"}, "tiny": {"size": "tiny", "batch": 7, "lr": 0.5}}
-
-    def parse(*argv):
-        return data.configure(trajtok.PretrainConfig, sizes, list(argv))
-    assert parse() == trajtok.PretrainConfig()
-    assert parse("--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=7, lr=0.5)
-    assert parse("--batch", "9", "--size", "tiny") == trajtok.PretrainConfig(size="tiny", batch=9, lr=0.5)
-    assert parse("--weight-decay", "0", "--augment", "--name", "x") == trajtok.PretrainConfig(weight_decay=0.0, augment=True, name="x")
-    assert parse("--no-augment").augment is False and isinstance(parse("--lr", "1").lr, float)
-    for argv in (["--sise", "tiny"], ["--bat", "3"], ["--batch", "many"], ["--size", "huge"], ["stray"], ["--batch"]):
-        with pytest.raises(BadInput) as error:                   # an abbreviation is an unknown flag as well
-            parse(*argv)
-        assert "\n" not in str(error.value)
-
-
-def test_every_flag_has_its_help(capsys):
-    """Catches: a field without a comment (its help), a % that breaks the help of all."""
-    for main, argv, config in ((train_clip.main, [], train_clip.ClipConfig), (trajtok.main, ["pretrain"], trajtok.PretrainConfig),
-                               (trajtok.main, ["show"], trajtok.ShowConfig), (train_vlm.main, [], train_vlm.VLMConfig), (train_vlm.main, ["ask"], train_vlm.AskConfig)):
-        with pytest.raises(SystemExit) as stop:
-            main([*argv, "--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        assert stop.value.code == 0
-        for field in dataclasses.fields(config):
-            assert field.name == "clip" or f"--{field.name.replace('_', '-')}" in text
-        assert len(re.findall(r"^    \w+: [^#\n]*#\s*\S+", inspect.getsource(config), re.M)) == len(dataclasses.fields(config))
-
-
-def test_one_line_errors():
-    """Catches: bad input that ends in a traceback, and a bug of ours that does not."""
-    def fail(error):
-        @data.one_line_errors
-        def main(argv=None):
-            raise error
-        return main
-    for error, code in ((BadInput("x"), 2), (BadVideo("x"), 2), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as stop:
-            fail(error)()
-        assert stop.value.code == code
-    with pytest.raises(ValueError, match="ours"):
-        fail(ValueError("ours"))()
+    torch.multiprocessing.start_processes(child, nprocs=world, start_method="fork")
+    return [0] * world
 
 
 def test_learning_rate():
-    """Catches: a first step at 0, a peak that is never reached, an end that is not at 1 %, a rise after the warm-up."""
+    """Catches: a first step at 0, a peak that is never reached, an end that is not at 1 %."""
     cfg = trajtok.PretrainConfig(lr=2.0, warmup=10, steps=100)
     rates = [trajtok.learning_rate(step, cfg) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0) and rates[9] == rates[10] == max(rates) == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.02) and all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert rates[10 + 89 // 2] == pytest.approx(1.01, abs=0.05)
-    for short in (trajtok.PretrainConfig(warmup=0, steps=1, lr=2.0), trajtok.PretrainConfig(warmup=5, steps=3, lr=2.0)):
-        assert all(0 < trajtok.learning_rate(step, short) <= 2 for step in range(short.steps))
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10] == 2.0
+    assert rates[54] == pytest.approx(1.01, abs=0.05)           # half way down
+    assert rates[99] == pytest.approx(0.02)
 
 
 def test_weight_decay_is_for_matrices():
-    """Catches: decay on norms, biases and scales; parameters that no group holds; frozen ones that move."""
+    """Catches: decay on norms and biases; parameters in no group; frozen ones that move; rates of the wrong
+    parameters that are scaled."""
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    net[2].requires_grad_(False)
-    groups = trajtok.make_optimizer(net, trajtok.PretrainConfig(weight_decay=0.3)).param_groups
-    held = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    assert held == {id(net[0].weight): 0.3, id(net[0].bias): 0.0, id(net[1].weight): 0.0, id(net[1].bias): 0.0}
+    net[2].weight.requires_grad_(False)
+    groups = trajtok.make_optimizer(net, trajtok.PretrainConfig(weight_decay=0.3), {"1.": 4.0}).param_groups
+    found = {p: (group["weight_decay"], group["scale"]) for group in groups for p in group["params"]}
+    assert found == {net[0].weight: (0.3, 1), net[0].bias: (0, 1), net[1].weight: (0, 4), net[1].bias: (0, 4),
+                     net[2].bias: (0, 1)}
 
 
-def test_files_are_replaced_whole_or_not_at_all(tmp_path):
-    """Catches: a checkpoint that is written in place, so that a kill in the middle leaves neither the old one nor the new."""
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def failing(beside):
-        beside.write_text("half")
-        raise OSError("disk full")
-    with pytest.raises(BadInput, match="disk full"):
-        data.replace(path, failing)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    child = os.fork()
-    if child == 0:                                               # in another process, which is killed while it writes
-        data.replace(path, lambda beside: (beside.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL and path.read_text() == "old"
-    data.replace(path, lambda beside: beside.write_text("new"))
-    assert path.read_text() == "new"
-
-
-def test_runs_are_resumed_where_they_were_saved(tmp_path, capsys):
-    """Catches: log lines that appear twice or are lost, a half-written last line, a run that goes on under other flags, an old run
-    that is overwritten unasked."""
-    def start(net, expected=0, **changes):
-        run = trajtok.Run(trajtok.PretrainConfig(**{"out": str(tmp_path), "steps": 9, **changes}), "r")
-        assert run.restore(net, torch.optim.AdamW(net.parameters())) == expected
-        return run
-    torch.manual_seed(0)
-    net = nn.Linear(2, 2)
-    run = start(net)
-    for step in range(6):
-        run.record(dict(step=step))
-        if step == 2:
-            run.save(net, torch.optim.AdamW(net.parameters()), 3)
-            saved, draws = net.weight.detach().clone(), torch.rand(3)
-    run.stream.write('{"step": 6, "lo')                          # killed while it wrote
-    run.stream.flush()
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    """Catches: log lines that appear twice or are lost, a half-written last line that ends the run, a folder
+    that is used twice, half a checkpoint that ends in a traceback."""
+    cfg = trajtok.PretrainConfig(out=str(tmp_path))
+    folder = trajtok.run_folder(cfg, "segmenter")
+    trajtok.open_run(folder, cfg)
+    for step in range(4):
+        trajtok.Log(folder, step)(step=step)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')                           # killed while it wrote
+    trajtok.Log(folder, 3)(step=3)
+    assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
     with pytest.raises(BadInput, match="--overwrite"):
-        start(nn.Linear(2, 2))
-    with pytest.raises(BadInput, match="lr"):
-        start(nn.Linear(2, 2), resume=True, lr=0.7)
-    with pytest.raises(BadInput, match="no run"):
-        trajtok.Run(trajtok.PretrainConfig(out=str(tmp_path), resume=True), "another")
-    other = nn.Linear(2, 2)
-    run = start(other, expected=3, resume=True, workers=3, save_every=7, device="cpu")
-    assert torch.equal(other.weight, saved) and torch.equal(torch.rand(3), draws)        # weights and random state are back
-    run.record(dict(step=3))
-    assert [line["step"] for line in run.history()] == [line["step"] for line in log(tmp_path / "r")] == [0, 1, 2, 3]
-    with pytest.raises(BadInput, match="state.pt: weights of another model.*missing extra"):         # a version of the code that knew less wrote it
-        newer = nn.Linear(2, 2)
-        newer.register_buffer("extra", torch.zeros(1))
-        start(newer, resume=True)
-    (tmp_path / "r" / "state.pt").write_bytes(b"PK not a checkpoint")
-    with pytest.raises(BadInput, match="not a whole checkpoint"):
-        start(nn.Linear(2, 2), resume=True)
-    run = start(nn.Linear(2, 2), overwrite=True, lr=0.7)
-    assert run.history() == [] and not (tmp_path / "r" / "state.pt").exists()
-    assert json.loads((tmp_path / "r" / "config.json").read_text())["lr"] == 0.7
+        trajtok.open_run(folder, cfg)
+    (folder / "state.pt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(BadInput, match="no whole checkpoint"):
+        trajtok.load_checkpoint(folder, None, None)
+    trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True))
+    assert os.listdir(folder) == ["config.json"]
+    assert trajtok.load_checkpoint(folder, None, None) == 0
 
 
-def test_entries_are_split_by_name():
-    """Catches: a clip in both parts, a side that is empty, a split that depends on the order of the manifest, and a clip that moves
-    from the held-out part into training when others are added (it would be tested on what it has learnt)."""
-    entries = [dict(path=f"videos/{i}.mp4") for i in range(40)]
-    for n in (2, 3, 7, 40):
-        train, test = trajtok.split_entries(entries[:n], 0.25)
-        assert train and test and sorted(e["path"] for e in train + test) == sorted(e["path"] for e in entries[:n])
-        assert trajtok.split_entries(entries[:n][::-1], 0.25) == (train, test)
-    assert 4 <= len(test) <= 16
-    for k in range(20):                                          # a dozen: one held-out clip alone could not be wrong
-        assert len(trajtok.split_entries([dict(path=f"few{k}_{i}.mp4") for i in range(12)], 0.25)[1]) >= 2
-    moved = 0
-    for k in range(20):
-        entries = [dict(path=f"set{k}_{i}.mp4") for i in range(40)]
-        before = {e["path"] for e in trajtok.split_entries(entries[:30], 0.25)[1]}
-        moved += len(before & {e["path"] for e in trajtok.split_entries(entries, 0.25)[0]})
-    assert not moved, f"{moved} held-out clips of 20 sets went into training when ten clips were added to each"
+@pytest.mark.parametrize("written", ("state.pt", "model.safetensors"))
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, written):
+    """Catches: a traceback of torch.save, or of safetensors; half a checkpoint in the old one's place."""
+    net = nn.Linear(100, 100)                                   # 40 kB
+    optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
+    trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
+    if written == "model.safetensors":                          # the disk fills up between the two files
+        save = torch.save
+        monkeypatch.setattr(torch, "save", lambda state, path: save({}, path))
+
+    def work(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(BadInput, match="make room"):
+            trajtok.save_checkpoint(tmp_path, net, optimizer, 2)
+
+    in_ranks(1, work)
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "state.pt"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], net.weight)
 
 
 def test_not_finite_is_an_error_that_names_step_and_term():
@@ -4221,87 +3598,89 @@ def test_not_finite_is_an_error_that_names_step_and_term():
             trajtok.check_finite(dict(a=1.0, dice=value), 7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_flops_are_counted_by_hand():
+    """Catches: a multiply-add counted once; attention on a CPU that counts nothing."""
+    q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 100, 16)
+    attention = trajtok.count_gflops(lambda: F.scaled_dot_product_attention(q, k, k))
+    assert attention == pytest.approx(2 * 2 * 2 * 8 * 100 * 16 / 1e9)      # scores, and sums of values
+    conv, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 6, 10, 10)
+    assert trajtok.count_gflops(lambda: conv(x)) == pytest.approx(2 * 2 * 100 * 6 * 49 / 1e9)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # trajtok.py: pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def read_picture(path):
     with av.open(str(path)) as file:
         return next(file.decode(video=0)).to_ndarray(format="rgb24")
 
 
-def test_pictures_are_read_back_as_written(tmp_path):
-    """Catches: a PNG that only some readers open, rows or channels in another order."""
-    image = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
-    data.write_png(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), image)
-    data.write_png(tmp_path / "b.png", image.transpose(1, 0, 2))              # not contiguous
-    np.testing.assert_array_equal(read_picture(tmp_path / "b.png"), image.transpose(1, 0, 2))
-
-
-def test_films_are_read_back_as_written(tmp_path):
-    """Catches: frames that are lost at the end of the encoder, height and width swapped."""
-    frames = np.zeros((5, 32, 48, 3), np.uint8) + np.arange(20, 220, 40, dtype=np.uint8)[:, None, None, None]
-    with data.film(tmp_path / "a.mp4", 8) as add:
-        add(frames[:3])
-        add(frames[3:])
-    with av.open(str(tmp_path / "a.mp4")) as file:
-        back = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
-    assert back.shape == frames.shape and abs(back.astype(int) - frames).max() <= 6
+def read_film(path):
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
 def test_strips_paint_like_trajectories_alike():
-    """Catches: predictions coloured by their own numbers, so that equal trajectories look different (or different ones equal)."""
+    """Catches: trajectories coloured by their own numbers, so that equal ones look different; rows without
+    names."""
     truth = np.random.default_rng(0).integers(0, 5, (3, 8, 8))
-    names = np.array([3, 0, 6, 1, 4])
+    found = np.array([3, 0, 6, 1, 4])[truth]
     video = np.full((3, 8, 8, 3), 128, np.uint8)
-    sheet = trajtok.strip(video, names[truth], truth, scale=2)
-    assert sheet.shape == (3 * 8 * 2, 3 * 8 * 2, 3) and sheet.dtype == np.uint8
-    frames, mine, true = sheet.reshape(3, 16, 48, 3)
+    sheet = trajtok.filmstrip(video, {"found": found, "true": truth}, 3, 2)
+    # a margin for the names at the left, and behind each picture four white pixels
+    frames, mine, true = sheet[:60, 80:].reshape(3, 20, 3, 20, 3)[:, :16, :, :16]
     np.testing.assert_array_equal(mine, true)
-    assert (frames == 128).all() and len(np.unique(true.reshape(-1, 3), axis=0)) == 5
-    unlabelled = np.full_like(truth, -1)
-    np.testing.assert_array_equal(trajtok.strip(video, truth, unlabelled)[16:], np.full((8, 24, 3), 128))
-    assert len(np.unique(data.palette(32), axis=0)) == 32
-    few_to_many, many_to_few = (trajtok.strip(video, a, b) for a, b in ((truth // 2, truth), (truth, truth // 2)))
-    assert few_to_many.shape == many_to_few.shape == (24, 24, 3)
+    assert (frames == 128).all()
+    assert len(np.unique(true.reshape(-1, 3), axis=0)) == 5
+    margin = sheet[:60, :80].reshape(3, -1)
+    assert ((margin == 40).sum(1) > 100).all()                  # each row has its name
+    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, np.full_like(truth, -1))):
+        assert trajtok.filmstrip(video, {"found": one, "true": other}, 3, 1).dtype == np.uint8
 
 
-def test_curves(tmp_path):
-    """Catches: a division by zero for one step or a constant, a panel that is drawn over another."""
-    trajtok.plot(tmp_path / "c.png", {"one": [(5, 2.0)], "flat": [(i, 1.0) for i in range(9)], "steep": [(i, 1 / (1 + i)) for i in range(300)]})
-    image = read_picture(tmp_path / "c.png")
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    panels = [image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:]]
-    assert all((p < 200).any() for p in panels[:3]) and (panels[3] == 255).all()
+@pytest.mark.parametrize("log_axes", (False, True))
+def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
+    """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
+    point or a constant, logarithmic axes that do not say so."""
+    panels = {"steep": {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}, "flat": {"": [(5, 2.0), (7, 2.0)]}}
+    trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
+    svg = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
+    text = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
+    lines = [node.get("points") for node in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert lines[0] == "70.0,30.0 370.0,250.0"
+    middle = "220.0,140.0" if log_axes else "97.3,230.0"
+    assert lines[1] == middle
+    assert "nan" not in lines[2]
+    assert {"steep", "ours", "theirs", "1", "100"} <= set(text)
+    assert any("frames" in one and ("logarithmic" in one) == log_axes for one in text)
 
 
 def test_a_perfect_segmenter_has_perfect_scores():
-    """Catches: predictions and labels compared on different grids or clips, grounds counted as objects, a baseline that is not one."""
-    dataset = data.WorldBatches(data.World(size=64, frames=2), 3, begin=data.TEST)
+    """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
+    dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
 
-    class Oracle(nn.Module):                                     # knows the labels, one query for each (or one for all grounds)
-        def __init__(self, one_ground):
-            super().__init__()
-            self.one_ground = one_ground
-
+    class Oracle(nn.Module):
+        """Knows the labels, and has one query for each of them, or one for all grounds."""
         def forward(self, video):
-            batch = next(b for b in (data.finish(dataset[i], video.device) for i in range(2)) if torch.equal(b["video"], video))
-            ids = segmenter.labels_on_grid(batch["labels"], (2, 16, 16), 12)
-            ids = torch.where(ids < data.MAX_GROUNDS, 0, ids) if self.one_ground else ids
-            alive = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, ids, True)
-            return segmenter.Segmentation(torch.zeros(3, 512, 1), 9.0 * F.one_hot(ids, 12), ids, alive, (2, 16, 16))
-    result, pictures = trajtok.evaluate_segmenter(Oracle(False), dataset, torch.device("cpu"), 2)[:2]
-    coarse = trajtok.evaluate_segmenter(Oracle(True), dataset, torch.device("cpu"), 2)[0]
-    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
-    assert coarse["object_iou"] == pytest.approx(1) and coarse["veq"] < 0.95     # objects are scored without the grounds
-    assert result["labelled_clips"] == 6 and max(result["grid_veq"], result["grid_object_iou"]) < 0.5
-    assert pictures and all((fine == true).mean() > 0.85 for _, fine, true in pictures)
+            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
+            if self.one_ground:
+                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
+            return segmenter.Segmentation(None, 9.0 * F.one_hot(ids, 12), ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
+
+    oracle = Oracle()
+    for oracle.one_ground in (True, False):
+        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
+        assert result["object_iou"] == pytest.approx(1)
+        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
+    assert len(pictures) == 6
+    assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # trajtok.py: its commands
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
@@ -4313,279 +3692,429 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("clip, frames, rows", (("clip0.mp4", 4, 2), ("still0.png", 1, 2), ("world", 3, 3)))
 def test_show(media, tokenizer_folder, tmp_path, capsys, clip, frames, rows):
-    """Catches: a command that works for one kind of input only; pictures of another size than the clip; a wrong token count."""
+    """Catches: a command that works for one kind of input only; pictures of another size; a wrong count."""
     name = clip if clip == "world" else media / clip
-    run(trajtok.main, "show", name, "--weights", tokenizer_folder, "--frames", frames, "--tokens-per-trajectory", 2, "--out", tmp_path / "o")
-    scale = 224 // 32
-    sheet = read_picture(tmp_path / "o" / f"{Path(clip).stem}-trajectories.png")
-    assert sheet.shape == (rows * 32 * scale, frames * 32 * scale, 3)
-    with av.open(str(tmp_path / "o" / f"{Path(clip).stem}-trajectories.mp4")) as film:
-        shapes = [(f.height, f.width) for f in film.decode(video=0)]
-    assert shapes == [(rows * 32 * scale, 32 * scale)] * frames
-    text = capsys.readouterr().out
-    trajectories, tokens = map(int, re.search(r"-> (\d+) trajectories .*-> (\d+) tokens", text).groups())
-    assert f"{frames * 64} points" in text and tokens == 2 * trajectories and 1 <= trajectories <= TINY.num_queries
+    run(trajtok.main, "show", name, "--weights", tokenizer_folder, "--frames", frames,
+        "--tokens-per-trajectory", 2, "--out", tmp_path)
+    base = f"{Path(clip).stem}-trajectories"
+    sheet = read_picture(tmp_path / f"{base}.png")
+    assert (sheet.shape[0] // 224, sheet.shape[1] // 224) == (rows, frames)
+    assert read_film(tmp_path / f"{base}.mp4").shape == (frames, 448, 224, 3)
+    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens of width 32", capsys.readouterr().out)
+    assert 1 <= int(told[1]) <= 6
+    assert int(told[2]) == 2 * int(told[1])
 
 
 @pytest.mark.parametrize("window", (0, 10))
 def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window):
-    """Catches: frames that are left out or drawn twice when a video is read in several rounds, a film at another pace, counts that are
-    those of one piece."""
-    run(trajtok.main, "show", media / "clip2.mp4", "--weights", tokenizer_folder, "--frames", 0, "--window", window, "--out", tmp_path)
-    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == 10
-        shown = [f.to_ndarray(format="rgb24")[:32 * 7:7, ::7] for f in film.decode(video=0)]
-    frames = np.concatenate(list(data.read_frames(media / "clip2.mp4", 32)))
-    assert len(shown) == len(frames) == 30 and numbers(frames) == list(range(30)) and numbers(np.stack(shown)) == list(range(30))
+    """Catches: frames that are left out or drawn twice, a film at another pace, counts of one piece."""
+    clip = media / "clip2.mp4"
+    run(trajtok.main, "show", clip, "--weights", tokenizer_folder, "--frames", 0, "--window", window, "--out", tmp_path)
+    film = tmp_path / "clip2-trajectories.mp4"
+    shown = read_film(film)[:, :224:7, ::7]
+    assert numbers(shown) == list(range(30))
+    with av.open(str(film)) as file:
+        assert file.streams.video[0].average_rate == 10
     sheet = read_picture(tmp_path / "clip2-trajectories.png")
-    assert sheet.shape == (2 * 32 * 7, 8 * 32 * 7, 3)
-    text = capsys.readouterr().out
-    tokenizer = trajtok.TrajTok.from_pretrained(tokenizer_folder).eval()
+    assert (sheet.shape[0] // 224, sheet.shape[1] // 224) == (2, 8)
+    frames = np.concatenate(list(data.read_frames(clip, 32)))
+    tokenizer = trajtok.TrajTok.from_pretrained(tokenizer_folder)
     tokens = tokenizer.windows(frames, window) if window else tokenizer.stream(frames)
-    assert f"30 frames of 32 x 32 px = {30 * 64} points -> {int(tokens.mask.sum())} trajectories" in text
-
-
-@pytest.mark.parametrize("height, width, count", ((2, 2, 3), (2160, 3840, 2), (64, 48, 1)))
-def test_show_of_odd_sizes(tokenizer_folder, tmp_path, height, width, count):
-    """Catches: a frame of two pixels, of 4K, or a video of a single frame that is not drawn."""
-    encode(tmp_path / "a.mp4", np.full((count, height, width, 3), 90, np.uint8))
-    for frames in (0, count):
-        run(trajtok.main, "show", tmp_path / "a.mp4", "--weights", tokenizer_folder, "--frames", frames, "--out", tmp_path)
-        with av.open(str(tmp_path / "a-trajectories.mp4")) as film:
-            assert [(f.height, f.width) for f in film.decode(video=0)] == [(2 * 32 * 7, 32 * 7)] * count
+    assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
 
 
 def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
-    """Catches: a film that runs faster or slower than the clip that it shows (30 frames at 10 a second: three seconds)."""
-    run(trajtok.main, "show", media / "clip2.mp4", "--weights", tokenizer_folder, "--frames", 6, "--out", tmp_path)
+    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
+    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, "--weights", tokenizer_folder, "--out", tmp_path)
     with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.01)
+        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
 
 
-def test_pretrain_on_the_world_and_resume(tmp_path, monkeypatch):
-    """Catches: a command that does not run, files that are missing, a resumed run that differs from one that was never stopped."""
-    argv = ["pretrain", *SMALL, "--steps", 6, "--save-every", 2, "--eval-clips", 4, "--augment"]
-    run(trajtok.main, *argv, "--out", tmp_path / "a")
-    whole = tmp_path / "a" / "segmenter-nano"
-    assert sorted(os.listdir(whole)) == sorted(["config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json", "trajectories.png", "curves.png"])
-    result = json.loads((whole / "result.json").read_text())
-    assert {"veq", "stq", "object_iou", "seconds"} <= set(result) and all(math.isfinite(v) for v in result.values())
-    assert 0 <= result["veq"] <= 1 and 0 <= result["stq"] <= 1 and result["labelled_clips"] == 4
-    record = trajtok.Run.record
-
-    def interrupted(self, line):
-        record(self, line)
-        if line["step"] == 4:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(trajtok.Run, "record", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(trajtok.main, *argv, "--out", tmp_path / "b")
-    assert stop.value.code == 130
-    monkeypatch.setattr(trajtok.Run, "record", record)
-    run(trajtok.main, *argv, "--out", tmp_path / "b", "--resume")
-    parts = [without_clock(log(tmp_path / name / "segmenter-nano")) for name in "ab"]
-    assert parts[0] == parts[1] and [line["step"] for line in parts[0]] == list(range(6))
-    assert all(line["gradient_norm"] > 0 for line in parts[0]) and parts[0][0]["focal"] != parts[0][-1]["focal"]
-    states = [trajtok.TrajTok.from_pretrained(tmp_path / name / "segmenter-nano").state_dict() for name in "ab"]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+def test_pretrain_on_the_world_and_resume(tmp_path):
+    """Catches: a command that does not run, files that are missing, a resumed run that is another one."""
+    argv = ["pretrain", *SMALL, "--eval-clips", 4, "--out", tmp_path, "--name"]
+    run(trajtok.main, *argv, "a", "--steps", 4)
+    folder = tmp_path / "segmenter-a"
+    assert sorted(os.listdir(folder)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
+                                          "state.pt", "trajectories.png"]
+    result = json.loads((folder / "result.json").read_text())
+    assert all(0 <= result[key] <= 1 for key in ("veq", "stq", "object_iou"))
+    assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
+    run(trajtok.main, "pretrain", "--name", "a", "--out", tmp_path, "--resume", "--steps", 6)
+    run(trajtok.main, *argv, "b", "--init", folder)
+    lines = log(folder)
+    assert [line["step"] for line in lines] == list(range(6))
+    # its weights were trained for six steps
+    assert log(tmp_path / "segmenter-b")[0]["focal"] != lines[0]["focal"]
 
 
-def test_pretrain_on_sidecars(tmp_path, capsys):
-    """Catches: labels of real video that never reach the loss; a damaged file that stops the run, or that is not named and counted,
-    be it a training clip or a held-out one."""
-    names = [f"v{i}" for i in range(8)]
-    sides = trajtok.split_entries([dict(path=f"{name}.mp4") for name in names], 0.25)
-    for name in names:
-        labelled(tmp_path, name)
-    broken = [side[0]["path"] for side in sides]
-    for name in broken:
+def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
+    """Catches: labels of real video that never reach the loss; a damaged file that ends the run or is not
+    counted; clips of different lengths that do not fit into one picture."""
+    rows = []
+    for i in range(8):
+        split, image = ("val" if i < 3 else "train"), i % 2 == 1
+        path = labelled(tmp_path, f"v{i}", count=1 if image else 6, image=image)
+        rows.append({"image" if image else "video": path.name, "split": split})
+    for name in ("v0.mp4", "v4.mp4"):                           # one held out, one to learn from
         (tmp_path / name).write_text("no video")
-    path = manifest(tmp_path / "m.json", [{"video": f"{name}.mp4"} for name in names])
-    run(trajtok.main, "pretrain", *SMALL, "--steps", 3, "--data", path, "--name", "m", "--out", tmp_path / "out")
-    folder = tmp_path / "out" / "segmenter-m"
-    assert len(log(folder)) == 3 and all(line["focal"] > 0 and line["dice"] > 0 and line["gradient_norm"] > 0 for line in log(folder))
-    errors, result = capsys.readouterr().err, json.loads((folder / "result.json").read_text())
-    assert [errors.count(name) for name in broken] == [1, 1] and result["left_out"] == 2         # each is named, and only once
-    assert 0 <= result["veq"] <= 1 and result["labelled_clips"] == len(sides[1]) - 1
+    run(trajtok.main, "pretrain", *SMALL, "--steps", 4, "--data", manifest(tmp_path / "m.json", rows),
+        "--name", "m", "--augment", "--out", tmp_path)
+    lines = log(tmp_path / "segmenter-m")
+    assert all(line["focal"] > 0 and line["dice"] > 0 for line in lines)
+    assert "v4.mp4" in capsys.readouterr().err
+    result = json.loads((tmp_path / "segmenter-m" / "result.json").read_text())
+    assert result["left_out"] == 1
+    assert 0 <= result["veq"] <= 1
+    assert (tmp_path / "segmenter-m" / "trajectories.png").exists()
 
 
-def test_pretrain_on_videos_and_pictures(tmp_path):
-    """Catches: a run over clips of different lengths that fails at the very end, when it puts them into one picture."""
-    for offset in range(200):                                    # look for names that put both kinds on both sides
-        names = [(f"c{offset + i}", i % 2 == 0) for i in range(10)]
-        sides = trajtok.split_entries([dict(path=name + (".png" if image else ".mp4"), image=image) for name, image in names], 0.25)
-        if all({e["image"] for e in side} == {True, False} for side in sides):
-            break
-    assert all({e["image"] for e in side} == {True, False} for side in sides)
-    paths = [labelled(tmp_path, name, count=1 if image else 6, image=image) for name, image in names]
-    manifest(tmp_path / "m.json", [{"image" if path.suffix == ".png" else "video": path.name} for path in paths])
-    run(trajtok.main, "pretrain", *SMALL, "--data", tmp_path / "m.json", "--name", "m", "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "segmenter-m" / "trajectories.png").exists()
+def test_a_table_by_hand(tmp_path, capsys):
+    """Catches: a deviation of the wrong kind, differences to another row, a star for noise or for one seed."""
+    rows = []
+    for name, values in (("base", (0.1, 0.3)), ("better", (0.5, 0.7)), ("noise", (0.2, 0.4)), ("one", (None,))):
+        results = [dict(seed=i, r1=value, tokenizer="a") for i, value in enumerate(values)]
+        rows.append(dict(name=name, flags="", results=results))
+    run(trajtok.main, "table", manifest(tmp_path / "c.json", dict(rows=rows)))
+    names, seeds, r1 = capsys.readouterr().out.splitlines()     # and no line of texts
+    assert names.split() == ["base", "better", "noise", "one"]
+    assert seeds.split() == ["seeds", "2", "2", "2", "1"]
+    assert re.split(r"  +", r1) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+REFUSED = (
+    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table nowhere", "nowhere"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"), ("compare a: --script nothing.py", "failed"),
+    ("show", "clip"), ("show nothing.mp4", "no such file"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
+    ("show world --frames 0", "video files"), ("show CLIP --frames 200", "frames"), ("show CLIP --frames -1", "--frames -1"),
+    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights nowhere", "nowhere"),
+    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data NOMASKS", "mask"), ("pretrain --data no.json", "no.json"),
+    ("pretrain --batch 0", "--batch 0"), ("pretrain --lr nan", "--lr nan"), ("pretrain --size huge", "nano, tiny"),
+    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --num-queries 0", "--num-queries 0"),
+    ("pretrain --init nowhere", "nowhere"), ("pretrain --resume", "no run"), ("pretrain --device abacus", "abacus"))
+
+
+@pytest.mark.parametrize("argv, words", REFUSED)
+def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
+    """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
+    monkeypatch.chdir(tmp_path)
+    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
+    files = {"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}
+    argv = [files.get(word, word) for word in argv.split()]
+    defaults = {"show": ["--weights", tokenizer_folder], "pretrain": SMALL}
+    if argv:
+        argv[1:1] = defaults.get(argv[0], [])
+    assert words in refused(capsys, trajtok.main, *argv)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # train_clip.py: the model
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def tiny_clip():
-    """The smallest video CLIP, and a batch of eight made clips with their captions."""
+def clip_model(**changes):
+    """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
-    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64)
+    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1, text_width=32,
+                 embed=64, patch=8)
+    cfg = train_clip.ClipConfig(**small | changes)
     encoding = data.load_encoding("world")
-    model = train_clip.VideoCLIP(trajtok.TrajTok(dataclasses.replace(TINY, out_dim=cfg.width)), encoding.n_vocab, cfg)
-    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
-    return model, batch, data.tokenize(encoding, batch["caption"], cfg.text_length)
+    model = train_clip.build(cfg, encoding, torch.device("cpu"))
+    made = data.WorldBatches(data.World(cfg.image_size, cfg.frames), 8)[0]
+    return model, cfg, train_clip.prepare(made, 0, encoding, cfg, "cpu")
 
 
-def test_padding_is_not_read():
-    """Catches: a mask that is inverted, ignored, or applied to the queries instead of the keys: dead tokens would then speak."""
-    torch.manual_seed(0)
-    net = train_clip.Transformer(2, 16, 2).eval()
-    x, mask = torch.randn(3, 7, 16), torch.tensor([[True] * 7, [True, True, True, False, False, False, False], [True, False, True, False, True, False, True]])
-    out = net(x, mask)
-    other = torch.where(mask[..., None], x, 50.0)
-    torch.testing.assert_close(net(other, mask)[mask], out[mask])
-    for i in range(3):                                           # the same as if they were not there at all
-        alone = net(x[i:i + 1, mask[i]], torch.ones(1, int(mask[i].sum()), dtype=torch.bool))
-        torch.testing.assert_close(alone[0], out[i, mask[i]], rtol=1e-4, atol=1e-5)
-
-
-def test_dead_trajectories_do_not_reach_the_video_vector():
-    """Catches: a token mask that the video transformer does not use; a CLS that is itself masked."""
-    model, batch, _ = tiny_clip()
-    model.eval()
-    tokens, seg = model.video.tokenizer(batch["video"], 2)
-    tokens = tokens._replace(mask=tokens.mask & (tokens.trajectory != int(seg.ids[0, 0])))           # one more trajectory dies
-    results = []
-    for z in (tokens.z, torch.where(tokens.mask[..., None], tokens.z, 99.0)):
-        model.video.tokenizer.forward = lambda video, m, z=z: (tokens._replace(z=z), seg)
-        results.append(model.video(batch["video"], 2)[0])
-    assert not tokens.mask.all() and results[0].isfinite().all()
-    torch.testing.assert_close(*results)
-    dead = tokens._replace(mask=torch.zeros_like(tokens.mask))
-    model.video.tokenizer.forward = lambda video, m: (dead, seg)
-    assert model.video(batch["video"], 2)[0].isfinite().all()    # no trajectory at all: CLS still sees itself
+@pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
+def test_tokens_that_are_not_real_are_not_read(name):
+    """Catches: a real token that is lost, a dead one that is read, packed clips that see each other. Oracle:
+    the transformer on the real tokens of each clip alone."""
+    model, _, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
+    net = model.video
+    z, mask, _ = net.tokenizer(batch.video, 2, batch.labels)
+    assert 0 < mask.sum() < mask.numel()
+    alone = [net.transformer(torch.cat((net.cls[0], z[i, mask[i]]))[None])[:, 0] for i in range(8)]
+    for net.pack in (True, False):
+        cls, count, _ = net(batch.video, 2, batch.labels)
+        assert torch.equal(count, mask.sum(1))
+        nearly(cls, torch.cat(alone))
+    # no trajectory at all: CLS still sees itself
+    net.tokenizer.forward = lambda *_: (z, torch.zeros_like(mask), None)
+    assert net(batch.video, 2, batch.labels)[0].isfinite().all()
 
 
 def test_captions_are_read_whole_and_without_their_padding():
-    """Catches: a caption whose vector depends on how far it was padded or on what its padding holds; words that are not read."""
-    model, _, (ids, mask) = tiny_clip()
-    model.eval()
-    length = int(mask.sum(1).max())
-    short = model.embed_text(ids[:, :length], mask[:, :length])
-    torch.testing.assert_close(model.embed_text(ids, mask), short, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(short.norm(dim=1), torch.ones(8))
-    noise = torch.where(mask, ids, (ids + 7 + torch.arange(ids.shape[1])) % 256)
-    torch.testing.assert_close(model.embed_text(noise, mask), short, rtol=1e-4, atol=1e-5)
-    for place in (0, 3, -2):                                     # -2: the last word before the end token
-        changed = ids.clone()
-        at = mask.sum(1) + place if place < 0 else torch.full((8,), place)
-        changed[torch.arange(8), at] = (changed[torch.arange(8), at] + 1) % 256
-        assert ((model.embed_text(changed, mask) - short).abs().amax(1) > 1e-5).all()
+    """Catches: a vector that depends on how far its caption was padded, or with what; words that are not read."""
+    model, _, (_, _, ids, mask) = clip_model()
+    vectors = model.embed_text(ids, mask)
+    nearly(vectors.norm(dim=1), torch.ones(8))
+    nearly(model.embed_text(torch.where(mask, ids, 7), mask)[:, :40], vectors[:, :40])
+    nearly(model.embed_text(ids[:, :40], mask[:, :40]), vectors)
+    for place in (torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2):      # the first, and the last before the end
+        changed = ids.scatter(1, place[:, None], 65)
+        assert ((model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5).all()
 
 
 def test_contrastive_loss_by_hand():
-    """Catches: one direction only, a temperature that multiplies, or one that leaves [0.001, 0.5]."""
-    model, _, _ = tiny_clip()
+    """Catches: one direction only; a temperature that multiplies."""
+    model, _, _ = clip_model()
     video, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    expected = (sum(math.log1p(math.exp(-gap)) for gap in (0.8, 1.6)) / 2 + sum(math.log1p(math.exp(-gap)) for gap in (2.0, 0.4)) / 2) / 2
-    for temperature in (0.5, 5.0):                               # similarities 1, .6 / 0, .8, divided by 0.5
-        nn.init.constant_(model.temperature, temperature)
-        assert model.contrastive(video, text).item() == pytest.approx(expected, abs=1e-5)
-    nn.init.constant_(model.temperature, -1.0)
-    assert model.contrastive(text, text).item() == pytest.approx(0, abs=1e-5)
-    assert model.contrastive(video, video.flip(0)).item() == pytest.approx(1000, rel=1e-3)           # clamped at 0.001
+    nn.init.constant_(model.temperature, 0.5)
+    # similarities 1, .6 / 0, .8, divided by 0.5: what the right ones lead by, in rows and in columns
+    leads = (0.8, 1.6, 2.0, 0.4)
+    expected = sum(math.log1p(math.exp(-lead)) for lead in leads) / 4
+    assert model.contrastive(video, text).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_untrained_loss_is_an_even_guess():
-    """Catches: embeddings or a temperature whose logits are far too large (or all the same way wrong) before the first step: the loss
-    would not begin near ln b, and the first steps would only repair that."""
-    torch.manual_seed(0)
-    encoding, cfg = data.load_encoding("world"), train_clip.ClipConfig(image_size=32, frames=2)
-    model, _ = train_clip.build(cfg, encoding)
-    batch = data.finish(data.WorldBatches(data.World(32, 2), 16)[0], torch.device("cpu"))
-    with torch.no_grad():
-        video, text = model.embed_video(batch["video"], 1)[0], model.embed_text(*data.tokenize(encoding, batch["caption"], cfg.text_length))
-        assert abs(model.contrastive(video, text).item() - math.log(16)) < 0.25 * math.log(16)
-
-
-def test_one_batch_can_be_learnt_by_heart():
-    """Catches: a loss that cannot fall because gradients are cut; one that falls towards the wrong pairs."""
-    model, batch, (ids, mask) = tiny_clip()
-    solver = torch.optim.AdamW(model.parameters(), lr=2e-3)
+@pytest.mark.parametrize("name", train_clip.TOKENIZERS)
+def test_every_tokenizer_learns_a_batch_by_heart(name):
+    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; logits
+    that are far too large before the first step; a parameter that is never used."""
+    model, cfg, batch = clip_model(tokenizer=name, frames=4, width=64, layers=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(100):
-        video, _, _, seg = model.embed_video(batch["video"], 1)
-        terms = dict(zip(("focal", "dice"), segmenter.segmentation_loss(seg, batch["labels"]))) | dict(contrastive=model.contrastive(video, model.embed_text(ids, mask)))
-        losses.append({k: v.item() for k, v in terms.items()})
-        solver.zero_grad()
-        (terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]).backward()
-        solver.step()
+    for _ in range(50):
+        optimizer.zero_grad()
+        losses.append(train_clip.whole_step(model, batch, 1, cfg))
+        optimizer.step()
+    for parameter, p in model.named_parameters():
+        assert p.grad.isfinite().all(), parameter
     assert losses[-1]["contrastive"] < 0.35 * math.log(8)
-    with torch.no_grad():
-        similarity = model.embed_text(ids, mask) @ model.embed_video(batch["video"], 1)[0].T
-    assert train_clip.recalls(similarity, "t2v")["t2v_r1"] == train_clip.recalls(similarity.T, "v2t")["v2t_r1"] == 1
-    assert losses[-1]["dice"] < 0.9 * losses[0]["dice"] and losses[-1]["focal"] < 0.7 * losses[0]["focal"]
+    video, text = model.embed_video(batch.video, 1, batch.labels)[0], model.embed_text(batch.ids, batch.mask)
+    assert train_clip.recalls(text @ video.T, "x", torch.eye(8) > 0)["x_r1"] > 0.8
+    if name == "trajvit2":
+        assert losses[0]["contrastive"] == pytest.approx(math.log(8), rel=0.25)
+        assert losses[-1]["dice"] < 0.95 * losses[0]["dice"]
+        assert losses[-1]["focal"] < 0.8 * losses[0]["focal"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# train_clip.py: the tokenizers
+# -----------------------------------------------------------------------------------------------------------
+
+def test_patches_are_the_naive_tubelets():
+    """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
+    model, _, batch = clip_model(tokenizer="vit3d", frames=6)
+    net = model.video.tokenizer
+    for t in (6, 5, 1):
+        steps = (t + 1) // 2
+        x = segmenter.normalise(batch.video[:2, :t])
+        z, mask, seg = net(batch.video[:2, :t])
+        assert mask is seg is None
+        assert z.shape == (2, 16 * steps, 32)
+        for b, step, i, j in ((0, 0, 0, 0), (1, steps - 1, 3, 1), (1, 0, 1, 3)):
+            last = min(2 * step + 1, t - 1)
+            patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+            n = step * 16 + i * 4 + j
+            nearly(z[b, n], net.embed(patch.movedim(1, -1).flatten()) + net.position[0, n])
+
+
+def test_vivit_is_the_naive_factorised_encoder():
+    """Catches: time steps that see each other's patches, a temporal encoder without order, a lost CLS."""
+    model, _, batch = clip_model(tokenizer="vivit", frames=6)
+    net, tokenizer = model.video, model.video.tokenizer
+    video = batch.video[:1]
+    x = tokenizer.embed(tokenizer.patches(video).flatten(4))[0].flatten(1, 2) + tokenizer.position
+    read = [net.cls[0, 0]]
+    for step in x:                                              # (h·w, d)
+        read.append(net.transformer(torch.cat((net.cls, step[None]), 1))[0, 0])
+    expected = tokenizer.temporal(torch.stack(read)[None] + tokenizer.time)[:, 0]
+    nearly(net(video)[0], expected)
+    assert (net(video)[0] - net(video.flip(1))[0]).abs().max() > 1e-4
+
+
+def test_tokenlearner_is_the_naive_weighted_sum():
+    """Catches: weights over the wrong axis, time steps that are mixed, a reduction at another depth."""
+    model, _, batch = clip_model(tokenizer="tokenlearner", frames=6, layers=3, learned_tokens=3)
+    net, tokenizer = model.video, model.video.tokenizer
+    layers = net.transformer.layers
+    z, _, _ = tokenizer(batch.video[:1])
+    x = layers[1](layers[0](torch.cat((net.cls, z), 1)))        # of three layers: before the third
+    learned = [x[0, 0]]
+    for step in x[0, 1:].split(16):
+        scores = tokenizer.score(tokenizer.norm(step))          # (16, 3)
+        for s in range(3):
+            weights = scores[:, s].softmax(0)
+            learned.append(sum(weights[p] * step[p] for p in range(16)))
+    expected = net.transformer.norm(layers[2](torch.stack(learned)[None]))[:, 0]
+    nearly(net(batch.video[:1])[0], expected)
+
+
+def test_rlt_keeps_what_changes():
+    """Catches: a comparison of the wrong frames, a first step that is dropped. Oracle: loops."""
+    model, _, batch = clip_model(tokenizer="rlt", frames=8)
+    x = segmenter.normalise(batch.video)
+    kept = model.video.tokenizer(batch.video)[1].view(8, 4, 4, 4)
+    assert kept[:, 0].all()
+    assert 0 < kept[:, 1:].sum() < kept[:, 1:].numel()
+    for b, t, i, j in itertools.product(range(4), range(1, 4), range(4), range(4)):
+        now, before = x[b, [2 * t + 1, 2 * t - 2], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+        assert kept[b, t, i, j] == ((now - before).abs().mean() > 0.1)
+
+
+def test_trajvit_reads_the_masks_it_is_given():
+    """Catches: points counted to another trajectory or frame, unlabelled points that speak, tokens that depend
+    on a trajectory's number. Oracle: loops over trajectories and frames."""
+    model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
+    net, video, labels = model.video.tokenizer.eval(), batch.video[:3], batch.labels[:3]
+    labels[0, :, :16] = -1
+    labels[2] = -1                                              # a clip without a trajectory
+    z, mask, _ = net(video, 1, labels)
+    f, grid = net.extract(video)
+    t, h, w = grid
+    f = f.unflatten(1, grid)
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
+    assert not mask[2].any()
+    for b in range(2):
+        present = points[b].unique()
+        assert mask[b].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
+        k = int(present.max())
+        looks, places = [], []
+        for frame in range(t):
+            mine = points[b, frame] == k
+            if mine.any():
+                y, x = (mine.nonzero() + 0.5).mean(0)
+                where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
+                angle = (where[:, None] * net.waves).flatten()
+                places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
+                looks.append(f[b, frame][mine].mean(0))
+        seen = torch.ones(1, len(looks), dtype=torch.bool)
+        token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
+        nearly(z[b, k], net.out(token)[0], 1e-3)
+    # the same trajectories under other numbers
+    names = torch.randperm(int(labels.max()) + 1)
+    renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
+    clip, number = mask.nonzero().T
+    nearly(net(video, 1, renamed)[0][clip, names[number]], z[clip, number], 1e-3)
+
+
+@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path", "recompute"))
+def test_ablation_flags_reach_the_tokenizer(flag):
+    """Catches: a flag that is parsed and never used, or that the size's values overwrite."""
+    for size, no in itertools.product(("nano", "large"), ("", "no-")):
+        argv = ["--size", size, f"--{no}{flag}", "--image-size", "32", "--frames", "2", "--num-queries", "6"]
+        cfg = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+        with torch.device("meta"):
+            tokenizer = train_clip.TrajViT2(cfg)
+        assert getattr(tokenizer.cfg, flag.replace("-", "_")) == (not no)
+        assert tokenizer.segmenter.latents.shape == (6, trajtok.SIZES[size].dim)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# train_clip.py: one step
+# -----------------------------------------------------------------------------------------------------------
+
+def by_the_book(model, batch, m, cfg):
+    """One forward pass, the loss as the paper writes it, one backward pass."""
+    video, _, _, seg = model.embed_video(batch.video, m)
+    contrastive = model.contrastive(video, model.embed_text(batch.ids, batch.mask))
+    focal, dice = segmenter.segmentation_loss(seg, batch.labels)
+    loss = contrastive + cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
+    loss.backward()
+    return dict(contrastive=contrastive.item(), focal=focal.item(), dice=dice.item())
+
+
+def one_step(take_step, clips=slice(None), **changes):
+    """Terms of the loss, and all gradients of a step on (some of) eight clips, labelled unevenly."""
+    model, cfg, batch = clip_model(segmentation_weight=3.0, **changes)
+    batch.labels[1] = -1
+    batch.labels[2, :, :10] = -1
+    terms = take_step(model, train_clip.Batch(*(x[clips] for x in batch)), 2, cfg)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {name: terms[name] for name in ("contrastive", "focal", "dice")}, gradients
+
+
+@pytest.mark.parametrize("micro_batch", (0, 4, 2, 1))
+@pytest.mark.parametrize("dice_weight", (1.0, 0.0))
+def test_micro_batches_are_the_whole_batch(micro_batch, dice_weight):
+    """Catches: negatives that shrink with the micro-batch, clips that weigh by their labels, a temperature
+    that is counted once for each part, a weight of the loss that does not reach it."""
+    take_step = train_clip.micro_batch_step if micro_batch else train_clip.whole_step
+    mine = one_step(take_step, micro_batch=micro_batch, dice_weight=dice_weight)
+    expected = one_step(by_the_book, dice_weight=dice_weight)
+    assert mine[0] == pytest.approx(expected[0], rel=1e-4)
+    nearly(mine[1], expected[1])
+
+
+@pytest.mark.parametrize("micro_batch", (0, 2))
+def test_two_processes_take_one_step(tmp_path, micro_batch):
+    """Catches: negatives of the own process only; a gradient of the gathered vectors, or of the temperature,
+    that is counted twice or not at all."""
+    def work(rank):
+        trajtok.setup(train_clip.ClipConfig(device="cpu"))
+        step = train_clip.micro_batch_step if micro_batch else train_clip.whole_step
+        clips = slice(4 * rank, 4 * rank + 4)
+        terms, gradients = one_step(step, clips, micro_batch=micro_batch)
+        for gradient in gradients.values():
+            torch.distributed.all_reduce(gradient)
+        gradients["temperature"] /= 2                           # each process had the whole of it
+        torch.save((trajtok.all_reduce(list(terms.values()), "cpu"), gradients), tmp_path / f"{rank}.pt")
+
+    in_ranks(2, work)
+    terms, gradients = one_step(by_the_book)
+    for rank in (0, 1):
+        mine = torch.load(tmp_path / f"{rank}.pt")
+        assert mine[0] == pytest.approx(list(terms.values()), rel=1e-4)
+        nearly(mine[1], gradients)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # train_clip.py: the evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def test_recalls_are_naive_ranks():
-    """Catches: candidates and queries swapped, ranks that are one off, ties or NaN that pass for hits: a model whose output is
-    constant, or broken, must not score."""
-    similarity = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
-    similarity += 1.5 * torch.eye(40)
-    result = train_clip.recalls(similarity, "t2v")
-    ranks = [sorted(row.tolist(), reverse=True).index(row[i].item()) for i, row in enumerate(similarity)]
-    assert result == pytest.approx({f"t2v_r{n}": sum(rank < n for rank in ranks) / 40 for n in (1, 5, 10)})
-    assert 0 < result["t2v_r1"] < result["t2v_r5"] < result["t2v_r10"] < 1 and result != train_clip.recalls(similarity.T, "t2v")
-    assert set(train_clip.recalls(torch.ones(40, 40), "v2t").values()) == {0.0}
-    assert set(train_clip.recalls(torch.eye(40), "v2t").values()) == {1.0}
-    assert set(train_clip.recalls(torch.full((40, 40), math.nan), "v2t").values()) == {0.0}
-    owner = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)         # one, two or three captions a video
-    similarity = torch.randn(40, len(owner), generator=torch.Generator().manual_seed(0)) + 1.5 * (owner == torch.arange(40)[:, None])
-    best = [min(sum(s >= row[c].item() for s, o in zip(row.tolist(), owner.tolist()) if o != i) for c in range(len(owner)) if owner[c] == i)
-            for i, row in enumerate(similarity)]
-    assert train_clip.recalls(similarity, "v2t", owner == torch.arange(40)[:, None]) == pytest.approx({f"v2t_r{n}": sum(rank < n for rank in best) / 40 for n in (1, 5, 10)})
+    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers, or another
+    right one that counts as wrong; ties or NaN that pass for hits: a broken model must not score."""
+    owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
+    right = owner[:, None] == torch.arange(30)                  # captions x clips
+    similarity = (torch.randn(len(owner), 30) + right).round(decimals=1)        # with ties
+    for sim, ok in ((similarity, right), (similarity.T, right.T)):
+        ranks = []
+        for row, answers in zip(sim.tolist(), ok.tolist()):
+            best = max(s for s, a in zip(row, answers) if a)
+            ranks.append(sum(s >= best for s, a in zip(row, answers) if not a))
+        expected = {f"x_r{n}": np.mean([rank < n for rank in ranks]) for n in (1, 5, 10)}
+        assert train_clip.recalls(sim, "x", ok) == pytest.approx(expected)
+    for value in (1.0, math.nan):
+        assert set(train_clip.recalls(torch.full((40, 40), value), "x", torch.eye(40) > 0).values()) == {0.0}
 
 
 def test_linear_probe():
-    """Catches: a probe that sees the test labels (better than chance on noise), does not converge, or is upset by the scale of a feature."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(4, (600,), generator=generator)
-    centres = 4 * torch.randn(4, 12, generator=generator)
-    x = centres[y] + torch.randn(600, 12, generator=generator)
-    x *= torch.logspace(-3, 3, 12)
-    parts = slice(0, 300), slice(300, 400), slice(400, 600)
-
-    def score(x, y):
-        return train_clip.linear_probe(*(t for part in parts for t in (x[part], y[part])))
-    assert score(x, y) > 0.97
-    assert 0.1 < score(torch.randn(600, 12, generator=generator), y) < 0.4       # chance is a quarter
-    assert score(x, y) == score(x, y)
-    assert score(torch.cat((x, torch.ones(600, 1)), 1), y) > 0.97                # a feature that never changes
+    """Catches: a probe that sees the test labels (better than chance on noise), that does not converge, or is
+    upset by the scale of a feature."""
+    y = torch.randint(4, (600,))
+    x = 4 * torch.randn(4, 12)[y] + torch.randn(600, 12)
+    x = torch.cat((x * torch.logspace(-3, 3, 12), torch.ones(600, 1)), 1)       # one never changes
+    parts = (slice(0, 300), slice(300, 400), slice(400, 600))
+    for features, least, most in ((x, 0.97, 1), (torch.randn(600, 12), 0.1, 0.4)):
+        assert least <= train_clip.linear_probe(*((features[part], y[part]) for part in parts)) <= most
 
 
-def test_gflops_are_those_of_one_clip():
-    """Catches: a count that grows with the batch, counts a multiply-add once, or is of one clip where clips differ."""
-    class Stub(nn.Module):
-        def embed_video(self, video, m, labels):
-            assert video.shape == (1, 2, 32, 32, 3) and labels.shape == (1, 2, 32, 32)
-            return torch.ones(3, 5) @ torch.ones(5, int(labels[0, 0, 0, 0]))
-    labels = torch.arange(6)[:, None, None, None].expand(6, 2, 32, 32)
-    batch = dict(video=torch.zeros(6, 2, 32, 32, 3, dtype=torch.uint8), labels=labels)
-    assert train_clip.gflops(Stub(), batch, train_clip.ClipConfig(), limit=4) == pytest.approx(2 * 3 * 5 * 1.5 / 1e9)        # 0, 1, 2, 3
+def test_flops_of_every_tokenizer(capsys):
+    """Catches: --flops that runs the models, leaves out a tokenizer, or counts the same at every length."""
+    run(train_clip.main, "--flops", "--image-size", 32, "--patch", 16)
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in lines[1:]}
+    assert list(table) == list(train_clip.TOKENIZERS)
+    for name, row in table.items():
+        assert row == sorted(set(row)), name
+        assert len(row) == 5
+    # 128 frames: four layers of width 128 over 4 x 64 patches and CLS, by hand
+    n, w = 257, 128
+    layer = 2 * 12 * n * w * w + 2 * 2 * n * n * w
+    expected = (4 * layer + 2 * 256 * 1536 * w) / 1e9
+    assert table["vit3d"][4] == pytest.approx(expected, abs=0.006)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # train_clip.py: whole runs
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-RESULT = {"t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq", "live_tokens", "parameters", "gflops",
-          "clips_per_second", "seconds", "peak_memory_gb"}
-FILES = ["config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json"]
+RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq",
+          "live_tokens", "parameters", "gflops", "clips_per_second", "seconds", "peak_memory_gb", "seed", "tokenizer"}
+FILES = ["config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json", "state.pt"]
+
+
+def read_result(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -4596,663 +4125,304 @@ def clip_run(tmp_path_factory):
     return out / "clip-nano"
 
 
-def test_run_on_the_world(clip_run):
-    """Catches: a command that does not run to its end, results without what a comparison needs, flags that do not reach the model."""
-    result = json.loads((clip_run / "result.json").read_text())
-    assert RESULT <= set(result) and sorted(os.listdir(clip_run)) == sorted(FILES + ["trajectories.png", "curves.png"])
-    assert all(math.isfinite(result[key]) for key in RESULT) and result["clips"] == 8
-    assert all(0 <= result[key] <= 1 for key in RESULT if "_r" in key or key in ("appearance", "motion", "veq", "stq"))
-    assert 1 <= result["live_tokens"] <= trajtok.SIZES["nano"].num_queries and result["gflops"] > 0 and result["parameters"] > 1e5
-    lines = log(clip_run)
+def test_run_on_the_world(clip_run, tmp_path):
+    """Catches: a command that does not run to its end, results without what a comparison needs, flags that do
+    not reach the model, weights that `show` (whose default is a run of this script) cannot read."""
+    result, lines = read_result(clip_run), log(clip_run)
+    assert RESULT <= set(result)
+    assert result["clips"] == 8
+    assert all(0 <= value <= 1 for key, value in result.items() if "2" in key)
+    assert 1 <= result["live_tokens"] <= 24
+    assert sorted(os.listdir(clip_run)) == sorted([*FILES, "trajectories.png"])
     assert [line["step"] for line in lines] == [0, 1]
-    assert {"contrastive", "focal", "dice", "lr", "gradient_norm", "clips_per_second", "data_wait", "memory_gb"} <= set(lines[0])
+    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "clips_per_second", "memory_gb"} <= set(lines[0])
     config = json.loads((clip_run / "config.json").read_text())
-    assert config["image_size"] == config["tokenizer"]["image_size"] == 32 and config["tokenizer"]["out_dim"] == 32 and config["batch"] == 4
-    assert read_picture(clip_run / "trajectories.png").ndim == read_picture(clip_run / "curves.png").ndim == 3
-
-
-def test_a_runs_tokenizer_can_be_taken_out_and_shown(clip_run, tmp_path):
-    """Catches: weights that TrajTok.from_pretrained and `show` (whose default is a run of this script) cannot read."""
-    from safetensors.torch import load_file
+    assert config["image_size"] == config["trajtok"]["image_size"] == config["trajtok"]["out_dim"] == 32
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
     weights = load_file(clip_run / "model.safetensors")
-    assert torch.equal(tokenizer.segmenter.latents, weights["video.tokenizer.segmenter.latents"])
+    assert torch.equal(tokenizer.encoder.latents, weights["video.tokenizer.encoder.latents"])
     run(trajtok.main, "show", "world", "--weights", clip_run, "--out", tmp_path)
-    assert (tmp_path / "world-trajectories.png").exists()
 
 
-def test_run_on_a_manifest_with_a_damaged_file(media, tmp_path, capsys):
-    """Catches: a damaged file that ends a run or hides, made-up scores for what real video does not tell."""
-    rows = [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(5)] + [{"video": str(media / "text.mp4"), "caption": "none"}]
-    run(train_clip.main, *CLIP, "--steps", 3, "--augment", "--data", manifest(tmp_path / "m.json", rows), "--name", "m", "--out", tmp_path / "out")
-    folder = tmp_path / "out" / "clip-m"
-    result = json.loads((folder / "result.json").read_text())
-    assert RESULT <= set(result) and set(FILES) <= set(os.listdir(folder)) and result["left_out"] == 1
-    assert result["appearance"] is None and result["motion"] is None and result["veq"] is None and result["clips"] >= 1
-    assert all("contrastive" in line and "focal" not in line for line in log(folder)) and len(log(folder)) == 3
-    assert capsys.readouterr().err.count("text.mp4") == 1
+@pytest.fixture
+def unscored(monkeypatch):
+    """Runs end after the last step."""
+    monkeypatch.setattr(train_clip, "finish", lambda *_: None)
 
 
-def test_pretrained_tokenizers_can_be_frozen(tmp_path):
-    """Catches: --init-tokenizer that starts from new weights after all, --freeze-tokenizer that lets them move."""
-    torch.manual_seed(5)
-    trajtok.TrajTok(TINY).save_pretrained(tmp_path / "tokenizer")
-    states = {}
-    for name, flags in (("frozen", ["--freeze-tokenizer"]), ("free", [])):
-        run(train_clip.main, *CLIP, "--probe-clips", 8, "--init-tokenizer", tmp_path / "tokenizer", *flags, "--name", name, "--out", tmp_path)
-        states[name] = trajtok.load_weights(trajtok.TrajTok(TINY), tmp_path / f"clip-{name}", "video.tokenizer.").state_dict()
-    start = trajtok.TrajTok.from_pretrained(tmp_path / "tokenizer").state_dict()
-    assert all(torch.equal(start[key], states["frozen"][key]) for key in start)
-    assert not any(torch.equal(start[key], states["free"][key]) for key in ("segmenter.latents", "encoder.latents", "segmenter.backbone.stages.0.0.dwconv.weight"))
-    assert all((start[key] - states["free"][key]).abs().max() < 0.1 for key in start)
-    # with --places: the same weights, and new ones for what the saved tokenizer has not
-    run(train_clip.main, *CLIP, "--probe-clips", 8, "--init-tokenizer", tmp_path / "tokenizer", "--freeze-tokenizer", "--places", "--name", "placed", "--out", tmp_path)
-    placed = trajtok.TrajTok.from_pretrained(tmp_path / "clip-placed").state_dict()
-    assert all(torch.equal(start[key], placed[key]) for key in start)
-    assert {key.split(".")[1] for key in placed.keys() - start.keys()} == {"places"}
-
-
-def test_a_killed_run_resumes_exactly(tmp_path):
-    """Catches: anything that --resume forgets: optimizer, random state, position in the data, log lines. Run a is never stopped; run
-    b is killed (no handler runs) after a few steps and resumed. Losses are compared as they were logged: bit for bit."""
-    argv = [str(a) for a in (*CLIP, "--steps", 24, "--save-every", 3, "--probe-clips", 8)]
-    run(train_clip.main, *argv, "--out", tmp_path / "a")
-    child = subprocess.Popen([sys.executable, str(HERE / "train_clip.py"), *argv, "--out", str(tmp_path / "b")], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE)
-    lines = tmp_path / "b" / "clip-nano" / "log.jsonl"
-    while not (lines.exists() and lines.read_text().count("\n") >= 8):
-        assert child.poll() is None, child.stderr.read()
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    killed_at = lines.read_text().count("\n")
-    assert child.returncode == -signal.SIGKILL and killed_at < 24, "it was over before it was killed"
-    run(train_clip.main, *argv, "--out", tmp_path / "b", "--resume")
-    a, b = (without_clock(log(tmp_path / name / "clip-nano")) for name in "ab")
-    assert [line["step"] for line in b] == list(range(24))
-    assert len({line["tokens"] > line["live_trajectories"] for line in a}) == 2, "the token count was never drawn, so this proves less"
-    for one, two in zip(a, b, strict=True):
-        assert one == two
-    first, second = (json.loads((tmp_path / name / "clip-nano" / "result.json").read_text()) for name in "ab")
-    assert {k: first[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")} == {k: second[k] for k in ("t2v_r1", "v2t_r5", "motion", "veq")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train_clip.py: the tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
-
-def row(name, **changes):
-    """A tokenizer of the comparison in its smallest form, its configuration, and made clips for it: (tokenizer, cfg, batch)."""
-    torch.manual_seed(0)
-    cfg = train_clip.ClipConfig(**{**dict(tokenizer=name, image_size=32, frames=6, patch=8, width=32, heads=2, layers=3, text_layers=1, text_width=32, embed=64,
-                                          num_queries=8), **changes})
-    batch = data.finish(data.WorldBatches(data.World(cfg.image_size, cfg.frames), 8)[0], torch.device("cpu"))
-    return train_clip.TOKENIZERS[name](cfg).eval(), cfg, batch
-
-
-def test_patches_are_the_naive_tubelets():
-    """Catches: pixels of one patch that end up in another, positions of another patch's, an odd last frame that is lost."""
-    net, cfg, batch = row("vit3d")
-    for t in (6, 5, 1):
-        x = segmenter.normalise(batch["video"][:2, :t])
-        z, mask = net(batch["video"][:2, :t])
-        assert mask is None and z.shape == (2, -(-t // 2) * 16, 32)
-        for b, step, i, j in ((0, 0, 0, 0), (1, -(-t // 2) - 1, 3, 1), (1, 0, 1, 3)):
-            frames = x[b, [2 * step, min(2 * step + 1, t - 1)], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-            n = step * 16 + i * 4 + j
-            close(z[b, n], net.embed(frames.permute(0, 2, 3, 1).flatten()) + net.position[0, n], 1e-5)
-
-
-def test_vivit_is_the_naive_factorised_encoder():
-    """Catches: time steps that see each other's patches, a temporal encoder without order, a CLS that is left out."""
-    net, cfg, batch = row("vivit")
-    encoder_ = train_clip.VideoEncoder(net, cfg).eval()
-    with torch.no_grad():
-        video = batch["video"][:1]
-        x = net.embed(net.patches(video).flatten(4))[0].flatten(1, 2) + net.position                 # (t', h w, w)
-        steps = [encoder_.transformer(torch.cat((encoder_.cls, x[i:i + 1]), 1))[:, 0] for i in range(3)]
-        wanted = net.temporal(torch.stack([encoder_.cls[0, 0]] + [s[0] for s in steps])[None] + net.time)
-        close(encoder_(video).cls, wanted[:, 0], 1e-5)
-        assert (encoder_(video).cls - encoder_(video.flip(1)).cls).abs().max() > 1e-4                # the order of time is read
-        assert encoder_(video).out.shape == (1, 3, 32) and encoder_(video).tokens.z.shape[1] == 48
-
-
-def test_tokenlearner_is_the_naive_weighted_sum():
-    """Catches: weights over the wrong axis, time steps that are mixed, sums of the normed x, a reduction at another depth."""
-    net, cfg, batch = row("tokenlearner", learned_tokens=3)
-    encoder_ = train_clip.VideoEncoder(net, cfg).eval()
-    with torch.no_grad():
-        z, _ = net(batch["video"][:1])
-        x = encoder_.transformer.layers[1](encoder_.transformer.layers[0](torch.cat((encoder_.cls, z), 1)))      # 3 layers: before the third
-        learned = []
-        for step in x[0, 1:].split(16):                          # (16, w)
-            y = net.norm(step)
-            weights = torch.stack([(s - s.logsumexp(0)).exp() for s in net.score(y).T])
-            learned += [sum(weights[s, p] * step[p] for p in range(16)) for s in range(3)]
-        x = torch.cat((x[:, :1], torch.stack(learned)[None]), 1)
-        wanted = encoder_.transformer.norm(encoder_.transformer.layers[2](x))
-        close(encoder_(batch["video"][:1]).cls, wanted[:, 0], 1e-4)
-        assert encoder_(batch["video"][:1]).out.shape == (1, 9, 32)
-
-
-def test_rlt_keeps_what_changes():
-    """Catches: a comparison of the wrong frames, a first step that is dropped. Oracle: loops."""
-    net, cfg, batch = row("rlt", frames=8)
-    video = torch.full((1, 8, 32, 32, 3), 90, dtype=torch.uint8)
-    video[0, 5:, 8:16, 16:24] = 200                              # patch (1, 2) changes between frames 4 and 5: within step 2
-    video[0, 6:, 0:8, 0:8] += 1                                  # too little to count
-    with torch.no_grad():
-        z, mask = net(video)
-        kept = {(n // 16, n // 4 % 4, n % 4) for n in mask[0].nonzero()[:, 0].tolist()}
-        # steps are frames (0 1) (2 3) (4 5) (6 7): step 2 ends otherwise than step 1 began, step 3 ends otherwise than step 2 began
-        assert kept == {(0, i, j) for i in range(4) for j in range(4)} | {(2, 1, 2), (3, 1, 2)}
-        close(z[0], net.embed(net.patches(video).flatten(4)).flatten(1, 3)[0] + net.position[0], 1e-4)
-        x = segmenter.normalise(batch["video"][:, :8])
-        for threshold in (0.05, 0.3):
-            net.threshold = threshold
-            kept = net.changed(net.patches(batch["video"][:, :8]))
-            for b, t, i, j in itertools.product(range(4), range(x.shape[1] // 2), range(4), range(4)):
-                cut = lambda f: x[b, f, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-                assert bool(kept[b, t, i, j]) == (t == 0 or (cut(2 * t + 1) - cut(2 * t - 2)).abs().mean().item() > threshold)
-
-
-def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points that are counted to another trajectory or frame, unlabelled points that speak, tokens that depend on a trajectory's
-    number. Oracle: loops over trajectories and frames."""
-    net, cfg, batch = row("trajvit", num_queries=12)
-    video, labels = batch["video"][:3], batch["labels"][:3].clone()
-    labels[0, :, :16] = -1
-    labels[2] = -1                                               # a clip without one trajectory
-    with torch.no_grad():
-        z, mask = net(video, labels)
-        f, (t, h, w) = net.extract(video)
-        points = segmenter.labels_on_grid(labels, (t, h, w), 12).view(3, t, h, w)
-        f = f.view(3, t, h, w, -1)
-        for b in range(3):
-            present = points[b].unique()
-            assert sorted(mask[b].nonzero()[:, 0].tolist()) == [i for i in present.tolist() if i >= 0]
-        for b, i in ((0, int(points[0].max())), (1, int(points[1, 0, 0, 0]))):
-            frames = [k for k in range(t) if (points[b, k] == i).any()]
-            look = torch.stack([f[b, k][points[b, k] == i].mean(0) for k in frames])
-            place = []
-            for k in frames:
-                y, x = (points[b, k] == i).nonzero().T
-                place.append(torch.cat([v * net.waves for v in ((x + 0.5).mean() / w, (y + 0.5).mean() / h, torch.tensor((k + 0.5) / t))]))
-            place = torch.stack(place)
-            seen = torch.ones(1, len(frames), dtype=torch.bool)
-            wanted = net.appearance(look[None], seen) + net.place(net.where(torch.cat((place.sin(), place.cos()), -1))[None], seen)
-            close(z[b, i], net.out(wanted)[0], 1e-3)
-        names = torch.randperm(int(labels.max()) + 1)            # the same trajectories under other numbers
-        other, mask2 = net(video, torch.where(labels >= 0, names[labels.clamp(min=0)], -1))
-        clip, number = mask.nonzero().T
-        close(other[clip, names[number]], z[clip, number], 1e-3)
-        assert int(mask2.sum()) == int(mask.sum())
-        assert net(video, torch.full_like(labels, -1))[1].sum() == 0
-
-
-def test_trajvit_sees_what_colour_a_plain_ground_has():
-    """Catches: norms over one frame (GroupNorm: mean distance 0.39 to 0.47 of the features' length where BatchNorm's is 0.76 to 0.91), which take a plain
-    ground's colour away; a saved model whose tokens depend on the clips beside it; one picture of 32 px, whose last map has one number a channel."""
-    colours = torch.tensor([[200, 40, 40], [40, 40, 200], [40, 160, 60], [220, 220, 220]], dtype=torch.uint8)
-    video = colours[:, None, None, None].expand(-1, 2, 64, 64, -1)
-    labels = torch.zeros(4, 2, 64, 64, dtype=torch.int64)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        net = train_clip.TrajViT(train_clip.resolve(train_clip.ClipConfig(tokenizer="trajvit", frames=2)))
-        with torch.no_grad():
-            for _ in range(30):                                  # the running averages arrive
-                f = net.extract(video)[0].mean(1)
-            assert torch.cdist(f, f).sum() / 12 > 0.6 * f.norm(dim=-1).mean()
-            net.eval()
-            close(net(video[1:2], labels[1:2])[0], net(video, labels)[0][1:2], 1e-4)
-            assert net.train()(video[:1, :1, :32, :32], labels[:1, :1, :32, :32])[0].isfinite().all()
-    norm = train_clip.BatchNorm(3)
-    norm.running_mean += 1.0
-    close(norm.train()(torch.full((1, 3, 1, 1), 3.0)), torch.full((1, 3, 1, 1), 2.0), 1e-4)          # one number a channel: by the running averages
-
-
-@pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
-def test_tokens_that_are_not_real_cost_nothing_and_change_nothing(name):
-    """Catches: compaction that loses a real token, keeps a dead one, or gives another answer or gradient than a masked, padded row."""
-    if name == "trajvit2":
-        model, batch, _ = tiny_clip()
-        batch = {k: batch[k][:6] for k in ("video", "labels")}   # of the others, one has all that there can be
-        net = model.video
-    else:
-        net, cfg, batch = row(name, rlt_threshold=0.3, num_queries=12)
-        net = train_clip.VideoEncoder(net, cfg)
-        batch = {k: batch[k][4:7] for k in ("video", "labels")}  # of the others, one has all that there can be
-        batch["labels"] += 2                                     # two numbers that no trajectory has
-    results = []
-    for net.compact, net.pack in ((True, True), (True, False), (False, False)):
-        net.zero_grad()
-        out = net(batch["video"], 2 if name == "trajvit2" else None, batch["labels"])
-        out.cls.square().sum().backward()
-        results.append((out, {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}))
-    long, g2 = results.pop()                                     # padded and masked
-    counts, largest = long.tokens.mask.sum(1), max(g.abs().max() for g in g2.values())
-    for short, g1 in results:
-        assert short.tokens.z.shape[1] == counts.max() < long.tokens.z.shape[1] and torch.equal(short.tokens.mask.sum(1), counts)
-        close(short.cls, long.cls, 1e-5)
-        close(short.out[short.mask], long.out[long.mask], 1e-5)
-        assert g1.keys() == g2.keys() and all((g1[key] - g2[key]).abs().max() < 1e-5 * largest for key in g1)
+@pytest.mark.parametrize("name", train_clip.OTHERS)
+def test_other_tokenizers_run(tmp_path, name):
+    """Catches: a tokenizer of the comparison that ends in an error; scores of masks where there are none."""
+    run(train_clip.main, *CLIP, "--tokenizer", name, "--out", tmp_path)
+    result = read_result(tmp_path / f"clip-nano-{name}")
+    assert RESULT <= set(result)
+    assert (result["veq"], result["tokenizer"]) == (None, name)
+    assert "focal" not in log(tmp_path / f"clip-nano-{name}")[0]
 
 
 EXAMPLE = '''
+import torch
+import torch.nn.functional as F
+from train_clip import ViT3D
+from segmenter import Segmentation
+
 class KMeans(ViT3D):
-    """k-means on patches: 32 clusters of a clip's patches; a token is the mean of its cluster."""
-    def forward(self, video):
-        x, _ = super().forward(video)                            # (b, n, w): patches with their positions
-        tokens = x[:, ::max(x.shape[1] // 32, 1)]                # the first centres: every so many patches
+    """k-means on patches: a token is the mean of its cluster."""
+    def forward(self, video, m=1, labels=None):
+        x, _, _ = super().forward(video)                        # (b, n, w): patches with their positions
+        tokens = x[:, ::max(x.shape[1] // 32, 1)]               # the first centres: every so many patches
         for _ in range(5):
-            own = torch.cdist(x.detach(), tokens.detach()).argmin(-1)            # (b, n): the nearest centre
+            own = torch.cdist(x.detach(), tokens.detach()).argmin(-1)
             share = F.one_hot(own, tokens.shape[1]).to(x.dtype)
             tokens = share.transpose(1, 2) @ x / (share.sum(1)[..., None] + 1e-6)
-        return tokens, share.any(1)                              # True = a cluster that is not empty
-TOKENIZERS["kmeans"] = KMeans
+        return tokens, share.any(1), None                       # True = a cluster that is not empty
+
+class Masks(KMeans):
+    """... and masks of its own, which get the segmentation loss. A patch is two frames deep."""
+    def forward(self, video, m=1, labels=None):
+        x, _, _ = ViT3D.forward(self, video)
+        logits = x[..., :6].repeat(1, 2, 1)
+        ids = logits.argmax(-1)
+        return x, None, Segmentation(x, logits, ids, F.one_hot(ids, 6).any(1), (2, self.side, self.side))
 '''
 
 
-def test_a_tokenizer_of_ones_own(tmp_path, monkeypatch):
-    """Catches: a fork that needs more than one class and one line: the example of the README, trained, saved, evaluated again."""
-    monkeypatch.setattr(train_clip, "TOKENIZERS", dict(train_clip.TOKENIZERS))
-    exec(EXAMPLE, vars(train_clip))
-    assert EXAMPLE in (HERE / "README.md").read_text()
-    run(train_clip.main, *CLIP, "--tokenizer", "kmeans", "--out", tmp_path)
-    result = json.loads((tmp_path / "clip-nano-kmeans" / "result.json").read_text())
-    assert RESULT <= set(result) and 1 <= result["live_tokens"] <= 32 and result["veq"] is None
-    assert len(log(tmp_path / "clip-nano-kmeans")) == 2
+@pytest.mark.parametrize("name", ("KMeans", "Masks"))
+def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
+    """Catches: a fork that needs more than a class in a file: trained, saved, scored again; masks of one's own
+    that get no loss."""
+    (tmp_path / "mine.py").write_text(EXAMPLE)
+    argv = [*CLIP, "--out", tmp_path, "--tokenizer"]
+    run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}")
+    folder = tmp_path / f"clip-nano-{name}"
+    assert ("focal" in log(folder)[0]) == (name == "Masks")
+    result = read_result(folder)
+    run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}", "--eval-only")
+    assert read_result(folder)["t2v_r5"] == result["t2v_r5"]
+    assert "Nothing" in refused(capsys, train_clip.main, *argv, f"{tmp_path}/mine.py:Nothing")
 
 
-@pytest.mark.parametrize("name", [name for name in train_clip.TOKENIZERS if name != "trajvit2"])     # its own: test_one_batch_can_be_learnt_by_heart
-def test_every_row_learns_a_batch_by_heart(name):
-    """Catches: a tokenizer through which no gradient, or nothing about the clip, comes; a parameter that is never used."""
-    net, cfg, batch = row(name, frames=4, width=64, heads=4, layers=2)
-    encoding = data.load_encoding("world")
-    model = train_clip.VideoCLIP(net, encoding.n_vocab, cfg).train()
-    ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
-    solver = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
-        loss = model.contrastive(model.embed_video(batch["video"], None, batch["labels"])[0], model.embed_text(ids, mask))
-        solver.zero_grad()
-        loss.backward()
-        solver.step()
-    assert loss.item() < 0.35 * math.log(8)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), [k for k, p in model.named_parameters() if p.grad is None]
+@pytest.fixture
+def captioned(media, tmp_path):
+    """A manifest of clips with labels and several captions, one of them long; one file is damaged."""
+    rows = []
+    for i in range(6):
+        texts = [f"grey number {i}", f"a zebra counts to {i}"]
+        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}", split="val" if i < 2 else "train"))
+    rows[3]["caption"].append("zebra " * 60)
+    rows.append(dict(video=str(media / "text.mp4"), caption="none", label="kind 0", split="train"))
+    return manifest(tmp_path / "m.json", rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train_clip.py: micro-batches, several processes
-# ---------------------------------------------------------------------------------------------------------------------
-
-def in_ranks(world, work, folder):
-    """work(rank) in `world` processes that know each other -> exit codes. Forked: a fresh process would import for seconds."""
-    import socket
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    children = []
-    data.load_encoding("world")                                  # once, not in each of them
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-                sys.stderr = sys.stdout = open(folder / f"rank{rank}.txt", "a")
-                work(rank)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def test_run_on_captioned_videos(captioned, tmp_path, capsys):
+    """Catches: a damaged file that ends a run or hides; made-up scores for what real video does not tell; a
+    vocabulary that a resumed, scored or continued run draws up anew; captions cut without a word."""
+    argv = [*CLIP, "--data", captioned, "--save-every", 1, "--out", tmp_path, "--name"]
+    run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
+    told, folder = capsys.readouterr(), tmp_path / "clip-a"
+    assert "1 of " in told.out and "--text-length 48" in told.out
+    assert told.err.count("text.mp4") == 1
+    result = read_result(folder)
+    assert (result["clips"], result["left_out"]) == (2, 1)
+    assert result["motion"] is result["veq"] is None
+    assert result["zero_shot"] in (0, 0.5, 1)
+    assert result["t2v_r5"] == 1
+    assert "focal" not in log(folder)[0] or log(folder)[0]["focal"] == 0
+    words = json.loads((folder / "config.json").read_text())["words"]
+    assert any("zebra" in word for word in words)
+    # other captions would make another vocabulary
+    captioned.write_text(captioned.read_text().replace("zebra", "heron"))
+    for name, flags in (("a", ["--resume", "--steps", 5]), ("a", ["--eval-only"]), ("b", ["--init", folder])):
+        run(train_clip.main, *argv, name, *flags)
+        config = json.loads((tmp_path / f"clip-{name}" / "config.json").read_text())
+        assert config["words"] == words
+    assert [line["step"] for line in log(folder)] == list(range(5))
+    assert json.loads((folder / "config.json").read_text())["augment"] is True
 
 
-def gradients(micro_batch, clips=slice(None)):
-    """Loss terms and gradients of one step on (some of) eight clips, of which two are unlabelled and one in part."""
-    torch.manual_seed(0)
-    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64, micro_batch=micro_batch, num_queries=6)
-    encoding = data.load_encoding("world")
-    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
-    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
-    batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
-    batch["ids"], batch["mask"] = data.tokenize(encoding, batch["caption"], cfg.text_length)
-    batch = {k: batch[k][clips] for k in ("video", "labels", "ids", "mask")}
-    clips, labelled = trajtok.total([len(batch["video"]), int((batch["labels"] >= 0).any())], torch.device("cpu"))
-    terms, tokens, live = train_clip.step_gradients(model, batch, clips, labelled, 2, cfg, torch.device("cpu"))
-    return terms | dict(tokens=tokens, live=live), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+def test_a_mixture_of_made_and_real_clips(captioned, tmp_path, unscored):
+    """Catches: a set of a mixture that is never drawn; a loss that breaks where a batch has no masks."""
+    run(train_clip.main, *CLIP, "--steps", 4, "--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix",
+        "--out", tmp_path)
+    focal = [line["focal"] > 0 for line in log(tmp_path / "clip-mix")]
+    assert sorted(focal) == [False, False, True, True]
 
 
-def whole_batch_gradients():
-    """The same by the book: one forward, one loss, one backward."""
-    torch.manual_seed(0)
-    cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32, embed=64)
-    encoding = data.load_encoding("world")
-    model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
-    batch = data.finish(data.WorldBatches(data.World(32, 2), 8)[0], torch.device("cpu"))
-    batch["labels"][1], batch["labels"][6], batch["labels"][2, :, :10] = -1, -1, -1
-    video, _, _, seg = model.embed_video(batch["video"], 2)
-    terms = dict(contrastive=model.contrastive(video, model.embed_text(*data.tokenize(encoding, batch["caption"], cfg.text_length))))
-    terms |= dict(zip(("focal", "dice"), segmenter.segmentation_loss(seg, batch["labels"])))
-    loss = terms["contrastive"] + 0.5 * terms["focal"] + terms["dice"]
-    loss.backward()
-    return {k: v.item() for k, v in terms.items()} | dict(loss=loss.item()), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
+    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them move,
+    or that freezes an encoder of random weights; --init that loads a part of a run."""
+    argv = [*CLIP, "--out", tmp_path, "--init-segmenter", clip_run, "--warmup", 0, "--seed", 1, "--name"]
+    run(train_clip.main, *argv, "frozen", "--freeze-segmenter")
+    run(train_clip.main, *argv, "free")
+    run(train_clip.main, *CLIP, "--init", clip_run, "--lr", 0, "--name", "same", "--out", tmp_path)
+    start, frozen, free, same = (load_file(folder / "model.safetensors") for folder in (
+        clip_run, *(tmp_path / f"clip-{name}" for name in ("frozen", "free", "same"))))
+    nearly(same, start, 0)
+    for name, value in start.items():
+        if name.startswith("video.tokenizer.segmenter."):
+            assert torch.equal(frozen[name], value), name
+            assert (free[name] - value).abs().max() < 0.1, name
+    for name in ("segmenter.latents", "encoder.perceiver.norm_ctx.weight"):
+        name = f"video.tokenizer.{name}"
+        assert not torch.equal(free[name], start[name])
+    assert not torch.equal(frozen[name], torch.ones(96))
 
 
-def same_step(one, two, tolerance=1e-5):
-    terms, wanted = one[0], two[0]
-    for key in ("contrastive", "focal", "dice", "loss"):
-        assert terms[key] == pytest.approx(wanted[key], rel=tolerance), key
-    assert one[1].keys() == two[1].keys()
-    for key, value in two[1].items():
-        assert (one[1][key] - value).abs().max() <= tolerance * max(value.abs().max().item(), 1.0), key
+def test_a_killed_run_resumes_exactly(tmp_path):
+    """Catches: anything that --resume forgets: optimizer, draws, place in the data, log lines. Run a is never
+    stopped; run b is killed (no handler runs), scored as it is, and resumed: its weights are the same to the
+    last bit."""
+    argv = [*CLIP, "--steps", 14, "--save-every", 3, "--probe-clips", 8]
+    run(train_clip.main, *argv, "--out", tmp_path / "a")
+    argv += ["--out", tmp_path / "b"]
+    command = [sys.executable, HERE / "train_clip.py", *argv]
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    a, b = tmp_path / "a" / "clip-nano", tmp_path / "b" / "clip-nano"
+    while not (b / "log.jsonl").exists() or len((b / "log.jsonl").read_bytes().splitlines()) < 5:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    step = torch.load(b / "state.pt")["step"]
+    assert 3 <= step < 14, "it was over before it was killed"
+    run(train_clip.main, *argv, "--eval-only", "--tokens-per-trajectory", 4)
+    assert read_result(b)["live_tokens"] >= 4
+    run(train_clip.main, "--resume", "--out", tmp_path / "b")   # the other flags are in config.json
+    assert without_clock(log(b)) == without_clock(log(a))
+    one, two = (torch.load(folder / "state.pt") for folder in (a, b))
+    nearly(two["model"], one["model"], 0)
+    nearly(two["optimizer"]["state"], one["optimizer"]["state"], 0)
+    assert read_result(b)["t2v_r5"] == read_result(a)["t2v_r5"]
+    # a finished run goes on with more steps
+    run(train_clip.main, "--resume", "--out", tmp_path / "b", "--steps", 16)
+    assert [line["step"] for line in log(b)] == list(range(16))
 
 
-@pytest.mark.parametrize("flag, field", (("--no-detach", "detach"), ("--no-hierarchical", "hierarchical"),
-                                         ("--no-hard-mask", "hard_mask"), ("--no-mean-start", "mean_start"),
-                                         ("--places", "places"), ("--path", "path"), ("--recompute", "recompute")))
-def test_ablation_flags_reach_the_tokenizer(flag, field):
-    """Catches: a flag that is parsed and never used, or that another size's defaults overwrite."""
-    encoding = data.load_encoding("world")
-    plain, changed = (data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv) for argv in ([], [flag]))
-    before, after = (train_clip.build(cfg, encoding)[0].video.tokenizer.cfg for cfg in (plain, changed))
-    assert getattr(after, field) != getattr(before, field)
-    assert dataclasses.replace(after, **{field: getattr(before, field)}) == before
+def test_a_resumed_run_keeps_its_size(tmp_path):
+    """Catches: a size that has to be given again, because its default overrides the saved one."""
+    saved = train_clip.ClipConfig(**train_clip.CLIP_SIZES["tiny"] | dict(name="x", lr=0.1, places=True))
+    argv = ["--name", "x", "--resume", "--steps", "7"]
+    data.write_json(tmp_path / "config.json", dataclasses.asdict(saved) | {"a field of another version": 1})
+    now = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+    found = trajtok.resumed(now, tmp_path, train_clip.CLIP_SIZES, argv)
+    assert found == dataclasses.replace(saved, resume=True, steps=7)
 
 
-def test_dice_weight_weighs_dice_alone():
-    """Catches: --dice-weight that is parsed and not used, or that weighs the focal loss as well."""
-    terms = []
-    for weight in (0.0, 1.0, 2.0):
-        torch.manual_seed(0)
-        cfg = train_clip.ClipConfig(image_size=32, frames=2, width=32, heads=2, layers=1, text_layers=1, text_width=32,
-                                    embed=64, num_queries=6, dice_weight=weight)
-        encoding = data.load_encoding("world")
-        model = train_clip.VideoCLIP(trajtok.TrajTok(TINY), encoding.n_vocab, cfg)
-        batch = data.finish(data.WorldBatches(data.World(32, 2), 4)[0], torch.device("cpu"))
-        batch["ids"], batch["mask"] = data.tokenize(encoding, batch["caption"], cfg.text_length)
-        line, _, _ = train_clip.step_gradients(model, batch, 4, 4, 1, cfg, torch.device("cpu"))
-        assert line["loss"] == pytest.approx(line["contrastive"] + 0.5 * line["focal"] + weight * line["dice"], rel=1e-5)
-        terms.append(model.video.tokenizer.segmenter.traj_seg_head[0].weight.grad)
-    nothing, one, two = terms
-    assert (one - nothing).abs().max() > 1e-4                    # Dice reaches the masks
-    close(two - nothing, 2 * (one - nothing), 1e-3)              # ... in proportion to its weight
+def test_two_processes_and_micro_batches_are_one_run(tmp_path, unscored):
+    """Catches: a plain command that does not start several processes; processes that see the same clips; runs
+    that drift apart from one process with the whole batch."""
+    argv = [*CLIP, "--steps", 4, "--warmup", 0, "--device", "cpu", "--out", tmp_path, "--name"]
+    run(train_clip.main, *argv, "whole", "--batch", 8)
+    run(train_clip.main, *argv, "micro", "--batch", 8, "--micro-batch", 2)
+    command = [sys.executable, HERE / "train_clip.py", *argv, "two", "--processes", 2]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    whole = log(tmp_path / "clip-whole")
+    for name in ("micro", "two"):
+        lines = log(tmp_path / f"clip-{name}")
+        for one, other in zip(whole, lines, strict=True):
+            for key in ("contrastive", "focal", "dice", "tokens", "gradient_norm", "temperature", "clips"):
+                assert other[key] == pytest.approx(one[key], rel=1e-3), (name, key)
+    assert read_result(tmp_path / "clip-two")["clips"] == 8
 
 
-@pytest.mark.parametrize("argv", (["--path", "--tokenizer", "vit3d"], ["--no-detach", "--tokenizer", "rlt"], ["--dice-weight", "-1"]))
-def test_ablations_that_cannot_be_are_refused(argv):
-    """Catches: a flag of the trajectory tokenizer that is silently ignored by another one."""
-    with pytest.raises(BadInput, match=argv[0].strip("-").removeprefix("no-")):
-        data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+@pytest.mark.parametrize("flag, tolerance", (("--recompute", 1e-4), ("--compile", 1e-4), ("--bf16", 0.1)))
+def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatch, unscored, flag, tolerance):
+    """Catches: a flag that changes what is computed, that ends in an error, or that does nothing."""
+    compile_ = nn.Module.compile
+    # traced, as a whole, and not translated to C++, which takes minutes
+    how = dict(backend="eager", fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, dynamic=dynamic, **how))
+    run(train_clip.main, *CLIP, flag, "--steps", 1, "--out", tmp_path)
+    one, two = log(clip_run)[0], log(tmp_path / "clip-nano")[0]
+    for key in ("contrastive", "focal", "dice", "gradient_norm"):
+        assert two[key] == pytest.approx(one[key], rel=tolerance)
+    assert (flag == "--bf16") == (two["contrastive"] != pytest.approx(one["contrastive"], rel=1e-5))
 
 
-@pytest.mark.parametrize("micro_batch", (0, 8, 3, 1))
-def test_micro_batches_are_the_whole_batch(micro_batch):
-    """Catches: negatives that shrink with the micro-batch, means of means (clips here are labelled unevenly), a temperature that is counted
-    once for each part."""
-    same_step(gradients(micro_batch), whole_batch_gradients())
+def test_scores_along_the_way(tmp_path, monkeypatch):
+    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log does
+    not hold, or that are taken for steps of training."""
+    seen, embed = [], train_clip.embed
+
+    def watched(model, batches, *rest):
+        seen.append(min(batches.indices))
+        return embed(model, batches, *rest)
+
+    monkeypatch.setattr(train_clip, "embed", watched)
+    run(train_clip.main, *CLIP, "--eval-every", 1, "--out", tmp_path)
+    lines = log(tmp_path / "clip-nano")
+    assert [("t2v_r5" in line, "contrastive" in line) for line in lines] == [(False, True), (True, False)] * 2
+    assert all(data.VALIDATION <= first < data.TEST for first in seen[:2])
+    assert seen[2] >= data.TEST
+    run(train_clip.main, *CLIP, "--eval-only", "--eval-split", "validation", "--out", tmp_path)
+    assert data.VALIDATION <= seen[5] < data.TEST
 
 
-@pytest.mark.parametrize("cut, micro_batch", ((4, 0), (5, 2), (8, 0)))
-def test_two_processes_are_one(tmp_path, cut, micro_batch):
-    """Catches: negatives of the own process only, a gradient of the gathered vectors or of the temperature that is counted twice or not at all, loss
-    terms that are means over uneven parts; a process without a single clip (8, 0) on which the other waits for ever."""
-    def work(rank):
-        trajtok.meet(torch.device("cpu"))
-        torch.save(gradients(micro_batch, slice(0, cut) if rank == 0 else slice(cut, None)), tmp_path / f"{rank}.pt")
-    assert in_ranks(2, work, tmp_path) == [0, 0], (tmp_path / "rank1.txt").read_text()
-    alone = gradients(0)
-    for rank in (0, 1):
-        mine = torch.load(tmp_path / f"{rank}.pt")
-        same_step(mine, whole_batch_gradients())
-        assert {k: mine[0][k] for k in ("tokens", "live")} == {k: alone[0][k] for k in ("tokens", "live")}
+def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
+    """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
+    without the rows of yesterday."""
+    trained = []
+
+    def train_here(command):
+        trained.append(command[2:])
+        train_clip.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(trajtok, "subprocess", types.SimpleNamespace(run=train_here))
+    small = " ".join(map(str, CLIP))
+    argv = ["--script", "train_clip.py", "--json", tmp_path / "c.json", "--out", tmp_path, "--seeds", 0]
+    for seeds, count in (([], 2), ([1], 4), ([1], 4)):
+        run(trajtok.main, "compare", f"base: {small}", f"detach: --no-detach {small}", *argv, *seeds)
+        assert len(trained) == count
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert {"command", "hardware", "rows"} <= set(written)
+    assert [[one["seed"] for one in row["results"]] for row in written["rows"]] == [[0, 1], [0, 1]]
+    config = json.loads((tmp_path / "clip-detach-1" / "config.json").read_text())
+    assert (config["detach"], config["seed"]) == (False, 1)
+    assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
+    run(trajtok.main, "table", tmp_path / "clip-base-0", tmp_path / "c.json")
+    assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
 
 
-@pytest.mark.parametrize("world", (1, 2))
-def test_a_stopped_run_of_processes_is_the_same(tmp_path, monkeypatch, world):
-    """Catches: a resumed run, of one or two processes, that is not the one that was never stopped."""
-    argv = [str(a) for a in (*CLIP, "--steps", 7, "--save-every", 4, "--probe-clips", 8)]
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    """Catches: a traceback where a smaller --micro-batch is what helps."""
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
-    def main(*more, stopped=False):
-        def work(rank):
-            if stopped:                                          # in step 5, after the checkpoint before step 4
-                rate = train_clip.learning_rate
-                monkeypatch.setattr(train_clip, "learning_rate", lambda step, cfg: sys.exit(3) if step == 5 else rate(step, cfg))
-            monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
-            run(train_clip.main, *argv, *more)
-        return in_ranks(world, work, tmp_path)
-    assert main("--out", tmp_path / "a") == [0] * world, (tmp_path / "rank0.txt").read_text()
-    assert main("--out", tmp_path / "b", stopped=True) == [3] * world
-    assert len(log(tmp_path / "b" / "clip-nano")) == 5 and not (tmp_path / "b" / "clip-nano" / "result.json").exists()
-    assert torch.load(tmp_path / "b" / "clip-nano" / "state.pt")["step"] == 4
-    assert main("--out", tmp_path / "b", "--resume") == [0] * world
-    a, b = (without_clock(log(tmp_path / name / "clip-nano")) for name in "ab")
-    assert [line["step"] for line in b] == list(range(7)) and a == b
-    assert all(line["clips"] == 4 * world for line in a)
-    if world == 2:                                               # the same clips as one process with twice the batch, dealt out in turn
-        monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
-        run(train_clip.main, *argv, "--batch", 8, "--name", "alone", "--out", tmp_path)
-        for one, two in zip(a[:3], log(tmp_path / "clip-alone")):
-            assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in ("contrastive", "focal", "dice", "gradient_norm", "tokens"))
-        # another number of processes would have seen other clips
-        with pytest.raises(SystemExit) as stop:
-            run(train_clip.main, *argv, "--out", tmp_path / "b", "--resume")
-        assert stop.value.code == 2
+    monkeypatch.setattr(train_clip, "whole_step", fails)
+    line = refused(capsys, train_clip.main, *CLIP, "--out", tmp_path)
+    assert "2 GiB" in line and "--micro-batch" in line and "--recompute" in line
 
 
-def family(pid):
-    """Every process below this one."""
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] if Path(f"/proc/{pid}").exists() else []
-    return children + [g for c in children for g in family(c)]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_a_death_in_the_family_ends_the_run(tmp_path):
-    """Catches: a plain command that does not start several processes, and processes that wait for ever for one that was killed."""
-    argv = [*CLIP, "--steps", 4000, "--processes", 2, "--device", "cpu", "--out", tmp_path]
-    parent = subprocess.Popen([sys.executable, str(HERE / "train_clip.py"), *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    lines, began = tmp_path / "clip-nano" / "log.jsonl", time.time()
-    try:
-        while not (lines.exists() and lines.read_text().count("\n") >= 2):
-            assert parent.poll() is None, parent.stderr.read()
-            assert time.time() - began < 120
-            time.sleep(0.05)
-        environment = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in family(parent.pid)}
-        os.kill(next(pid for pid, values in environment.items() if b"RANK=1" in values), signal.SIGKILL)
-        killed = time.time()
-        _, errors = parent.communicate(timeout=60)
-    finally:
-        left = family(parent.pid)
-        for pid in (*left, *([parent.pid] if parent.poll() is None else [])):
-            os.kill(pid, signal.SIGKILL)
-    assert parent.returncode == 2 and not left and time.time() - killed < 60
-    assert errors.splitlines()[-1].startswith("error: one of the 2 processes ended") and "Traceback" not in errors.splitlines()[-1]
-
-
-def test_ways_to_compute_are_the_same_computation(tmp_path, monkeypatch):
-    """Catches: a flag that changes what is computed, draws random numbers anew in the backward pass, or ends in an error."""
-    monkeypatch.setattr(train_clip, "evaluate", lambda *_: (dict.fromkeys(RESULT | {"clips"}, 1.0) | dict(appearance=None, veq=None), [], []))
-    lines = {}
-    compile_ = nn.Module.compile                                 # traced, but not translated to C++, which takes minutes
-    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, backend="eager", dynamic=dynamic))
-    for name in ("plain", "recompute", "bf16", "fused", "compile"):
-        flags = {"plain": [], "compile": ["--compile", "--steps", 1]}.get(name, [f"--{name}"])       # a second step would be traced anew
-        run(train_clip.main, *CLIP, *flags, "--name", name, "--out", tmp_path)
-        lines[name] = log(tmp_path / f"clip-{name}")
-        for one, two in zip(lines["plain"], lines[name]):
-            for key in ("contrastive", "focal", "dice", "gradient_norm"):
-                assert one[key] == pytest.approx(two[key], rel=0.1 if name == "bf16" else 1e-4), name
-    assert lines["plain"][0]["contrastive"] != lines["bf16"][0]["contrastive"], "nothing was computed in bfloat16"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train_clip.py: the evaluation, continued
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_recalls_with_several_captions():
-    """Catches: a caption of the same video that counts as a wrong answer, and the worst of them instead of the best. Oracle: loops."""
-    torch.manual_seed(0)
-    owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
-    similarity = torch.randn(len(owner), 30).round(decimals=1)   # captions x videos, with ties
-    right = owner[:, None] == torch.arange(30)
-    one, two = train_clip.recalls(similarity, "t2v", right), train_clip.recalls(similarity.T, "v2t", right.T)
-    for n in (1, 5, 10):
-        ranks = [sum(float(similarity[c, v]) >= float(similarity[c, owner[c]]) for v in range(30) if v != owner[c]) for c in range(len(owner))]
-        assert one[f"t2v_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
-        best = [max(float(similarity[c, v]) for c in range(len(owner)) if owner[c] == v) for v in range(30)]
-        ranks = [sum(float(similarity[c, v]) >= best[v] for c in range(len(owner)) if owner[c] != v) for v in range(30)]
-        assert two[f"v2t_r{n}"] == pytest.approx(np.mean([r < n for r in ranks]))
-
-
-def test_a_run_that_is_older_than_a_flag_goes_on(tmp_path):
-    """Catches: a new flag that makes every earlier run impossible to resume,"""
-    run(train_clip.main, *CLIP, "--probe-clips", 8, "--out", tmp_path)
-    path = tmp_path / "clip-nano" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("eval_split", "places")}))
-    run(train_clip.main, *CLIP, "--probe-clips", 8, "--out", tmp_path, "--resume")
-
-
-def test_a_recipe_is_chosen_on_clips_of_its_own(monkeypatch):
-    """Catches: `--eval-split validation` that looks at a clip of the test, or the other way round."""
-    seen, real_batches = [], data.WorldBatches
-
-    class Spy(real_batches):
-        def __getitem__(self, i):
-            batch = super().__getitem__(i)
-            seen.extend(batch["index"])
-            return batch
-    monkeypatch.setattr(data, "WorldBatches", Spy)
-    for split, wrong in (("validation", lambda i: data.TEST <= i < data.HELDOUT + 50_000_000), ("test", lambda i: data.VALIDATION + 50_000_000 <= i < data.TEST or i >= data.HELDOUT)):
-        cfg = train_clip.resolve(train_clip.ClipConfig(**train_clip.CLIP_SIZES["nano"] | dict(tokenizer="vit3d", frames=2, batch=4, eval_clips=4, probe_clips=8, eval_split=split)))
-        encoding = data.load_encoding("world")
-        model, _ = train_clip.build(cfg, encoding)
-        _, test, count, _ = trajtok.open_data(cfg, "caption")
-        seen.clear()
-        train_clip.evaluate(model, test, count, cfg, torch.device("cpu"), encoding)
-        assert len(seen) >= 16 and not any(map(wrong, seen))
-        last = range(data.TEST, data.HELDOUT) if split == "test" else range(data.VALIDATION + 50_000_000, data.TEST)
-        assert any(i in last for i in seen)                      # the probes' penalty is not chosen by the clips that they are scored on
-
-
-def test_a_run_on_a_skinned_mixture(media, skins, tmp_path, capsys):
-    """Catches: a set of a mixture that is never drawn, textures that the run does not remember; TrajViT on a mixture of which one set has no masks."""
-    path = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey number {i}"} for i in range(6)])
-    argv = [*CLIP, "--data", f"{path},world", "--mix", "1,1", "--textures", skins, "--out", tmp_path / "out"]
-    assert "_mask.npz" in refused(capsys, train_clip.main, *argv, "--tokenizer", "trajvit")
-    run(train_clip.main, *argv)
-    folder = tmp_path / "out" / "clip-nano-m+world"
-    assert [line["segmentation"] for line in log(folder)].count(True) == 1       # of two steps one on made clips: each set is drawn
-    assert json.loads((folder / "config.json").read_text())["textures_crc"] == data.open_textures(skins)
-
-
-def test_flags_give_back_the_configuration():
-    """Catches: a command line, as a result is written beside it, that gives another run."""
-    for changes in ({}, dict(size="tiny", frames=6, lr=1e-3, camera=False, bf16=True, name="x", segmentation_weight=0.0), dict(tokenizer="rlt", rlt_threshold=0.2)):
-        cfg = train_clip.ClipConfig(**{**train_clip.CLIP_SIZES[changes.get("size", "nano")], **changes})
-        assert data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, trajtok.flags(cfg, train_clip.CLIP_SIZES)) == cfg
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# train_clip.py: bad input
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", (
-    (["--size", "huge"], "nano, tiny"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "fast"), (["--image-size", 33], "multiple of 32"),
-    (["--image-size", 0], "image"), (["--frames", 0], "frames"), (["--batch", 0], "--batch 0"), (["--steps", 0], "--steps 0"),
-    (["--heads", 3], "heads"), (["--text-length", 1], "--text-length 1"), (["--freeze-tokenizer"], "--init-tokenizer"),
-    (["--device", "abacus"], "--device abacus"), (["--text", "nowhere"], "--text nowhere"), (["--num-queries", 0], "quer"),
-    (["--tokens-per-trajectory", 3], "1, 2, 4"), (["--probe-clips", 0], "probe"), (["--workers", -1], "workers"),
-    (["--tokenizer", "magic"], "trajvit2, trajvit"), (["--tokenizer", "vit3d", "--patch", 7], "--patch 7"), (["--micro-batch", -1], "--micro-batch -1"),
-    (["--tokenizer", "rlt", "--init-tokenizer", "x"], "TrajTok"), (["--tokenizer", "rlt", "--places"], "--places"), (["--eval-split", "train"], "--eval-split train"), (["--eval-split", "validation", "--data", "m.json"], "--eval-split validation"),
-    (["--acts", 3], "acts"),
-    (["--resume"], "no run"), (["--init-tokenizer", "nowhere"], "config.json"), (["--data", "nothing.json"], "no such file")))
-def test_bad_flags_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
-    """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the training is over."""
+    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"), ("--lr nan", "--lr nan"),
+    ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"), ("--steps 0", "--steps 0"), ("--heads 3", "--heads 3"),
+    ("--workers -1", "--workers -1"), ("--num-queries 0", "--num-queries 0"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
+    ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
+    ("--tokenizer rlt --no-detach", "--tokenizer rlt"), ("--tokenizer rlt --init-segmenter x", "--tokenizer rlt"),
+    ("--dice-weight -1", "--dice-weight -1"), ("--freeze-segmenter", "--init-segmenter"), ("--init-segmenter nowhere", "nowhere"),
+    ("--init nowhere", "nowhere"), ("--device abacus", "abacus"), ("--text nowhere", "nowhere"), ("--eval-split train", "--eval-split train"),
+    ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"), ("--data nothing.json", "nothing.json"),
+    ("--data EMPTY", "empty"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the"), ("--val nothing.json", "nothing.json"),
+    ("--mix 1,2", "--mix 1,2"), ("--out FILE", "--out"), ("--name nano", "--overwrite"),
+    ("--resume --name nano --size tiny", "another model or size"), ("--resume --name nano --width 64", "another model or size")))
+def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, flags, words):
+    """Catches: a flag that is ignored, that ends in a traceback, or that is found wrong after the training."""
     monkeypatch.chdir(tmp_path)
-    assert words in refused(capsys, train_clip.main, *CLIP, "--probe-clips", 8, *flags, "--out", tmp_path / "out")
-    assert not list(tmp_path.glob("out/*/log.jsonl"))
-
-
-@pytest.mark.parametrize("rows, flags, words", (
-    ([], [], "empty manifest"), (["clip0", "clip1"], [], "caption"), (["clip0"], ["captions"], "at least 2"),
-    (["clip0", "clip1", "clip2", "clip3"], ["captions", "--frames", 200], "--frames"), (["text", "empty", "half"], ["captions"], "decoded"),
-    (["nothing", "nowhere"], ["captions"], "no such file")))
-def test_bad_manifests_are_refused(media, tmp_path, capsys, rows, flags, words):
-    """Catches: a run that finds nothing to learn from and says so late, at length, or never."""
-    captions = "captions" in flags
-    path = manifest(tmp_path / "m.json", [{"video": str(media / f"{row}.mp4")} | ({"caption": row} if captions else {}) for row in rows])
-    assert words in refused(capsys, train_clip.main, *CLIP, *(f for f in flags if f != "captions"), "--data", path, "--out", tmp_path / "out")
-    assert not list(tmp_path.glob("out/*/model.safetensors"))
-
-
-def test_given_masks_must_be_given(media, tmp_path, capsys):
-    """Catches: TrajViT on videos without sidecars, which would train on no token at all."""
-    path = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4"), "caption": f"grey {i}"} for i in range(4)])
-    assert "_mask.npz" in refused(capsys, train_clip.main, *CLIP, "--tokenizer", "trajvit", "--data", path, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_without_one_readable_training_clip_is_refused(media, tmp_path, capsys):
-    """Catches: a run that skips every step, because no training clip can be read, and then reports the scores of an untrained model
-    on held-out clips that can."""
-    names = [f"file{i}.mp4" for i in range(8)]
-    train, test = trajtok.split_entries([dict(path=name) for name in names], 0.25)
-    for e in train:
-        (tmp_path / e["path"]).write_text("no video")
-    for e in test:
-        shutil.copy(media / "clip0.mp4", tmp_path / e["path"])
-    path = manifest(tmp_path / "m.json", [{"video": name, "caption": name} for name in names])
-    refused(capsys, train_clip.main, *CLIP, "--steps", 4, "--data", path, "--name", "m", "--out", tmp_path / "out")
-    assert not (tmp_path / "out" / "clip-m" / "result.json").exists()
-
-
-def test_runs_and_weights_of_another_size_are_refused(clip_run, tokenizer_folder, tmp_path, capsys):
-    """Catches: a run that is resumed or overwritten under another size, weights that are loaded in part."""
-    out, nano = clip_run.parent, [*CLIP, "--out", clip_run.parent]
-    assert "size 'nano' (now 'tiny')" in refused(capsys, train_clip.main, *nano, "--resume", "--size", "tiny", "--name", "nano")
-    assert "--overwrite" in refused(capsys, train_clip.main, *nano)
-    assert json.loads((out / "clip-nano" / "config.json").read_text())["size"] == "nano" and (out / "clip-nano" / "result.json").exists()
-    shutil.copy(tokenizer_folder / "config.json", tmp_path / "config.json")
-    trajtok.write_weights(tmp_path / "model.safetensors", trajtok.TrajTok(dataclasses.replace(TINY, dim=16)).state_dict())
-    assert "another model or size" in refused(capsys, train_clip.main, *CLIP, "--init-tokenizer", tmp_path, "--out", tmp_path / "out")
-    assert "--width 32" in refused(capsys, train_clip.main, *CLIP, "--width", 64, "--init-tokenizer", tokenizer_folder, "--out", tmp_path / "out")
-    assert "num-queries" in refused(capsys, train_clip.main, *CLIP, "--num-queries", 3, "--init-tokenizer", tokenizer_folder, "--out", tmp_path / "out")
-    assert "another model or size" in refused(capsys, trajtok.main, "show", "world", "--weights", tmp_path, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("argv, words", (
-    ([], "pretrain, show"), (["fly"], "pretrain, show"), (["show"], "clip"), (["show", "nothing.mp4"], "no such file"), (["show", "TEXT"], "decoded"),
-    (["show", "CLIP", "--frames", 200], "--frames"), (["show", "CLIP", "--image-size", 33], "multiple of 32"),
-    (["show", "CLIP", "--tokens-per-trajectory", 3], "1, 2, 4"), (["show", "CLIP", "--weights", "nowhere"], "nowhere"),
-    (["pretrain", "--data", "NOMASKS"], "_mask.npz"), (["pretrain", "--batch", 0], "batch"), (["pretrain", "--steps", 0], "steps"),
-    (["pretrain", "--frames", 0], "frames"), (["show", "CLIP", "--frames", -1], "frames"), (["show", "CLIP", "--window", 8], "--frames 0"),
-    (["show", "world", "--frames", 0], "video files"), (["show", "HALF", "--frames", 0], "decoded"),
-    (["show", "CLIP", "--weights", "CLIP"], "whole file"),
-    (["show", "CLIP", "--seed", 10 ** 20], "--seed"), (["show", "CLIP", "--seed", -1], "--seed"),
-    (["show", "CLIP", "--image-size", 99999999968], "8192"), (["show", "CLIP", "--frames", 10 ** 9], "100000"),
-    (["pretrain", "--textures", "nowhere"], "--textures nowhere"), (["pretrain", "--textures", "x", "--data", "NOMASKS"], "leave one"),
-    (["pretrain", "--size", "huge"], "nano, tiny"), (["pretrain", "--num-queries", 0], "--num-queries 0"), (["pretrain", "--data", ""], "empty name"),
-    (["pretrain", "--data", "world,"], "empty name"), (["pretrain", "--textures", ""], "empty name"), (["pretrain", "--data", "CLIP"], "one film"),
-    (["pretrain", "--init", "nowhere"], "nowhere")))
-def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
-    """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
-    monkeypatch.chdir(tmp_path)
-    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / "clip0.mp4")}] * 2)
-    argv = [{"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}.get(a, a) for a in argv]
-    if argv[:1] == ["show"] and "--weights" not in argv:
-        argv += ["--weights", tokenizer_folder]
-    if argv[:1] == ["pretrain"]:
-        argv = ["pretrain", *SMALL, *argv[1:]]
-    assert words in refused(capsys, trajtok.main, *argv)
-    assert not list(tmp_path.glob("out/segmenter-*"))            # a run that is refused has no folder, or it could not be started again
+    silent = [{"video": str(media / f"clip{i}.mp4")} for i in range(4)]
+    broken = [{"video": str(media / name), "caption": "x", "split": split}
+              for name, split in (("clip0.mp4", "val"), ("text.mp4", "train"), ("half.mp4", "train"))]
+    files = {"EMPTY": manifest(tmp_path / "empty.json", []), "SILENT": manifest(tmp_path / "silent.json", silent),
+             "BROKEN": manifest(tmp_path / "broken.json", broken), "FILE": tmp_path / "silent.json"}
+    argv = [files.get(word, word) for word in flags.split()]
+    if "nano" in argv:                                          # a run that there is
+        shutil.copytree(clip_run, tmp_path / "out" / "clip-nano")
+    assert words in refused(capsys, train_clip.main, *CLIP, *argv)
+    assert not (tmp_path / "out" / "clip-nano" / "result.json").exists() or "nano" in argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------

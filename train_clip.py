@@ -119,10 +119,10 @@ class ClipConfig:
     flops: bool = False                     # count GFLOPs at 8 .. 128 frames; nothing is run
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads text_layers "
-                                  "text_width embed patch learned_tokens num_queries text_length max_objects")
-        trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride processes workers "
-                                  "eval_every segmentation_weight dice_weight rlt_threshold")
+        trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads")
+        trajtok.at_least(self, 1, "text_layers text_width text_length embed patch learned_tokens num_queries")
+        trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride workers")
+        trajtok.at_least(self, 0, "processes eval_every segmentation_weight dice_weight rlt_threshold")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
         if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
@@ -173,7 +173,8 @@ class Layer(nn.Module):
         after clip, of `lengths` positions."""
         qkv = self.qkv(self.norm1(x))
         q, k, v = rearrange(qkv, "b s (three a c) -> three b a s c", three=3, a=self.heads)
-        # softmax over the keys; padding and dead trajectories are not read
+        # softmax over the keys; padding and dead trajectories are not read. Without a mask a GPU has a faster
+        # kernel
         if lengths is None:
             y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
         else:
@@ -184,6 +185,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Layers and a norm: x (b, s, w) -> (b, s, w). Positions are the caller's to add."""
+
     def __init__(self, layers, width, heads, recompute=False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
@@ -385,6 +388,7 @@ class TrajViT(Tokenizer):
             first = ResBlock(before, dim, 1 if len(self.stages) == 0 else 2)
             self.stages.append(nn.Sequential(first, ResBlock(dim, dim, 1)))
             before = dim
+        # as in TrajTok: each scale to d channels, one LayerNorm, sum at the finest scale
         self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
         self.appearance, self.place = Reader(d, depth, shape.heads), Reader(d, depth, shape.heads)
@@ -421,6 +425,7 @@ class TrajViT(Tokenizer):
         seen = sums[..., -1] > 0                                # (b k, t): is it in this frame?
         alive = seen.any(1)
         seen = seen | ~alive[:, None]                           # a softmax over no frame at all would be NaN
+        # features and centre (x, y, time) of each trajectory in each frame, (b k, t, d + 4)
         mean = sums / sums[..., -1:].clamp(min=1)
         angle = (mean[..., -4:-1, None] * self.waves).flatten(-2)
         place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
@@ -474,6 +479,7 @@ class VideoEncoder(nn.Module):
             count = mask.sum(1)
             z, mask, _ = compact(Tokens(z, mask, mask))
             mask = F.pad(mask, (1, 0), value=True)              # CLS is always real
+        # PAPER: a CLS token in front; a plain ViT from here on
         x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
         if hasattr(self.tokenizer, "through"):
             return self.tokenizer.through(self.transformer, x)[:, 0], count, seg
@@ -502,6 +508,9 @@ class TextEncoder(nn.Module):
 
 
 class VideoCLIP(nn.Module):
+    """Two towers that meet in one space: a clip and its caption shall have the same unit vector (CLIP, arXiv
+    2103.00020), here from scratch on both sides."""
+
     def __init__(self, cfg, vocabulary):
         super().__init__()
         self.video = VideoEncoder(tokenizer_class(cfg.tokenizer)(cfg), cfg)
@@ -533,7 +542,9 @@ class VideoCLIP(nn.Module):
 
 
 def build(cfg, encoding, device):
-    """The model of a run, with the weights that it starts from."""
+    """The model of a run, with the weights that it starts from: random ones, all those of another run
+    (--init), or its segmenter's alone (--init-segmenter). PAPER: where the segmenter is frozen, the encoder
+    and all behind it learn; z_init still sends a gradient to the masks, which nothing then moves."""
     model = VideoCLIP(cfg, encoding.n_vocab)
     segmenter = getattr(model.video.tokenizer, "segmenter", None)
     if cfg.init:
@@ -564,12 +575,14 @@ class Batch(NamedTuple):
 def encode(model, batch, m, cfg):
     """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log."""
     with trajtok.precision(batch.video.device, cfg.bf16):
+        # two towers; nothing but the vectors connects them
         video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
         text = model.embed_text(batch.ids, batch.mask)
     terms, segmentation = dict(tokens=count.float().mean().item()), video.new_zeros(())
     if seg is not None:
         terms["live"] = seg.alive.sum(1).float().mean().item()
         focal, dice = segmentation_loss(seg, batch.labels)      # outside autocast: the matching counts points
+        # PAPER: Dice beside focal finds small things; 0.5 and 1 are the release's weights
         segmentation = cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
         terms |= dict(focal=focal.item(), dice=dice.item())
     return video, text, segmentation, terms
@@ -580,6 +593,8 @@ def whole_step(model, batch, m, cfg):
     video, text, segmentation, terms = encode(model, batch, m, cfg)
     contrastive = model.contrastive(gather(video), gather(text))
     loss = contrastive + segmentation / ranks()[1]              # sums over processes: the mean of their means
+    # contrastive: InfoNCE, towards tokens that tell clips apart; segmentation: masks that follow things. The
+    # first reaches the masks as well, through z_init (encoder.py).
     loss.backward()
     return dict(contrastive=contrastive.item(), **terms)
 
@@ -615,7 +630,7 @@ def recalls(similarity, prefix, right):
     answer to that query. Rank = how many wrong candidates score at least as high as the best answer: ties
     count against us, so that a constant output scores 0."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-    rank = ((similarity >= answer) & ~right).sum(1)
+    rank = (~(similarity < answer) & ~right).sum(1)             # NaN counts against us, too
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
@@ -659,7 +674,9 @@ def embed(model, batches, cfg, device, what):
         batch["where"] = [(i, j) for j in range(len(vectors))]
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
             clips.setdefault(key, []).extend(batch.get(key, []))
-    return {key: torch.stack(rows) if torch.is_tensor(rows[0]) else rows for key, rows in clips.items() if rows}
+    for key, rows in clips.items():
+        clips[key] = torch.stack(rows) if rows and torch.is_tensor(rows[0]) else rows
+    return clips
 
 
 @torch.no_grad()
@@ -694,6 +711,7 @@ def evaluate(model, held_out, cfg, device, encoding):
     result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
     labels = sorted({label for label in clips.get("label", []) if label})
     if labels:
+        # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
         classes = embed_texts(model, [cfg.prompt.format(label) for label in labels], cfg, device, encoding)
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
         known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
@@ -765,6 +783,7 @@ def count_flops(cfg):
 # -----------------------------------------------------------------------------------------------------------
 
 def train(cfg, folder):
+    """One straight line: data, model, optimizer; then a step after the other; then the held-out clips."""
     device = trajtok.setup(cfg)
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
@@ -772,7 +791,7 @@ def train(cfg, folder):
     model = build(cfg, encoding, device)
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
-        return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder, cfg.steps), data.Damage())
+        return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
     shape = getattr(model.video.tokenizer, "cfg", None)         # of TrajTok: what from_pretrained reads
     trajtok.open_run(folder, cfg, words=words, trajtok=dataclasses.asdict(shape) if shape else None)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
@@ -787,8 +806,10 @@ def train(cfg, folder):
         lr = trajtok.learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+        # 1. the batch. A file that could not be used was replaced in it; it is named once
         damage.add(batch["bad"])
         batch = prepare(batch, step * world + rank, encoding, cfg, device)
+        # 2. the gradients
         # PAPER: 1, 2 or 4 tokens a trajectory, drawn anew at each step, the same for all clips and processes
         m = int(np.random.default_rng((cfg.seed, step)).choice((1, 2, 4)))
         model.train()
@@ -798,10 +819,12 @@ def train(cfg, folder):
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
         if world > 1:
             model.temperature.grad /= world                     # every process had the whole of it
+        # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         trajtok.check_finite(terms, step)
         optimizer.step()
         model.temperature.data.clamp_(0.001, 0.5)
+        # 4. the log, and now and then a checkpoint and a look at validation clips
         if not warned and terms.get("focal") == 0:
             warned = True
             print("no segmentation loss: no clip of this batch has masks")
@@ -812,9 +835,9 @@ def train(cfg, folder):
         log(step=step, **terms)
         if step % 10 == 0 or step + 1 == cfg.steps:
             left = (time.time() - began) / (step + 1 - first) * (cfg.steps - 1 - step)
-            shown = [f"{key} {terms[key]:.3f}" for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
-            print(f"step {step:5d}/{cfg.steps}  {'  '.join(shown)}  {clips / seconds:.0f} clips/s  {left:.0f} s left",
-                  flush=True)
+            keys = [key for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
+            shown = "  ".join(f"{key} {terms[key]:.3f}" for key in keys)
+            print(f"step {step:5d}/{cfg.steps}  {shown}  {clips / seconds:.0f} clips/s  {left:.0f} s left", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             trajtok.save_checkpoint(folder, model, optimizer, step + 1)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
@@ -835,8 +858,8 @@ def prepare(batch, number, encoding, cfg, device):
 
 
 def choose_words(cfg, train_set, folder):
-    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default for real
-    data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
+    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default
+    for real data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
     text = cfg.text or ("world" if cfg.data == "world" else "captions")
     if text != "captions":
         return data.load_encoding(text), None
@@ -864,9 +887,11 @@ def finish(model, held_out, cfg, device, encoding, folder, log, damage):
     """Score the held-out clips, write result.json and pictures, and print what they say."""
     lines = [line for line in log.lines() if "contrastive" in line]
     result, found, masks = evaluate(model, held_out, cfg, device, encoding)
+    # GFLOPs of the clips as they are: dead trajectories and dropped patches cost nothing
     batch = data.finish(held_out[0], device)
     video, labels = batch["video"][:8], batch["labels"][:8]
-    gflops = trajtok.count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory, labels)) / len(video)
+    m = cfg.tokens_per_trajectory
+    gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels)) / len(video)
     seconds = sum(line["seconds"] for line in lines)
     result |= dict(parameters=sum(p.numel() for p in model.parameters()), gflops=gflops, seconds=seconds,
                    clips_per_second=sum(line["clips"] for line in lines) / max(seconds, 1e-9),
@@ -879,6 +904,8 @@ def finish(model, held_out, cfg, device, encoding, folder, log, damage):
 
 
 def report(result, folder):
+    """What the run scored, with chance beside it, and where to look next."""
+
     def percent(*keys):
         return "  ".join("    -" if result[key] is None else f"{100 * result[key]:5.1f} %" for key in keys)
 
@@ -907,11 +934,12 @@ def report(result, folder):
 
 @data.one_line_errors
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
     suffix = "" if cfg.tokenizer == "trajvit2" else f"-{cfg.tokenizer.rpartition(':')[2]}"
     folder = trajtok.run_folder(cfg, "clip", suffix)
     if cfg.resume or cfg.eval_only:
-        cfg = trajtok.resumed(cfg, folder, CLIP_SIZES, argv)
+        cfg = trajtok.resumed(cfg, folder, argv)
     _, cfg = trajtok.sized(cfg, SIZES[cfg.size])                # fills in image_size, frames, num_queries
     if cfg.flops:
         return count_flops(cfg)

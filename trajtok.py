@@ -107,6 +107,9 @@ class TrajTokConfig:
         return m
 
 
+# A size is what its machine trains in: nano in minutes on two cores, tiny in hours there, base and large on
+# cards of 80 GB. base and large differ in the width of their tokens, which is that of the transformer behind
+# them. The counts are parameters of segmenter and encoder together; a test counts them.
 TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
 FULL = dict(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, recompute=True, **TINY)
 NANO = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
@@ -122,7 +125,12 @@ SIZES = {
 class TrajTok(nn.Module):
     """The tokenizer: video uint8 (b, t, H, W, 3) -> Tokens, Segmentation.
 
-    size: a name from SIZES or a TrajTokConfig. backbone: a module of your own instead of the ConvNeXt."""
+    size: a name from SIZES or a TrajTokConfig.
+    backbone: a module of your own instead of the ConvNeXt, with `.dims`, the channels of its maps, and
+    forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first; strides are read off the maps.
+
+    The gradient of a loss on the tokens reaches the masks through z_init, a mean of features under the soft
+    masks, and the features through that and through what the tokens read (encoder.py)."""
 
     def __init__(self, size="nano", backbone=None):
         super().__init__()
@@ -133,8 +141,11 @@ class TrajTok(nn.Module):
         self.encoder = TrajectoryEncoder(self.cfg)
 
     def forward(self, video, tokens_per_trajectory=None):
-        """tokens_per_trajectory: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka),
-        else 1."""
+        """tokens_per_trajectory m: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka
+        representations, arXiv 2205.13147), else 1.
+
+        -> Tokens: z (b, K·m, d'), mask (b, K·m), True = its trajectory owns a point, trajectory (b, K·m);
+        Segmentation: F (b, n, d), logits (b, n, K), ids (b, n), alive (b, K), grid (t, h, w)."""
         m = tokens_per_trajectory
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
@@ -157,6 +168,7 @@ class TrajTok(nn.Module):
         if not count:
             raise BadInput("an empty video: there is no frame to make tokens of")
 
+        # the three generators below are the forward pass so far, a piece at a time
         def features():                                         # -> first frame, piece, F (1, n, d), grid
             first = 0
             for video in source():
@@ -198,6 +210,7 @@ class TrajTok(nn.Module):
                 last = number >= count * cells - cfg.last_points
                 yield first * cells, points, seg.ids.masked_fill(last, EVERYONE)
 
+        # under the hard mask a token sees the tokens of its own trajectory and the points that these own
         owner = torch.arange(cfg.num_queries, device=device).repeat_interleave(m)
         z = perceive(encoder.perceiver, latents, read_by_tokens, owner if cfg.hard_mask else None)
         return encoder.finish(z, alive)
@@ -254,10 +267,14 @@ class TrajTok(nn.Module):
 EVERYONE = -2                       # id of a point that every token may read (last_points); -1: of none
 
 
+# A softmax over all points of a film needs their scores at once only on paper. For scores s_j and values v_j,
+#
+#   y = sum_j exp(s_j - s_max) v_j / sum_j exp(s_j - s_max)
+#
+# both sums can be carried along; when a piece brings a larger s_max, what was summed is scaled down.
+
 class RunningSoftmax:
-    """sum_j softmax(s)_j v_j over pieces of j, exactly, as flash attention does it (arXiv 2205.14135):
-    weights are relative to the largest score so far, and the sums so far are scaled down when a larger one
-    comes."""
+    """y = softmax(s) v over pieces of s and v, exactly, as flash attention does it (arXiv 2205.14135)."""
 
     def __init__(self):
         self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
@@ -299,21 +316,23 @@ def perceive(perceiver, latents, chunks, owner=None):
 
 
 def pieces(frames, length):
-    """A video, or a callable that returns an iterator over parts of one -> a callable that returns an
-    iterator over pieces of `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
+    """Cut a video into pieces of `length` frames.
+
+    frames: uint8 (t, H, W, 3), or a callable that returns an iterator over parts of any length.
+    -> a callable that returns an iterator over uint8 (1, length, H, W, 3); the last piece may be shorter."""
     if length < 1:
         raise BadInput(f"pieces of {length} frames: give at least 1")
 
     def cut():
-        held = None
+        held = []
         for part in frames() if callable(frames) else [frames]:
-            part = torch.as_tensor(part)
-            held = part if held is None else torch.cat((held, part))
-            while len(held) >= length:
-                yield held[None, :length]
-                held = held[length:]
-        if held is not None and len(held):
-            yield held[None]
+            held.append(torch.as_tensor(part))
+            # the last piece waits for what comes
+            *whole, last = torch.cat(held).split(length)
+            held = [last]
+            yield from (piece[None] for piece in whole)
+        if held and len(held[0]):
+            yield held[0][None]
 
     return cut
 
@@ -347,8 +366,12 @@ def write_weights(path, state):
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
-    """A .safetensors file, a torch checkpoint (.pth, .pt, .bin; its pickle may hold no code), or a hub folder
-    -> {name: tensor} on the CPU, without `module.` and wrappings such as {"model": ...}."""
+    """Weights that somebody wrote -> {name: tensor} on the CPU.
+
+    path: a .safetensors file; a torch checkpoint (.pth, .pt, .bin), of which only tensors are loaded, no
+    code; or a folder as a model hub serves it, with one of these files or with an index of several.
+    wrappings: keys under which a checkpoint may hold its weights, {"model": {...}, "epoch": 3}; they are
+    taken off, as is the `module.` that DistributedDataParallel puts before each name."""
     path = Path(path)
     if path.is_dir():
         # one file, or the index of several
@@ -384,7 +407,8 @@ def load_any(file):
 
 
 def fit_weights(module, weights, where):
-    """weights into module, strictly: missing, unexpected and wrongly shaped keys are refused."""
+    """weights into module -> module. Strictly: a missing, an unexpected or a wrongly shaped tensor is
+    refused, or a model would train on, half of it random, and nobody would know."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -399,7 +423,8 @@ def under(weights, prefix):
 
 
 def rename(weights, rules):
-    """Each key by the first rule (pattern, replacement) that fits its whole; None drops it; others stay."""
+    """Rename keys. rules: (pattern, replacement) pairs, of which the first that fits a whole key is applied;
+    a replacement None drops the key; keys that no rule fits stay."""
     renamed = {}
     for key, value in weights.items():
         for pattern, replacement in rules:
@@ -418,6 +443,7 @@ def count(weights, pattern):
     return max((int(one[1]) + 1 for one in found if one), default=0)
 
 
+# Four projects publish ConvNeXt (arXiv 2201.03545) under four sets of names, the same tensors in each.
 # published names of a ConvNeXt's weights -> ours, which are those of the original release
 CONVNEXT_NAMES = [
     # original, and DINOv3's, which has the last norm twice
@@ -469,7 +495,8 @@ def load_convnext(path):
     return fit_weights(ConvNeXt(depths, dims), weights, path)
 
 
-# the authors' names -> ours
+# the authors' names -> ours. Their low-resolution head is the one that makes tokens; a second head at the
+# frame's resolution serves the segmenter's training alone and is left out.
 SEGMENTER_NAMES = [
     (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
     (r"trajectory_perceiver\.latents", r"latents"),
@@ -623,7 +650,9 @@ def precision(device, bf16=None):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step."""
+    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step:
+
+      lr (step + 1) / warmup,      then      lr (0.01 + 0.99 (1 + cos(pi progress)) / 2)"""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = min((step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1), 1)
@@ -631,7 +660,9 @@ def learning_rate(step, cfg):
 
 
 def make_optimizer(model, cfg, scales=None):
-    """AdamW; weight decay on matrices alone, which norms, biases and scales are not. scales {prefix of names:
+    """AdamW. Weight decay is for matrices alone: pulled towards 0, norms, biases and scales would silence the
+    layers behind them.
+    scales {prefix of names:
     factor}: these parameters learn at factor x the learning rate: the loop multiplies lr by
     group["scale"]."""
     groups = {}
@@ -686,14 +717,14 @@ def run_folder(cfg, script, suffix=""):
     return Path(cfg.out) / f"{script}-{cfg.name or name + suffix}"
 
 
-def resumed(cfg, folder, sizes, argv):
+def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, and above it the flags that were given now."""
     if not (folder / "config.json").exists():
         raise BadInput(f"{folder}: no run to go on with; leave --resume out to start one")
     saved = json.loads((folder / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
-    return configure(type(cfg), {**sizes, cfg.size: known}, argv)
+    return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
 
 
 def open_run(folder, cfg, **more):
@@ -713,8 +744,11 @@ def open_run(folder, cfg, **more):
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """The state before step number `step`, for --resume, and the weights, for everybody else. A kill leaves
-    the old checkpoint or the new one, never half of one."""
+    """The state before step number `step`, for --resume, and the weights, for everybody else.
+
+    All that is random in a run is drawn from (seed, step), so model, optimizer and step are the whole state.
+    A kill leaves the old checkpoint or the new one, never half of one: files are written beside and
+    renamed."""
     if ranks()[0]:
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
@@ -727,7 +761,8 @@ def save_checkpoint(folder, model, optimizer, step):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """-> the step to begin with: 0 if nothing was saved."""
+    """The last checkpoint of a run into model and optimizer -> the step to begin with: 0 if nothing was
+    saved."""
     path = folder / "state.pt"
     if not path.exists():
         return 0
@@ -742,11 +777,12 @@ def load_checkpoint(folder, model, optimizer):
 
 
 class Log:
-    """log.jsonl: a line a step. Lines from step `first` on, which a resumed run makes again, are cut off."""
+    """log.jsonl: a line of JSON a step; log(step=3, focal=0.2, ...) appends one. Lines from step `first` on,
+    which a resumed run makes again, are cut off; first = None leaves the file as it is."""
 
-    def __init__(self, folder, first=0):
+    def __init__(self, folder, first=None):
         self.path = folder / "log.jsonl"
-        if not ranks()[0]:
+        if first is not None and not ranks()[0]:
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
             replace(self.path, lambda beside: beside.write_text("".join(kept)))
 
@@ -791,12 +827,13 @@ def filmstrip(video, rows, count=4, scale=2):
     truth = list(rows.values())[-1]
     shown = {"frames": video[some]}
     for name, ids in rows.items():
-        inter, union = tube_overlaps(torch.from_numpy(ids), torch.from_numpy(truth))
+        # one more, so that unlabelled pixels, -1, are a tube as well
+        inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
         labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
         colours = palette(sum(inter.shape))
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
-        shown[name] = paint(video, ids, mine)[some]
+        shown[name] = paint(video, ids, mine[1:])[some]
     lines = []
     for name, images in shown.items():
         images = images.repeat(scale, 1).repeat(scale, 2)
@@ -808,7 +845,10 @@ def filmstrip(video, rows, count=4, scale=2):
 
 
 def plot(path, panels, x="step", log=False):
-    """panels {title: {name: [(x, y), ...]}} -> an SVG file, a panel each. log: both axes are logarithmic."""
+    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, two panels a row.
+    x: the name of the horizontal axis. log: both axes are logarithmic; all values must be above 0.
+
+    SVG because it is text: axes and letters are sharp at any size, and a figure can be read off the file."""
     size = f'width="960" height="{300 * math.ceil(len(panels) / 2)}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     parts.append('<rect width="100%" height="100%" fill="white"/>')
@@ -916,7 +956,9 @@ def sized(cfg, shape):
 
 
 def pretrain(cfg):
-    """-> the folder of the run, which TrajTok.from_pretrained reads; the encoder stays as it was drawn."""
+    """Train the segmenter alone -> the folder of the run, which TrajTok.from_pretrained reads; the encoder in
+    it stays as it was drawn. PAPER: the segmenter is also trained jointly with the task, in train_clip.py;
+    alone it is what TrajAdapter and TrajVLM start from."""
     shape, cfg = sized(cfg, SIZES[cfg.size])
     device = setup(cfg)
     train, held_out = data.open_data(cfg, "mask")
@@ -932,16 +974,19 @@ def pretrain(cfg):
     for step, batch in enumerate(data.loader(train, first, cfg.steps, cfg.workers), first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
+        # 1. clips and their labels
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
         video, labels = batch["video"], batch["labels"]
         # made clips differ enough as they are
         if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
+        # 2. the loss
         segmenter.train()
         with precision(device):
             seg = segmenter(video)
         focal, dice = segmentation_loss(seg, labels)
+        # 3. the step
         optimizer.zero_grad()
         # the release's weights for the segmenter alone
         loss = focal + 2 * dice
@@ -950,7 +995,7 @@ def pretrain(cfg):
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
         check_finite(terms, step)
         optimizer.step()
-        # few of many: the queries collapse
+        # 4. the log and the checkpoint. If few of many queries are alive, they collapse
         live = seg.alive.float().sum(1).mean().item()
         log(step=step, **terms, lr=learning_rate(step, cfg), live=live)
         if step % 10 == 0 or step + 1 == cfg.steps:
@@ -1057,6 +1102,8 @@ def show(cfg):
         if not frames or cfg.window:
             raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}")
         frames = frames if made else 1
+    elif frames and cfg.window:
+        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
     rows, rate = {}, 4.0
     if made:
         scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
@@ -1100,7 +1147,7 @@ def show(cfg):
 
 def summary(rows):
     """rows [{name, results: [result.json of each seed]}] -> lines of a table: a score a line, a row of the
-    comparison a column, mean +- deviation over seeds; behind it the difference to the first row, and a star
+    comparison a column: mean +- deviation over seeds; behind it the difference to the first row, and a star
     if it is larger than twice its standard error."""
     scores = [k for k, x in rows[0]["results"][0].items() if isinstance(x, (int, float)) and k != "seed"]
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
@@ -1123,8 +1170,9 @@ def summary(rows):
 
 
 def star(a, b):
-    """Is the difference of two means larger than twice its standard error? Nothing is said of single
-    seeds."""
+    """Is the difference of two means larger than twice its standard error? Of single seeds nothing is said.
+
+      |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)"""
     if min(len(a), len(b)) < 2:
         return ""
     error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
@@ -1153,8 +1201,12 @@ def table(argv):
 
 def compare(argv):
     """Train every row with every seed, each under a name of its own, and print the table. What --json holds
-    already is not trained again, so that a table grows over days."""
-    parser = argparse.ArgumentParser(prog="trajtok.py compare", description=compare.__doc__)
+    already is not trained again, so that a table grows over days.
+
+    A row is "NAME: FLAGS", flags of the script: every claim of the paper, and every idea of your own, is a
+    line of shell. The JSON: {command, hardware, rows: [{name, flags, results: [result.json of each
+    seed]}]}."""
+    parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='"detach: --no-detach"; "base:" has none')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
@@ -1204,7 +1256,7 @@ def train_row(args, name, flags, seed):
 def pretrain_command(argv):
     cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
     if cfg.resume:
-        cfg = resumed(cfg, run_folder(cfg, "segmenter"), PRETRAIN_SIZES, argv)
+        cfg = resumed(cfg, run_folder(cfg, "segmenter"), argv)
     pretrain(cfg)
 
 
