@@ -53,24 +53,26 @@ from trajtok import TrajTokConfig, ranks
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    vocabulary: int                 # rows of the embedding table, at least as many as the tokenizer has ids
-    width: int
-    mlp: int                        # width inside the SwiGLU
-    layers: int
-    heads: int                      # query heads
-    kv_heads: int                   # key and value heads; each is read by heads / kv_heads query heads
-    head_dim: int = 128             # heads x head_dim need not be the width
-    theta: float = 1e6              # rotary: the slowest channel turns once in about 2 pi theta positions
-    eps: float = 1e-6
-    context: int = 40_960           # positions at most, prompt and answer together
-    tied: bool = True               # logits come from the embedding table itself
+    """The fields of a published config.json, by its names."""
+    vocab_size: int                     # rows of the embedding table, at least as many as the tokenizer has ids
+    hidden_size: int
+    intermediate_size: int              # width inside the SwiGLU
+    num_hidden_layers: int
+    num_attention_heads: int            # of the queries; heads x head_dim need not be the width
+    num_key_value_heads: int            # each is read by several query heads
+    head_dim: int = 128
+    rope_theta: float = 1e6             # the slowest channel turns once in about 2 pi theta positions
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 40_960           # prompt and answer together
+    tie_word_embeddings: bool = True    # logits come from the embedding table itself
 
 
+# number of parameters behind each
 DECODERS = {
-    "nano": DecoderConfig(1030, 128, 384, 3, 4, 2, head_dim=32, theta=1e4, context=4096),      # 0.7 M parameters
-    "0.6b": DecoderConfig(151936, 1024, 3072, layers=28, heads=16, kv_heads=8),                # 596 M
-    "1.7b": DecoderConfig(151936, 2048, 6144, layers=28, heads=16, kv_heads=8),                # 1 721 M
-    "4b": DecoderConfig(151936, 2560, 9728, layers=36, heads=32, kv_heads=8),                  # 4 022 M
+    "nano": DecoderConfig(1030, 128, 384, 3, 4, 2, 32, 1e4, max_position_embeddings=4096),     # 0.7 M
+    "0.6b": DecoderConfig(151936, 1024, 3072, 28, 16, 8),                                      # 596 M
+    "1.7b": DecoderConfig(151936, 2048, 6144, 28, 16, 8),                                      # 1 721 M
+    "4b": DecoderConfig(151936, 2560, 9728, 36, 32, 8),                                        # 4 022 M
 }
 
 
@@ -98,12 +100,12 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.eps)
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """x (b, s, w) -> q (b, heads, s, c), k and v (b, kv_heads, s, c)."""
@@ -145,10 +147,10 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
-        self.mlp = SwiGLU(cfg.width, cfg.mlp)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x, cos, sin, memory=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory)
@@ -166,15 +168,15 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.recompute = cfg, False
-        self.embed_tokens = nn.Embedding(cfg.vocabulary, cfg.width)
-        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.layers))
-        self.norm = RMSNorm(cfg.width, cfg.eps)
-        self.lm_head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocabulary, bias=False)
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # 1 / sqrt(fan in), the ends of branches smaller with depth. The table likewise: tied logits start near 1.
                 ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.layers if ends else 1)) ** -0.5)
+                nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.num_hidden_layers if ends else 1)) ** -0.5)
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
@@ -195,7 +197,7 @@ class Decoder(nn.Module):
         first = cache[0]["k"].shape[2] if cache and cache[0] else 0
         positions = first + torch.arange(length, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
-        angle = positions[:, None] * self.cfg.theta ** -channel
+        angle = positions[:, None] * self.cfg.rope_theta ** -channel
         return angle.cos(), angle.sin()
 
     def empty_cache(self):
@@ -204,26 +206,15 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """A published Qwen3: config.json and one or several files of weights -> Decoder in float32."""
-        return load_published(cls, DecoderConfig, QWEN3_KEYS, [(r"model\.(.+)", r"\1")], folder, "qwen3")
+        return load_published(cls, DecoderConfig, [(r"model\.(.+)", r"\1")], folder, "qwen3")
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Published folders
 # -----------------------------------------------------------------------------------------------------------
 
-# our name of a field -> the name in config.json
-QWEN3_KEYS = dict(
-    vocabulary="vocab_size", width="hidden_size", mlp="intermediate_size", layers="num_hidden_layers",
-    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", theta="rope_theta",
-    eps="rms_norm_eps", context="max_position_embeddings", tied="tie_word_embeddings")
-SIGLIP_KEYS = dict(
-    width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", mlp="intermediate_size",
-    patch="patch_size", image="image_size", eps="layer_norm_eps")
-
-
-def load_published(cls, config_cls, keys, names, folder, *kinds):
-    """A folder from the hub, whose model_type is one of kinds -> the model. keys: of config.json; names: renaming
-    rules of the weights."""
+def load_published(cls, config_cls, names, folder, *kinds):
+    """A folder from the hub, whose model_type is one of kinds -> the model. names: renaming rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
     if config.get("model_type") not in kinds:
         raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
@@ -232,7 +223,8 @@ def load_published(cls, config_cls, keys, names, folder, *kinds):
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
         raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here; give a plain Qwen3")
     try:
-        cfg = config_cls(**{ours: config[theirs] for ours, theirs in keys.items() if theirs in config})
+        fields = [field.name for field in dataclasses.fields(config_cls)]
+        cfg = config_cls(**{name: config[name] for name in fields if name in config})
     except TypeError as error:
         raise BadInput(f"{folder}/config.json: {error}; fetch it again") from None
     weights = trajtok.rename(trajtok.read_weights(folder), names)
@@ -267,7 +259,7 @@ def load_tokenizer(name="world"):
         for qa in clip["qa"]:
             texts += [qa["question"], *qa["options"]]
     # a time stamp is one token: the digits of a window's stamp would outnumber its visual tokens
-    stamps = [stamp(first / FPS, (first + 7) / FPS) for first in range(0, 512, 8)]
+    stamps = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
     words = data.word_encoding(stamps + data.word_list(texts, 700))
     vocabulary = words._mergeable_ranks
     special = {token: len(vocabulary) + i for i, token in enumerate(SPECIAL)}
@@ -275,9 +267,9 @@ def load_tokenizer(name="world"):
     return tiktoken.Encoding("world", pat_str=pattern, mergeable_ranks=vocabulary, special_tokens=special)
 
 
-def stamp(begin, end):
+def stamp(times):
     """When the first and the last frame of a window are shown, in seconds, as text."""
-    return f"<{begin:.1f}-{end:.1f}s>"
+    return f"<{times[0]:.1f}-{times[-1]:.1f}s>"
 
 
 def chat(encoding, turns, windows=()):
@@ -326,7 +318,7 @@ def generate(decoder, x, cache, stop, known=None, most=64):
     """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each the most likely one; it ends
     before a token of `stop`. known: ids below it alone (published tables have more rows than there are tokens).
     cache: an empty one, which fills."""
-    for _ in range(min(most, decoder.cfg.context - x.shape[1])):
+    for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
             return
@@ -340,27 +332,28 @@ def generate(decoder, x, cache, stop, known=None, most=64):
 
 @dataclass(frozen=True)
 class SigLIP2Config:
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    patch: int = 16
-    image: int = 224                # side of the pictures that the table of positions was learnt on
-    eps: float = 1e-6
+    """The fields of a published config.json, by its names."""
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    patch_size: int = 16
+    image_size: int = 224
+    layer_norm_eps: float = 1e-6
 
     @property
     def side(self):
-        return self.image // self.patch                         # 378 / 14: 27 x 27 patches
+        return self.image_size // self.patch_size               # 378 / 14: 27 x 27 patches
 
 
 class VisionLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.heads, w = cfg.heads, cfg.width
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(w, cfg.eps), nn.LayerNorm(w, cfg.eps)
+        self.heads, w = cfg.num_attention_heads, cfg.hidden_size
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(w, cfg.layer_norm_eps), nn.LayerNorm(w, cfg.layer_norm_eps)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(w, w) for name in names})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, cfg.mlp), fc2=nn.Linear(cfg.mlp, w)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, cfg.intermediate_size), fc2=nn.Linear(cfg.intermediate_size, w)))
 
     def forward(self, x):
         y, attention = self.layer_norm1(x), self.self_attn
@@ -381,25 +374,24 @@ SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head
 class SigLIP2(nn.Module):
     """The vision tower of SigLIP and SigLIP2 of fixed size.
 
-    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image) -> (b, n, d), n = h·w patches row by row, after the last
+    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n = h·w patches row by row, after the last
     norm as the hub's last_hidden_state; post_norm=False: before it.
     forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm, as the published TrajVLM reads."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.recompute = cfg, False
-        patches = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch)
-        positions = nn.Embedding(cfg.side ** 2, cfg.width)
+        patches = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size)
+        positions = nn.Embedding(cfg.side ** 2, cfg.hidden_size)
         self.embeddings = nn.ModuleDict(dict(patch_embedding=patches, position_embedding=positions))
-        layers = nn.ModuleList(VisionLayer(cfg) for _ in range(cfg.layers))
+        layers = nn.ModuleList(VisionLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.encoder = nn.ModuleDict(dict(layers=layers))
-        self.post_layernorm = nn.LayerNorm(cfg.width, cfg.eps)
+        self.post_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
 
     @classmethod
     def from_pretrained(cls, folder):
         """A hub folder: the whole SigLIP2, or its vision tower alone."""
-        kinds = ("siglip", "siglip_vision_model")
-        return load_published(cls, SigLIP2Config, SIGLIP_KEYS, SIGLIP_NAMES, folder, *kinds)
+        return load_published(cls, SigLIP2Config, SIGLIP_NAMES, folder, "siglip", "siglip_vision_model")
 
     def features(self, x, post_norm=True):
         x = self.embeddings["patch_embedding"](x).flatten(2).transpose(1, 2)        # (b, n, d)
@@ -409,7 +401,7 @@ class SigLIP2(nn.Module):
         return self.post_layernorm(x) if post_norm else x
 
     def forward(self, video):
-        x = normalise(resize(video, self.cfg.image), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        x = normalise(resize(video, self.cfg.image_size), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         x = self.features(x.flatten(0, 1), post_norm=False)
         return rearrange(x, "(v t) (h w) d -> v t h w d", v=len(video), h=self.cfg.side)
 
@@ -594,9 +586,9 @@ def assemble(cfg, decoder, segmenter, vision):
     if segmenter is None:
         return VLM(decoder)
     segmenter.requires_grad_(False)
-    width, dim = decoder.cfg.width, segmenter.cfg.dim
+    width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
     if vision is not None:
-        vision.recompute, dim = cfg.recompute, vision.cfg.width
+        vision.recompute, dim = cfg.recompute, vision.cfg.hidden_size
     connector = PatchConnector(dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
     if cfg.connector == "trajtok":
         connector = TrajectoryConnector(dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
@@ -789,9 +781,8 @@ def add_options(entries):
 def perceive(batch, model, cfg, device):
     """A batch -> what the model sees of its v windows (None: blind), and of each clip the windows as chat wants
     them: time stamp and numbers of the visual tokens."""
-    clips = len(batch["qa"])
     if model.connector is None:
-        return None, [()] * clips
+        return None, [()] * len(batch["qa"])
     seen = {}
     if "video" in batch:
         seen["video"] = cut_windows(batch["video"], cfg.window).to(device)
@@ -801,15 +792,16 @@ def perceive(batch, model, cfg, device):
     else:
         seen["features"] = torch.cat(batch["features"]).float().to(device)
         seen["ids"] = torch.cat(batch["ids"]).long().to(device)
-    own = len(seen["ids"]) // clips                             # windows of a clip
-    seen["window"] = torch.arange(own, device=device).repeat(clips)
-    ends = model.connector.counts(seen["ids"]).cumsum(0).tolist()
-    numbers = [range(begin, end) for begin, end in zip([0, *ends], ends)]
-    windows = []
-    for i, times in enumerate(batch["times"]):
-        parts = [times[j:j + cfg.window] for j in range(0, len(times), cfg.window)]
-        stamps = [stamp(part[0], part[-1]) for part in parts]
-        windows.append(list(zip(stamps, numbers[i * own:(i + 1) * own])))
+    windows, numbers, last = [], [], 0
+    counts = iter(model.connector.counts(seen["ids"]).tolist())
+    for times in batch["times"]:
+        own = []
+        for i in range(0, len(times), cfg.window):
+            first, last = last, last + next(counts)
+            own.append((stamp(times[i:i + cfg.window]), range(first, last)))
+        numbers += range(len(own))
+        windows.append(own)
+    seen["window"] = torch.tensor(numbers, device=device)
     return seen, windows
 
 
@@ -832,8 +824,8 @@ def open_parts(cfg):
     """-> tokenizer, decoder, segmenter and vision, the last two None where there is none."""
     encoding = load_tokenizer(cfg.tokenizer or cfg.decoder or "world")
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
-    if encoding.n_vocab > decoder.cfg.vocabulary:
-        raise BadInput(f"--tokenizer: has {encoding.n_vocab} ids, the decoder's table {decoder.cfg.vocabulary} rows")
+    if encoding.n_vocab > decoder.cfg.vocab_size:
+        raise BadInput(f"--tokenizer: has {encoding.n_vocab} ids, the decoder's table {decoder.cfg.vocab_size} rows")
     if cfg.connector == "blind":
         return encoding, decoder, None, None
     if Path(cfg.segmenter).is_file():
@@ -880,13 +872,12 @@ def train(cfg, folder):
     device = trajtok.setup(cfg)
     rank, world = ranks()
     encoding, decoder, segmenter, vision = open_parts(cfg)
-    if segmenter is not None:
-        segmenter.to(device)
+    segmenter = segmenter and segmenter.to(device)
     if cfg.data == "world":
         questions, held_out = open_stories(cfg, segmenter, world, device)
         captions = questions
     else:
-        size = max(segmenter.cfg.image_size, vision.cfg.image if vision else 0)
+        size = max(part.cfg.image_size for part in (segmenter, vision) if part)
         captions, questions, held_out = open_films(cfg, size, world)
     model = assemble(cfg, decoder, segmenter, vision).to(device)
     trajtok.open_run(folder, cfg)
@@ -896,8 +887,7 @@ def train(cfg, folder):
     optimizer = make_optimizer(model, cfg)
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
-    print(f"{parameters / 1e6:.2f} M parameters, connector {cfg.connector}, on {device}; an even guess is "
-          f"ln {decoder.cfg.vocabulary} = {math.log(decoder.cfg.vocabulary):.2f}")
+    print(f"{parameters / 1e6:.2f} M parameters, connector {cfg.connector}, on {device}")
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
     batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
@@ -908,7 +898,7 @@ def train(cfg, folder):
         set_rates(optimizer, step, cfg)
         seen, windows = perceive(batch, model, cfg, device)
         rows = training_rows(batch, windows, encoding, cfg, step)
-        ids, visual, targets = lay_out(rows, encoding, decoder.cfg.context, device)
+        ids, visual, targets = lay_out(rows, encoding, decoder.cfg.max_position_embeddings, device)
         if step == 0 and seen and not vision:
             model.connector.features.calibrate(seen["features"])
         model.train()
@@ -918,18 +908,17 @@ def train(cfg, folder):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         norm = norm.full_tensor() if world > 1 else norm
-        terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0] / world, gradient_norm=norm.item())
+        terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
         optimizer.step()
         clips, seconds, mark = len(batch["qa"]) * world, time.time() - mark, time.time()
-        tokens = int((visual >= 0).sum()) / len(rows)
-        log(step=step, **terms, frames=len(batch["times"][0]), visual_tokens=tokens, clips=clips,
-            lr=optimizer.param_groups[0]["lr"], seconds=seconds, clips_per_second=clips / seconds,
-            memory_gb=trajtok.peak_memory_gb(device))
+        terms |= dict(lr=optimizer.param_groups[0]["lr"], clips=clips, seconds=seconds, clips_per_second=clips / seconds,
+                      visual_tokens=int((visual >= 0).sum()) / len(rows), memory_gb=trajtok.peak_memory_gb(device))
+        log(step=step, **terms)
         if step % 20 == 0 or step + 1 == steps:
+            shown = [f"{key} {terms[key]:.3g}" for key in ("loss", "visual_tokens", "clips_per_second")]
             left = (time.time() - began) / (step + 1 - first) * (steps - 1 - step)
-            print(f"step {step:5d}/{steps}  loss {terms['loss']:.3f}  {tokens:.1f} visual tokens  "
-                  f"{clips / seconds:.0f} clips/s  {left:.0f} s left", flush=True)
+            print(f"step {step:5d}/{steps}  {'  '.join(shown)}  {left:.0f} s left", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save(folder, model, optimizer, step + 1)
     # all processes take part: the weights are sharded
@@ -990,7 +979,7 @@ def score(model, rows, seen, encoding, cfg, device):
     costs = []
     at_once = max(1, 32_000 // max(len(row) for row in rows))
     for i in range(0, len(rows), at_once):
-        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.context, device)
+        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.max_position_embeddings, device)
         with trajtok.precision(device, cfg.bf16):
             mean = model(ids, visual, targets, seen)
         costs += (mean * (targets >= 0).sum(1)).tolist()
@@ -1049,10 +1038,8 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
                            connector=cfg.connector)
     write_json(folder / "result.json", result)
     trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
-    curves = {}
-    for name in ("accuracy", "chance"):
-        lengths = sorted({answer["frames"] for answer in answers})
-        curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
+    lengths = sorted({answer["frames"] for answer in answers})
+    curves = {name: [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths] for name in ("accuracy", "chance")}
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
     print(f"{len(answers)} held-out questions; {seconds:.0f} s of training, {len(damage.files)} files left out\n"
@@ -1110,11 +1097,11 @@ def ask(argv):
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model)
     model.to(device)
-    size = max(64, model.segmenter.cfg.image_size if model.segmenter else 0, model.vision.cfg.image if model.vision else 0)
+    size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
     batch = clip_to_ask(args.clip, args.frames or cfg.frames, cfg.window, size)
     seen, windows = perceive(batch, model, cfg, device)
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
-    ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.context, device)
+    ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
     cache, weights = model.decoder.empty_cache(), []
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
@@ -1124,15 +1111,15 @@ def ask(argv):
     print(f"\n{batch['video'].shape[1]} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if seen is None or not weights:
         return
-    # of each trajectory, or patch; what got more than the mean is painted
+    # one weight for each trajectory or patch; those above the mean are painted
     weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
     owner = model.connector.owner(seen["ids"]).flatten(0, 1)
     owner = torch.where((weight > weight.mean())[owner], owner, -1)
     video = batch["video"][0].numpy()
-    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long()
+    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
     path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, trajtok.filmstrip(video, {"attended": owner.cpu().numpy()}, min(8, len(video))))
+    write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
     print(f"wrote {path}")
 
 
