@@ -857,14 +857,17 @@ def set_rates(optimizer, step, cfg):
 
 
 def training_rows(batch, windows, encoding, cfg, step):
-    """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has fewer."""
-    rng, rows = np.random.default_rng((cfg.seed, step, ranks()[0])), []
-    for caption, talks, own in zip(batch["caption"], batch["qa"], windows):
+    """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has fewer. Of
+    which process a clip is does not matter."""
+    rank, world = ranks()
+    rows = []
+    for i, own in enumerate(windows):
+        talks = batch["qa"][i]
         if step < cfg.caption_steps:
-            talks = [dict(question=DESCRIBE, answer=caption)]
-        order = rng.permutation(len(talks))
-        chosen = [talks[order[i % len(talks)]] for i in range(cfg.questions)]
-        rows += [chat(encoding, turns_of(talk), own) for talk in chosen]
+            talks = [dict(question=DESCRIBE, answer=batch["caption"][i])]
+        order = np.random.default_rng((cfg.seed, step, rank + i * world)).permutation(len(talks))
+        for j in range(cfg.questions):
+            rows.append(chat(encoding, turns_of(talks[order[j % len(talks)]]), own))
     return rows
 
 
@@ -1107,9 +1110,10 @@ def ask(argv):
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
         weights.append(attended(cache)[:len(prompt)])
         print(encoding.decode([token]), end="", flush=True)
+    weights.append(attended(cache)[:len(prompt)])
     visual = visual[0] >= 0
     print(f"\n{batch['video'].shape[1]} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
-    if seen is None or not weights:
+    if seen is None:
         return
     # one weight for each trajectory or patch; those above the mean are painted
     weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
