@@ -2296,7 +2296,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
-    KEYS = ("video", "labels", "caption", "captions", "label", "qa", "index")
+    KEYS = ("video", "times", "labels", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -2359,8 +2359,8 @@ class VideoBatches(torch.utils.data.Dataset):
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
-        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), caption=caption,
-                    captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
+        return dict(video=torch.from_numpy(video), times=times.tolist(), labels=torch.from_numpy(labels),
+                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
 
 
 class Mixed(torch.utils.data.Dataset):

@@ -4533,7 +4533,7 @@ def test_the_decoder_is_the_published_implementation(tmp_path, name):
 
 def test_decoders_are_as_large_as_published():
     """Catches: a width, a layer or a bias too many: the parameters of each size, and every tensor of a layer of 4b."""
-    counts = {"nano": 722_624, "0.6b": 596_049_920, "1.7b": 1_720_574_976, "4b": 4_022_468_096}
+    counts = {"nano": 722_752, "0.6b": 596_049_920, "1.7b": 1_720_574_976, "4b": 4_022_468_096}
     for name, count in counts.items():
         with torch.device("meta"):
             decoder = train_vlm.Decoder(train_vlm.DECODERS[name])
@@ -4618,7 +4618,7 @@ def test_the_built_in_tokenizer_and_conversations():
     e = train_vlm.load_tokenizer()
     begin, end, video = (e.encode_single_token(t) for t in (train_vlm.TURN, train_vlm.TURN_END, train_vlm.VIDEO))
     assert e.n_vocab <= train_vlm.DECODERS["nano"].vocab_size
-    assert len(e.encode_ordinary("What colour is the largest object?<0.0-0.9s>")) <= 9
+    assert len(e.encode_ordinary("What colour is the largest object?")) == 7 and len(e.encode_ordinary("<8.0-8.9s>")) == 1
     odd = "né✓漢🙂 <|im_end|> e\u0301\n"
     assert e.decode(e.encode_ordinary(odd)) == odd and end not in e.encode_ordinary(odd)
     turns = [dict(question="What moves?", answer="a dog"), dict(question="And then?", answer="it stops")]
@@ -4834,12 +4834,12 @@ def test_one_batch_is_learnt_by_heart(name):
     the video: here the questions are alike, and only the trajectories tell them apart; an evaluation that does not
     find what was learnt."""
     cfg, model, batch, e = vlm_parts(name)
-    cfg = dataclasses.replace(cfg, steps=60, warmup=5, questions=1)
+    cfg = dataclasses.replace(cfg, steps=120, warmup=5, questions=1, lr=2.5)
     batch["qa"] = [[talks[0] | dict(options=["moon", "star", "ring"])] for talks in batch["qa"]]
     seen, windows = train_vlm.perceive(batch, model, cfg, torch.device("cpu"))
     rows = train_vlm.lay_out(train_vlm.training_rows(batch, windows, e, cfg, 0), e, 200)
     optimizer = train_vlm.make_optimizer(model, cfg)
-    for step in range(60):
+    for step in range(120):
         train_vlm.set_rates(optimizer, step, cfg)
         optimizer.zero_grad()
         loss = model(*rows, seen).mean()
@@ -4856,7 +4856,7 @@ def test_one_batch_is_learnt_by_heart(name):
 def test_rates_by_part_and_stage():
     """Catches: a part that learns at another's rate; a second stage that goes on at the end of the first one's cosine."""
     cfg, model, _, _ = vlm_parts()
-    cfg = dataclasses.replace(cfg, size="4b", segmenter="s", decoder="d", vision="v", caption_steps=10, steps=20, warmup=2)
+    cfg = dataclasses.replace(cfg, size="4b", data="qa", segmenter="s", decoder="d", vision="v", caption_steps=10, steps=20, warmup=2)
     optimizer, seen = train_vlm.make_optimizer(model, cfg), []
     for step in range(30):
         train_vlm.set_rates(optimizer, step, cfg)
@@ -5029,7 +5029,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
     (["--frames", 4], "at least --frames 8"), (["--steps", -1], "--steps -1"), (["--size", "8b"], "--size 8b"),
     (["--tokenizer", "nowhere"], "nowhere"), (["--decoder", "nowhere"], "nowhere"), (["--vision", "x"], "--vision"),
     (["--segmenter", "nowhere"], "nowhere"), (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"),
-    (["--data", "nowhere.json", "--segmenter", "SEG"], "no such file"), (["--data", "x.json"], "--segmenter"),
+    (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"), (["--data", "x.json"], "--segmenter"),
     (["ask", "none.mp4", "What?", "--model", "RUN"], "none.mp4"), (["ask", "x.mp4", "What?", "--model", "SEG"], "not a run")))
 def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or a run that begins, where one line should name the value and the mend."""

@@ -743,7 +743,8 @@ def open_stories(cfg, segmenter, world, device):
 def open_films(cfg, size, world):
     """Manifests -> batches of captions (None: there are none), batches of questions, held-out batches."""
     def batches(entries, train=True):
-        kinds = data.kinds(entries)
+        kinds = [[e for e in entries if e["image"] == image] for image in (False, True)]
+        kinds = [kind for kind in kinds if kind]
         sets = [data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0) for kind in kinds]
         return data.Mixed(sets, [len(kind) for kind in kinds], cfg.seed, world) if train else ConcatDataset(sets)
 
@@ -1118,7 +1119,7 @@ def ask(argv):
     # one weight for each trajectory or patch; those above the mean are painted
     weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
     owner = model.connector.owner(seen["ids"]).flatten(0, 1)
-    owner = torch.where((weight > weight.mean())[owner], owner, -1)
+    owner = torch.where((weight >= weight.mean())[owner], owner, -1)
     video = batch["video"][0].numpy()
     owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
     path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
@@ -1137,7 +1138,7 @@ def main(argv=None):
     cfg = configure(VLMConfig, VLM_SIZES, argv)
     folder = trajtok.run_folder(cfg, "vlm", f"-{cfg.connector}")
     if cfg.resume:
-        cfg = trajtok.resumed(cfg, folder, VLM_SIZES, argv)
+        cfg = trajtok.resumed(cfg, folder, argv)
     if cfg.connector != "blind" and not cfg.segmenter:
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
     trajtok.launch(cfg)
