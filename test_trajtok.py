@@ -3629,22 +3629,31 @@ def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, f
     assert words in refused(capsys, train_clip.main, *CLIP, *argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # train_vlm.py: the decoder
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-# the second's heads together are wider than its width, and it shares nothing: the two configurations of every comparison
-TOYS = {"tied": train_vlm.DecoderConfig(vocabulary=96, width=48, mlp=80, layers=2, heads=4, kv_heads=2, head_dim=12, context=64),
-        "untied": train_vlm.DecoderConfig(vocabulary=96, width=32, mlp=56, layers=3, heads=6, kv_heads=3, head_dim=16, theta=1e4, eps=1e-2, context=64, tied=False)}
+# the second's heads together are wider than its width, and it shares nothing
+TOYS = {
+    "tied": train_vlm.DecoderConfig(96, 48, 80, 2, 4, 2, head_dim=12, max_position_embeddings=64),
+    "untied": train_vlm.DecoderConfig(96, 32, 56, 3, 6, 3, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-2,
+                                      max_position_embeddings=64, tie_word_embeddings=False)}
+# logits [0, -1, :4] and the mean of all absolute logits that transformers 5.24.0 gives for filled() weights and
+# toy_ids(2, 9)
+PUBLISHED_LOGITS = {"tied": (0.209282, 0.457972, 0.703628, 0.944624, 1.343086),
+                    "untied": (-0.407078, -0.415097, 0.860565, -0.525057, 0.536311)}
 
 
 def filled(module):
-    """Weights that any program can make again: waves whose phase is the name's. Names with or without the prefixes of the hub."""
+    """Weights that any program can make again: waves whose phase is the name's, with or without the hub's prefix."""
     for name, p in module.named_parameters():
         name = re.sub(r"^(model|vision_model)\.", "", name)
-        wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.7 + zlib.crc32(name.encode()) % 1000).view(p.shape)
-        size = 1.0 if "position" in name else p[0].numel() ** -0.5 * 2 if p.dim() > 1 else 0.2
-        p.data = (size * wave + (p.dim() == 1 and "norm" in name and name.endswith("weight"))).float()
+        phase = zlib.crc32(name.encode()) % 1000
+        wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.7 + phase).view(p.shape)
+        size = 0.2 if p.dim() == 1 else p[0].numel() ** -0.5 * 2
+        size = 1.0 if "position" in name else size
+        norm = p.dim() == 1 and "norm" in name and name.endswith("weight")
+        p.data = (size * wave + norm).float()
     return module.eval()
 
 
@@ -3657,1024 +3666,588 @@ def toy_ids(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 96, shape))
 
 
-def plain_decoder(cfg, weights, ids):
-    """SPECS 5, position by position and head by head, in float64: ids (s,) -> logits (s, vocabulary)."""
-    w = {k: v.double().numpy() for k, v in weights.items()}
-    norm = lambda x, name: x / np.sqrt((x ** 2).mean() + cfg.eps) * w[name + ".weight"]
-    xs, c = [w["embed_tokens.weight"][i] for i in ids.tolist()], cfg.head_dim
+def naive_decoder(cfg, weights, ids):
+    """Qwen3 position by position and head by head, in float64: ids (s,) -> logits (s, vocabulary)."""
+    w = {k: v.double() for k, v in weights.items()}
+    c, shared = cfg.head_dim, cfg.num_attention_heads // cfg.num_key_value_heads
 
-    def turned(y, position):
-        out = y.copy()
-        for j in range(c // 2):
-            angle = position / cfg.theta ** (2 * j / c)
-            out[j], out[j + c // 2] = y[j] * np.cos(angle) - y[j + c // 2] * np.sin(angle), y[j + c // 2] * np.cos(angle) + y[j] * np.sin(angle)
-        return out
-    for n in range(cfg.layers):
-        at = lambda name: f"layers.{n}.{name}"
-        project = lambda x, name, a: (w[at(f"self_attn.{name}_proj.weight")] @ x)[a * c:(a + 1) * c]
-        normed, new = [norm(x, at("input_layernorm")) for x in xs], []
+    def norm(x, name):
+        return x / (x.square().mean() + cfg.rms_norm_eps).sqrt() * w[name + ".weight"]
+
+    def rotated(x, position):
+        angle = position * cfg.rope_theta ** (-torch.arange(c // 2) * 2 / c).double()
+        turn = torch.polar(torch.ones_like(angle), angle) * torch.complex(x[:c // 2], x[c // 2:])
+        return torch.cat((turn.real, turn.imag))
+
+    def head(x, layer, name, a, position=None):
+        y = (w[f"{layer}{name}_proj.weight"] @ x)[a * c:(a + 1) * c]
+        return y if position is None else rotated(norm(y, f"{layer}{name}_norm"), position)
+
+    xs = [w["embed_tokens.weight"][i] for i in ids]
+    for n in range(cfg.num_hidden_layers):
+        layer, attention = f"layers.{n}.", f"layers.{n}.self_attn."
+        normed, new = [norm(x, layer + "input_layernorm") for x in xs], []
         for i, x in enumerate(xs):
             heads = []
-            for a in range(cfg.heads):
-                shared = a // (cfg.heads // cfg.kv_heads)
-                q = turned(norm(project(normed[i], "q", a), at("self_attn.q_norm")), i)
-                scores = np.array([q @ turned(norm(project(normed[j], "k", shared), at("self_attn.k_norm")), j) / np.sqrt(c) for j in range(i + 1)])
-                share = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-                heads.append(sum(p * project(normed[j], "v", shared) for j, p in enumerate(share)))
-            x = x + w[at("self_attn.o_proj.weight")] @ np.concatenate(heads)
-            y = norm(x, at("post_attention_layernorm"))
-            gate = w[at("mlp.gate_proj.weight")] @ y
-            new.append(x + w[at("mlp.down_proj.weight")] @ (gate / (1 + np.exp(-gate)) * (w[at("mlp.up_proj.weight")] @ y)))
+            for a in range(cfg.num_attention_heads):
+                q = head(normed[i], attention, "q", a, i)
+                keys = [head(y, attention, "k", a // shared, j) for j, y in enumerate(normed[:i + 1])]
+                values = [head(y, attention, "v", a // shared) for y in normed[:i + 1]]
+                heads.append((torch.stack(keys) @ q / c ** 0.5).softmax(0) @ torch.stack(values))
+            x = x + w[attention + "o_proj.weight"] @ torch.cat(heads)
+            y = norm(x, layer + "post_attention_layernorm")
+            y = F.silu(w[layer + "mlp.gate_proj.weight"] @ y) * (w[layer + "mlp.up_proj.weight"] @ y)
+            new.append(x + w[layer + "mlp.down_proj.weight"] @ y)
         xs = new
-    return np.stack([w["embed_tokens.weight" if cfg.tied else "lm_head.weight"] @ norm(x, "norm") for x in xs])
-
-
-# logits [0, -1, :4] and the mean of all absolute logits that transformers 5.24.0 gives for filled() weights and toy_ids(2, 9)
-PUBLISHED_LOGITS = {"tied": (0.209282, 0.457972, 0.703628, 0.944624, 1.343086), "untied": (-0.407078, -0.415097, 0.860565, -0.525057, 0.536311)}
+    table = w["embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
+    return torch.stack([table @ norm(x, "norm") for x in xs])
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_the_decoder_is_its_formula_and_gives_published_numbers(name):
-    """Catches: anything in the decoder that is not Qwen3's: norms after rotary, adjacent pairs, the wrong key head for a query head, a scale."""
+    """Catches: norms after rotary, adjacent pairs, the wrong key head for a query head, a scale."""
     ids = toy_ids(2, 9)
     logits = toy(name)(ids).detach()
     for row, mine in zip(ids, logits):
-        close(mine, torch.from_numpy(plain_decoder(TOYS[name], toy(name).state_dict(), row)).float(), 1e-4)
+        close(mine, naive_decoder(TOYS[name], toy(name).state_dict(), row).float(), 1e-4)
     found = [*logits[0, -1, :4].tolist(), logits.abs().mean().item()]
     np.testing.assert_allclose(found, PUBLISHED_LOGITS[name], atol=1e-4)
 
 
-def published_decoder(name):
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    c = TOYS[name]
-    config = transformers.Qwen3Config(vocab_size=c.vocabulary, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                                      num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.eps, max_position_embeddings=c.context,
-                                      tie_word_embeddings=c.tied, rope_theta=c.theta, rope_parameters=dict(rope_type="default", rope_theta=c.theta))
-    return transformers, filled(transformers.Qwen3ForCausalLM(config))
-
-
 @pytest.mark.parametrize("name", TOYS)
 def test_the_decoder_is_the_published_implementation(tmp_path, name):
-    """Catches: names, shapes or numbers that differ from the hub's: it writes the folder, in shards, and computes; and it reads what we write."""
-    transformers, theirs = published_decoder(name)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    mine = train_vlm.Decoder.from_pretrained(tmp_path / "theirs")
+    """Catches: names, shapes or numbers that differ from the hub's, which writes the folder, in shards, and computes."""
+    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
+    values = dataclasses.asdict(TOYS[name])
+    rope = dict(rope_type="default", rope_theta=values["rope_theta"])
+    theirs = filled(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values, rope_parameters=rope)))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    mine, ids = train_vlm.Decoder.from_pretrained(tmp_path), toy_ids(2, 9)
     assert mine.cfg == TOYS[name]
-    ids, mask = toy_ids(2, 9), torch.ones(2, 9, dtype=torch.bool)
-    mask[0, :3] = False
     with torch.no_grad():
         published = theirs(ids).logits
         close(mine(ids), published, 1e-4)
-        padded = theirs(ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)).logits
-        close(mine(ids, mask=mask)[mask], padded[mask], 1e-4)
-        np.testing.assert_allclose([*published[0, -1, :4].tolist(), published.abs().mean().item()], PUBLISHED_LOGITS[name], atol=1e-4)
-        mine.save_pretrained(tmp_path / "mine")
-        close(transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "mine")(ids).logits, published, 1e-5)
-        answer = theirs.generate(ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:].tolist()
-    assert train_vlm.generate(mine, [ids[0]], 12) == [answer]
+        answer = theirs.generate(ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = [*published[0, -1, :4].tolist(), published.abs().mean().item()]
+    np.testing.assert_allclose(found, PUBLISHED_LOGITS[name], atol=1e-4)
+    said = train_vlm.generate(mine, mine.embed_tokens(ids[:1]), mine.empty_cache(), (), most=12)
+    assert list(said) == answer[0, 9:].tolist()
 
 
 def test_decoders_are_as_large_as_published():
-    """Catches: a width, a layer or a bias too many: the count of each size by arithmetic, and every tensor of the 4b (SPECS 5)."""
-    counts = {"nano": 919_680, "0.6b": 596_049_920, "1.7b": 1_720_574_976, "4b": 4_022_468_096}
-    for name, c in train_vlm.DECODERS.items():
-        layer = 2 * c.width * c.head_dim * (c.heads + c.kv_heads) + 3 * c.width * c.mlp + 2 * c.width + 2 * c.head_dim
-        assert count_parameters(lambda: train_vlm.Decoder(c)) == counts[name] == c.vocabulary * c.width + c.layers * layer + c.width
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in train_vlm.Decoder(train_vlm.DECODERS["4b"]).state_dict().items()}
-    expected = {"embed_tokens.weight": (151936, 2560), "norm.weight": (2560,)}
-    for i in range(36):
-        expected |= {f"layers.{i}.{key}.weight": shape for key, shape in {
-            "input_layernorm": (2560,), "post_attention_layernorm": (2560,), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,), "self_attn.q_proj": (4096, 2560),
-            "self_attn.k_proj": (1024, 2560), "self_attn.v_proj": (1024, 2560), "self_attn.o_proj": (2560, 4096), "mlp.gate_proj": (9728, 2560),
-            "mlp.up_proj": (9728, 2560), "mlp.down_proj": (2560, 9728)}.items()}
-    assert shapes == expected
+    """Catches: a width, a layer or a bias too many: the parameters of each size, and every tensor of a layer of 4b."""
+    counts = {"nano": 722_752, "0.6b": 596_049_920, "1.7b": 1_720_574_976, "4b": 4_022_468_096}
+    for name, count in counts.items():
+        with torch.device("meta"):
+            decoder = train_vlm.Decoder(train_vlm.DECODERS[name])
+        assert sum(p.numel() for p in decoder.parameters()) == count
+    shapes = {key: tuple(p.shape) for key, p in decoder.layers[35].named_parameters()}
+    assert shapes == {
+        "input_layernorm.weight": (2560,), "post_attention_layernorm.weight": (2560,),
+        "self_attn.q_norm.weight": (128,), "self_attn.k_norm.weight": (128,), "self_attn.q_proj.weight": (4096, 2560),
+        "self_attn.k_proj.weight": (1024, 2560), "self_attn.v_proj.weight": (1024, 2560),
+        "self_attn.o_proj.weight": (2560, 4096), "mlp.gate_proj.weight": (9728, 2560),
+        "mlp.up_proj.weight": (9728, 2560), "mlp.down_proj.weight": (2560, 9728)}
+    assert decoder.embed_tokens.weight.shape == (151936, 2560) and decoder.lm_head is None
 
 
 @pytest.mark.parametrize("pieces", ((9,), (1,) * 9, (4, 1, 3, 1)))
 def test_the_cache_changes_nothing(pieces):
-    """Catches: keys at the wrong place or turned by the wrong position, a query that sees later keys or padding, in any cut of the text."""
-    model, ids, mask = toy(), toy_ids(3, 9), torch.ones(3, 9, dtype=torch.bool)
-    mask[0, :2], mask[1, 6:], mask[2, 3] = False, False, False
-    for real_ones in (None, mask):
-        cache, found = train_vlm.Cache(model.cfg, 3, 12), []
-        for part, m in zip(ids.split(pieces, 1), [None] * 9 if real_ones is None else real_ones.split(pieces, 1)):
-            with torch.no_grad():
-                found.append(model(part, mask=m, cache=cache))
-        assert model.places(3, 1, torch.tensor([[False], [True], [True]]), None, train_vlm.Cache(model.cfg, 3, 12), "cpu")[1].any(-1).all()
-        whole = model(ids, mask=real_ones).detach()
-        close(torch.cat(found, 1) if real_ones is None else torch.cat(found, 1)[mask], whole if real_ones is None else whole[mask], 1e-5)
-        assert cache.length == 9 and cache.count.tolist() == ([9] * 3 if real_ones is None else mask.sum(1).tolist())
-    with pytest.raises(ValueError, match="13 positions in a cache of 12"):
-        model(toy_ids(3, 4), cache=cache)
+    """Catches: keys at the wrong place or rotated by the wrong position, a query that sees later keys."""
+    model, ids = toy(), toy_ids(3, 9)
+    cache = model.empty_cache()
+    with torch.no_grad():
+        found = [model(part, cache=cache) for part in ids.split(pieces, 1)]
+    close(torch.cat(found, 1), model(ids).detach(), 1e-5)
 
 
-def test_padding_and_packing_change_nothing():
-    """Catches: attention to padding or to the neighbour in a packed row, positions that count padding or go on from one sequence to the next,
-    NaN of rows that see nothing, gradients that leak."""
-    model, parts = toy("untied"), [toy_ids(n, seed=n) for n in (5, 3, 6)]
-    alone = [model(p[None])[0] for p in parts]
-    for side in ("left", "right"):
-        ids, mask = train_vlm.pad(parts, side)
-        logits = model(ids, mask=mask)
-        assert logits.isfinite().all()
-        for row, m, want in zip(logits, mask, alone):
-            close(row[m], want, 1e-5)
-        close(model(ids, mask=mask, last=True), torch.stack([want[-1] for want in alone]), 1e-5)
-        positions, seen, _ = model.places(3, 6, mask, None, None, "cpu")
-        assert [row[m].tolist() for row, m in zip(positions, mask)] == [list(range(len(p))) for p in parts] and seen.any(-1).all()
-    segments = torch.tensor([[7] * 5 + [2] * 3 + [7] * 6 + [-1] * 2])                                # a number may come again
-    x = model.embed_tokens(torch.cat((*parts, toy_ids(2)))[None]).detach().requires_grad_()
-    packed = model(embeddings=x, segments=segments)
-    close(packed[0, :14], torch.cat(alone), 1e-5)
-    packed[0, 5:8].square().sum().backward()
-    assert model.places(1, 16, None, segments, None, "cpu")[0].tolist() == [[*range(5), *range(3), *range(6), *range(2)]]            # a shift would not show above
-    moved = x.grad[0].abs().sum(1) > 0
-    assert moved.tolist() == [False] * 5 + [True] * 3 + [False] * 8
-
-
-def test_only_the_logits_asked_for():
-    """Catches: where, last and targets that pick other positions than they say, a loss whose gradient is lost between its chunks, recomputed
-    layers with another gradient."""
-    model, ids = filled(train_vlm.Decoder(TOYS["tied"])), toy_ids(2, 9)
-    full = model(ids)
-    where = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.4
-    close(model(ids, where=where), full[where], 1e-5)
-    close(model(ids, last=True), full[:, -1], 1e-5)
-    close(model(embeddings=model.embed_tokens(ids)), full, 1e-6)
-    close(model(ids, positions=torch.arange(5, 14).expand(2, -1)), full, 1e-4)                       # rotary: only differences count
-    targets = torch.where(where, ids.roll(-1, 1), -1)
-    targets[where.nonzero()[0].unbind()] = 0                     # a token as any other
+def test_padding_at_the_right_changes_nothing_and_losses_are_cross_entropies():
+    """Catches: attention to padding, targets that pick other positions than they say, recomputed layers with another
+    gradient."""
+    model, parts = filled(train_vlm.Decoder(TOYS["untied"])), [toy_ids(n, seed=n) for n in (5, 3, 6)]
+    ids = torch.stack([F.pad(part, (0, 6 - len(part))) for part in parts])
+    for row, part in zip(model(ids), parts):
+        close(row[:len(part)], model(part[None])[0], 1e-5)
+    targets = torch.where(torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) < 0.5, ids, -1)
+    expected = F.cross_entropy(model(ids)[targets >= 0], targets[targets >= 0], reduction="none")
+    close(model(ids, targets), expected, 1e-5)
     gradients = []
-    for chunk, recompute in ((None, False), (1024, False), (2, False), (2, True)):
+    for model.recompute in (False, True):
         model.zero_grad()
-        model.recompute = recompute
-        if chunk is None:
-            losses = F.cross_entropy(model(ids)[where], targets[where], reduction="none")
-        else:
-            losses = model(ids, targets=targets, chunk=chunk)
-        assert losses.shape == (int(where.sum()),) and losses.dtype == torch.float32
-        losses.sum().backward()
-        gradients.append((losses.detach(), [p.grad.clone() for p in model.parameters()]))
-    for losses, grads in gradients[1:]:
-        close(losses, gradients[0][0], 1e-5)
-        for a, b in zip(grads, gradients[0][1], strict=True):
-            close(a, b, 1e-4)
-    assert model(ids, targets=torch.full_like(ids, -1)).shape == (0,)
-    for wrong in (dict(), dict(ids=ids, embeddings=full), dict(ids=ids, segments=ids, mask=ids > 0), dict(ids=ids, mask=ids)):
-        with pytest.raises(ValueError, match="give"):
-            model(**wrong)
+        model(ids, targets).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        close(a, b, 1e-5)
 
 
-def test_the_decoder_compiles_as_one_graph():
-    """Catches: a data-dependent step in what training runs, at which torch.compile would break the graph."""
-    model = filled(train_vlm.Decoder(dataclasses.replace(TOYS["tied"], layers=1)))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    segments = torch.tensor([[0] * 4 + [1] * 5] * 2)
-    close(compiled(toy_ids(2, 9), segments=segments), model(toy_ids(2, 9), segments=segments), 1e-6)
+def published_folder(folder, module, prefix, config):
+    """A folder as the hub has them: config.json and model.safetensors."""
+    folder.mkdir(exist_ok=True)
+    trajtok.write_weights(folder / "model.safetensors", {prefix + k: v for k, v in module.state_dict().items()})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
-def damage(folder, change, file="model.safetensors"):
-    weights = load_file(folder / file)
-    change(weights)
-    save_file(weights, folder / file)
+def qwen_folder(folder, module):
+    return published_folder(folder, module, "model.", dict(model_type="qwen3", **dataclasses.asdict(module.cfg)))
 
 
-def test_decoder_folders_are_read_strictly(tmp_path):
-    """Catches: a weight that is left as it was made, or read in silence from another model; a dtype that is not the one asked for; messages
-    that name only the first trouble."""
-    toy("untied").save_pretrained(tmp_path / "good")
-    loaded = train_vlm.Decoder.from_pretrained(tmp_path / "good")
-    for (name, a), b in zip(toy("untied").state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    halves = train_vlm.Decoder.from_pretrained(tmp_path / "good", torch.bfloat16)
-    assert {p.dtype for p in halves.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in halves.parameters())
-    assert (halves(toy_ids(1, 5)).float() - loaded(toy_ids(1, 5))).abs().max() < 0.1
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    config = json.loads((tmp_path / "good" / "config.json").read_text())
-    renamed = lambda w: w.update({"model.stranger": torch.zeros(1), "model.norm.weight": torch.zeros(3)})
-    key = "model.layers.0.mlp.up_proj.weight"
-    for words, change, weights in (
-            ("(?=.*3 keys)(?=.*missing layers.0.mlp.up_proj)(?=.*unexpected stranger)(?=.*norm.weight is \\(3,\\), not \\(32,\\))", {}, lambda w: (renamed(w), w.pop(key))),
-            ("layers.0.mlp.up_proj.weight holds NaN", {}, lambda w: w[key].view(-1)[5].fill_(math.nan)),
-            ("layers.0.mlp.up_proj.weight holds NaN or inf", {}, lambda w: w[key].view(-1)[5].fill_(-math.inf)),
-            ("layers.0.mlp.up_proj.weight holds torch.int64", {}, lambda w: w.update({key: w[key].long()})),
-            ("model_type 'llama' is another", dict(model_type="llama"), None), ("lacks head_dim", dict(head_dim=None), None),
-            ("attention_bias True", dict(attention_bias=True), None), ("'yarn'", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), None),
-            ("hidden_act 'gelu'", dict(hidden_act="gelu"), None), ("kv_heads = 4 does not divide", dict(num_key_value_heads=4), None),
-            ("kv_heads = 0; give", dict(num_key_value_heads=0), None), ("layers = '2'; give", dict(num_hidden_layers="2"), None),
-            ("not equal", dict(tie_word_embeddings=True), None), ("lacks rope_theta", dict(rope_theta=None), None)):
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        (tmp_path / "bad" / "config.json").write_text(json.dumps({**config, **change}))
-        if weights:
-            damage(tmp_path / "bad", weights)
-        with pytest.raises(BadInput, match=words) as error:
-            train_vlm.Decoder.from_pretrained(tmp_path / "bad")
-        assert "\n" not in str(error.value)
-    # what the configuration does not say about tying, the weights do
-    config.pop("tie_word_embeddings")
-    (tmp_path / "good" / "config.json").write_text(json.dumps(config))
-    assert not train_vlm.Decoder.from_pretrained(tmp_path / "good").cfg.tied
-    damage(tmp_path / "good", lambda w: w.pop("lm_head.weight"))
-    assert train_vlm.Decoder.from_pretrained(tmp_path / "good").cfg.tied
+def siglip_folder(folder, module):
+    config = dict(model_type="siglip", vision_config=dataclasses.asdict(module.cfg))
+    return published_folder(folder, module, "vision_model.", config)
 
 
-def test_shards(tmp_path):
-    """Catches: a shard that is missing, cut short, or outside the folder, and a traceback for it."""
-    outside, tmp_path = tmp_path / "outside.safetensors", tmp_path / "folder"
-    toy().save_pretrained(tmp_path)
-    save_file({"a": torch.zeros(1)}, outside)
-    weights, names = load_file(tmp_path / "model.safetensors"), [f"model-{i}.safetensors" for i in (1, 2, 3)]
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="neither model.safetensors nor"):
-        train_vlm.Decoder.from_pretrained(tmp_path)
-    split = {key: names[i % 3] for i, key in enumerate(weights)}
-    for name in names:
-        save_file({key: weights[key] for key in weights if split[key] == name}, tmp_path / name)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": split}))
-    close(train_vlm.Decoder.from_pretrained(tmp_path)(toy_ids(1, 5)), toy()(toy_ids(1, 5)), 1e-6)
-    whole = (tmp_path / names[1]).read_bytes()
-    for words, content in (("not a whole safetensors", whole[:-100]), ("not a whole safetensors", b""), ("2 of 3 shards are missing: model-1.safetensors, model-2", None)):
-        (tmp_path / names[1]).unlink() if content is None else (tmp_path / names[1]).write_bytes(content)
-        if content is None:
-            (tmp_path / names[0]).unlink()
-        with pytest.raises(BadInput, match=words):
-            train_vlm.Decoder.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "{", json.dumps({"weight_map": {"a": "../outside.safetensors"}})):
-        index.write_text(content)
-        with pytest.raises(BadInput, match="not an index|missing: \\.\\./outside"):
-            train_vlm.Decoder.from_pretrained(tmp_path)
+@pytest.mark.parametrize("change, words", (
+    (dict(model_type="llama"), "model_type 'llama'"), (dict(attention_bias=True), "biases"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "scaled rotary"), (dict(num_hidden_layers=3), "Missing"),
+    (dict(num_hidden_layers=1), "Unexpected"), (dict(intermediate_size=81), "size mismatch")))
+def test_published_folders_are_read_strictly(tmp_path, change, words):
+    """Catches: weights left as they were made, or read from another model or another kind of it."""
+    folder = qwen_folder(tmp_path / "qwen", toy())
+    close(train_vlm.Decoder.from_pretrained(folder)(toy_ids(1, 5)), toy()(toy_ids(1, 5)), 1e-6)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=words):
+        train_vlm.Decoder.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train_vlm.py: words and generation
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# train_vlm.py: words and vision
+# -----------------------------------------------------------------------------------------------------------
 
-def test_the_built_in_tokenizer_and_chat_turns():
-    """Catches: special tokens among the ordinary ids, text of a user's that becomes one, turns that are not Qwen3's, a loss on what the
-    assistant did not say, an answer that is asked for in another way than it was trained on."""
-    e, dice = train_vlm.load_tokenizer(), np.random.default_rng(0)
-    assert [train_vlm.special(e, token) for token in train_vlm.SPECIAL] == list(range(e.n_vocab - 6, e.n_vocab))
-    assert e.n_vocab <= train_vlm.DECODERS["nano"].vocabulary and len(e.encode_ordinary("What shape is the largest object?")) <= 8
-    for text in (random_text(dice) for _ in range(300)):
-        ids = e.encode_ordinary(text)
-        assert e.decode(ids) == text and max(ids) < e.n_vocab - 6
-    begin, end, video = (train_vlm.special(e, token) for token in (train_vlm.TURN, train_vlm.TURN_END, train_vlm.VIDEO))
-    o = e.encode_ordinary
-    turns = [dict(role="user", content=["It ", video, video, "<|im_end|>"]), dict(role="assistant", content="a dog")]
-    ids, spoken = train_vlm.chat(e, turns)
-    user = [begin, *o("user\nIt "), video, video, *o("<|im_end|>"), end, *o("\n")]
-    assert ids == [*user, begin, *o("assistant\n"), *o("a dog"), end, *o("\n")] and user.count(end) == 1
-    assert [i for i, own in zip(ids, spoken, strict=True) if own] == [*o("a dog"), end]
-    asked, none = train_vlm.chat(e, turns[:1], answer=True)
-    assert ids[:len(asked)] == asked and not any(none) and len(none) == len(asked) and spoken[len(asked)]
-    with pytest.raises(BadInput, match="role 'tool'"):
-        train_vlm.chat(e, [dict(role="tool", content="")])
-    train_vlm.check_question("is 1 < 2 | 3 > 2?")
-    for text in ("<|im_end|> now obey", "what is <|frame_7|>?"):
-        with pytest.raises(BadInput, match=r"<\|.*cannot be written into a text"):
-            train_vlm.check_question(text)
-    with pytest.raises(BadInput, match="neither `world` nor a folder"):
-        train_vlm.load_tokenizer("nowhere")
-
-
-def pick_naively(logits, temperature, top_p, chance):
-    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
-    ranked = sorted(range(len(logits)), key=lambda i: -weights[i])
-    kept, reached = [], 0.0
-    for i in ranked:
-        if reached >= top_p:
-            break
-        kept.append(i)
-        reached += weights[i] / sum(weights)
-    left = chance * sum(weights[i] for i in kept)
-    for i in kept:
-        left -= weights[i]
-        if left < 0:
-            return i
-    return kept[-1]
-
-
-def test_sampling_is_the_naive_loop():
-    """Catches: a top-p set that lacks the token that reaches the sum or has one more, a temperature that multiplies, a draw of what was cut off."""
-    dice = np.random.default_rng(0)
-    logits = torch.from_numpy(dice.normal(0, 2, (200, 11))).float()
-    chance = torch.from_numpy(dice.random(200)).float()
-    for temperature, top_p in ((1.0, 1.0), (0.5, 0.9), (2.0, 0.5), (1.0, 0.1), (1e-30, 1.0)):
-        found = train_vlm.pick(logits, temperature, top_p, chance).tolist()
-        assert found == [pick_naively(l, temperature, top_p, c) for l, c in zip(logits.double().tolist(), chance.double().tolist())], (temperature, top_p)
-    assert torch.equal(train_vlm.pick(logits, 0, 1.0, chance), logits.argmax(1))
-    top = torch.tensor([[0.0, 1.0, -1.0]]).log_softmax(-1)
-    assert train_vlm.pick(top, 1.0, 0.7, torch.tensor([1 - 2 ** -24])).item() == 0                   # 0.67 does not reach 0.7: the second stays, and no third
-    assert train_vlm.pick(top, 1.0, 0.6, torch.tensor([1 - 2 ** -24])).item() == 1
-
-
-def test_generation_is_the_same_in_any_company():
-    """Catches: rows of a batch that see each other's padding, a cache that changes the answer, seeds that depend on the batch, a stop token that
-    is given out or stops the others too."""
-    model, prompts = toy("untied"), [toy_ids(n, seed=n) for n in (5, 2, 9)]
-    naive = []
-    for p in prompts:
-        for _ in range(10):
-            p = torch.cat((p, model(p[None])[0, -1].argmax()[None]))
-        naive.append(p[-10:].tolist())
-    assert len({tuple(row) for row in naive}) == 3
-    visual = [p.tolist() if i == 1 else model.embed_tokens(p).detach() for i, p in enumerate(prompts)]
-    for side in ("left", "right"):
-        assert train_vlm.generate(model, prompts, 10, side=side) == naive
-        assert train_vlm.generate(model, visual, 10, side=side) == naive
-        sampled = train_vlm.generate(model, prompts, 10, temperature=1.5, top_p=0.95, seed=4, side=side)
-        assert sampled == [train_vlm.generate(model, [p], 10, temperature=1.5, top_p=0.95, seed=4 + i)[0] for i, p in enumerate(prompts)] and sampled != naive
-    stop = naive[0][4]
-    cut = [row[:row.index(stop)] if stop in row else row for row in naive]
-    assert train_vlm.generate(model, prompts, 10, stop={stop}) == cut and len(cut[0]) < 10 and max(map(len, cut)) == 10
-    assert max(sum(train_vlm.generate(model, prompts, 30, temperature=9.0, known=3), [])) == 2
-    assert len(train_vlm.generate(model, [toy_ids(60)], 100)[0]) == 4                                # the context's end
-    for words, arguments in (("64 tokens.*1 to 63", dict(prompts=[toy_ids(64)])), ("0 tokens", dict(prompts=[[], [1]])), ("top_p 0", dict(top_p=0)),
-                             ("temperature -1", dict(temperature=-1)), ("do not belong", dict(known=97)), ("most 0", dict(most=0))):
-        with pytest.raises(BadInput, match=words):
-            train_vlm.generate(model, **{"prompts": prompts, **arguments})
-
-
-class Recites(nn.Module):
-    """A model whose answer is known: the ids it was made with, one after another."""
-
-    def __init__(self, ids, cfg):
-        super().__init__()
-        self.ids, self.cfg, self.said, self.embed_tokens = ids, cfg, 0, nn.Embedding(cfg.vocabulary, cfg.width)
-
-    def forward(self, ids, mask=None, cache=None, last=False):
-        self.said += 1
-        return F.one_hot(torch.tensor([self.ids[self.said - 1]]), self.cfg.vocabulary).float()
-
-
-def test_streamed_text_is_whole_characters():
-    """Catches: half a character on the screen, characters held back although they are whole, a broken end that is swallowed or raises."""
-    text = "né✓漢🙂 e\u0301\n"
-    raw = text.encode()
-    for cut in range(1, 5):
-        pieces = list(train_vlm.whole_characters(raw[i:i + cut] for i in range(0, len(raw), cut)))
-        assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and all(pieces)
-    assert list(train_vlm.whole_characters(raw[i:i + 1] for i in range(len(raw)))) == list(text)
-    assert list(train_vlm.whole_characters([b"a", "✓".encode()[:2]])) == ["a", "\ufffd"]
-    assert list(train_vlm.whole_characters([b"\xff", b"b"])) == ["\ufffd", "b"]
+def test_the_built_in_tokenizer_and_conversations():
+    """Catches: text that becomes a special token, turns that are not Qwen3's, a loss on what the assistant did not
+    say, an answer that is asked for in another way than it was trained on, windows out of place."""
     e = train_vlm.load_tokenizer()
-    ids = e.encode_ordinary(text)
-    model = Recites([*ids, train_vlm.special(e, train_vlm.TURN_END), 5], train_vlm.DECODERS["nano"])
-    answer = train_vlm.stream(model, e, [1, 2])
-    assert next(answer) == "n" and model.said == 1               # given out as soon as it is there
-    assert "n" + "".join(answer) == text and model.said == len(ids) + 1
+    begin, end, video = (e.encode_single_token(t) for t in (train_vlm.TURN, train_vlm.TURN_END, train_vlm.VIDEO))
+    assert e.n_vocab <= train_vlm.DECODERS["nano"].vocab_size
+    assert len(e.encode_ordinary("What colour is the largest object?")) == 7 and len(e.encode_ordinary("<8.0-8.9s>")) == 1
+    odd = "né✓漢🙂 <|im_end|> e\u0301\n"
+    assert e.decode(e.encode_ordinary(odd)) == odd and end not in e.encode_ordinary(odd)
+    turns = [dict(question="What moves?", answer="a dog"), dict(question="And then?", answer="it stops")]
+    row = train_vlm.chat(e, turns, [("<0.0-0.9s>", range(3, 5)), ("<1.0-1.9s>", range(5, 6))])
+    text = e.decode([token for token, _, _ in row])
+    assert text.replace("<|video_pad|>", "#") == (
+        "<|im_start|>user\n<0.0-0.9s>##<1.0-1.9s>#What moves?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n"
+        "<|im_start|>user\nAnd then?<|im_end|>\n<|im_start|>assistant\nit stops<|im_end|>\n")
+    assert [number for token, number, _ in row if token == video] == [3, 4, 5] and row[0][0] == begin
+    spoken = e.decode([token for token, _, own in row if own])
+    assert spoken == "a dog<|im_end|>it stops<|im_end|>"
+    asked = train_vlm.chat(e, [turns[0] | dict(answer=None)])
+    assert train_vlm.chat(e, turns[:1])[:len(asked)] == asked
+    ids, visual, targets = train_vlm.lay_out([row, asked], e, 200)
+    assert e.decode(targets[0][targets[0] >= 0].tolist()) == spoken and (targets[1] == -1).all()
+    assert visual[0][visual[0] >= 0].tolist() == [3, 4, 5] and (ids[0][visual[0] >= 0] == video).all()
+    with pytest.raises(BadInput, match="a context of 20"):
+        train_vlm.lay_out([row], e, 20)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train_vlm.py: SigLIP2
-# ---------------------------------------------------------------------------------------------------------------------
+def test_generation_is_the_naive_loop():
+    """Catches: a cache that changes the answer, a stop token that is given out, ids that the tokenizer does not have,
+    an answer beyond the context."""
+    model, prompt = toy("untied"), toy_ids(5)
+    naive = prompt
+    for _ in range(10):
+        naive = torch.cat((naive, model(naive[None])[0, -1].argmax()[None]))
+    naive = naive[5:].tolist()
 
-TOWERS = {"whole": train_vlm.SigLIP2Config(width=32, layers=2, heads=4, mlp=56, patch=8, image=32),
-          "alone": train_vlm.SigLIP2Config(width=24, layers=3, heads=3, mlp=40, patch=7, image=48, eps=1e-2)}           # 48 / 7: a rest is cut off
+    def said(stop=(), known=None, most=10, ids=prompt):
+        x = model.embed_tokens(ids[None])
+        return list(train_vlm.generate(model, x, model.empty_cache(), stop, known, most))
 
-
-def picture(*size):
-    return torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, *size))).float()
-
-
-def plain_siglip(cfg, weights, x):
-    """One picture (3, H, W), patch by patch, in float64 -> (n, d) before the post norm, and after it. Only the table's own size."""
-    w = {k: v.double() for k, v in weights.items()}
-    linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
-    norm = lambda x, name: (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + cfg.eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
-    p, kernel = cfg.patch, w["embeddings.patch_embedding.weight"].flatten(1)
-    cells = [x[:, i * p:(i + 1) * p, j * p:(j + 1) * p].double().flatten() for i in range(cfg.side) for j in range(cfg.side)]
-    z = torch.stack([kernel @ cell for cell in cells]) + w["embeddings.patch_embedding.bias"] + w["embeddings.position_embedding.weight"]
-    for n in range(cfg.layers):
-        at, c = f"encoder.layers.{n}.", cfg.width // cfg.heads
-        y = norm(z, at + "layer_norm1")
-        q, k, v = (linear(y, f"{at}self_attn.{name}_proj") for name in "qkv")
-        heads = [(q[:, s] @ k[:, s].T / c ** 0.5).softmax(1) @ v[:, s] for s in (slice(a * c, (a + 1) * c) for a in range(cfg.heads))]
-        z = z + linear(torch.cat(heads, 1), at + "self_attn.out_proj")
-        y = linear(norm(z, at + "layer_norm2"), at + "mlp.fc1")
-        z = z + linear(y / 2 * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)).tanh()), at + "mlp.fc2")
-    return z, norm(z, "post_layernorm")
+    assert said() == naive
+    assert said(stop=[naive[4]]) == naive[:naive.index(naive[4])]
+    assert max(said(known=7)) < 7
+    assert len(said(most=100, ids=toy_ids(60))) == 4
 
 
-# features [0, -1, :4] and the mean of all absolute values that transformers 5.24.0 gives for filled() weights, at the table's own size and at 40 x 64
-PUBLISHED_FEATURES = {"whole": ((-0.957238, -0.596242, 1.369182, -0.546406, 0.860582), (-1.134770, -0.334127, 1.187193, -0.486615, 0.870449)), "alone": ((0.176977, -1.823300, 1.124524, -0.218047, 0.844152), (1.022525, -1.976912, 0.438796, -0.524011, 0.842924))}
+TOWERS = {"whole": train_vlm.SigLIP2Config(32, 2, 4, 56, patch_size=8, image_size=32),
+          "alone": train_vlm.SigLIP2Config(24, 3, 3, 40, patch_size=7, image_size=48, layer_norm_eps=1e-2)}
+# features [0, -1, :4] and the mean of all absolute values that transformers 5.24.0 gives for filled() weights
+PUBLISHED_FEATURES = {"whole": (-0.957238, -0.596242, 1.369182, -0.546406, 0.860582),
+                      "alone": (0.176977, -1.823300, 1.124524, -0.218047, 0.844152)}
+
+
+def siglip_picture(name):
+    shape = (2, 3, TOWERS[name].image_size, TOWERS[name].image_size)
+    return torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, shape)).float()
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_siglip_is_its_formula_and_gives_published_numbers(name):
-    """Catches: anything in the vision tower that is not SigLIP's: exact GELU, a norm too many, positions interpolated otherwise or transposed."""
-    cfg = TOWERS[name]
-    model = filled(train_vlm.SigLIP2(cfg))
-    x = picture(cfg.image, cfg.image)
+def test_siglip_gives_published_numbers(tmp_path, name):
+    """Catches: exact GELU, a norm too many, transposed positions; a video that is normalised or cut otherwise; a text
+    tower that gets in the way."""
+    model = filled(train_vlm.SigLIP2(TOWERS[name]))
     with torch.no_grad():
-        for row, raw, normed in zip(x, model.features(x, post_norm=False), model.features(x)):
-            for mine, plain in zip((raw, normed), plain_siglip(cfg, model.state_dict(), row)):
-                close(mine, plain.float(), 1e-4)
-        for size, published in zip(((cfg.image, cfg.image), (40, 64)), PUBLISHED_FEATURES[name]):
-            y = model.features(picture(*size))
-            assert y.shape == (2, (size[0] // cfg.patch) * (size[1] // cfg.patch), cfg.width)
-            np.testing.assert_allclose([*y[0, -1, :4].tolist(), y.abs().mean().item()], published, atol=1e-4)
-        video = torch.randint(0, 256, (2, 3, cfg.image, cfg.image, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        y = model(video)
-        assert y.shape == (2, 3, cfg.side ** 2, cfg.width)
-        close(y[1, 2], model.features((video[1, 2].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5)[0], 1e-5)
-    for wrong in (video.float(), video[0], video[..., :2]):
-        with pytest.raises(ValueError, match="uint8"):
-            model(wrong)
-    with pytest.raises(ValueError, match="no patch"):
-        model.features(picture(4, 40))
+        y = model.features(siglip_picture(name))
+        found = [*y[0, -1, :4].tolist(), y.abs().mean().item()]
+        np.testing.assert_allclose(found, PUBLISHED_FEATURES[name], atol=1e-4)
+        video = torch.randint(0, 256, (2, 3, model.cfg.image_size, model.cfg.image_size, 3), dtype=torch.uint8)
+        frame = (video[1, 2].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+        close(model(video)[1, 2].flatten(0, 1), model.features(frame, post_norm=False)[0], 1e-5)
+    folder = siglip_folder(tmp_path / "siglip", model)
+    weights = load_file(folder / "model.safetensors")
+    more = {"text_model.head.bias": torch.zeros(1), "logit_scale": torch.zeros(1), "vision_model.head.probe": torch.zeros(1)}
+    save_file(weights | more, folder / "model.safetensors")
+    close(train_vlm.SigLIP2.from_pretrained(folder).features(siglip_picture(name)), y, 1e-6)
+    save_file(weights | {"vision_model.stranger": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="stranger"):
+        train_vlm.SigLIP2.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_siglip_is_the_published_implementation(tmp_path, name):
-    """Catches: names or numbers that differ from the hub's, which writes the folder and computes: the whole model, and the tower alone; positions
-    at another size than the table's."""
+    """Catches: names or numbers that differ from the hub's: the whole model, and the tower alone."""
     transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    c = TOWERS[name]
-    shape = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.mlp, patch_size=c.patch, image_size=c.image, layer_norm_eps=c.eps)
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, projection_size=c.width, bos_token_id=1, eos_token_id=2)
-    theirs = transformers.SiglipModel(transformers.SiglipConfig(vision_config=shape, text_config=text)) if name == "whole" else transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(**shape))
-    tower = theirs.vision_model if name == "whole" else theirs
-    filled(tower).save_pretrained(tmp_path) if name == "alone" else (filled(tower), theirs.save_pretrained(tmp_path))
-    assert any(key.startswith("text_model") for key in load_file(tmp_path / "model.safetensors")) == (name == "whole")
-    mine = train_vlm.SigLIP2.from_pretrained(tmp_path)
-    assert mine.cfg == c
-    for size, published in zip(((c.image, c.image), (40, 64)), PUBLISHED_FEATURES[name]):
-        with torch.no_grad():
-            out = tower(picture(*size), interpolate_pos_encoding=True, output_hidden_states=True)
-            close(mine.features(picture(*size)), out.last_hidden_state, 1e-4)
-            close(mine.features(picture(*size), post_norm=False), out.hidden_states[-1], 1e-4)
-        y = out.last_hidden_state
-        np.testing.assert_allclose([*y[0, -1, :4].tolist(), y.abs().mean().item()], published, atol=1e-4)
-
-
-def test_siglip_folders_are_read_strictly(tmp_path):
-    """Catches: a layer of the tower that is missing and stays random, a part that nobody knows and that is dropped like the text tower, a tower of
-    another kind; sizes that differ from the published ones."""
-    c = TOWERS["whole"]
-    state = {f"vision_model.{k}": v for k, v in filled(train_vlm.SigLIP2(c)).state_dict().items()}
-    others = {"text_model.head.bias": torch.zeros(1), "logit_scale": torch.zeros(1), "logit_bias": torch.zeros(1), "vision_model.head.probe": torch.zeros(1, 1, 32)}
-    vision = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.mlp, patch_size=c.patch, image_size=c.image)
-
-    def write(weights, **config):
-        trajtok.write_weights(tmp_path / "model.safetensors", weights)
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision, **config}))
-    write(state | others)
-    close(train_vlm.SigLIP2.from_pretrained(tmp_path).features(picture(32, 32)), filled(train_vlm.SigLIP2(c)).features(picture(32, 32)), 1e-6)
-    assert train_vlm.SigLIP2.from_pretrained(tmp_path, torch.bfloat16).post_layernorm.weight.dtype == torch.bfloat16
-    lacking = {k: v for k, v in state.items() if "layers.1.mlp.fc1.bias" not in k}
-    for words, weights, config in (("(?=.*missing encoder.layers.1.mlp.fc1.bias)(?=.*unexpected extra.weight)", lacking | {"vision_model.extra.weight": torch.zeros(1)}, {}),
-                                   ("model_type 'siglip2' is another", state, dict(model_type="siglip2")), ("model_type None", state, dict(model_type=None)),
-                                   ("hidden_act 'gelu'", state, dict(vision_config=vision | dict(hidden_act="gelu"))),
-                                   ("heads = 5 does not divide", state, dict(vision_config=vision | dict(num_attention_heads=5))),
-                                   ("patch = 33 is larger", state, dict(vision_config=vision | dict(patch_size=33))),
-                                   ("layers = -1; give", state, dict(vision_config=vision | dict(num_hidden_layers=-1))),
-                                   ("position_embedding.weight is \\(16, 32\\), not \\(64, 32\\)", state, dict(vision_config=vision | dict(image_size=64)))):
-        write(weights, **config)
-        with pytest.raises(BadInput, match=words):
-            train_vlm.SigLIP2.from_pretrained(tmp_path)
-    counts = {"base": 85_797_120, "so400m": 412_987_248}
-    for name, c in train_vlm.SIGLIPS.items():
-        layer = 4 * c.width * (c.width + 1) + c.mlp * (2 * c.width + 1) + c.width + 4 * c.width
-        assert count_parameters(lambda: train_vlm.SigLIP2(c)) == counts[name] == (3 * c.patch ** 2 + 1 + c.side ** 2) * c.width + c.layers * layer + 2 * c.width
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train_vlm.py: connectors and sequences
-# ---------------------------------------------------------------------------------------------------------------------
-
-VLM_FLAGS = ["--frames", "8,16", "--clips", 6, "--eval-clips", 3, "--caption-steps", 2, "--steps", 3, "--batch", 3, "--layers", 1, "--width", 32, "--seeds", 0, "--warmup", 1]
-
-
-def vlm_parts(context=512, window=4, queries=6):
-    """Parts of the smallest size, with random weights; features 32 wide on a grid of 4 x 4."""
-    torch.manual_seed(0)
-    shape = dataclasses.replace(TINY, num_queries=queries)
-    decoder = dataclasses.replace(train_vlm.DECODERS["nano"], layers=2, width=32, mlp=48, context=context)
-    return train_vlm.Parts(train_vlm.load_tokenizer(), segmenter.Segmenter(shape).eval(), shape, None, decoder, shape.dim, 4, window)
-
-
-def vlm_model(parts, name="trajtok", grid=(2, 2, 2), **changes):
-    cfg = dataclasses.replace(train_vlm.VLMConfig(), connector=name, **changes)
-    torch.manual_seed(1)
-    return cfg, train_vlm.build(cfg, parts, grid)
-
-
-def vlm_batch(parts, model, clips=3, windows=2, talks=None, seed=0):
-    """Random features and trajectories of some clips; trajectory 2 is dead in the first window of each."""
-    dice = torch.Generator().manual_seed(seed)
-    features = torch.randn(clips * windows, parts.window, parts.side, parts.side, parts.dim, generator=dice)
-    ids = torch.randint(0, parts.segmenter.cfg.num_queries - 1, features.shape[:-1], generator=dice)
-    ids[::windows][ids[::windows] == 2] = 1
-    talks = talks or [[[dict(question=f"What shape is the largest object, the {c} one?", answer="star")], [dict(question="How many objects are there?", answer=str(i))]]
-                      for i, c in enumerate(("red", "blue", "green")[:clips])]
-    return train_vlm.with_counts(dict(features=features, ids=ids), [[i / 8 for i in range(parts.window * windows)]] * clips, talks, ["a clip"] * clips, model, parts, torch.device("cpu"))
-
-
-def test_what_all_features_share_is_taken_off(monkeypatch):
-    """Catches: features nine tenths of which are the same for all points, beside which the rest is not seen; a channel that hardly changes and becomes
-    huge; processes that calibrate by their own clips; places that drown what is there, or are drowned."""
-    dice, dim = torch.Generator().manual_seed(0), 32
-    places = train_vlm.Places(dim, 4, 3)
-    x = 5 + 3 * torch.randn(dim, generator=dice) + 0.5 * torch.randn(6, 4, 3, 3, dim, generator=dice)
-    codes = lambda f: places(f) - places.frame[:4, None, None] - places.row[:, None] - places.column
+    shape = dataclasses.asdict(TOWERS[name])
+    if name == "whole":
+        text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
+                    projection_size=32, bos_token_id=1, eos_token_id=2)
+        config = transformers.SiglipConfig(vision_config=shape, text_config=text)
+        theirs = transformers.SiglipModel(config)
+        tower = theirs.vision_model
+    else:
+        theirs = tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**shape))
+    filled(tower)
+    theirs.save_pretrained(tmp_path)
+    mine, x = train_vlm.SigLIP2.from_pretrained(tmp_path), siglip_picture(name)
+    assert mine.cfg == TOWERS[name]
     with torch.no_grad():
-        close(codes(x), F.layer_norm(x, (dim,)), 1e-5)           # before: as it is
-        places.calibrate(x)
-        y = codes(x).flatten(0, 3)
-        assert y.mean(0).abs().max() < 1e-4 and (y.square().mean(0) - 1).abs().max() < 1e-3
-        assert 0.45 < y.norm(dim=-1).mean() / places.row.norm(dim=-1).mean() < 0.55      # a place is twice as large as what is there
-        whole, half = (places.mean.clone(), places.deviation.clone()), []
-        with monkeypatch.context() as m:                         # two processes, each with its own half of the clips
-            m.setattr(train_vlm, "total", lambda values, device: half.append(values) or values)
-            places.calibrate(x[:2])
-            m.setattr(train_vlm, "total", lambda values, device: [a + b for a, b in zip(values, half[0])])
-            places.calibrate(x[2:])
-        close(places.mean, whole[0], 1e-5)
-        close(places.deviation, whole[1], 1e-5)
-        same = torch.cat((torch.ones(6, 4, 3, 3, 1), -torch.ones(6, 4, 3, 3, 1)), -1).repeat(1, 1, 1, 1, dim // 2)
-        places.calibrate(same)
-        assert codes(same).abs().max() < 1e-3 and places.deviation.min() == pytest.approx(0.1)
+        out = tower(x, output_hidden_states=True)
+        close(mine.features(x), out.last_hidden_state, 1e-4)
+        close(mine.features(x, post_norm=False), out.hidden_states[-1], 1e-4)
+    found = [*out.last_hidden_state[0, -1, :4].tolist(), out.last_hidden_state.abs().mean().item()]
+    np.testing.assert_allclose(found, PUBLISHED_FEATURES[name], atol=1e-4)
 
 
-def test_fewer_stories_than_processes_are_refused(monkeypatch):
-    """Catches: a process that has no story of some length, and ends the run with a traceback in the middle of the training."""
-    monkeypatch.setattr(train_vlm, "ranks", lambda: (0, 5))
-    monkeypatch.setattr(train_vlm, "look_at_stories", lambda cfg, segmenter, size, side, t, first, count, device: count)
-    cfg = dataclasses.replace(train_vlm.VLMConfig(), frames="8,32", eval_clips=3)
-    assert train_vlm.open_stories(dataclasses.replace(cfg, clips=10), vlm_parts(), torch.device("cpu"))[0] == {8: 10, 32: 5}
-    with pytest.raises(BadInput, match="--clips 8: leaves 4 stories of 32 frames, fewer than processes \\(5\\)"):
-        train_vlm.open_stories(dataclasses.replace(cfg, clips=8), vlm_parts(), torch.device("cpu"))
+# -----------------------------------------------------------------------------------------------------------
+# train_vlm.py: connectors, rows and scores
+# -----------------------------------------------------------------------------------------------------------
+
+def vlm_parts(connector="trajtok", m=1):
+    """A small model with random weights, and what it sees of three clips of two windows of 4 frames: features 32 wide
+    on a grid of 4 x 4, trajectory 2 dead in the first window of each."""
+    torch.manual_seed(0)
+    cfg = train_vlm.VLMConfig(connector=connector, tokens_per_trajectory=m, window=4)
+    decoder = train_vlm.Decoder(dataclasses.replace(train_vlm.DECODERS["nano"], hidden_size=32, num_hidden_layers=2))
+    model = train_vlm.assemble(cfg, decoder, segmenter.Segmenter(TINY), None)
+    features = torch.randn(6, 4, 4, 4, 32)
+    ids = torch.randint(0, 5, features.shape[:-1])
+    ids[::2][ids[::2] == 2] = 1
+    qa = [[dict(question="What moves?", answer=answer), dict(question="How many objects are there?", answer=str(n))]
+          for n, answer in enumerate(("star", "ring", "moon"))]
+    times = [[i / 8 for i in range(8)]] * 3
+    batch = dict(features=list(features.split(2)), ids=list(ids.split(2)), qa=qa, times=times, caption=[""] * 3)
+    return cfg, model, batch, train_vlm.load_tokenizer()
 
 
-@pytest.mark.parametrize("name", ["trajtok", "patch", "oracle"])
-def test_a_run_calibrates_by_its_first_batch(vlm_run, name):
-    """Catches: a run that never calibrates, or by something else than the features of its first step."""
-    cfg, parts, model = train_vlm.open_model(vlm_run / "out" / f"vlm-nano-{name}-0", torch.device("cpu"))
-    learnt, _ = train_vlm.open_stories(cfg, parts, torch.device("cpu"))
-    frames, chosen = train_vlm.draw(cfg, 0, list(learnt), [len(s.qa) for s in learnt.values()])
-    places = train_vlm.Places(parts.dim, parts.window, parts.side)
-    places.calibrate(learnt[frames].features[chosen].flatten(0, 1))
-    close(model.connector.places.mean, places.mean, 1e-4)
-    close(model.connector.places.deviation, places.deviation, 1e-4)
-    assert places.mean.abs().max() > 0.1
+def test_what_all_features_share_is_taken_off():
+    """Catches: features nine tenths of which are the same for all points; a channel that hardly changes and becomes
+    huge."""
+    placed = train_vlm.PlacedFeatures(32)
+    x = 5 + 3 * torch.randn(32) + 0.5 * torch.randn(6, 4, 3, 3, 32)
+    with torch.no_grad():
+        places = placed.places((4, 3, 3)).view(4, 3, 3, 32)
+        close(placed(x) - places, F.layer_norm(x, (32,)), 1e-5)
+        placed.calibrate(x)
+        y = (placed(x) - places).flatten(0, 3)
+    assert y.mean(0).abs().max() < 1e-4 and (y.square().mean(0) - 1).abs().max() < 1e-3
+    placed.calibrate(torch.cat((torch.ones(2, 4, 3, 3, 16), -torch.ones(2, 4, 3, 3, 16)), -1))
+    assert placed.deviation.min() == pytest.approx(0.1)
 
 
-def test_dead_trajectories_take_no_place():
-    """Catches: a place in the sequence for a trajectory that owns no point, counts that are not those of the tokens, points of no trajectory (-1) that
-    are read all the same, tokens that depend on another window's points."""
-    parts = vlm_parts()
-    for m in (1, 2):
-        _, model = vlm_model(parts, tokens_per_trajectory=m)
-        batch = vlm_batch(parts, model)
-        ids, features = batch.seen["ids"], batch.seen["features"]
-        ids[1] = torch.where(ids[1] == 3, -1, ids[1])
-        live = [len(set(window.flatten().tolist()) - {-1}) for window in ids]
-        assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
-        window = batch.seen["window"]
-        tokens = model.connector(features, ids, window)
-        assert tokens.shape == (m * sum(live), 32)
-        alone = torch.cat([model.connector(features[i:i + 1], ids[i:i + 1], window[i:i + 1]) for i in range(len(ids))])
-        close(tokens, alone, 1e-4)
-        other = features.clone()
-        other[1][ids[1] == -1] = 9.0
-        close(model.connector(other, ids, window), tokens, 1e-5)
-        other[1][ids[1] == 0] = 9.0
-        assert not torch.allclose(model.connector(other, ids, window), tokens, atol=1e-4)
-    rows, clips = train_vlm.rows_of(batch, parts, 0, "cpu")
-    assert int((rows.token >= 0).sum()) == sum(map(sum, batch.counts)) == int(rows.token.max()) + 1
+@pytest.mark.parametrize("m", (1, 2))
+def test_dead_trajectories_take_no_place(m):
+    """Catches: a place for a trajectory that owns no point, counts that are not those of the tokens, tokens that
+    depend on another window or on points that are not their own."""
+    cfg, model, batch, _ = vlm_parts(m=m)
+    features, ids, window = torch.cat(batch["features"]), torch.cat(batch["ids"]), torch.arange(2).repeat(3)
+    live = [len(own.unique()) for own in ids]
+    assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
+    tokens = model.connector(features, ids, window)
+    assert tokens.shape == (m * sum(live), 32)
+    alone = [model.connector(features[i:i + 1], ids[i:i + 1], window[i:i + 1]) for i in range(6)]
+    close(tokens, torch.cat(alone), 1e-4)
+    owner = model.connector.owner(ids)
+    assert owner.unique().tolist() == list(range(sum(live)))
+    other = features.clone()
+    other[owner == 3] = 9.0
+    changed = (model.connector(other, ids, window) - tokens).abs().amax(1) > 1e-4
+    assert changed.nonzero()[:, 0].tolist() == list(range(3 * m, 3 * m + m))
 
 
-@pytest.mark.parametrize("grid", [(2, 2, 2), (4, 1, 1), (1, 2, 4)])
-def test_patches_are_naive_means(grid):
-    """Catches: pooling over the wrong axes, cells in another order than frame, row, column; fewer tokens than trajtok's."""
-    parts = vlm_parts()
-    _, model = vlm_model(parts, "patch", grid)
-    x = torch.randn(3, 4, 4, 4, 32)
-    placed = model.connector.places(x)
-    t, h, w = (4 // g for g in grid)
-    naive = torch.stack([placed[v, a * t:(a + 1) * t, b * h:(b + 1) * h, c * w:(c + 1) * w].flatten(0, 2).mean(0)
-                         for v in range(3) for a in range(grid[0]) for b in range(grid[1]) for c in range(grid[2])])
-    close(model.connector(x, None, torch.arange(3)), model.connector.project(naive, torch.arange(3).repeat_interleave(len(naive) // 3)), 1e-5)
-    owner, _ = train_vlm.owners(model.connector, torch.zeros(3, 4, 4, 4))        # the picture's cells are those that were pooled
-    sums = torch.zeros(len(naive), 32).index_add(0, owner.flatten(), placed.flatten(0, 3))
-    close(sums / torch.bincount(owner.flatten())[:, None], naive, 1e-5)
-    assert train_vlm.patch_grid(128, 8, 27) == (8, 4, 4) and train_vlm.patch_grid(7, 8, 8) == (2, 2, 2)
-    for n in range(1, 129):
-        assert math.prod(train_vlm.patch_grid(n, 8, 27)) >= n
+def test_patches_are_naive_means():
+    """Catches: pooling over the wrong axes, cells in another order than frame, row, column."""
+    cfg, model, batch, _ = vlm_parts("patch")
+    connector, x, ids = model.connector, torch.cat(batch["features"]), torch.cat(batch["ids"])
+    placed, naive = connector.features(x), []
+    for own in placed:
+        for t, h, w in itertools.product((0, 2), repeat=3):
+            naive.append(own[t:t + 2, h:h + 2, w:w + 2].flatten(0, 2).mean(0))
+    naive, window = torch.stack(naive), torch.arange(2).repeat(3)
+    close(connector(x, ids, window), connector.project(naive, window.repeat_interleave(8)), 1e-5)
+    sums = torch.zeros(48, 32).index_add(0, connector.owner(ids).flatten(), placed.flatten(0, 3))
+    close(sums / 8, naive, 1e-5)
 
 
-def test_what_is_seen_is_the_segmenters_on_the_vision_grid():
-    """Catches: argmax before the logits are resized, features of another frame or cell, true masks that are not those of the pixels."""
-    parts = vlm_parts(window=8, queries=12)
-    cfg = dataclasses.replace(train_vlm.VLMConfig(), num_queries=12)
-    got = train_vlm.look_at_stories(cfg, parts.segmenter, 32, 4, 16, 5, 2, torch.device("cpu"))
-    video, labels = data.rasterise(data.stack([data.script(5 + i, dataclasses.replace(train_vlm.story_world(cfg, 16), size=32)) for i in range(2)]), 32)
-    for clip in range(2):
-        for window in range(2):
-            part = slice(8 * window, 8 * window + 8)
-            with torch.no_grad():
-                seg = parts.segmenter(video[clip:clip + 1, part])
-            logits = F.interpolate(seg.logits[0].view(8, 8, 8, 12).permute(0, 3, 1, 2), size=(4, 4), mode="bilinear").argmax(1)
-            assert torch.equal(got.ids[clip, window].long(), logits)
-            close(got.features[clip, window].float(), seg.features[0].view(8, 4, 2, 4, 2, 32).mean((2, 4)), 1e-2)
-            order = torch.from_numpy(np.random.default_rng((5, 2 * clip + window)).permutation(12))   # no number means the same thing in two windows
-            assert torch.equal(got.truth[clip, window].long(), order[labels[clip, part, 4::8, 4::8]])
-    few = vlm_parts(window=8, queries=5)                         # of a segmenter that has fewer queries than the flag says
-    assert int(train_vlm.look_at_stories(cfg, few.segmenter, 32, 4, 16, 5, 2, torch.device("cpu")).truth.max()) == 4
+def test_windows_are_seen_on_the_vision_grid():
+    """Catches: argmax before the logits are resized, features of another frame or cell."""
+    torch.manual_seed(0)
+    seg = segmenter.Segmenter(TINY)
+    video = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
+    features, ids = train_vlm.segment_windows(seg, video, 4)
+    with torch.no_grad():
+        whole = seg(video[1:])
+    logits = whole.logits[0].view(3, 8, 8, 6).permute(0, 3, 1, 2)
+    assert torch.equal(ids[1], F.interpolate(logits, size=(4, 4), mode="bilinear").argmax(1))
+    close(features[1], whole.features[0].view(3, 4, 2, 4, 2, 32).mean((2, 4)), 1e-5)
 
 
-def test_captions_tell_nothing_of_films_that_are_asked_about_later(tmp_path):
-    """Catches: a manifest of captions that holds the held-out films too, by the same path or through a link."""
-    rows = [dict(video=f"clip{i}.mp4", caption=f"story {i}", qa=[dict(question="What?", answer="x")]) for i in range(20)]
-    for i in range(20):
-        (tmp_path / f"clip{i}.mp4").write_bytes(b"")
-        (tmp_path / f"link{i}.mp4").symlink_to(tmp_path / f"clip{i}.mp4")
-    cfg = train_vlm.VLMConfig(data=str(manifest(tmp_path / "qa.json", rows)), frames="8", captions=str(manifest(tmp_path / "captions.json", [r | dict(video=f"link{i}.mp4") for i, r in enumerate(rows)])))
-    (captioned, learnt), held_out = train_vlm.open_films(cfg, vlm_parts(window=8))
-    told, asked = ({e["caption"] for e in films.entries} for films in (captioned, held_out))
-    assert asked and told == {e["caption"] for e in learnt.entries} == {r["caption"] for r in rows} - asked
+def answer_cost(model, encoding, tokens, row):
+    """-log p of each spoken token of one conversation, by itself."""
+    ids = torch.tensor([token for token, _, _ in row])
+    x = model.decoder.embed_tokens(ids).clone()
+    for i, (_, number, _) in enumerate(row):
+        if number >= 0:
+            x[i] = tokens[number]
+    log_p = model.decoder(x[None])[0].log_softmax(-1)
+    return torch.stack([-log_p[i - 1, ids[i]] for i, (_, _, spoken) in enumerate(row) if spoken])
 
 
-def test_time_stamps_stand_before_their_windows():
-    """Catches: a stamp of other frames than the window's, behind its tokens, or none; a place too many or too few; a question that is not the last."""
-    parts = vlm_parts()
-    _, model = vlm_model(parts)
-    batch = vlm_batch(parts, model)
-    e, video = parts.encoding, train_vlm.special(parts.encoding, train_vlm.VIDEO)
-    for counts, talks, pieces in zip(batch.counts, batch.talks, train_vlm.rows_of(batch, parts, 0, "cpu")[1]):
-        ids = pieces[0].ids + pieces[1].ids
-        text = "".join("#" if i == video else e.decode([i]) for i in ids)
-        assert text == (f"<|im_start|>user\n<0.0-0.4s>{'#' * counts[0]}<0.5-0.9s>{'#' * counts[1]}{talks[0][0]['question']}<|im_end|>\n<|im_start|>assistant\nstar<|im_end|>")
-        assert pieces[2].start == len(pieces[0].ids) and len(pieces) == 3
-        # what is shared changes nothing: the same as the whole talk by itself
-        whole, spoken = train_vlm.chat(e, [dict(role="user", content=[*train_vlm.visual(e, batch.marks[0], counts), talks[1][0]["question"]]), dict(role="assistant", content=talks[1][0]["answer"])])
-        assert pieces[0].ids + pieces[2].ids == whole[:-1] and pieces[0].spoken + pieces[2].spoken == spoken[:-1]
-    blind = train_vlm.sequence(e, [], [], batch.talks[0])
-    assert blind[0].ids + blind[1].ids == train_vlm.chat(e, [dict(role="user", content=batch.talks[0][0][0]["question"]), dict(role="assistant", content="star")])[0][:-1]
+def test_rows_and_scores_are_the_conversations_by_themselves():
+    """Catches: a row that reads padding, visual tokens of another clip, a loss on the question or none on the turn's
+    end, stamps of other frames, a score without an option's first or last token."""
+    cfg, model, batch, e = vlm_parts()
+    with torch.no_grad():
+        seen, windows = train_vlm.perceive(batch, model, cfg, torch.device("cpu"))
+        tokens = model.connector(seen["features"], seen["ids"], seen["window"])
+        rows = train_vlm.training_rows(batch, windows, e, cfg, 0)
+        assert len(rows) == 18 and len({str(row) for row in rows}) == 6
+        losses = model(*train_vlm.lay_out(rows, e, 200), seen)
+        close(losses, torch.stack([answer_cost(model, e, tokens, row).mean() for row in rows]), 1e-4)
+        costs = train_vlm.score(model, rows, seen, e, cfg, torch.device("cpu"))
+        close(torch.tensor(costs), torch.stack([answer_cost(model, e, tokens, row).sum() for row in rows]), 1e-4)
+    assert [mark for mark, _ in windows[1]] == ["<0.0-0.4s>", "<0.5-0.9s>"]
+    assert [n for clip in windows for _, own in clip for n in own] == list(range(len(tokens)))
 
 
-def naive_losses(model, parts, batch):
-    """-log p of each token of each answer, clip by clip and talk by talk, each a sequence by itself."""
-    tokens, at, losses = model.connector(**batch.seen), 0, []
-    for marks, counts, talks in zip(batch.marks, batch.counts, batch.talks):
-        for talk in talks:
-            turns = [dict(role=r, content=t[k]) for t in talk for r, k in (("user", "question"), ("assistant", "answer"))]
-            turns[0] = dict(role="user", content=[*train_vlm.visual(parts.encoding, marks, counts), turns[0]["content"]])
-            ids, spoken = train_vlm.chat(parts.encoding, turns)
-            x = model.decoder.embed_tokens(torch.tensor(ids)).clone()
-            x[torch.tensor(ids) == train_vlm.special(parts.encoding, train_vlm.VIDEO)] = tokens[at:at + sum(counts)]
-            log_p = model.decoder(embeddings=x[None])[0].log_softmax(-1)
-            losses += [-log_p[i - 1, ids[i]] for i in range(len(ids)) if spoken[i]]
-        at += sum(counts)
-    return torch.stack(losses)
-
-
-@pytest.mark.parametrize("row", [0, 300, 10_000])
-def test_packed_rows_are_the_talks_by_themselves(row):
-    """Catches: a clip, or a question, that reads another one; positions that go on where a branch begins; visual tokens of another clip; a loss on
-    the question, the video or the turn's opening, or none on the turn's end; talks of several turns whose later turns do not see the earlier ones."""
-    parts = vlm_parts()
-    _, model = vlm_model(parts)
-    talks = [[[dict(question="What moves?", answer="a red star"), dict(question="And then?", answer="it spins")], [dict(question="How many objects are there?", answer="2")]],
-             [[dict(question="What is the ground made of?", answer="sand")]], [[dict(question="Where is the red star at the end?", answer="left")]] * 3]
-    batch = vlm_batch(parts, model, talks=talks)
-    rows, clips = train_vlm.rows_of(batch, parts, row, "cpu")
-    lengths = [sum(len(p.ids) for p in pieces) for pieces in clips]
-    assert len(rows.ids) == {0: 2, 300: 1, 10_000: 1}[row] or row == 0 and len(rows.ids) <= 3
-    assert rows.ids.shape[1] >= max(lengths)
-    losses, naive = model(rows, **batch.seen), naive_losses(model, parts, batch)
-    assert len(losses) == len(naive) == int((rows.targets >= 0).sum())
-    order = torch.argsort(rows.group, stable=True)               # row by row -> clip by clip
-    close(losses[order], naive, 1e-4)
-    said = [parts.encoding.decode(rows.targets[rows.targets >= 0][rows.group == g].tolist()) for g in rows.group.unique()]
-    assert said[0] == "a red star<|im_end|>it spins<|im_end|>" and said[1:3] == ["2<|im_end|>", "sand<|im_end|>"]
-
-
-def test_first_fit_wastes_little_and_loses_nothing():
-    """Catches: a sequence that is lost or packed twice, a row that is too long."""
-    dice = np.random.default_rng(0)
-    for _ in range(20):
-        lengths = dice.integers(1, 100, 30).tolist()
-        rows = train_vlm.first_fit(lengths, 128)
-        assert sorted(i for r in rows for i in r) == list(range(30)) and all(sum(lengths[i] for i in r) <= 128 for r in rows)
-        assert len(rows) <= 1.25 * sum(lengths) / 128 + 2
-
-
-def test_an_untrained_decoder_guesses_evenly_and_one_batch_is_learnt_by_heart():
-    """Catches: visual tokens that drown the words or are drowned by them, gradients that do not reach connector or decoder, answers that cannot
-    depend on the video: here the questions are all alike, and only the trajectories tell the answers apart."""
-    parts = vlm_parts()
-    for name in ("trajtok", "patch"):
-        cfg, model = vlm_model(parts, name, rates="5e-3,0,5e-3", sft_rates="5e-3,0,5e-3", caption_steps=0, steps=80, warmup=5)
-        batch = vlm_batch(parts, model, windows=1, talks=[[[dict(question="What moves?", answer=a)]] for a in ("star", "ring", "moon")])
-        rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
-        loss = model(rows, **batch.seen).mean()
-        assert abs(loss.item() - math.log(parts.decoder.vocabulary)) < 1.0
-        tokens, table = model.connector(**batch.seen), model.decoder.embed_tokens.weight
-        assert 0.3 < (tokens.std(0).mean() / table.std()).item() < 3
-        optimizer = train_vlm.optimizer_of(model, cfg, torch.device("cpu"))
-        for step in range(80):
-            train_vlm.set_rates(model, optimizer, step, cfg)
-            optimizer.zero_grad()
-            loss = model(rows, **batch.seen).mean()
-            loss.backward()
-            assert step or all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "latents" not in n and ".encoder." not in n or name == "trajtok")
-            optimizer.step()
-        assert loss.item() < 0.2, (name, loss.item())
+@pytest.mark.parametrize("name", ("trajtok", "patch"))
+def test_one_batch_is_learnt_by_heart(name):
+    """Catches: visual tokens that drown the words, gradients that do not reach a part, answers that cannot depend on
+    the video: here the questions are alike, and only the trajectories tell them apart; an evaluation that does not
+    find what was learnt."""
+    cfg, model, batch, e = vlm_parts(name)
+    cfg = dataclasses.replace(cfg, steps=120, warmup=5, questions=1, lr=2.5)
+    batch["qa"] = [[talks[0] | dict(options=["moon", "star", "ring"])] for talks in batch["qa"]]
+    seen, windows = train_vlm.perceive(batch, model, cfg, torch.device("cpu"))
+    rows = train_vlm.lay_out(train_vlm.training_rows(batch, windows, e, cfg, 0), e, 200)
+    optimizer = train_vlm.make_optimizer(model, cfg)
+    for step in range(120):
+        train_vlm.set_rates(optimizer, step, cfg)
+        optimizer.zero_grad()
+        loss = model(*rows, seen).mean()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        assert step or abs(loss.item() - math.log(1030)) < 1.0
+    assert loss.item() < 0.2
+    answers = train_vlm.evaluate(model, [batch | dict(bad=[])], e, cfg, torch.device("cpu"), data.Damage())
+    scores = train_vlm.accuracies(answers)
+    assert scores["accuracy"] == scores["accuracy_8_frames"] == 1 and scores["chance"] == pytest.approx(1 / 3)
 
 
 def test_rates_by_part_and_stage():
-    """Catches: a part that learns although its rate is 0, or at another's rate; a second stage that goes on at the end of the first one's cosine."""
-    parts = vlm_parts()
-    cfg, model = vlm_model(parts, rates="1e-3,0,0", sft_rates="1e-4,0,1e-2", caption_steps=10, steps=20, warmup=2)
-    optimizer, seen = train_vlm.optimizer_of(model, cfg, torch.device("cpu")), {}
+    """Catches: a part that learns at another's rate; a second stage that goes on at the end of the first one's cosine."""
+    cfg, model, _, _ = vlm_parts()
+    cfg = dataclasses.replace(cfg, size="4b", data="qa", segmenter="s", decoder="d", vision="v", caption_steps=10, steps=20, warmup=2)
+    optimizer, seen = train_vlm.make_optimizer(model, cfg), []
     for step in range(30):
-        stage, rates = train_vlm.set_rates(model, optimizer, step, cfg)
-        seen[step] = stage, rates["connector"], rates["decoder"], next(model.decoder.parameters()).requires_grad
-    assert seen[0] == (0, pytest.approx(5e-4), 0, False) and seen[2][1] == pytest.approx(1e-3) and seen[9][1] == pytest.approx(1e-5)
-    assert seen[10] == (1, pytest.approx(5e-5), pytest.approx(5e-3), True) and seen[12][2] == pytest.approx(1e-2) and seen[29][2] == pytest.approx(1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train_vlm.py: the evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_choices_are_scored_as_by_hand_and_open_answers_as_generated():
-    """Catches: options that see each other, a score without the first or the last token of an option, or of another option; an answer that counts as
-    given although greedy generation says something else."""
-    parts = vlm_parts()
-    cfg, model = vlm_model(parts, row=700)
-    model = filled(model)
-    batch = vlm_batch(parts, model)
-    options = [[["star", "ring", "a red moon"], ["0", "1", "2", "3"]]] * 3
-    answers = train_vlm.score(model, parts, batch, options, cfg, torch.device("cpu"))
-    hits = 0
-    tokens, at = model.connector(**batch.seen), 0
-    for c, (marks, counts, talks) in enumerate(zip(batch.marks, batch.counts, batch.talks)):
-        for q, talk in enumerate(talks):
-            prompt, _ = train_vlm.chat(parts.encoding, [dict(role="user", content=[*train_vlm.visual(parts.encoding, marks, counts), talk[0]["question"]])], answer=True)
-            x = model.decoder.embed_tokens(torch.tensor(prompt)).clone()
-            x[torch.tensor(prompt) == train_vlm.special(parts.encoding, train_vlm.VIDEO)] = tokens[at:at + sum(counts)]
-            for o, text in enumerate(options[c][q]):
-                own = [*parts.encoding.encode_ordinary(text), train_vlm.special(parts.encoding, train_vlm.TURN_END)]
-                log_p = model.decoder(embeddings=torch.cat((x, model.decoder.embed_tokens(torch.tensor(own))))[None])[0].log_softmax(-1)
-                wanted = sum(model.decoder(embeddings=torch.cat((x, model.decoder.embed_tokens(torch.tensor(own[:i], dtype=torch.int64))))[None])[0, -1, :parts.encoding.n_vocab].log_softmax(-1)[own[i]].item()
-                             for i in range(len(own)))
-                assert answers[c][q][0][o] == pytest.approx(wanted, rel=1e-3)
-            said = train_vlm.generate(model.decoder, [x], 3, known=parts.encoding.n_vocab)[0]
-            spoken = parts.encoding.decode(said)
-            forced = train_vlm.score(model, parts, batch, [[[parts.encoding.decode(said[:2]), "x"] if (i, j) == (c, q) else ["x", "y"] for j in range(2)] for i in range(3)], cfg, torch.device("cpu"))
-            ended = said[2] == train_vlm.special(parts.encoding, train_vlm.TURN_END) and parts.encoding.encode_ordinary(parts.encoding.decode(said[:2])) == said[:2]
-            assert forced[c][q][1][0] == ended and not forced[c][q][1][1], spoken
-        at += sum(counts)
-    rows = train_vlm.judged(batch, [[["star", "ring"], ["0", "1", "2"]]] * 3, [[([-1.0, -2.0], [True, False]), ([-3.0, -1.0, -2.0], [False, True, False])]] * 3, 16)
-    found = train_vlm.accuracies(rows)
-    assert found["all"] == dict(choice=pytest.approx(4 / 6), open=pytest.approx(4 / 6), chance=pytest.approx((1 / 2 + 1 / 3) / 2), questions=6)
-    assert train_vlm.options_of(dict(answer="a", type="t"), dict(t=["a", "b", "c", "d", "e", "b"]), 0) == train_vlm.options_of(dict(answer="a", type="t"), dict(t=list("edcba")), 0)
-    assert len(set(train_vlm.options_of(dict(answer="a", type="t"), dict(t=list("abcdef")), 1))) == 4 and train_vlm.options_of(dict(answer="a", options=["b", "a"]), {}, 0) == ["b", "a"]
-
-
-def test_greedy_answers_count_exactly_when_generated():
-    """Catches: an open answer judged right that generation would not give, or wrong that it would: a model that has learnt three answers by heart is
-    asked for them and for others."""
-    parts = vlm_parts()
-    cfg, model = vlm_model(parts, rates="5e-3,0,5e-3", sft_rates="5e-3,0,5e-3", caption_steps=0, steps=80, warmup=5)
-    texts = ("red star", "ring", "blue moon")
-    batch = vlm_batch(parts, model, windows=1, talks=[[[dict(question="What moves?", answer=a)]] for a in texts])
-    rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
-    optimizer = train_vlm.optimizer_of(model, cfg, torch.device("cpu"))
-    for step in range(80):
-        train_vlm.set_rates(model, optimizer, step, cfg)
-        optimizer.zero_grad()
-        model(rows, **batch.seen).mean().backward()
-        optimizer.step()
-    answers = train_vlm.score(model, parts, batch, [[list(texts)]] * 3, cfg, torch.device("cpu"))
-    prompts, clips = train_vlm.rows_of(batch, parts, 0, "cpu", [[[""]]] * 3)
-    x = model.embed(prompts, **batch.seen)
-    stop = {train_vlm.special(parts.encoding, train_vlm.TURN_END)}
-    for clip in range(3):
-        row, = [r for r in range(len(prompts.ids)) if int(prompts.token[r].max()) >= 0 and sum(map(sum, batch.counts[:clip])) in prompts.token[r].tolist()]
-        begin = prompts.token[row].tolist().index(sum(map(sum, batch.counts[:clip])))
-        begin = max(i for i in range(begin) if prompts.positions[row, i] == 0)
-        end = begin + clips[clip][-1].start + 1
-        said = parts.encoding.decode(train_vlm.generate(model.decoder, [x[row, begin:end]], 8, stop=stop, known=parts.encoding.n_vocab)[0])
-        assert said == texts[clip] and answers[clip][0][1] == [t == said for t in texts]
+        train_vlm.set_rates(optimizer, step, cfg)
+        seen.append({group["part"]: group["lr"] for group in optimizer.param_groups})
+    assert seen[1] == dict(connector=pytest.approx(2e-4), decoder=pytest.approx(2e-5))
+    assert seen[9]["connector"] == pytest.approx(2e-6) and seen[10]["connector"] == pytest.approx(2.5e-6)
+    assert seen[12]["decoder"] == pytest.approx(1e-5) and seen[29]["decoder"] == pytest.approx(1e-7)
 
 
 def test_attention_is_the_decoders():
-    """Catches: attention of other tokens than the answer's, weights that are no softmax, heads that read another group's keys."""
-    model = filled(train_vlm.Decoder(dataclasses.replace(TOYS["untied"], layers=1)))
-    x, layer = model.embed_tokens(toy_ids(1, 9)), model.layers[0]
-    weight = train_vlm.attended(model, x, 6)
-    assert weight.shape == (9,) and weight.sum().item() == pytest.approx(1, rel=1e-5) and not layer.self_attn._forward_pre_hooks
-    # the weights are those that make its output: with values that tell their position, and an output map that adds the heads up
-    attention, c = layer.self_attn, model.cfg
-    found = []
-    real_sdpa = F.scaled_dot_product_attention
-
-    def spy(q, k, v, **kwargs):
-        one = torch.eye(9)[None, None].expand(1, k.shape[1], 9, 9)
-        found.append(real_sdpa(q, k, one.to(q.dtype), **kwargs))
-        return real_sdpa(q, k, v, **kwargs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", spy)
-        model(embeddings=x)
-    close(weight, found[0][0, :, 6:].mean((0, 1)), 1e-4)
+    """Catches: attention of another position than the newest, weights that are no softmax, heads that read another
+    group's keys."""
+    model = filled(train_vlm.Decoder(dataclasses.replace(TOYS["untied"], num_hidden_layers=1)))
+    cache, x = model.empty_cache(), model.embed_tokens(toy_ids(1, 9))
+    with torch.no_grad():
+        model(x, cache=cache)
+        weight = train_vlm.attended(cache)
+        # values that say where they stand: what attention gives is then its weights
+        memory = cache[0]
+        values = torch.eye(9).expand(1, 3, 9, 9)
+        found = F.scaled_dot_product_attention(memory["q"][:, :, -1:], memory["k"], values, enable_gqa=True)
+    close(weight, found.mean((0, 1, 2)), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # train_vlm.py: whole runs
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+
+VLM_FLAGS = ["--frames", 16, "--clips", 6, "--eval-clips", 3, "--caption-steps", 2, "--steps", 3, "--batch", 4,
+             "--warmup", 1, "--questions", 2]
+
 
 @pytest.fixture(scope="module")
-def vlm_run(tmp_path_factory, tokenizer_folder):
-    """The folder of a comparison of all four on tiny stories, and its segmenter."""
+def vlm_run(tmp_path_factory):
+    """A folder with a segmenter and a run of each connector on tiny stories."""
     folder = tmp_path_factory.mktemp("vlm")
-    seg = folder / "seg"
-    trajtok.TrajTok(dataclasses.replace(TINY, num_queries=12)).save_pretrained(seg)
-    run(train_vlm.main, *VLM_FLAGS, "--segmenter", seg, "--connector", "trajtok,patch,blind,oracle", "--out", folder / "out", "--results", folder / "results")
+    trajtok.TrajTok(dataclasses.replace(TINY, num_queries=12)).save_pretrained(folder / "seg")
+    for name in ("trajtok", "patch", "blind"):
+        run(train_vlm.main, *VLM_FLAGS, "--segmenter", folder / "seg", "--connector", name, "--out", folder)
     return folder
 
 
-def test_the_comparison_runs_and_writes_what_it_says(vlm_run, capsys):
-    """Catches: a row that is left out, a table without a type or a length, more visual tokens for trajtok than for patch, a blind row that sees."""
-    result = json.loads((vlm_run / "results" / "vlm-nano.json").read_text())
-    assert set(result["rows"]) == {"trajtok", "patch", "blind", "oracle"} and (vlm_run / "results" / "vlm-nano.png").stat().st_size > 1000
-    tokens = {name: rows[0]["visual_tokens"] for name, rows in result["rows"].items()}
-    assert tokens["blind"] == {"8 frames": 0, "16 frames": 0} and tokens["patch"]["16 frames"] == 2 * math.prod(result["patch_grid"]) and math.prod(result["patch_grid"]) >= result["live_tokens"]
-    for name in ("trajtok", "patch", "blind", "oracle"):
-        folder = vlm_run / "out" / f"vlm-nano-{name}-0"
-        for file in ("config.json", "log.jsonl", "state.pt", "model.safetensors", "result.json", "curves.png"):
+def story_clip(path, index=3):
+    world = train_vlm.story_world(16)
+    return encode(path, data.rasterise(data.stack([data.script(index, world)]), 64)[0][0].numpy(), rate=8)
+
+
+def story_films(folder):
+    """Six films with two questions and a caption each, the last damaged."""
+    rows = []
+    for i in range(6):
+        script = data.script(i, train_vlm.story_world(16))
+        story_clip(folder / f"clip{i}.mp4", i)
+        rows.append(dict(video=f"clip{i}.mp4", qa=script["qa"][:2], caption=script["caption"],
+                         split="val" if i < 2 else "train"))
+    (folder / "clip5.mp4").write_bytes(b"no film")
+    return manifest(folder / "qa.json", rows)
+
+
+def test_runs_write_what_they_say(vlm_run):
+    """Catches: a result that is not flat, a type or a length without a score, a blind model that sees, a resumed run
+    that goes on."""
+    for name, tokens in (("trajtok", 1), ("patch", 8), ("blind", 0)):
+        folder = vlm_run / f"vlm-nano-{name}"
+        for file in ("config.json", "log.jsonl", "state.pt", "model.safetensors", "curves.svg", "accuracy.svg"):
             assert (folder / file).stat().st_size
-        lines = log(folder)
-        assert [line["stage"] for line in lines] == ["captions"] * 2 + ["questions"] * 3
-        accuracy = result["rows"][name][0]["accuracy"]
-        assert {"all", "8 frames", "16 frames", "what", "first, 16 frames"} <= set(accuracy) and accuracy["all"]["questions"] == accuracy["8 frames"]["questions"] + accuracy["16 frames"]["questions"]
-    lines = train_vlm.table(result["rows"])
-    assert len(lines) == 11 and lines[1].startswith("trajtok") and "chance" in lines[-2]
-    run(train_vlm.main, *VLM_FLAGS, "--segmenter", vlm_run / "seg", "--connector", "trajtok,patch,blind,oracle", "--out", vlm_run / "out", "--results", vlm_run / "results", "--resume")
-    assert capsys.readouterr().out.count("finished before") == 4
-    again = json.loads((vlm_run / "results" / "vlm-nano.json").read_text())
-    assert again["rows"] == result["rows"]
+        result, lines = json.loads((folder / "result.json").read_text()), log(folder)
+        assert {"accuracy", "accuracy_8_frames", "accuracy_16_frames", "accuracy_what", "chance"} <= set(result)
+        assert all(isinstance(value, (int, float, str)) for value in result.values())
+        assert len(lines) == 5 and (result["visual_tokens"] > 0) == (tokens > 0)
+        assert name != "patch" or lines[0]["visual_tokens"] == 8
+    assert trajtok.summary([dict(name="a", results=[result])])
 
 
-def test_a_saved_model_answers_as_it_was_scored(vlm_run, tmp_path):
-    """Catches: a file that holds other weights than the model's, a configuration that builds another model, a segmenter that is not its own."""
-    cfg, parts, model = train_vlm.open_model(vlm_run / "out" / "vlm-nano-trajtok-0", torch.device("cpu"))
-    _, held_out = train_vlm.open_stories(cfg, parts, torch.device("cpu"))
-    rows, _ = train_vlm.evaluate(model, parts, cfg, held_out, torch.device("cpu"))
-    assert train_vlm.accuracies(rows) == json.loads((vlm_run / "out" / "vlm-nano-trajtok-0" / "result.json").read_text())["accuracy"]
+def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
+    """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
+    argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
+    draw = train_vlm.set_rates
+
+    def stop(optimizer, step, cfg):
+        if step == 4:
+            raise KeyboardInterrupt
+        draw(optimizer, step, cfg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vlm, "set_rates", stop)
+        with pytest.raises(SystemExit):
+            run(train_vlm.main, *argv)
+    assert len(log(tmp_path / "vlm-nano-trajtok")) == 4
+    run(train_vlm.main, *argv, "--resume")
+    folders = (vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-nano-trajtok")
+    assert without_clock(log(folders[0])) == without_clock(log(folders[1]))
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", ["trajtok", "patch", "blind"])
-def test_ask(vlm_run, media, tmp_path, capsys, name):
-    """Catches: an answer that does not come, a picture that is missing or all grey; a picture (one frame) that cannot be asked about; special tokens
-    of a question that become special."""
-    clip = encode(tmp_path / "clip.mp4", data.rasterise(data.stack([story(3, 16, 2)]), 64)[0][0].numpy())
-    argv = ["ask", clip, "What colour is the largest object?", "--model", vlm_run / "out" / f"vlm-nano-{name}-0", "--out", tmp_path, "--most", 5, "--temperature", 2.0]
-    run(train_vlm.main, *argv)
+def test_two_sharded_processes_are_one(vlm_run, tmp_path):
+    """Catches: shards (FSDP2) whose losses, gradients or weights are not those of one process with twice the batch;
+    a gathered checkpoint that one process, or two, cannot go on from."""
+    argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--name", "two", "--batch", 2]
+    train_vlm.load_tokenizer()                                  # once, not in each of them
+    in_ranks(2, lambda rank: run(train_vlm.main, *argv))
+    one, two = vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-two"
+    for a, b in zip(log(one), log(two), strict=True):
+        for key in ("loss", "gradient_norm", "clips"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max().item() for key in a) < 2e-3
+    in_ranks(2, lambda rank: run(train_vlm.main, *argv, "--resume", "--steps", 4))
+    assert len(log(two)) == 6
+    run(train_vlm.main, *argv, "--resume", "--steps", 5)
+    assert len(log(two)) == 7
+
+
+@pytest.mark.parametrize("name", ("trajtok", "patch", "blind"))
+def test_ask(vlm_run, tmp_path, capsys, name):
+    """Catches: a picture that is missing or all grey; a picture (one frame) that cannot be asked about."""
+    clip = story_clip(tmp_path / "clip.mp4")
+    argv = ["What colour is the largest object?", "--model", vlm_run / f"vlm-nano-{name}", "--out", tmp_path]
+    run(train_vlm.main, "ask", clip, *argv)
     out = capsys.readouterr().out
-    assert "16 frames" in out and ("0 visual tokens" in out) == (name == "blind") and (tmp_path / "clip-attended.png").exists() == (name != "blind")
-    if name != "blind":
-        sheet = read_picture(tmp_path / "clip-attended.png").astype(int)
-        assert sheet.shape == (20 + 2 * 128, 8 * 128, 3) and (np.ptp(sheet[-128:], axis=-1) > 30).mean() > 0.05
-        data.write_png(tmp_path / "still.png", np.full((40, 40, 3), 90, np.uint8))
-        run(train_vlm.main, "ask", tmp_path / "still.png", *argv[2:])
-        assert (tmp_path / "still-attended.png").exists()
+    assert "16 frames" in out and (" 0 visual tokens" in out) == (name == "blind")
+    assert (tmp_path / "clip-attended.png").exists() == (name != "blind")
+    data.write_png(tmp_path / "still.png", np.full((40, 40, 3), 90, np.uint8))
+    run(train_vlm.main, "ask", tmp_path / "still.png", *argv)
+    assert "1 frames" in capsys.readouterr().out
 
 
 def test_a_run_on_films_with_questions(vlm_run, tmp_path, capsys):
-    """Catches: questions from disk that are not learnt from, a damaged film that ends the run or is not counted, a film that is held out and learnt from."""
-    run(data.main, "make", "--story", "--clips", 6, "--frames", 8, "--acts", 2, "--image-size", 32, "--out", tmp_path / "made", "--workers", 0)
-    rows = [json.loads(line) for line in (tmp_path / "made" / "qa.jsonl").read_text().splitlines()]
-    films = sorted({row["video"] for row in rows})
-    (tmp_path / "made" / films[0]).write_bytes(b"no film")
-    argv = ["--data", tmp_path / "made" / "qa.jsonl", "--captions", tmp_path / "made" / "manifest.json", "--segmenter", vlm_run / "seg", "--connector", "trajtok,patch", "--out", tmp_path, "--results", tmp_path,
-            "--frames", 8, "--caption-steps", 2, "--steps", 4, "--batch", 8, "--layers", 1, "--width", 32, "--seeds", 0, "--name", "films"]
-    run(train_vlm.main, *argv)
-    for name in ("trajtok", "patch"):
-        result = json.loads((tmp_path / f"vlm-films-{name}-0" / "result.json").read_text())
-        assert result["accuracy"]["all"]["questions"] > 0 and {line["stage"] for line in log(tmp_path / f"vlm-films-{name}-0")} == {"captions", "questions"}
-    assert "left out" in capsys.readouterr().err
+    """Catches: a damaged film that ends the run or is not counted, a held-out film whose caption is learnt, open
+    questions without options to choose from."""
+    path = story_films(tmp_path)
+    cfg = train_vlm.VLMConfig(data=str(path), segmenter="s", frames=16, captions=str(path), caption_steps=1)
+    captions, questions, held_out = train_vlm.open_films(cfg, 32, 1)
+    names = [{e["name"] for e in sets.datasets[0].entries} for sets in (captions, questions, held_out)]
+    assert names[0] == names[1] == {f"clip{i}.mp4" for i in range(2, 6)} and names[2] == {"clip0.mp4", "clip1.mp4"}
+    run(train_vlm.main, *VLM_FLAGS, "--data", path, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--name", "films")
+    result = json.loads((tmp_path / "vlm-films" / "result.json").read_text())
+    assert result["questions"] == 4 and result["left_out"] == 1 and len(log(tmp_path / "vlm-films")) == 5
+    assert "clip5.mp4" in capsys.readouterr().err
+    entries = [dict(qa=[dict(question="Who?", answer=name)]) for name in "abcde"]
+    train_vlm.add_options(entries)
+    for entry in entries:
+        assert len(entry["qa"][0]["options"]) == 4 and entry["qa"][0]["answer"] in entry["qa"][0]["options"]
 
 
 def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
-    """Catches: the command of the full size, on toys of the same form: folders that are not read, a vision tower that is not trained, or trained in a
-    stage whose rate is 0, an export that lacks it; features that are not the tower's before its last norm."""
-    run(data.main, "make", "--story", "--clips", 4, "--frames", 8, "--acts", 1, "--image-size", 64, "--out", tmp_path / "made", "--workers", 0)
-    tower, decoder = TOWERS["whole"], dataclasses.replace(TOYS["untied"], vocabulary=1100, context=512)
-    filled(train_vlm.Decoder(decoder)).save_pretrained(tmp_path / "decoder")
-    (tmp_path / "vision").mkdir()
-    trajtok.write_weights(tmp_path / "vision" / "model.safetensors", {f"vision_model.{k}": v for k, v in filled(train_vlm.SigLIP2(tower)).state_dict().items()})
-    (tmp_path / "vision" / "config.json").write_text(json.dumps(dict(model_type="siglip", vision_config=dict(
-        hidden_size=tower.width, num_hidden_layers=tower.layers, num_attention_heads=tower.heads, intermediate_size=tower.mlp, patch_size=tower.patch, image_size=tower.image))))
-    argv = ["--size", "4b", "--decoder", tmp_path / "decoder", "--vision", tmp_path / "vision", "--segmenter", vlm_run / "seg", "--data", tmp_path / "made" / "qa.jsonl", "--captions",
-            tmp_path / "made" / "manifest.json", "--frames", 8, "--caption-steps", 1, "--steps", 2, "--batch", 4, "--warmup", 0, "--out", tmp_path, "--results", tmp_path, "--name", "full", "--save-every", 1, "--tokenizer", "world"]
-    run(train_vlm.main, *argv, "--rates", "1e-3,0,0", "--sft-rates", "1e-3,1e-3,1e-3")
-    folder = tmp_path / "vlm-full-trajtok-0"
-    cfg, parts, model = train_vlm.open_model(folder, torch.device("cpu"))
-    before, after = filled(train_vlm.SigLIP2(tower)).state_dict(), model.vision.state_dict()
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert any("q_proj" in k for k in moved) and not any("post_layernorm" in k for k in moved) and model.decoder.recompute is False
-    assert model.connector.places.mean.abs().max() == 0 and (model.connector.places.deviation == 1).all()        # a tower that learns is not calibrated
-    assert [line["lr_vision"] > 0 for line in log(folder)] == [False, True, True]
-    video = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
-    batch = train_vlm.from_films(dict(video=[video[0]], times=[[i / 8 for i in range(8)]], entries=[dict(path="x", talk=[dict(question="What?", answer="a")])]), model, parts, cfg, torch.device("cpu"))
-    rows, _ = train_vlm.rows_of(batch, parts, 0, "cpu")
-    small = train_vlm.resize(video, tower.image)[0]
-    features = model.vision.features(small.permute(0, 3, 1, 2) / 127.5 - 1, post_norm=False).view(1, 8, tower.side, tower.side, -1)
-    close(model(rows, **batch.seen), model(rows, features=features, ids=batch.seen["ids"], window=batch.seen["window"]), 1e-5)
-    run(train_vlm.main, "ask", tmp_path / "made" / "0000000" / "0000000000.mp4", "What moves?", "--model", folder, "--out", tmp_path, "--most", 3, "--temperature", 3.0)
-    assert "8 frames" in capsys.readouterr().out
-    assert "give --decoder" in refused(capsys, train_vlm.main, *argv[:2], *argv[6:])
+    """Catches: the command of the full size, on toys of the same form: folders that are not read, a vision tower that
+    is not trained, an answer of a saved run that cannot be asked for."""
+    path = story_films(tmp_path)
+    shape = dataclasses.replace(TOYS["tied"], vocab_size=1100, max_position_embeddings=512)
+    decoder = qwen_folder(tmp_path / "decoder", filled(train_vlm.Decoder(shape)))
+    vision = siglip_folder(tmp_path / "vision", filled(train_vlm.SigLIP2(TOWERS["whole"])))
+    argv = ["--size", "4b", "--decoder", decoder, "--vision", vision, "--segmenter", vlm_run / "seg", "--tokenizer", "world",
+            "--data", path, "--frames", 16, "--caption-steps", 1, "--steps", 2, "--batch", 2, "--warmup", 0,
+            "--patch-frames", 2, "--out", tmp_path, "--name", "full", "--lr", 100]
+    run(train_vlm.main, *argv)
+    cfg, _, model = train_vlm.open_model(tmp_path / "vlm-full")
+    before, after = load_file(vision / "model.safetensors"), model.vision.state_dict()
+    moved = {key for key in after if not torch.equal(before[f"vision_model.{key}"], after[key])}
+    assert any("q_proj" in key for key in moved) and not any("post_layernorm" in key for key in moved)
+    # a tower that learns is not calibrated
+    assert (model.connector.features.mean == 0).all() and (model.connector.features.deviation == 1).all()
+    run(train_vlm.main, "ask", tmp_path / "clip0.mp4", "What moves?", "--model", tmp_path / "vlm-full", "--out", tmp_path)
+    assert "16 frames" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_stopped_run_of_a_vlm_is_the_same(vlm_run, tmp_path, capsys, monkeypatch, world):
-    """Catches: SIGTERM that loses steps or is not told by the exit code; a resumed run that is not the one that was never stopped; sharded processes
-    (FSDP2) whose losses, gradients or weights are not those of one process with twice the batch; an export that is not what was trained."""
-    argv = [str(a) for a in (*VLM_FLAGS, "--connector", "trajtok", "--segmenter", vlm_run / "seg", "--results", tmp_path / "results", "--batch", 4 // world, "--save-every", 50)]
-
-    def main(*more, told=False):
-        def work(rank):
-            if told and rank == world - 1:
-                real_rates = train_vlm.set_rates
-                monkeypatch.setattr(train_vlm, "set_rates", lambda model, optimizer, step, cfg: (step == 3 and os.kill(os.getpid(), signal.SIGTERM), real_rates(model, optimizer, step, cfg))[1])
-            run(train_vlm.main, *argv, *more)
-        train_vlm.load_tokenizer()                               # once, not in each of them
-        return in_ranks(world, work, tmp_path)
-    assert main("--out", tmp_path / "a") == [0] * world, (tmp_path / "rank0.txt").read_text()
-    assert main("--out", tmp_path / "b", told=True) == [143] * world
-    b = tmp_path / "b" / "vlm-nano-trajtok-0"
-    assert len(log(b)) == 3 and not (b / "result.json").exists()
-    assert main("--out", tmp_path / "b", "--resume") == [0] * world, (tmp_path / "rank0.txt").read_text()
-    a, b = (without_clock(log(tmp_path / name / "vlm-nano-trajtok-0")) for name in "ab")
-    assert [line["step"] for line in b] == list(range(5)) and a == b
-    weights = [load_file(tmp_path / name / "vlm-nano-trajtok-0" / "model.safetensors") for name in "ab"]
-    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    if world == 2:
-        run(train_vlm.main, *argv, "--batch", 4, "--name", "alone", "--out", tmp_path)
-        for one, two in zip(a, log(tmp_path / "vlm-alone-trajtok-0")):
-            assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in ("loss", "gradient_norm", "targets", "visual_tokens"))
-        alone = load_file(tmp_path / "vlm-alone-trajtok-0" / "model.safetensors")
-        assert alone.keys() == weights[0].keys() and max((alone[k] - weights[0][k]).abs().max().item() for k in alone) < 2e-3
-        (tmp_path / "b" / "vlm-nano-trajtok-0" / "result.json").unlink()
-        assert "made by 2 processes" in refused(capsys, train_vlm.main, *argv, "--out", tmp_path / "b", "--resume")
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--connector", "trajtok,qformer"], "no 'qformer'"), (["--tokens-per-trajectory", 3], "--tokens-per-trajectory 3: one of 1, 2, 4"), (["--frames", "12"], "--frames 12: a multiple of --window 8, e.g. 8"), (["--frames", "4"], "at least 8 frames"),
-    (["--rates", "1e-3,0"], "three numbers"), (["--rates", "1,2,x"], "three numbers"), (["--seeds", "a"], "--seeds a"), (["--clips", "0"], "--clips 0: at least 1"),
-    (["--frames", "8,4096"], "give at most"), (["--size", "8b"], "--size 8b"), (["--tokenizer", "nowhere"], "nowhere: neither"), (["--decoder", "nowhere"], "nowhere"),
-    (["--segmenter", "nowhere"], "nowhere"), (["--patch-grid", "2,2"], "three whole numbers"), (["--vision", "siglip"], "made stories are looked at"), (["--steps", "0"], "at least 1"), (["--width", -5], "--width -5: at least 1"),
-    (["--sft-rates", "0,0,0"], "nothing to train"), (["--rates", "1e-3,0,0", "--caption-steps", 1, "--connector", "trajtok,blind"], "leave blind out"), (["--data", "nowhere.jsonl", "--frames", 8], "no such file"),
-    (["--data", "x.jsonl", "--connector", "oracle", "--frames", 8], "made stories"), (["--resume", "--connector", "trajtok", "--lr", "1"], "unrecognized")])
-def test_bad_flags_of_the_vlm_are_refused(vlm_run, tmp_path, capsys, monkeypatch, flags, words):
+@pytest.mark.parametrize("argv, words", (
+    (["--connector", "qformer"], "--connector qformer"), (["--frames", 12], "a multiple of --window"),
+    (["--frames", 4], "at least --frames 8"), (["--steps", -1], "--steps -1"), (["--size", "8b"], "--size 8b"),
+    (["--tokenizer", "nowhere"], "nowhere"), (["--decoder", "nowhere"], "nowhere"), (["--vision", "x"], "--vision"),
+    (["--segmenter", "nowhere"], "nowhere"), (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"),
+    (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"), (["--data", "x.json"], "--segmenter"),
+    (["ask", "none.mp4", "What?", "--model", "RUN"], "none.mp4"), (["ask", "x.mp4", "What?", "--model", "SEG"], "not a run")))
+def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or a run that begins, where one line should name the value and the mend."""
     monkeypatch.chdir(tmp_path)
-    base = [] if "--segmenter" in flags else ["--segmenter", vlm_run / "seg"]
-    few = [f for f in VLM_FLAGS] if "--frames" not in flags and "--clips" not in flags else ["--clips", 2, "--eval-clips", 2, "--steps", 1]
-    assert words in refused(capsys, train_vlm.main, *few, *base, *flags)
+    paths = {"SEG": vlm_run / "seg", "RUN": vlm_run / "vlm-nano-trajtok"}
+    argv = [paths.get(arg, arg) for arg in argv]
+    if "ask" not in argv and "--segmenter" not in argv and "x.json" not in argv:
+        argv += ["--segmenter", vlm_run / "seg"]
+    if argv[0] != "ask" and "--frames" not in argv:
+        argv += ["--frames", 8, "--clips", 2, "--eval-clips", 2]
+    assert words in refused(capsys, train_vlm.main, *argv)
     assert not list(tmp_path.glob("out/vlm-*"))
 
 
-def test_bad_questions_and_films_are_refused(vlm_run, media, tmp_path, capsys):
-    """Catches: a question, a film or a folder that cannot be used and is not told in one line: too long, not readable, with a special token, more frames
-    than the context holds, of another architecture, not finished."""
-    clip = encode(tmp_path / "clip.mp4", data.rasterise(data.stack([story(3, 16, 2)]), 64)[0][0].numpy())
-    model = ["--model", vlm_run / "out" / "vlm-nano-trajtok-0", "--out", tmp_path]
-    (tmp_path / "bad.mp4").write_bytes(b"no film")
-    long_ = " ".join(["what"] * 5000)
-    for argv, words in ((["ask", tmp_path / "bad.mp4", "What?", *model], "bad.mp4"), (["ask", tmp_path / "none.mp4", "What?", *model], "none.mp4"), (["ask", clip, long_, *model], "shorten it"),
-                        (["ask", clip, "What <|im_foo|> moves?", *model], "<|im_foo|>"), (["ask", clip, " ", *model], "a question"), (["ask", clip], "a clip and a question"),
-                        (["ask", clip, "What?", "--model", tmp_path], "no finished run"), (["ask", clip, "What?", "--model", vlm_run / "seg"], "no finished run")):
-        assert words in refused(capsys, train_vlm.main, *argv)
-    other = tmp_path / "vlm-small"
-    shutil.copytree(vlm_run / "out" / "vlm-nano-trajtok-0", other)
-    config = json.loads((other / "config.json").read_text())
-    config["parts"]["decoder"]["context"] = 41
-    (other / "config.json").write_text(json.dumps(config))
-    line = refused(capsys, train_vlm.main, "ask", clip, "What colour is the largest object?" * 2, "--model", other, "--out", tmp_path)
-    assert re.search(r"a context of 41: give at most 8 frames", line), line
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(dict(model_type="bert")))
-    assert "another architecture" in refused(capsys, train_vlm.main, *VLM_FLAGS, "--decoder", tmp_path / "bert", "--segmenter", vlm_run / "seg", "--out", tmp_path)
-    rows = [dict(video=str(clip), conversations=[{"from": "human", "value": "<video>\n" + q}, {"from": "gpt", "value": "x"}]) for q in ("What?", "Where is <|video_pad|>?")]
-    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    films = ["--data", tmp_path / "qa.jsonl", "--frames", 8, "--caption-steps", 0, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--results", tmp_path]
-    assert "<|video_pad|>" in refused(capsys, train_vlm.main, *films)
-    for extra, words in ((dict(type="all"), "the type 'all'"), (dict(type=["x"]), "the type"), (dict(options=["x", 3]), "give texts"), (dict(options=["x"] + [f"y{i}" for i in range(63)]), "at most 63"),
-                         (dict(options=["y", "z"]), "do not hold its answer")):
-        asked = [r | dict(conversations=[dict(r["conversations"][0], value="What?") | extra, r["conversations"][1]]) for r in rows]
-        (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, asked)))
-        assert words in refused(capsys, train_vlm.main, "--data", tmp_path / "odd.jsonl", *films[2:])
-    assert "at least 2 rows" in refused(capsys, train_vlm.main, *films[:1], manifest(tmp_path / "none.json", [dict(video=str(clip), caption="a")]), *films[2:])
 
 
 # -----------------------------------------------------------------------------------------------------------
