@@ -1345,8 +1345,9 @@ def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one for "
-                       f"its caption or label, by one of {', '.join(COLUMNS)}")
+        found = ", ".join(cells)[:60]
+        raise BadInput(f"{where}: a header of {found}; name a column for the file and one for its caption or "
+                       f"label, by one of {', '.join(COLUMNS)}")
     return header
 
 
