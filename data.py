@@ -47,7 +47,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
@@ -242,9 +244,9 @@ def in_processes(work, jobs, workers):
         pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: what there is
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 SEED = 20260222
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass")
@@ -253,48 +255,45 @@ COLOURS = {
     "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
     "white": (248, 248, 248), "black": (22, 22, 26)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "wavy", "speckled")
-# name: two close, muted colours, and which textures it may have. Objects are saturated: none has the colour of
-# its ground.
+# A muted colour and a texture each. Objects are saturated: none has the colour of its ground.
 GROUNDS = {
-    "sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 128, 78), (76, 112, 66), (5, 1)),
-    "water": ((98, 138, 170), (84, 122, 156), (4,)), "snow": ((208, 216, 226), (190, 200, 212), (5, 0)),
-    "bricks": ((150, 92, 78), (128, 78, 68), (2,)), "stone": ((128, 128, 132), (110, 110, 116), (5, 2)),
-    "earth": ((98, 76, 58), (82, 62, 48), (5, 3)), "tiles": ((170, 170, 150), (140, 144, 130), (2, 3))}
+    "sand": (205, 180, 130, 5), "grass": (92, 128, 78, 1), "water": (98, 138, 170, 4),
+    "snow": (208, 216, 226, 0), "bricks": (150, 92, 78, 2), "stone": (128, 128, 132, 5),
+    "earth": (98, 76, 58, 3), "tiles": (170, 170, 150, 2), "a dark ground": (64, 64, 72, 0)}
 MAX_OBJECTS, MAX_GROUNDS = 8, 4                                 # label ids: grounds 0..3, objects 4..11
 
-# Radius of the subject as a fraction of the frame. More objects are all smaller, by CROWDED[count - 1].
+# Radius of the subject as a fraction of the frame. Of many objects all are smaller.
 SIZES = {"medium": 0.20, "large": 0.24}
 CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)
-# A subject that grows or shrinks changes its radius by GROWTH, from and to sizes that other subjects have. The
-# others' radii are shares of its mean radius. At no moment is one larger than 0.7 of it: 0.53 * sqrt(1.7) = 0.69.
-GROWTH, SHARE = 1.7, (0.43, 0.53)
-# How often there are 1, 2, ... 8 objects, in percent. A story needs somebody who comes and goes.
-COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)
-STORY_COUNTS = (5, 10, 20, 20, 10, 10, 10, 10)
+# A subject that grows or shrinks changes its radius by GROWTH, between sizes that other subjects have. The
+# radii of the others are shares of its mean radius. At no moment is one larger than 0.7 of the subject's.
+GROWTH, SHARE = 1.7, (0.43, 0.53)                               # 0.53 * sqrt(1.7) = 0.69
+COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                           # how often there are 1, 2, ... 8 objects, in percent
 LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 
-# An act is a program and the way it goes. The program is the motion class; the way is told by the caption alone.
+# An act is a program and the way it goes. The program is the motion class, the way is told by captions alone.
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}         # y grows downwards
 TURNS = {"clockwise": 1, "anticlockwise": -1}
-WAYS = {
-    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"), "orbit": tuple(TURNS), "spin": tuple(TURNS),
-    "grow": ("",), "shrink": ("",), "approach": ("",), "follow": ("",), "collide": ("",), "behind": ("",),
-    "front": ("",)}
-MOTIONS = tuple(WAYS)
+MOTIONS = (
+    "straight", "bounce", "orbit", "spin", "grow", "shrink",
+    "approach", "follow", "collide", "behind", "front")
 SOLO = MOTIONS[:6]                                              # programs that need no companion
-# Acts of a chain, "" = any way, and the infinitives that questions call them by.
-CHAIN = (
-    ("straight", "left"), ("straight", "right"), ("straight", "up"), ("straight", "down"), ("orbit", ""),
-    ("spin", ""), ("grow", ""), ("shrink", ""))
-ACTS = tuple((program, way) for program in MOTIONS for way in WAYS[program])
-DEEDS = {
-    "left": "dart left", "right": "dart right", "up": "rise", "down": "sink", "orbit": "circle", "grow": "swell",
-    "behind": "hide", "front": "cover"}
-ROLES = ("stays", "comes", "leaves", "returns", "leaves", "returns")    # of the others in a story, drawn evenly
-# What an act, the camera and the light are when time runs backwards.
+WAYS = {
+    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+# The acts of a chain by the words of questions: infinitives whose third person is "<first word>s ...".
+CHAIN = {
+    "dart left": ("straight", "left"), "dart right": ("straight", "right"), "rise": ("straight", "up"),
+    "sink": ("straight", "down"), "circle": ("orbit", "clockwise"), "spin": ("spin", "clockwise"),
+    "swell": ("grow", ""), "shrink": ("shrink", "")}
+# In a chain the others come and go. When they begin to go and to come, as ranges of fractions of the clip.
+NEVER, BEFORE = (9, 9), (-9, -9)
+ROLES = {
+    "stays": (NEVER, NEVER), "comes": (BEFORE, (0.3, 0.8)), "leaves": ((0.15, 0.75), NEVER),
+    "returns": ((0.12, 0.35), (0.55, 0.8))}
+# Words of a clip that runs backwards.
 OPPOSITE = {
     "left": "right", "up": "down", "clockwise": "anticlockwise", "grow": "shrink", "in": "out", "lighter": "darker"}
 OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
@@ -302,50 +301,49 @@ OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
 
 @dataclass(frozen=True)
 class World:
-    """What the procedural world shows and says. A frozen object, so that a run's config.json says what it saw."""
+    """What the procedural world shows and says. Frozen, so that a run's config.json says what it saw."""
     size: int = 64                  # pixels of a side
     frames: int = 8                 # frames of a clip
     max_objects: int = 8            # 1..8
-    shared_colours: bool = True     # may two objects of a clip have one colour (never also the same shape)?
+    shared_colours: bool = True     # may two objects of a clip have one colour (never also one shape)?
     acts: int = 1                   # acts of the subject; several are a chain: each ends where it began
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
-    story: bool = False             # a chain, also of one act, and others that come, leave and come back
-    words: str = "all"              # what captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
+    story: bool = False             # a chain even of one act
+    words: str = "all"              # captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
     shapes: int = len(SHAPES)       # how many of SHAPES there are
     programs: tuple = MOTIONS       # what a subject of one act may do
     plain: bool = False             # no texture anywhere, and one dark ground
     scale: float = 1.0              # of all radii
-    reverse: bool = False           # clips run backwards, with the captions of what is then seen
+    reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
             raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
         if self.frames < 1 or self.size < 8:
-            raise BadInput(f"a world of {self.frames} frames at {self.size} px: give at least 1 frame and 8 px")
+            raise BadInput(f"{self.frames} frames at {self.size} px: give at least 1 frame and 8 px")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
         if self.chain and self.frames < 8:
-            raise BadInput(f"a story of {self.frames} frames: give at least 8, or nobody could leave and come back")
+            raise BadInput(f"a story of {self.frames} frames: give at least 8")
         if self.words not in ("all", "looks", "deeds"):
             raise BadInput(f"words {self.words!r}: one of all, looks, deeds")
-        assert 1 <= self.shapes <= len(SHAPES) and set(self.programs) & set(SOLO), (self.shapes, self.programs)
-        # approaching and following are something else backwards, for which there are no words; so are chains
-        one_way = self.chain or set(self.programs) & {"approach", "follow"}
-        assert not (self.reverse and one_way), "reverse: give programs without approach and follow, and one act"
+        # Backwards, approaching and following are something that there are no words for; so are chains.
+        one_way = self.chain or "approach" in self.programs or "follow" in self.programs
+        assert not (self.reverse and one_way), "reverse: one act, programs without approach and follow"
 
     @property
     def chain(self):
         return self.story or self.acts > 1
 
 
-# The stage: little is shown and all of it is asked for. Its radii are 1.1 times those of the full world.
+# Little is shown, and captions ask for all of it. Radii are 1.1 times those of the full world.
 STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", plain=True, scale=1.1)
 
 
 def held_out(shape, colour):
-    """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape. In the
-    HELDOUT range the subject always has such a pair: accuracy there measures composition, not memory."""
+    """Is this pair kept out of training, validation and test? One colour for each shape. In the HELDOUT range
+    the subject always has such a pair: accuracy there measures composition, not memory."""
     return (3 * shape + colour) % len(COLOURS) == 7
 
 
@@ -357,25 +355,29 @@ def shuffled(rng, options):
     return [options[i] for i in rng.permutation(len(options))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: motion programs
-# ---------------------------------------------------------------------------------------------------------------------
-# Each takes go (T,), the share of the act that is done: 0 .. 1, or 0 .. 1 .. 0 in a chain; the way; far, a
-# distance, and phase, an angle, both random; the states (x, y, r, angle) of subject and companion at go = 0.
-# -> path (T, 4) of the subject, and of the companion if it moves (else None); or None where there is no room.
-# What one frame gives away is measured by `controls`.
+# -----------------------------------------------------------------------------------------------------------
+# A program takes go (T,): how much of the act is done, 0 .. 1, or 0 .. 1 .. 0 in a chain; the way; far, a
+# distance, and phase, an angle, both random; the states (x, y, r, angle) of the subject and its companion at
+# go = 0. It returns the path (T, 4) of the subject and that of the companion (None: it stays), or None where
+# there is no room. What single frames give away is measured by `controls`.
 
 def path_of(state, x=0.0, y=0.0, r=1.0, angle=0.0):
-    """A state and what is added to x, y and angle, and multiplies the radius, (T,) or a number -> (T, 4)"""
-    columns = np.broadcast_arrays(state[0] + x, state[1] + y, state[2] * r, state[3] + angle)
-    return np.stack(columns, -1)
+    """A state, and what is added to x, y and angle and multiplies the radius, (T,) or numbers -> (T, 4)"""
+    path = np.empty((np.size(x + y + r + angle), 4))
+    path[:, 0] = state[0] + x
+    path[:, 1] = state[1] + y
+    path[:, 2] = state[2] * r
+    path[:, 3] = state[3] + angle
+    return path
 
 
 def toward(me, other):
-    """-> unit vector (2,) from one to the other, their distance, and the distance at which they touch"""
-    between = other[:2] - me[:2]
-    away = max(math.hypot(*between), 1e-6)
-    return between / away, away, 0.95 * (me[2] + other[2])
+    """-> unit vector x, y from one to the other, and their distance and where they touch, in the frame's side"""
+    x, y = other[:2] - me[:2]
+    away = max(math.hypot(x, y), 1e-6)
+    return x / away, y / away, away, 0.95 * (me[2] + other[2])
 
 
 def straight(go, way, far, phase, me, other):
@@ -385,22 +387,24 @@ def straight(go, way, far, phase, me, other):
 
 def bounce(go, way, far, phase, me, other):
     """Forth, back and forth again."""
-    wave = 1 - np.abs(1 - 3 * go % 2)
-    side = 1 if phase < math.pi else -1
+    wave = far * (1 - np.abs(1 - 3 * go % 2))
+    if phase < math.pi:
+        wave = -wave
     if way == "sideways":
-        return path_of(me, x=side * far * wave), None
-    return path_of(me, y=side * far * wave + 0 * go), None
+        return path_of(me, x=wave), None
+    return path_of(me, y=wave), None
 
 
 def orbit(go, way, far, phase, me, other):
-    """Once round a circle that passes through the place where it begins."""
-    radius, angle = 0.44 * far, phase + TURNS[way] * 2 * math.pi * go
-    x, y = np.cos(angle) - math.cos(phase), np.sin(angle) - math.sin(phase)
-    return path_of(me, radius * x, radius * y), None
+    """Once round a circle through the place where it begins."""
+    angle = phase + TURNS[way] * 2 * math.pi * go
+    x = np.cos(angle) - math.cos(phase)
+    y = np.sin(angle) - math.sin(phase)
+    return path_of(me, 0.44 * far * x, 0.44 * far * y), None
 
 
 def spin(go, way, far, phase, me, other):
-    """3 to 5 radians: at 8 frames at most 41 degrees a frame, so that a square is not seen to turn backwards."""
+    """3 to 5 radians. At 8 frames at most 41 degrees a frame, so that no square is seen to turn backwards."""
     return path_of(me, angle=TURNS[way] * 10 * far * go), None
 
 
@@ -414,129 +418,126 @@ def shrink(go, way, far, phase, me, other):
 
 def approach(go, way, far, phase, me, other):
     """Up to the companion, and a rest beside it."""
-    (x, y), away, touching = toward(me, other)
+    x, y, away, touching = toward(me, other)
     gap = away - touching * (1 + 0.025 * phase)
     s = gap * np.minimum(go / 0.6, 1)
-    return None if gap < 0.15 else (path_of(me, s * x, s * y), None)
+    if gap > 0.15:
+        return path_of(me, s * x, s * y), None
 
 
 def follow(go, way, far, phase, me, other):
     """Both go the same way, the companion ahead."""
-    (x, y), away, touching = toward(me, other)
+    x, y, away, touching = toward(me, other)
     s = 0.6 * far * go
-    return None if not touching < away < 0.5 else (path_of(me, s * x, s * y), path_of(other, s * x, s * y))
+    if touching < away < 0.5:
+        return path_of(me, s * x, s * y), path_of(other, s * x, s * y)
 
 
 def collide(go, way, far, phase, me, other):
-    """Both meet half-way, and spring back."""
-    (x, y), away, touching = toward(me, other)
-    gap = away - touching
-    s = gap / 2 * (1 - np.abs(1 - 2 * go))
-    return None if gap < 0.2 else (path_of(me, s * x, s * y), path_of(other, -s * x, -s * y))
+    """Both meet half-way and spring back."""
+    x, y, away, touching = toward(me, other)
+    s = (away - touching) / 2 * (1 - np.abs(1 - 2 * go))
+    if away - touching > 0.2:
+        return path_of(me, s * x, s * y), path_of(other, -s * x, -s * y)
 
 
 def passing(go, way, far, phase, me, other):
-    """Through the companion's place and out on its far side, behind it or in front of it."""
-    (x, y), away, touching = toward(me, other)
+    """Through the companion's place, behind it or in front of it, and out on its far side."""
+    x, y, away, touching = toward(me, other)
     s = 2 * away * go
-    return None if away < 0.9 * touching else (path_of(me, s * x, s * y), None)
+    if away > 0.9 * touching:
+        return path_of(me, s * x, s * y), None
 
 
-PROGRAMS = dict(zip(MOTIONS, (
-    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)))
+PROGRAMS = {
+    "straight": straight, "bounce": bounce, "orbit": orbit, "spin": spin, "grow": grow, "shrink": shrink,
+    "approach": approach, "follow": follow, "collide": collide, "behind": passing, "front": passing}
 
 
 def perform(rng, world, act, frames, me, other=None):
-    """One act from these states -> paths (frames, 4) of the subject and of the companion, or None: it does not fit."""
+    """One act from these states -> what its program returns; None also where a path leaves the box."""
     program, way = act
-    reach, go = 1.0, np.linspace(0, 1, frames)
+    far, phase = rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi)
+    go = np.linspace(0, 1, frames)
     if world.chain:
-        reach, go = 0.55, np.linspace(0, 1, frames + 1)[1:]
+        far = 0.55 * far
+        go = np.linspace(0, 1, frames + 1)[1:]
         if program not in ("orbit", "spin"):                    # these end where they begin by themselves
-            go = reach * np.sin(math.pi * go)
-    paths = PROGRAMS[program](go, way, reach * rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi), me, other)
-    if paths is None:
-        return None
-    places = np.concatenate([path[:, :2] for path in paths if path is not None])
-    return paths if LOW <= places.min() and places.max() <= HIGH else None
+            go = 0.55 * np.sin(math.pi * go)
+    paths = PROGRAMS[program](go, way, far, phase, me, other)
+    if paths is not None and all(path is None or inside(path) for path in paths):
+        return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def inside(path):
+    """Do all places of (T, 4) or (4,) lie in the box?"""
+    places = path[..., :2]
+    return LOW <= places.min() and places.max() <= HIGH
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: scripts
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Visit(NamedTuple):
-    """When an object is in view: it begins to go and to come at these frames."""
-    role: str = "stays"
-    goes: int | None = None
-    comes: int | None = None
-
+# -----------------------------------------------------------------------------------------------------------
 
 class Scene(NamedTuple):
-    """What words are made of."""
+    """What words are made of. Lists are of objects, the subject first."""
     world: World
-    looks: list                     # of each object, the subject first: dict(shape, colour, size, texture, r)
-    acts: list                      # of the subject: (program, way)
+    looks: list                     # dict(shape, colour, size, texture, r)
+    act: tuple                      # of the subject: its first (program, way)
+    deeds: list                     # of the subject, by name
     hero: str                       # the deed whose number is balanced
-    visits: list                    # of each object
+    visits: list                    # of the others in a chain: (role, first frame of going, first frame of coming)
     grounds: list                   # names
-    film: list                      # what camera and light do
+    film: list                      # what camera and light do, in words
 
 
 def script(index, world=World()):
-    """The scene number `index`, the same on every machine: a dict of small arrays, for `rasterise`, and words.
+    """The scene number `index`, the same on every machine: small arrays for `rasterise`, words, classes.
 
-    seeds (4, 2), warp (4,): the regions of the ground, each pixel in that of the nearest seed, with wavy borders;
-    camera (T, 3): centre x, y and zoom; light (T, 3): gain of each colour; place (8, T, 4): x, y, radius, angle of
-    each object on the screen, from the deepest to the nearest; shape (8,); count: objects that there are;
-    surface (12, 11) of grounds 0..3 and objects 4..11: texture, tiles a unit, cos, sin, shading, two colours.
-    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: classes of the subject;
-    told: dict(acts, bounds: frames at which they begin and end, visits, slots: index in `place` of each object)."""
+    seeds (4, 2): each pixel belongs to the ground whose seed is nearest; camera (T, 3): centre x, y and zoom;
+    light (T, 3): gain of each colour; place (8, T, 4): x, y, radius, angle of each object on the screen, the
+    deepest first; shape (8,); count: objects that there are; surface (12, 9) of grounds 0..3 and objects
+    4..11: texture, its tiles a unit, shading, two colours.
+    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: of the subject;
+    told: dict(deeds, bounds: frames between them, visits, slots: of each object its index in `place`)."""
     rng = np.random.default_rng((SEED, index))
     looks = cast(rng, world, index)
-    acts, hero = choose_acts(rng, world, len(looks))
-    bounds, T = [0, world.frames], world.frames
+    deeds, hero, acts = choose_acts(rng, world, len(looks))
+    bounds = [i * world.frames // len(acts) for i in range(len(acts) + 1)]
     if world.chain:
-        bounds, paths = chained(rng, world, looks, acts)
-        visits = [Visit()] + [draw_visit(rng, path) for path in paths[1:]]
+        paths, visits = chained(rng, world, looks, acts, bounds)
     else:
-        paths, visits = staged(rng, world, looks, acts[0]), [Visit() for _ in looks]
+        paths, visits = staged(rng, world, looks, acts[0]), []
     camera, light, film = filmed(rng, world)
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
-        acts = [(OPPOSITE.get(program, program), OPPOSITE.get(way, way)) for program, way in acts]
+        acts = [tuple(OPPOSITE.get(word, word) for word in acts[0])]
         film = [" ".join(OPPOSITE.get(word, word) for word in text.split()) for text in film]
-
-    order = rng.permutation(len(looks)).tolist()                # order[0] is painted first
-    if world.chain:                                             # what is asked about is seen
-        order = [j for j in order if j != 0] + [0]
-    elif acts[0][0] in ("behind", "front"):
-        front, back = (1, 0) if acts[0][0] == "behind" else (0, 1)
-        i, k = sorted((order.index(0), order.index(1)))
-        order[i], order[k] = back, front
+    order = painting_order(rng, world, len(looks), acts[0][0])
     grounds, seeds, surface = surfaces(rng, world, [looks[j] for j in order])
-    place = np.full((MAX_OBJECTS, T, 4), (0.5, 0.5, 1e-3, 0.0))
+
+    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))         # far out of view
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
     shape = np.zeros(MAX_OBJECTS, np.int64)
     shape[:len(looks)] = [looks[j]["shape"] for j in order]
-    warp = np.array((rng.uniform(0, 0.05), rng.uniform(4, 12), *rng.uniform(0, 6.3, 2)))
-    scene = Scene(world, looks, acts, hero, visits, grounds, film)
-    arrays = dict(seeds=seeds, warp=warp, camera=camera, light=light, place=place, surface=surface)
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return arrays | dict(
-        index=index, shape=shape, count=len(looks), caption=describe(rng, scene), qa=questions(rng, scene),
-        appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=MOTIONS.index(acts[0][0]),
-        told=dict(acts=acts, bounds=bounds, visits=visits, slots=[order.index(j) for j in range(len(looks))]))
+    scene = Scene(world, looks, acts[0], deeds, hero, visits, grounds, film)
+    result = dict(seeds=seeds, camera=camera, light=light, place=place, surface=surface)
+    result = {name: array.astype(np.float32) for name, array in result.items()}
+    result |= dict(index=index, shape=shape, count=len(looks))
+    result |= dict(caption=describe(rng, scene), qa=questions(rng, scene))
+    result |= dict(appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=MOTIONS.index(acts[0][0]))
+    slots = [order.index(j) for j in range(len(looks))]
+    return result | dict(told=dict(deeds=deeds, bounds=bounds, visits=visits, slots=slots))
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see Scene."""
-    likely = np.array(STORY_COUNTS if world.chain else COUNTS)[:world.max_objects]
+    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see Scene"""
+    likely = np.array(COUNTS[:world.max_objects])
     count = 1 + int(rng.choice(len(likely), p=likely / likely.sum()))
     size = pick(rng, tuple(SIZES)) if count < 6 else "medium"
-    radius = world.scale * SIZES[size] * CROWDED[count - 1] * math.exp(rng.uniform(-0.08, 0.08))
+    radius = world.scale * SIZES[size] * CROWDED[count - 1] * rng.uniform(0.92, 1.08)
     looks, taken = [], set()
     while len(looks) < count:
         shape, colour = int(rng.integers(world.shapes)), int(rng.integers(len(COLOURS)))
@@ -544,7 +545,7 @@ def cast(rng, world, index):
             colour = (7 - 3 * shape) % len(COLOURS)
         elif held_out(shape, colour):
             continue
-        # two objects of a clip never share both shape and colour, so that words can point at one of them
+        # Two objects of a clip never share both shape and colour, so that words can point at one of them.
         mark = (shape, colour) if world.shared_colours else colour
         if mark in taken:
             continue
@@ -556,142 +557,205 @@ def cast(rng, world, index):
 
 
 def choose_acts(rng, world, count):
-    """-> list of (program, way), and the hero. In a chain two equal deeds never stand side by side: they would look like one. One
-    of them, the hero, occurs 1, 2 or 3 times, each as often: questions ask how many times."""
+    """-> deeds by name, the hero, acts. In a chain two equal deeds never stand side by side: they would look
+    like one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
     if not world.chain:
         program = pick(rng, [p for p in world.programs if count > 1 or p in SOLO])
-        return [(program, pick(rng, WAYS[program]))], ""
-    hero, times = pick(rng, CHAIN), 1 + rng.integers(min(3, (world.acts + 1) // 2))
-    neighbours = True
-    while neighbours:
-        at = set(rng.permutation(world.acts)[:times].tolist())
-        neighbours = any(i + 1 in at for i in at)
+        return [program], "", [(program, pick(rng, WAYS.get(program, ("",))))]
+    hero = pick(rng, tuple(CHAIN))
+    times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
+    at = [0, 0]
+    while len(at) > 1 and np.diff(at).min() < 2:
+        at = np.sort(rng.permutation(world.acts)[:times])
     deeds = []
     for i in range(world.acts):
-        fitting = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
-        deeds.append(hero if i in at else pick(rng, fitting))
-    return [(program, way or pick(rng, WAYS[program])) for program, way in deeds], deed(hero)
+        others = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
+        deeds.append(hero if i in at else pick(rng, others))
+    return deeds, hero, [CHAIN[deed] for deed in deeds]
 
 
 def beside(rng, state, other, close):
-    """A place (2,) for the companion: close by, if that may be, every other time; else farther away."""
-    angle, away = rng.uniform(0, 2 * math.pi), rng.uniform(0.9, 1.1) * (state[2] + other[2])
+    """A place (2,) for the companion: close by every other time, if that may be; else farther away."""
+    away = rng.uniform(0.9, 1.1) * (state[2] + other[2])
     if not close or rng.random() < 0.5:
         away += rng.uniform(0.15, 0.45)
+    angle = rng.uniform(0, 2 * math.pi)
     return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
 
 
 def staged(rng, world, looks, act):
-    """Paths (count, T, 4) of a clip of one act. Places are drawn, without looking at the program, until it fits."""
-    # Subjects of other programs have all the sizes through which those pass that grow and shrink, the ends oftenest.
-    spread = math.log(GROWTH) / 2
-    end = {"grow": -1.0, "shrink": 1.0}.get(act[0], pick(rng, (-1.0, 1.0, rng.uniform(-1, 1))))
+    """Paths (count, T, 4) of a clip of one act. Places are drawn until the act fits. A companion that does not
+    matter is put where one could be that does, or its place would tell the program."""
+    program = act[0]
     states = np.array([(0.0, 0.0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
-    states[0, 2] *= math.exp(end * spread)
+    # All subjects have the sizes at which those begin and end that grow and shrink.
+    size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
+    size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
+    states[0, 2] *= GROWTH ** (size / 2)
     done = None
     while done is None:
         states[0, :2] = rng.uniform(LOW, HIGH, 2)
-        if act[0] not in SOLO:
-            states[1, :2] = beside(rng, states[0], states[1], act[0] in ("follow", "behind", "front"))
+        if program not in SOLO:
+            states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
         done = perform(rng, world, act, world.frames, *states[:2])
-    if len(looks) > 1 and act[0] in SOLO:                       # a companion that does not matter looks like one that does
-        end, fits = done[0][-pick(rng, (0, 1, 1))], False
-        while not fits:
-            states[1, :2] = beside(rng, end, states[1], True)
-            fits = LOW <= states[1, :2].min() and states[1, :2].max() <= HIGH
-    for j in range(2, len(looks)):                              # of the others, the freest of three places
-        spots = rng.uniform(LOW, HIGH, (3, 1, 2))
-        free = np.linalg.norm(spots - states[:j, :2], axis=-1).min(1)
-        states[j, :2] = spots[free.argmax(), 0]
     paths = np.repeat(states[:, None], world.frames, 1)
     paths[0] = done[0]
-    # half of the others stay, the rest follow programs of their own; the companion does what the subject's asks for
-    for j in range(1, len(looks)):
-        program = pick(rng, ("straight", "bounce", "orbit", "spin"))
+    if done[1] is not None:
+        paths[1] = done[1]
+    for j in range(1 if program in SOLO else 2, len(looks)):
+        states[j, :2] = 9.0
+        while not inside(states[j]):
+            near = paths[0, pick(rng, (0, -1, -1))] if j == 1 else paths[pick(rng, range(j)), 0]
+            states[j, :2] = beside(rng, near, states[j], j == 1)
+        paths[j] = states[j]
+        program = pick(rng, SOLO[:4])                           # half of the others do something, too
         own = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])
         if own is not None and rng.random() < 0.5 and j > 1:
             paths[j] = own[0]
-    if done[1] is not None:
-        paths[1] = done[1]
     return paths
 
 
-def chained(rng, world, looks, acts):
-    """-> bounds, paths (count, T, 4) of a clip of several acts: the subject in the middle, the others in the corners,
-    then at the sides. Acts end where they begin, so that any may follow any: what comes after one is not likely."""
-    T, n = world.frames, len(acts)
-    bounds = [0, *(round((i + rng.uniform(-0.15, 0.15)) * T / n) for i in range(1, n)), T]
-    corners = [(x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)]
-    sides = [(0.1, 0.5), (0.9, 0.5), (0.5, 0.1), (0.5, 0.9)]
-    homes = np.array([(0.5, 0.5)] + shuffled(rng, corners) + shuffled(rng, sides))[:len(looks)]
-    homes += rng.uniform(-0.03, 0.03, homes.shape)
-    states = np.array([(x, y, look["r"], rng.uniform(0, 2 * math.pi)) for (x, y), look in zip(homes, looks)])
+def chained(rng, world, looks, acts, bounds):
+    """Paths (count, T, 4) of a chain, and visits: the subject in the middle, the others in the corners, then at
+    the sides, from where they come and go. Acts end where they begin, so that any may follow any."""
+    T = world.frames
+    homes = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
+    homes = [(0.5, 0.5), *homes, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
+    states = [(*home, look["r"], rng.uniform(0, 2 * math.pi)) for home, look in zip(homes, looks)]
+    states = np.array(states)
+    states[:, :2] += rng.uniform(-0.03, 0.03, (len(looks), 2))
     paths = np.repeat(states[:, None], T, 1)
     for act, begin, end in zip(acts, bounds, bounds[1:]):
         paths[0, begin:end] = perform(rng, world, act, end - begin, states[0])[0]
-        states[0, 3] = paths[0, end - 1, 3]
-    return bounds, paths
+        states[0, 3] = paths[0, end - 1, 3]                     # a spin ends where it ends
+    visits, frame = [], np.arange(T)
+    way = max(1, min(T // 16, 4))                               # frames that going and coming take
+    for path in paths[1:]:
+        role = pick(rng, tuple(ROLES))
+        goes, comes = [int(T * rng.uniform(*when)) for when in ROLES[role]]
+        visits.append((role, goes, comes))
+        gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
+        axis = int(abs(path[0, 1] - 0.5) > abs(path[0, 0] - 0.5))       # over the nearest edge
+        out = math.copysign(0.9, path[0, axis] - 0.5) + 0.5
+        path[:, axis] += gone * (out - path[0, axis])
+    return paths, visits
 
 
-def draw_visit(rng, path):
-    """Of another object in a story: -> Visit, and path (T, 4) is changed where the object is out of view."""
-    T, role = len(path), pick(rng, ROLES)
-    frame, way = np.arange(T), max(1, min(T // 16, 4))          # way: frames that going and coming take
-    goes = comes = None
-    if role in ("leaves", "returns"):
-        goes = int(T * (rng.uniform(0.15, 0.75) if role == "leaves" else rng.uniform(0.12, 0.35)))
-    if role in ("comes", "returns"):
-        comes = int(T * (rng.uniform(0.3, 0.8) if role == "comes" else rng.uniform(0.55, 0.8)))
-    gone = np.zeros(T) if goes is None else np.interp(frame, (goes, goes + way), (0, 1))    # 0: at home, 1: out of view
-    if comes is not None:
-        away = gone if goes is not None else np.ones(T)
-        gone = np.where(frame < comes, away, np.interp(frame, (comes, comes + way), (1, 0)))
-    off = path[0, :2] - 0.5
-    axis = int(abs(off[1]) > abs(off[0]))                       # over the nearest edge
-    path[:, axis] += gone * (math.copysign(0.9, off[axis]) - off[axis])
-    return Visit(role, goes, comes)
+def painting_order(rng, world, count, program):
+    """Numbers of objects, the deepest first: by chance, but for the two of whom one passes behind the other. In a
+    chain the subject is the nearest, so that what is asked about is seen."""
+    order = rng.permutation(count).tolist()
+    if world.chain:
+        order.remove(0)
+        order.append(0)
+    if program in ("behind", "front"):
+        i, j = sorted((order.index(0), order.index(1)))
+        order[i], order[j] = (0, 1) if program == "behind" else (1, 0)
+    return order
 
 
 def filmed(rng, world):
-    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, and what they do in words"""
-    tau = np.linspace(-0.5, 0.5, world.frames) if world.frames > 1 else np.zeros(1)
-    camera, light, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), np.ones((world.frames, 3)), []
+    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
+    tau = np.linspace(-0.5, 0.5, world.frames)
+    if world.frames == 1:
+        tau = np.zeros(1)
+    camera = np.tile((0.0, 0.0, 1.0), (world.frames, 1))
+    light = np.ones((world.frames, 3))
+    film = []
     if world.camera and not world.chain and rng.random() < 0.35:
-        if rng.random() < 0.65:
-            way = pick(rng, tuple(DIRECTIONS))
+        way = pick(rng, (*DIRECTIONS, "in", "out"))
+        if way in DIRECTIONS:
             camera[:, :2] = tau[:, None] * rng.uniform(0.12, 0.25) * np.array(DIRECTIONS[way])
             film.append(f"the camera pans {way}")
         else:
-            way = pick(rng, ("in", "out"))
             camera[:, 2] = np.exp(tau * (0.35 if way == "in" else -0.35))
             film.append(f"the camera zooms {way}")
     if world.light and rng.random() < 0.25:
         way = pick(rng, ("lighter", "darker"))
         light *= np.exp(0.6 * (tau if way == "lighter" else -tau) - 0.3)[:, None]
         film.append(f"it gets {way}")
-    return camera, light * rng.uniform(0.94, 1.06, 3), film
+    return camera, light * rng.uniform(0.94, 1.06, 3), film     # each clip has a tint
 
 
 def surfaces(rng, world, looks):
-    """Of objects in the order of painting -> names of the grounds, seeds (4, 2) and surface (12, 11), see `script`"""
-    seeds, surface = np.full((MAX_GROUNDS, 2), 1e3), np.zeros((MAX_GROUNDS + MAX_OBJECTS, 11))
-    grounds = ["a dark ground"] if world.plain else shuffled(rng, list(GROUNDS))[:rng.choice(range(1, 5), p=(0.46, 0.25, 0.16, 0.13))]
-    seeds[:len(grounds)] = rng.uniform(0.05, 0.95, (len(grounds), 2))
-    for i, name in enumerate(grounds):
-        one, two, kinds = GROUNDS.get(name, ((64, 64, 72), (64, 64, 72), (0,)))
-        turn = rng.uniform(0, 2 * math.pi)
-        surface[i] = (pick(rng, kinds), rng.uniform(4, 8), math.cos(turn), math.sin(turn), 0.0, *one, *two)
+    """Objects, the deepest first -> names of the grounds, seeds (4, 2) and surface (12, 9), see `script`"""
+    *names, dark = GROUNDS
+    names = shuffled(rng, names)[:pick(rng, (1, 1, 1, 1, 2, 2, 3, 4))]
+    if world.plain:
+        names = [dark]
+    seeds = np.full((MAX_GROUNDS, 2), 1e3)
+    seeds[:len(names)] = rng.uniform(0.05, 0.95, (len(names), 2))
+    surface = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 9))
+    for i, name in enumerate(names):
+        *colour, texture = GROUNDS[name]
+        colour = np.array(colour)
+        surface[i] = (texture, rng.uniform(4, 8), 0.0, *colour, *(0.86 * colour))
     for slot, look in enumerate(looks, MAX_GROUNDS):
-        colour = np.array(list(COLOURS.values())[look["colour"]], float)
-        second = colour * 0.45 if colour.sum() > 230 else colour * 0.55 + 95       # darker; of a dark colour, lighter
-        # shading 0.25: one side of each object is lighter, so that even a plain circle is seen to spin
-        surface[slot] = (look["texture"], rng.uniform(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
-    return grounds, seeds, surface
+        colour = np.array(list(COLOURS.values())[look["colour"]])
+        second = 0.45 * colour
+        if colour.sum() < 230:                                  # of a dark colour, a lighter one
+            second = 0.55 * colour + 95
+        # Shading of 0.25: one side of each object is lighter, so that even a plain circle is seen to spin.
+        surface[slot] = (look["texture"], rng.uniform(0.9, 1.3), 0.25, *colour, *second)
+    return names, seeds, surface
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 1. The procedural world: how much of the motion class needs motion
+# -----------------------------------------------------------------------------------------------------------
+
+def controls(world, clips=8000):
+    """What a network can tell of the motion class (accuracy, chance 1 / 11) that is given the true states of the
+    subject and its companion: those of the last frame alone, or their mean and spread over the frames, which hold
+    no order. A probe of a video model proves use of order only where it is above the second."""
+    states, motion = [], []
+    for s in (script(i, world) for i in range(clips)):
+        slots = s["told"]["slots"][:2]
+        me, other = s["place"][slots[0]], s["place"][slots[-1]]             # (T, 4), the same one if it is alone
+        turn = np.stack((np.sin(me[:, 3]), np.cos(me[:, 3])), -1)
+        depth = np.full((world.frames, 1), slots[-1] - slots[0])
+        states.append(np.concatenate((me[:, :3], other[:, :3] - me[:, :3], turn, depth), -1))
+        motion.append(s["motion"])
+    x, y = np.stack(states), torch.tensor(motion)                           # (clips, T, 9)
+    no_order = np.concatenate((x.mean(1), x.std(1)), -1)
+    return dict(control_last_frame=guessed(x[:, -1], y), control_no_order=guessed(no_order, y))
+
+
+def known_controls(world):
+    """The values of `controls` at this setting, of any size in pixels; None where they are not in the table."""
+    names = ("control_last_frame", "control_no_order")
+    for setting, values in CONTROLS.items():
+        if dataclasses.replace(world, size=setting.size) == setting:
+            return dict(zip(names, values))
+    return dict.fromkeys(names)
+
+
+def guessed(x, y, steps=1500):
+    """Accuracy on the last quarter of x (n, features) of a network of two hidden layers fitted to the rest."""
+    n = 3 * len(y) // 4
+    x = torch.tensor(x, dtype=torch.float32)
+    x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = [nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        net = nn.Sequential(*hidden, nn.Linear(128, len(MOTIONS)))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+        for batch in torch.randint(n, (steps, 256)):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return (net(x[n:]).argmax(-1) == y[n:]).float().mean().item()
+
+
+# python -c "import data; print([data.controls(world) for world in data.CONTROLS])" prints these numbers.
+CONTROLS = {
+    World(max_objects=4, shared_colours=False): (0.38, 0.77), World(): (0.36, 0.78),
+    World(frames=16): (0.35, 0.79), STAGE: (0.42, 0.75)}
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: words
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 VERBS = {
     "straight": ("moves", "glides", "drifts", "slides", "travels"), "bounce": ("bounces", "springs", "bobs"),
@@ -714,142 +778,130 @@ def a(phrase):
 
 
 def name_of(look, full=False):
-    """'red star', enough to point at it: the two are unique in a clip. full: 'large red striped star'"""
-    colour, shape = list(COLOURS)[look["colour"]], SHAPES[look["shape"]]
-    if not full:
-        return f"{colour} {shape}"
-    size = "large" if look["size"] == "large" else ""
-    texture = TEXTURES[look["texture"]] if look["texture"] else ""
-    return " ".join(f"{size} {colour} {texture} {shape}".split())
-
-
-def deed(act):
-    """(program, way) -> an infinitive, for questions"""
-    program, way = act
-    return DEEDS.get(way if program == "straight" else program, program)
+    """'red star', enough to point at it: no other of the clip is one. full: 'large red striped star'"""
+    words = [list(COLOURS)[look["colour"]], SHAPES[look["shape"]]]
+    if full and look["texture"]:
+        words.insert(1, TEXTURES[look["texture"]])
+    if full and look["size"] == "large":
+        words.insert(0, "large")
+    return " ".join(words)
 
 
 def third(infinitive):
     """'dart left' -> 'darts left'"""
-    first, *rest = infinitive.split()
-    return " ".join([first + "s", *rest])
+    verb, *rest = infinitive.split()
+    return " ".join([verb + "s", *rest])
 
 
 def describe(rng, scene):
-    """A caption in varied English. Subject, companion and ground are always told, the rest by chance. Of a chain each
-    act is told. `words`: "looks" leaves out what the subject does; "deeds" leaves out all but shapes and deeds, in
-    the same words each time."""
-    world, deeds_alone = scene.world, scene.world.words == "deeds"
-    if deeds_alone:
-        subject, *others = [a(SHAPES[look["shape"]]) for look in scene.looks]
-    else:
-        subject, *others = [a(name_of(look, look["size"] or rng.random() < 0.65)) for look in scene.looks]
-    (program, way), doing = scene.acts[0], ""
-    if world.words != "looks" and world.chain:
-        doing = ", then ".join(third(deed(act)) for act in scene.acts)
-    elif world.words != "looks":
-        verbs, adverbs = VERBS[program], ADVERBS[way]
-        doing = f"{verbs[0]} {adverbs[0]}" if deeds_alone else f"{pick(rng, verbs)} {pick(rng, adverbs)}"
-        if program not in SOLO:
-            doing = doing.replace("{}", others.pop(0))
+    """A caption in varied English. Subject, companion, deeds and ground are always told, the rest by chance.
+    `words`: "looks" leaves out the deeds; "deeds" tells shapes and deeds alone, always in the same words."""
+    words, (program, way) = scene.world.words, scene.act
+    names = [a(name_of(look, full=rng.random() < 0.75)) for look in scene.looks]
+    verb, adverb = pick(rng, VERBS[program]), pick(rng, ADVERBS[way])
+    where = f"{pick(rng, ('on', 'over', 'against'))} {' and '.join(scene.grounds[:2])}"
+    if words == "deeds":
+        names = [a(SHAPES[look["shape"]]) for look in scene.looks]
+        verb, adverb, where = VERBS[program][0], ADVERBS[way][0], ""
+    subject, *others = names
+    doing = f"{verb} {adverb}"
+    if scene.world.chain:
+        doing = ", then ".join(map(third, scene.deeds))
+    elif program not in SOLO:
+        doing = doing.format(others.pop(0))
     rest = ""
-    if world.chain:
-        happens = {"stays": "is there", "returns": "leaves and comes back"}
-        rest = "".join(f"; {name} {happens.get(visit.role, visit.role)}" for name, visit in zip(others, scene.visits[1:]))
-    elif others and deeds_alone:
-        rest = f" with {others[0]}"
+    if scene.visits:
+        for name, (role, _, _) in zip(others, scene.visits):
+            rest += f", {name} {role}"
     elif others:
-        rest = pick(rng, (" with {} nearby", " and there is {}", " next to {}", " while {} is in view")).format(others[0])
-        rest += f" and {others[1]}" if len(others) > 1 and rng.random() < 0.6 else ""
-    ground = " and ".join(dict.fromkeys(scene.grounds[:1 + (rng.random() < 0.8)]))
-    where = "" if deeds_alone else f"{pick(rng, ('on', 'over', 'against'))} {ground}"
-    templates = (f"{subject} {doing} {where}{rest}", f"{where}, {subject} {doing}{rest}",
-                 f"{subject} {doing}{rest}, {where}", f"there is {subject} {where}; it {doing}{rest}")
-    text = pick(rng, templates) if where and doing and not world.chain else templates[0]
+        rest = pick(rng, ("with {} nearby", "and there is {}", "next to {}", "along with {}"))
+        rest = ("with {}" if words == "deeds" else rest).format(" and ".join(others[:2]))
+    if words == "looks":
+        doing = ""
+    order = ["{subject} {doing} {where} {rest}"]
+    if words == "all" and not scene.world.chain:
+        order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
+                  "there is {subject} {where} ; it {doing} {rest}"]
+    text = pick(rng, order).format(subject=subject, doing=doing, where=where, rest=rest)
     for change in scene.film:
-        if rng.random() < 0.7 and not deeds_alone:
-            text += pick(rng, (", ", " as ", " while ")) + change
-    return " ".join(text.split()).replace(" ;", ";")
+        if words == "all" and rng.random() < 0.7:
+            text += pick(rng, (" , ", " as ", " while ")) + change
+    return " ".join(text.split()).replace(" ,", ",").replace(" ;", ";")
 
 
 def questions(rng, scene):
     """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types: what,
-    first, after, times, back (who left and came back?), again (did it come back?), order. The wrong options come from
-    the same clip where it offers enough: that a thing occurs is not yet the answer. Balanced, so that a question's
-    words say nothing of its answer: all deeds are equally likely at each place of a chain, and how often the hero's
-    occurs and who comes back is drawn before the question."""
-    looks, qa = scene.looks, []
-    names, colours = [name_of(look) for look in looks], [list(COLOURS)[look["colour"]] for look in looks]
+    first, after, times, back (who left and came back?), again (did it come back?), order. Wrong options come from
+    the same clip where it offers enough: that a thing occurs is not yet the answer. Answers are balanced: all
+    deeds are equally likely at each place of a chain, how often the hero's occurs and who comes back is drawn
+    before it is asked."""
+    names, deeds, qa = [name_of(look) for look in scene.looks], scene.deeds, []
+    known = list(CHAIN if scene.world.chain else MOTIONS)
 
-    def ask(kind, question, answer, mine, all_of=()):           # mine: what occurs in the clip
-        options = shuffled(rng, sorted(set(mine))) + shuffled(rng, list(all_of))
+    def ask(kind, question, answer, seen, all_of=()):
+        options = shuffled(rng, sorted(set(seen))) + shuffled(rng, list(all_of))
         options = [option for option in dict.fromkeys(options) if option != answer][:3]
         if options:
-            qa.append(dict(type=kind, question=question, answer=answer, options=shuffled(rng, [answer, *options])))
+            options = shuffled(rng, [answer, *options])
+            qa.append(dict(type=kind, question=question, answer=answer, options=options))
 
-    if len(scene.grounds) == 1 and scene.grounds[0] in GROUNDS and rng.random() < 0.5:
-        ask("what", "What is the ground made of?", scene.grounds[0], (), GROUNDS)
+    if len(scene.grounds) == 1 and not scene.world.plain and rng.random() < 0.5:
+        ask("what", "What is the ground made of?", scene.grounds[0], (), list(GROUNDS)[:-1])
     else:
+        colours = [name.split()[0] for name in names]
         ask("what", "What colour is the largest object?", colours[0], colours, COLOURS)
-    me, deeds = names[0], [deed(act) for act in scene.acts]
-    known = [deed(act) for act in (CHAIN if scene.world.chain else ACTS)]
-    where, i = pick(rng, (("first", 0), ("last", -1)))
-    ask("first", f"What does the {me} do {where}?", deeds[i], deeds, known)
+    ask("first", f"What does the {names[0]} do first?", deeds[0], deeds, known)
     if len(deeds) > 1:
-        asked = pick(rng, list(dict.fromkeys(deeds[:-1])))
-        mine, all_of = ([d for d in some if d != asked] for some in (deeds, known))
-        follows = deeds[deeds.index(asked) + 1]
-        ask("after", f"What does the {me} do right after it first {third(asked)}?", follows, mine, all_of)
-    most = min(3, (len(deeds) + 1) // 2)
-    if most > 1:
-        times = [str(n + 1) for n in range(most)]
-        ask("times", f"How many times does the {me} {scene.hero}?", str(deeds.count(scene.hero)), times)
-    goes = {j: visit.goes for j, visit in enumerate(scene.visits) if visit.goes is not None}
-    back = [j for j in goes if scene.visits[j].comes is not None]
-    if len(back) == 1 and len(looks) > 2:
-        ask("back", "Which object leaves the view and comes back?", names[back[0]], names[1:])
+        deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
+        follows = deeds[deeds.index(deed) + 1]
+        seen, all_of = set(deeds) - {deed}, [other for other in known if other != deed]
+        ask("after", f"What does the {names[0]} do right after it first {third(deed)}?", follows, seen, all_of)
+    if len(deeds) > 2:
+        times = [str(n + 1) for n in range(min(3, (len(deeds) + 1) // 2))]
+        ask("times", f"How many times does the {names[0]} {scene.hero}?", str(deeds.count(scene.hero)), times)
+    roles = {names[j]: role for j, (role, _, _) in enumerate(scene.visits, 1)}
+    goes = {names[j]: when for j, (_, when, _) in enumerate(scene.visits, 1) if roles[names[j]] in ("leaves", "returns")}
+    back = [name for name in goes if roles[name] == "returns"]
+    if len(back) == 1:
+        ask("back", "Which object leaves the view and comes back?", back[0], roles)
     if goes:
-        j = pick(rng, list(goes))
-        ask("again", f"Does the {names[j]} come back after it left?", "yes" if j in back else "no", ("yes", "no"))
-    pairs = [(i, j) for i in goes for j in goes if abs(goes[i] - goes[j]) >= max(2, scene.world.frames // 16)]
-    if pairs:
-        i, j = pick(rng, pairs)
-        soon = min(i, j, key=goes.get)
-        ask("order", f"Which leaves first, the {names[i]} or the {names[j]}?", names[soon], (names[i], names[j]))
+        name = pick(rng, list(goes))
+        ask("again", f"Does the {name} come back after it left?", "yes" if name in back else "no", ("yes", "no"))
+    pair = shuffled(rng, list(goes))[:2]
+    if len(pair) == 2 and abs(goes[pair[0]] - goes[pair[1]]) >= max(2, scene.world.frames // 16):
+        ask("order", f"Which leaves first, the {pair[0]} or the {pair[1]}?", min(pair, key=goes.get), pair)
     return qa
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: pixels
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-SHAPE_RES, TEXTURE_RES = 128, 64
+CELLS, TILE = 128, 64                                           # sides of the tables of shapes and of textures
 
 
 @functools.lru_cache(maxsize=None)
 def atlas(device):
-    """(shapes bool (10, R, R), textures float (6, S, S) in [0, 1]): what a look-up finds under local coordinates.
-    A table costs one gather a pixel whatever it shows; formulas would cost ten operations each, for every shape."""
-    g = (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
+    """Shapes bool (10, 128, 128), False along their edges, and textures float (6, 64, 64) in [0, 1]: what there
+    is at an object's own coordinates. A look-up costs the same whatever it shows."""
+    g = (np.arange(CELLS) + 0.5) / CELLS * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1       # of a turn, from one point of the star to the next
-    star = 0.55 + 0.45 * (2 * np.abs(fifth - 0.5)) ** 1.2
     hx, hy = 1.15 * x, 0.15 - 1.15 * y
     shaft = (abs(x) < 0.36) & (y > -0.1) & (y < 0.95)
     shapes = np.stack((
         radius < 0.92,                                                      # circle
         np.maximum(abs(x), abs(y)) < 0.8,                                   # square
         (y < 0.75) & (y > 1.75 * abs(x) - 0.95),                            # triangle
-        radius < 0.98 * star,
+        radius < 0.54 + 0.44 * abs(2 * fifth - 1) ** 1.2,                   # star
         (np.minimum(abs(x), abs(y)) < 0.36) & (radius < 0.98),              # cross
         (radius < 0.96) & (radius > 0.42),                                  # ring
         (hx ** 2 + hy ** 2 - 0.6) ** 3 < 1.12 * hx ** 2 * hy ** 3,          # heart
         (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),                   # moon
         shaft | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),  # arrow
         (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)))                   # hourglass
-    s = np.arange(TEXTURE_RES) / TEXTURE_RES
-    u, v = np.meshgrid(s, s)
+    u, v = np.meshgrid(np.arange(TILE) / TILE, np.arange(TILE) / TILE)
     speckles = np.random.default_rng(7).random((16, 16)).repeat(4, 0).repeat(4, 1)
     waves = (v + 0.15 * np.sin(2 * np.pi * u)) % 1 < 0.45
     dots = np.hypot(u - 0.5, v - 0.5) < 0.3
@@ -859,7 +911,7 @@ def atlas(device):
 
 def stack(scripts):
     """A list of scripts -> one dict of tensors with a leading batch axis; words stay out."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
+    keys = ("seeds", "camera", "light", "place", "shape", "count", "surface")
     return {key: torch.from_numpy(np.stack([s[key] for s in scripts])) for key in keys}
 
 
@@ -869,86 +921,81 @@ def rasterise(scripts, size, device="cpu"):
     Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel remembers the last
     surface that covered it and its own coordinates on that surface, and is coloured once, at the end."""
     device = torch.device(device)
-    chunk = 16 if device.type == "cpu" else 64                  # clips at once: their planes stay in the CPU's cache
+    chunk = 16 if device.type == "cpu" else 64                  # clips at once: on a CPU they stay in its cache
     videos, labels = [], []
     for i in range(0, len(scripts["count"]), chunk):
         s = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
         ids, u, v = draw_ground(s, size)
         for j in range(int(s["count"].max())):
-            where, object_u, object_v = covered(s, j, size)
+            where, own_u, own_v = covered(s, j, size)
             ids.view(-1)[where] = MAX_GROUNDS + j
-            u.view(-1)[where] = object_u
-            v.view(-1)[where] = object_v
+            u.view(-1)[where] = own_u
+            v.view(-1)[where] = own_v
         videos.append(coloured(s, ids, u, v))
         labels.append(ids.long())
     return torch.cat(videos), torch.cat(labels)
 
 
 def draw_ground(s, size):
-    """-> the region of each pixel (b, t, H, W), and its coordinates on the ground, which move with the camera"""
-    p = (torch.arange(size, device=s["camera"].device) + 0.5) / size
+    """-> the ground of each pixel (b, t, H, W), and its coordinates there, which move with the camera"""
+    p = (torch.arange(size, device=s["camera"].device) + 0.5) / size - 0.5
     cx, cy, zoom = s["camera"][..., None, None].unbind(2)                   # (b, t, 1, 1)
-    u = (p - 0.5) / zoom + 0.5 + cx                                         # (b, t, 1, W)
-    v = (p[:, None] - 0.5) / zoom + 0.5 + cy                                # (b, t, H, 1)
-    amount, frequency, p1, p2 = s["warp"][:, :, None, None, None].unbind(1)
-    x = u + amount * torch.sin(frequency * v + p1)                          # (b, t, H, W), wavy borders
-    y = v + amount * torch.sin(frequency * u + p2)
-    regions = int((s["seeds"][:, :, 0] < 100).sum(1).max())
-    nearest = torch.full_like(x, 1e9)
-    ids = torch.zeros_like(x, dtype=torch.int32)
-    for i in range(regions):
-        gx, gy = s["seeds"][:, i, :, None, None, None].unbind(1)            # (b, 1, 1, 1)
-        distance = (x - gx).square_().add_((y - gy).square_())
+    u = p / zoom + 0.5 + cx                                                 # (b, t, 1, W)
+    v = p[:, None] / zoom + 0.5 + cy                                        # (b, t, H, 1)
+    seeds = s["seeds"][..., None, None, None]                               # (b, 4, 2, 1, 1, 1)
+    nearest = (u - seeds[:, 0, 0]) ** 2 + (v - seeds[:, 0, 1]) ** 2         # (b, t, H, W)
+    ids = torch.zeros_like(nearest, dtype=torch.int32)
+    for i in range(1, MAX_GROUNDS):
+        distance = (u - seeds[:, i, 0]) ** 2 + (v - seeds[:, i, 1]) ** 2
         ids.masked_fill_(distance < nearest, i)
         nearest = torch.minimum(nearest, distance)
     return ids, u.expand_as(ids).contiguous(), v.expand_as(ids).contiguous()
 
 
 def covered(s, j, size):
-    """-> numbers of the pixels (n,) of the batch that object j of each clip covers, and their coordinates (n,) on it,
-    in units of its radius along its own axes. Only a square window around the object is looked at: 6 times as fast
-    at 64 px as to look at each pixel of the frame."""
-    shapes = atlas(s["place"].device)[0].flatten()
+    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and their coordinates (n,) on
+    it, along its own axes, in radii. Only a square window around the object is looked at: at 64 px this is 6
+    times as fast as looking at every pixel of the frame."""
+    shapes = atlas(s["place"].device)[0]
     b, t = s["camera"].shape[:2]
-    x, y, r, angle = s["place"][:, j, :, None].unbind(-1)                   # (b, t, 1)
+    x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
-    column = ((x * size).round().long() + offset).clamp(-1, size)           # (b, t, w); -1 and size: outside
-    row = ((y * size).round().long() + offset).clamp(-1, size)
-    dx, dy = ((column + 0.5) / size - x)[:, :, None], ((row + 0.5) / size - y)[..., None]
-    cos, sin = (torch.cos(angle) / r)[..., None], (torch.sin(angle) / r)[..., None]
-    u, v = dx * cos + dy * sin, dy * cos - dx * sin                         # (b, t, w, w)
-    there = (column >= 0) & (column < size) & (s["count"] > j)[:, None, None]
-    seen = there[:, :, None] & ((row >= 0) & (row < size))[..., None]
-    near = (seen & (u.abs() < 1) & (v.abs() < 1)).flatten().nonzero()[:, 0]
-    u, v = u.flatten()[near], v.flatten()[near]
-    # just below 1, a coordinate is rounded up to SHAPE_RES, which is beyond the last cell
-    cell_u, cell_v = (((q + 1) * (SHAPE_RES / 2)).long().clamp(max=SHAPE_RES - 1) for q in (u, v))
-    kind = s["shape"][:, j][near // (t * w * w)]
-    hit = shapes[(kind * SHAPE_RES + cell_v) * SHAPE_RES + cell_u]
+    column = (x * size).round().long() + offset                             # (b, t, 1, w)
+    row = (y * size).round().long() + offset[:, None]                       # (b, t, w, 1)
+    dx, dy = (column + 0.5) / size - x, (row + 0.5) / size - y
+    u = (dx * torch.cos(angle) + dy * torch.sin(angle)) / r                 # (b, t, w, w)
+    v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / r
+    cell_u = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    cell_v = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    kind = s["shape"][:, j, None, None, None]
+    hit = shapes.flatten()[(kind * CELLS + cell_v) * CELLS + cell_u]
+    hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
     frame = torch.arange(b * t, device=x.device).view(b, t, 1, 1)
-    pixel = (frame * size + row[..., None]) * size + column[:, :, None]     # (b, t, w, w)
-    return pixel.flatten()[near[hit]], u[hit], v[hit]
+    pixel = (frame * size + row) * size + column
+    hit = hit.flatten().nonzero()[:, 0]
+    return pixel.flatten()[hit], u.flatten()[hit], v.flatten()[hit]
 
 
 def coloured(s, ids, u, v):
-    """Surface ids (b, t, H, W) and coordinates on them -> video uint8 (b, t, H, W, 3). Column by column of the table
-    of surfaces: index_select on a plane is 4 times as fast as advanced indexing."""
-    textures = atlas(ids.device)[1].flatten()
+    """Surface of each pixel (b, t, H, W) and coordinates on it -> video uint8 (b, t, H, W, 3). The table of
+    surfaces is read column by column: index_select on a plane is 4 times as fast as advanced indexing."""
     clip = torch.arange(len(ids), device=ids.device, dtype=torch.int32)[:, None, None, None]
     row = (ids + clip * s["surface"].shape[1]).flatten()
-    column = s["surface"].flatten(0, 1).t().contiguous()                    # (11, b * 12)
-    kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    u, v, tiles = u.flatten(), v.flatten(), tiles * TEXTURE_RES
-    tile_u = ((u * cos + v * sin) * tiles).floor().int() % TEXTURE_RES
-    tile_v = ((v * cos - u * sin) * tiles).floor().int() % TEXTURE_RES
-    blend = textures.index_select(0, (kind.int() * TEXTURE_RES + tile_v) * TEXTURE_RES + tile_u)
-    gain = 1 + shade * v
+    column = s["surface"].flatten(0, 1).t().contiguous()                    # (9, b * 12)
+    kind, tiles, shade = (column[i].index_select(0, row) for i in range(3))
+    tiles = tiles * TILE
+    tile_u = (u.flatten() * tiles).floor().int() % TILE
+    tile_v = (v.flatten() * tiles).floor().int() % TILE
+    textures = atlas(ids.device)[1].flatten()
+    blend = textures.index_select(0, (kind.int() * TILE + tile_v) * TILE + tile_u)
+    gain = 1 + shade * v.flatten()
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
     for c in range(3):
-        first, step = column[5 + c], column[8 + c] - column[5 + c]
-        plane = first.index_select(0, row).addcmul_(step.index_select(0, row), blend).mul_(gain).view(ids.shape)
-        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+        first = column[3 + c].index_select(0, row)
+        second = column[6 + c].index_select(0, row)
+        plane = (torch.lerp(first, second, blend) * gain).view(ids.shape)
+        video[..., c] = (plane * s["light"][:, :, c, None, None]).clamp(0, 255)
     return video
 
 
@@ -1475,132 +1522,82 @@ def split(entries):
 # 3. Text
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # a split that Python's re and tiktoken read alike
+WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
+GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # of GPT-2 (tiktoken_ext)
+END = "<|endoftext|>"
 
 
-def learn_bpe(texts, vocabulary=1024, pattern=WORDS):
-    """Byte-level byte-pair encoding: ranks {bytes: id}, the 256 bytes first, then merges, the most frequent pair each time
-    (ties: the smallest pair, so that the result never depends on a hash). Works on distinct words with their counts."""
-    counts = {}
+class Composing(tiktoken.Encoding):
+    """For tokenizers that were trained on composed text: NFC makes an e and its accent one character."""
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+
+
+def word_list(texts, most=16_000, pattern=WORDS):
+    """The most frequent words of some texts, each with the blank before it: a list of str, ties by alphabet."""
+    counts = collections.Counter()
     for text in texts:
-        for word in re.findall(pattern, text):
-            counts[word] = counts.get(word, 0) + 1
-    words = {tuple(bytes([byte]) for byte in word.encode()): n for word, n in counts.items()}
+        counts.update(re.findall(pattern, text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
+
+
+def word_encoding(words, pattern=WORDS, special=(END,)):
+    """256 bytes and these words -> a tiktoken Encoding with the special tokens after them.
+    CHOICE: no byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
+    words is a vocabulary: a word of the list is one token, any other text falls back to its bytes."""
     ranks = {bytes([i]): i for i in range(256)}
-    while len(ranks) < vocabulary:
-        pairs = {}
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] = pairs.get(pair, 0) + n
-        if not pairs:
-            break                                                # every word is one token already
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        merged = {}
-        for word, n in words.items():
-            new, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                new.append(b"".join(word[i:i + step]))
-                i += step
-            merged[tuple(new)] = merged.get(tuple(new), 0) + n
-        words = merged
-    return ranks
+    for word in words:
+        ranks.setdefault(word.encode(), len(ranks))
+    tokens = {token: len(ranks) + i for i, token in enumerate(special)}
+    return tiktoken.Encoding("words", pat_str=pattern, mergeable_ranks=ranks, special_tokens=tokens)
 
 
 @functools.lru_cache(maxsize=None)
 def load_encoding(name="world"):
-    """A tiktoken Encoding.  `world`: learnt from 2 000 made captions (a second, no download, the same everywhere);
-    a folder: a published byte-level tokenizer (tokenizer.json, or vocab.json); else a tiktoken name, if it is cached.
-    Its `<|endoftext|>` closes a text: `eot_token`. Nothing is ever downloaded."""
-    import tiktoken
+    """A tiktoken Encoding. name: "world", the words of made captions; a name that tiktoken knows; a folder with a
+    published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its <|endoftext|>."""
     if name == "world":
-        ranks = learn_bpe(script(i)["caption"] for i in range(2000))
-        return tiktoken.Encoding("world", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
-    if os.path.isdir(name):
+        chains = World(frames=64, acts=8)
+        captions = [script(i)["caption"] for i in range(500)]
+        return word_encoding(word_list(captions + [script(i, chains)["caption"] for i in range(50)]))
+    if Path(name).exists():
         return published_encoding(Path(name))
-    if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"--text {name}: neither `world`, a folder, nor a tiktoken encoding ({', '.join(tiktoken.list_encoding_names())})")
-    import tiktoken.load
-    fetch = tiktoken.load.read_file
-
-    def refuse(address):
-        raise BadInput(f"--text {name}: not in tiktoken's cache, and nothing is downloaded here; put it into TIKTOKEN_CACHE_DIR first")
-    tiktoken.load.read_file = refuse                             # tiktoken reads its cache first and calls this only on a miss
     try:
         return tiktoken.get_encoding(name)
-    finally:
-        tiktoken.load.read_file = fetch
+    except ValueError:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise BadInput(f"--text {name}: neither `world`, a folder, nor a tiktoken encoding ({known})") from None
+    except OSError:                                             # those of the network among them
+        raise BadInput(f"--text {name}: cannot be fetched; put it into the folder TIKTOKEN_CACHE_DIR") from None
 
 
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")         # SPECS 5
-GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@functools.lru_cache(maxsize=None)
-def composing():
-    """tiktoken's Encoding for tokenizers that were trained on composed text: it brings a text to NFC first (an e and its accent are one
-    character), which tiktoken itself has no place for. Made on first use: importing data imports no tiktoken."""
-    import tiktoken
-
-    class Composing(tiktoken.Encoding):
-        def encode_ordinary(self, text):
-            return super().encode_ordinary(unicodedata.normalize("NFC", text))
-
-        def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-            return super().encode(unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special)
-    return Composing
-
-
-def published_encoding(folder):
-    """The byte-level BPE of a published folder (tokenizer.json, or vocab.json and merges.txt) as a tiktoken Encoding: undo the byte-to-unicode
-    map of its vocabulary and rank = id (SPECS 5, checked there on 3 000 strings). Its added tokens become special ones, which
-    encode_ordinary never makes from text. What a tiktoken Encoding could not do as the file says is refused: BadInput."""
-    import tiktoken
+def published_encoding(path):
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank: ranks are ids."""
+    path = path / "tokenizer.json" if path.is_dir() else path
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # the map that byte-level tokenizers share: printable bytes stand for themselves, the rest for 256, 257, ...
-    hidden = [i for i in range(256) if i not in set(printable)]
+    # the byte map of these files: printable bytes stand for themselves, the others for characters 256, 257, ...
+    hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
-        vocabulary, merges, special, pattern, composed = (read_tokenizer if (folder / "tokenizer.json").exists() else read_vocabulary)(folder)
-        if not special and "<|endoftext|>" in vocabulary:
-            special = {"<|endoftext|>": vocabulary["<|endoftext|>"]}
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        splits, composed = spec["pre_tokenizer"], spec.get("normalizer")
+        splits, vocabulary = splits.get("pretokenizers", [splits]), spec["model"]["vocab"]
+        steps = [split["type"] for split in splits]
+        odd = steps not in (["ByteLevel"], ["Split", "ByteLevel"]) or composed not in (None, {"type": "NFC"})
+        if odd or splits[0].get("behavior") not in (None, "Isolated") or splits[-1].get("add_prefix_space"):
+            raise ValueError(f"not the steps of GPT-2 or Qwen: {composed} {splits}")
+        pattern = splits[0]["pattern"]["Regex"] if len(splits) == 2 else GPT_WORDS
+        special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-        order = [vocabulary[a + b] for a, b in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)]
-        if any(bytes([i]) not in ranks for i in range(256)):
-            raise ValueError("some bytes are no tokens")
-        if any(a >= b for a, b in zip(order, order[1:])):
-            raise ValueError("its merges are not in the order of their ids")
+        merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
+        if merged != sorted(merged) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("it is not byte-level, or its merges are not in the order of their ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder}: not a published byte-level tokenizer ({type(error).__name__}: {error}); "
-                       "expected tokenizer.json or vocab.json") from None
-    special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
-    return (composing() if composed else tiktoken.Encoding)(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def read_tokenizer(folder):
-    """tokenizer.json -> {token: id}, merges, {special token: id}, split pattern, whether text is brought to NFC first."""
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    parts = lambda part, inner: [] if not part else part[inner] if part.get("type") == "Sequence" else [part]
-    norms, splits = parts(spec.get("normalizer"), "normalizers"), parts(spec.get("pre_tokenizer"), "pretokenizers")
-    pattern = [part["pattern"]["Regex"] for part in splits if part["type"] == "Split"]
-    odd = [part["type"] for part in norms if part["type"] != "NFC"] + [part["type"] for part in splits if part["type"] not in ("Split", "ByteLevel")]
-    odd += [f"{part['type']} that is {part.get('behavior')}" for part in splits if part.get("behavior", "Isolated") != "Isolated" or part.get("invert")]
-    odd += ["a space put before the text"] * any(part.get("add_prefix_space") for part in splits if part["type"] == "ByteLevel") + ["several splits"] * (len(pattern) > 1)
-    if odd:
-        raise ValueError(f"its steps are not those of GPT-2 or Qwen: {', '.join(odd)}")
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-    return spec["model"]["vocab"], spec["model"].get("merges", []), special, pattern[0] if pattern else GPT_WORDS, bool(norms)
-
-
-def read_vocabulary(folder):
-    """The same of vocab.json, merges.txt and tokenizer_config.json. These do not spell the split: it belongs to the class that they name."""
-    load = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-    vocabulary, config, merges = json.loads((folder / "vocab.json").read_text(encoding="utf-8")), load("tokenizer_config.json"), folder / "merges.txt"
-    special = load("added_tokens.json") | {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
-    lines = merges.read_text(encoding="utf-8").split("\n") if merges.exists() else []
-    qwen = str(config.get("tokenizer_class", "")).startswith(("Qwen2", "Qwen3"))
-    return vocabulary, [line for line in lines[bool(lines) and lines[0].startswith("#version"):] if line], special, QWEN_WORDS if qwen else GPT_WORDS, qwen
+        raise BadInput(f"{path}: not a published byte-level tokenizer ({type(error).__name__}: {error})") from None
+    special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
+    kind = Composing if composed else tiktoken.Encoding
+    return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenize(encoding, texts, length):

@@ -85,7 +85,7 @@ def scripts(begin, count, world=data.World()):
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
     rgb = np.array(list(data.COLOURS.values()))
-    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 5:8]).sum(1).argmin()) for j in range(s["count"])]
+    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 3:6]).sum(1).argmin()) for j in range(s["count"])]
     return list(zip(s["shape"][:s["count"]].tolist(), colours))
 
 
@@ -194,81 +194,59 @@ def without_clock(lines):
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # data.py: the procedural world
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-FINGERPRINT = """zlib.crc32(b"".join(repr((s["caption"], s["qa"], s["appearance"], s["motion"])).encode() + data.stack([s])["place"].numpy().tobytes()
-    + s["surface"].tobytes() for s in map(data.script, (3, 1_150_000_007, 1_200_000_001)))), list(data.learn_bpe(["aa ab", "ab ba ca"], 262))"""
+CHAINS = data.World(64, 32, 4, shared_colours=False, acts=4)
 
 
 def test_script_is_a_function_of_its_index():
-    """Catches: a script that depends on what was made before it (shared or global randomness)."""
-    indices = [5, 0, data.HELDOUT + 1, data.TEST + 3, 5, data.TRAIN + 1]
-    forth = [data.script(i) for i in indices]
+    """Catches: a script that depends on what was made before it, or on the order of a set, which differs between
+    two Python processes: a resumed run, or a worker, would see other clips."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; print(data.script(7), data.script(8, {CHAINS!r}))"
+    code = code.replace("World(", "data.World(")
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     np.random.seed(1)
-    torch.manual_seed(1)
     data.script(99, data.World(frames=16, acts=2))
-    back = [data.script(i) for i in reversed(indices)][::-1]
-    for one, two in zip(forth, back):
-        assert one.keys() == two.keys()
-        for key in one:
-            np.testing.assert_array_equal(one[key], two[key], err_msg=key)
-    assert forth[0]["caption"] != forth[1]["caption"]
+    assert there.stdout.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
+    assert data.script(7)["caption"] != data.script(8)["caption"]
 
 
-def test_scripts_do_not_depend_on_the_hash_seed():
-    """Catches: a choice from a set or a dict order that differs from one Python process to the next, so that a resumed run, or a
-    worker, sees other clips or another vocabulary."""
-    code = f"import sys, zlib; sys.path.insert(0, {str(HERE)!r}); import data; print(repr(({FINGERPRINT})))"
-    there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == repr(eval(f"({FINGERPRINT})"))
-
-
-def paint_naively(s, size, pictures=()):
-    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size).
-    pictures: of a skinned clip, functions of x and y in [0, 1], in the order of the folder."""
+def paint_naively(s, size):
+    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size)."""
     shapes, textures = (x.numpy() for x in data.atlas(torch.device("cpu")))
-    shapes = data.outlines(torch.device("cpu")).numpy() if "bend" in s else shapes
     frames, res, cells = len(s["camera"]), shapes.shape[-1], textures.shape[-1]
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
         px, py = (column + 0.5) / size, (row + 0.5) / size
         cx, cy, zoom = map(float, s["camera"][f])
         u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
-        amount, frequency, p1, p2 = map(float, s["warp"])
-        bx, by = u + amount * math.sin(frequency * v + p1), v + amount * math.sin(frequency * u + p2)
-        grounds = [i for i in range(data.MAX_GROUNDS) if s["seeds"][i, 0] < 100]
-        label = min(grounds, key=lambda i: (bx - float(s["seeds"][i, 0])) ** 2 + (by - float(s["seeds"][i, 1])) ** 2)
+        far = [(u - float(x)) ** 2 + (v - float(y)) ** 2 for x, y in s["seeds"]]
+        label = far.index(min(far))
         for j in range(s["count"]):
             x, y, r, angle = map(float, s["place"][j, f])
             a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
             b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
-            if "bend" in s:
-                across, along, amount, frequency, phase = map(float, s["bend"][j, f])
-                a, b = (a + amount * math.sin(frequency * b + phase)) / across, (b + amount * math.sin(frequency * a - phase)) / along
-            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j], int((b + 1) * res / 2), int((a + 1) * res / 2)]:
+            cell = int((b + 1) * res / 2), int((a + 1) * res / 2)
+            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j]][cell]:
                 label, u, v = data.MAX_GROUNDS + j, a, b
-        kind, tiles, cos, sin, shade, *colours = map(float, s["surface"][label])
-        blend = textures[int(kind), math.floor((v * cos - u * sin) * tiles * cells) % cells, math.floor((u * cos + v * sin) * tiles * cells) % cells]
-        one, two = np.array(colours[:3]), np.array(colours[3:])
-        colour = one + (two - one) * blend
-        if "skin" in s and s["skin"][label, 0] >= 0:
-            which, xu, xv, x0, yu, yv, y0, gain = map(float, s["skin"][label])
-            x, y = (1 - abs(1 - q % 2) for q in (xu * u + xv * v + x0, yu * u + yv * v + y0))              # mirrored beyond the edges
-            colour = gain * np.array(pictures[int(which * len(pictures))](x, y))
+        kind, tiles, shade, *colours = map(float, s["surface"][label])
+        blend = textures[int(kind), math.floor(v * tiles * cells) % cells, math.floor(u * tiles * cells) % cells]
+        colour = (1 - blend) * np.array(colours[:3]) + blend * np.array(colours[3:])
         labels[f, row, column] = label
         video[f, row, column] = (colour * (1 + shade * v) * s["light"][f]).clip(0, 255)
     return video, labels
 
 
-def test_pixels_and_labels_are_the_naive_painters():
-    """Catches: a wrong camera, rotation or depth order, a surface that takes another's texture, labels that are shifted
+@pytest.mark.parametrize("world", (data.World(32, 3), dataclasses.replace(data.STAGE, frames=3)))
+def test_pixels_and_labels_are_the_naive_painters(world):
+    """Catches: a wrong camera, rotation or depth order, a surface with another's texture, labels that are shifted
     against the pixels. A handful of pixels on a border may fall to the other side in float32."""
-    world = data.World(size=32, frames=3)
-    chosen = [s for s in scripts(data.VALIDATION, 40, world) if s["count"] >= 3][:3] + scripts(data.VALIDATION, 2, world)
+    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: -s["count"])[:4]
     video, labels = data.rasterise(data.stack(chosen), 32)
-    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (5, 3, 32, 32, 3) and labels.shape == (5, 3, 32, 32)
+    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (4, 3, 32, 32, 3)
     for i, s in enumerate(chosen):
         painted, truth = paint_naively(s, 32)
         assert (labels[i].numpy() != truth).sum() <= 2
@@ -278,322 +256,226 @@ def test_pixels_and_labels_are_the_naive_painters():
 @pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
 def test_every_shape_is_drawn_whole(angle):
     """Catches: a window around the object that is too small for it, so that corners are cut off when it is turned."""
-    base, size = data.script(1, data.World(size=64, frames=1)), 64
-    for shape in range(len(data.SHAPES)):
-        s = dict(base, count=1, shape=np.full(data.MAX_OBJECTS, shape), place=np.tile(np.float32((0.503, 0.496, 0.3, angle)), (data.MAX_OBJECTS, 1, 1)))
-        _, labels = data.rasterise(data.stack([s]), size)
-        wrong = int((labels[0].numpy() != paint_naively(s, size)[1]).sum())
-        assert wrong <= 2, f"{data.SHAPES[shape]}: {wrong} pixels"
+    base = data.script(1, data.World(size=64, frames=1))
+    for shape, name in enumerate(data.SHAPES):
+        place = np.full((data.MAX_OBJECTS, 1, 4), (0.503, 0.496, 0.3, angle), np.float32)
+        s = base | dict(count=1, shape=np.full(data.MAX_OBJECTS, shape), place=place)
+        _, labels = data.rasterise(data.stack([s]), 64)
+        wrong = (labels[0].numpy() != paint_naively(s, 64)[1]).sum()
+        assert wrong <= 2, f"{name}: {wrong} pixels"
+        edge = data.atlas(torch.device("cpu"))[0][shape].clone()
+        edge[1:-1, 1:-1] = False
+        assert not edge.any(), f"{name}: what lies beyond the table would be drawn"
 
 
 def test_a_clip_is_the_same_whoever_stands_beside_it():
-    """Catches: pixels that depend on the batch or on how many clips are painted at a time, so that a clip is not the same clip
-    in training and evaluation, on a CPU and on a GPU."""
+    """Catches: pixels that depend on the batch or on how many clips are painted at a time."""
     chosen = scripts(data.TEST, 24)
     video, labels = data.rasterise(data.stack(chosen), 48)
     for count in (1, 3):
         parts = [data.rasterise(data.stack(chosen[i:i + count]), 48) for i in range(0, 24, count)]
-        other, other_labels = (torch.cat(x) for x in zip(*parts))
-        assert int((other_labels != labels).sum()) == 0 and int((other != video).sum()) == 0, f"{count} at a time"
+        assert torch.equal(torch.cat([part[0] for part in parts]), video)
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
 
 
-def test_objects_are_seen_where_place_says():
-    """Catches: labels of the wrong object, objects that are lost, a place that is not the place on the screen (camera)."""
-    chosen, size = scripts(data.TEST, 60), 48
-    _, labels = data.rasterise(data.stack(chosen), size)
-    seen = 0
-    for i, s in enumerate(chosen):
-        for f in range(labels.shape[1]):
-            assert int(labels[i, f].max()) < data.MAX_GROUNDS + s["count"]
-            for j in range(s["count"]):
-                x, y, r, _ = s["place"][j, f]
-                rows, columns = (labels[i, f] == data.MAX_GROUNDS + j).nonzero(as_tuple=True)
-                away = ((columns + 0.5) / size - x).square() + ((rows + 0.5) / size - y).square()
-                assert not len(away) or away.max().sqrt() <= math.sqrt(2) * r + 1 / size
-                if j == s["count"] - 1 and r < min(x, y, 1 - x, 1 - y):          # nothing lies over the last one
-                    assert len(away) >= 0.15 * (2 * r * size) ** 2
-                    seen += 1
-    assert seen > 200
-
-
-def test_splits_are_disjoint():
-    """Catches: test clips that occur in training."""
-    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT)
-    assert sorted(begins) == list(begins) and len(set(begins)) == 5
-    prints = [s["place"].tobytes() + s["surface"].tobytes() for begin in begins for s in scripts(begin, 300)]
+def test_splits_and_held_out_pairs_are_disjoint():
+    """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out clip
+    without one, two objects that words cannot tell apart."""
+    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST)
+    prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
     assert len(set(prints)) == len(prints)
+    for s in (s for begin in begins for s in scripts(begin, 200)):
+        assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
+    for s in scripts(data.HELDOUT, 200):
+        held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
+        assert held == s["told"]["slots"][:1]                   # the subject, and nobody else
 
 
-def test_a_point_on_the_rim_of_an_outline_is_drawn():
-    """Catches: a coordinate just below 1 that is rounded up, beyond the last row of the last outline: one made clip in tens of thousands, this one among
-    them, ended a training after hours."""
-    world = data.World(size=64, frames=12, max_objects=6, shared_colours=True, acts=2)
-    scene = data.script(24076, world)
-    assert scene["shape"][0] == len(data.SHAPES) - 1
-    video, labels = data.rasterise(data.stack([scene]), 64)
-    assert video.shape == (1, 12, 64, 64, 3) and (labels == data.MAX_GROUNDS).any()
-
-
-def test_held_out_pairs_stay_out():
-    """Catches: a held-out combination that training sees after all (on any object), or a held-out clip without one."""
-    colours = [[c for c in range(len(data.COLOURS)) if data.held_out(shape, c)] for shape in range(len(data.SHAPES))]
-    assert all(len(c) == 1 for c in colours)
-    for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST):
-        assert not any(data.held_out(*look) for s in scripts(begin, 300) for look in looks(s))
-    subjects = set()
-    for s in scripts(data.HELDOUT, 300):
-        held = [look for look in looks(s) if data.held_out(*look)]
-        assert len(held) == 1 and held[0][0] == s["appearance"]  # the subject, and nobody else
-        subjects.add(held[0])
-    assert len(subjects) == len(data.SHAPES)
-    assert all(len(set(looks(s))) == s["count"] for s in scripts(data.TRAIN, 300)), "two objects that words cannot tell apart"
+@pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
+def test_the_subject_is_the_largest(world):
+    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong one."""
+    for s in scripts(data.TRAIN, 400, world):
+        subject, *others = s["told"]["slots"]
+        assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
+        assert (s["appearance"], s["colour"]) == looks(s)[subject]
 
 
 def test_appearance_says_nothing_of_motion():
-    """Catches: a shape or colour that favours a motion (then one probe could answer for the other), a class that never occurs.
-    2 N x mutual information of independent classes is chi-squared: mean and half its variance are the degrees of freedom."""
-    chosen = scripts(data.TRAIN, 4000)
-    counts = np.bincount([s["count"] for s in chosen])
-    assert (counts[1:] > 0.02 * len(chosen)).all()
-    motion, shape = (np.array([s[key] for s in chosen]) for key in ("motion", "appearance"))
-    colours = [[colour for kind, colour in looks(s) if kind == s["appearance"]] for s in chosen]
-    colour = np.array([c[0] if len(c) == 1 else -1 for c in colours])            # -1: the arrays do not tell which one is the subject
-    for name, other in (("shape", shape), ("colour", colour)):
+    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the mutual
+    information of independent classes is chi-squared: its mean, and half its variance, are the degrees of freedom."""
+    motion = np.array([s["motion"] for s in scripts(data.TRAIN, 2000)])
+    for name in ("appearance", "colour"):
         table = np.zeros((10, len(data.MOTIONS)))
-        np.add.at(table, (other[other >= 0], motion[other >= 0]), 1)
+        np.add.at(table, ([s[name] for s in scripts(data.TRAIN, 2000)], motion), 1)
         p = table / table.sum()
-        mutual = (p * np.log(np.maximum(p, 1e-12) / (p.sum(1, keepdims=True) * p.sum(0, keepdims=True)))).sum()
-        freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
-        assert 2 * table.sum() * mutual < freedom + 6 * math.sqrt(2 * freedom), name
-        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.5 / len(table), name
+        expected = p.sum(1, keepdims=True) * p.sum(0)
+        mutual = (p * np.log(np.maximum(p, 1e-12) / expected)).sum()
+        assert 2 * table.sum() * mutual < 90 + 6 * math.sqrt(180), name
+        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.05, name
 
 
-def whole_state(s):
-    """What there is to know of each frame of a clip, (T, features): place, shape, depth of all objects, the largest first."""
-    n, frames = s["count"], s["place"].shape[1]
-    order = np.argsort(-s["place"][:n, :, 2].mean(1))
-    x = np.zeros((frames, data.MAX_OBJECTS, 7 + len(data.SHAPES)), np.float32)
-    p = s["place"][order].transpose(1, 0, 2)                     # (T, n, 4)
-    x[:, :n, 0], x[:, :n, 1], x[:, :n, 2:4], x[:, :n, 4] = 1, order / 8, p[..., :2] - 0.5, np.log(p[..., 2])
-    x[:, :n, 5:7] = np.stack((np.sin(p[..., 3]), np.cos(p[..., 3])), -1)
-    x[:, np.arange(n), 7 + s["shape"][order]] = 1
-    distance = np.zeros((frames, data.MAX_OBJECTS), np.float32)
-    distance[:, :n] = np.linalg.norm(p[..., :2] - p[:, :1, :2], axis=-1)
-    return np.concatenate((x.reshape(frames, -1), distance), 1)
+def deed_told(s):
+    """What a script's arrays show that its subject does, in the words of a caption of deeds alone."""
+    me, other = (s["place"][j].astype(float) for j in (s["told"]["slots"] * 2)[:2])
+    move, theirs = np.diff(me[:, :2], axis=0), np.diff(other[:, :2], axis=0)
+    alone = s["count"] == 1
+    if abs(me[-1, 3] - me[0, 3]) > 1:
+        return f"spins {'clockwise' if me[-1, 3] > me[0, 3] else 'anticlockwise'}"
+    if abs(me[-1, 2] / me[0, 2] - 1) > 0.3:
+        return "grows" if me[-1, 2] > me[0, 2] else "shrinks"
+    if not alone and abs(theirs).max() > 1e-3:
+        return "follows {}" if (move[0] * theirs[0]).sum() > 0 else "bumps into {}"
+    if abs(move[-1]).max() < 1e-4:
+        return "moves up to {} and stops"
+    if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
+        return "passes behind {}" if s["told"]["slots"][0] < s["told"]["slots"][1] else "passes in front of {}"
+    if min(abs(move).max(0)) > 1e-3:
+        turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
+        return f"circles {'clockwise' if turn > 0 else 'anticlockwise'}"
+    axis = abs(move).max(0).argmax()
+    if np.ptp(np.sign(move[:, axis].round(3))) > 0:
+        return "bounces " + ("from side to side", "up and down")[axis]
+    return "moves " + (("to the left", "to the right"), ("upwards", "downwards"))[axis][int(move[0, axis] > 0)]
 
 
-def test_motion_cannot_be_told_from_one_frame():
-    """Catches: a world in which a still gives the motion class away (a place, a size, a neighbour that only one program has).
-    The judge is a small network that sees the true state, not pixels; on all frames the same network does far better, so it is
-    not the judge who is blind. Of its scores on the test clips the best count. Accuracy hides a single class that stands out:
-    so for each class also how often one of its frames gets a higher probability of it than a frame of another class (0.5 is
-    chance; programs with a companion reach 0.65, since a lone object has none)."""
-    chosen = scripts(data.TRAIN, 4000)
-    states = torch.from_numpy(np.stack([whole_state(s) for s in chosen]))                            # (N, T, features)
-    y, train, kinds = torch.tensor([s["motion"] for s in chosen]), 3000, len(data.MOTIONS)
-
-    @torch.no_grad()
-    def score(net, x):
-        out, truth = net(x[train:]).flatten(0, 1).log_softmax(-1), y[train:].repeat_interleave(x.shape[1])
-        rank = out.argsort(0).argsort(0).double()
-        own = F.one_hot(truth, kinds).double()
-        n = own.sum(0)
-        return [(out.argmax(-1) == truth).double().mean().item(), *(((rank * own).sum(0) - n * (n - 1) / 2) / (n * (len(out) - n))).tolist()]
-
-    def judge(x):                                                # x (N, views, features): views of a clip are samples of their own
-        x = (x - x[:train].mean((0, 1))) / (x[:train].std((0, 1)) + 1e-3)
-        torch.manual_seed(0)
-        net, scores = nn.Sequential(nn.Linear(x.shape[-1], 64), nn.ReLU(), nn.Linear(64, kinds)), []
-        solver = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.1)
-        for step in range(400):
-            clip, view = torch.randint(train, (256,)), torch.randint(x.shape[1], (256,))
-            loss = F.cross_entropy(net(x[clip, view]), y[clip])
-            solver.zero_grad()
-            loss.backward()
-            solver.step()
-            if step % 50 == 49:
-                scores.append(score(net, x))
-        return np.max(scores, 0)
-    one, every = judge(states), judge(states.flatten(1)[:, None])
-    assert one[0] < 2 / kinds and every[0] > 0.3, (one[0], every[0])
-    assert one[1:].max() < 0.8 < every[1:].max(), dict(zip(data.MOTIONS, one[1:].round(2)))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_captions_of_deeds_are_what_the_arrays_show(reverse):
+    """Catches: left for right, clockwise for anticlockwise, behind for in front, a companion that is another; of clips
+    that run backwards the caption of the clip, or pixels that are not those of the clip backwards."""
+    programs = tuple(p for p in data.MOTIONS if p not in ("approach", "follow")) if reverse else data.MOTIONS
+    world = dataclasses.replace(data.STAGE, programs=programs)
+    for index in range(300):
+        s = data.script(index, dataclasses.replace(world, reverse=reverse))
+        subject, *others = (f"{'an' if name[:1] in 'aeiou' or name == 'hourglass' else 'a'} {name}"
+                            for name in (data.SHAPES[s["shape"][j]] for j in s["told"]["slots"]))
+        doing = deed_told(s)
+        rest = f" with {others[0]}" if others and "{}" not in doing else ""
+        assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
+        if reverse:
+            forth = data.script(index, world)
+            np.testing.assert_array_equal(forth["place"][:, ::-1], s["place"])
+    assert data.MOTIONS[s["motion"]] in programs
 
 
-def test_acts_follow_one_another_without_a_jump():
-    """Catches: an act that starts elsewhere than the last one ended, an act that is missing from the caption."""
-    for s in scripts(data.TRAIN, 60, data.World(frames=64, acts=3)):
-        steps = np.diff(s["place"][:s["count"], :, :2], axis=1)
-        assert np.abs(steps).max() < 0.13 and s["caption"].count(" and then ") == 2
-    with pytest.raises(BadInput, match="acts"):
-        data.World(frames=8, acts=3)
-    with pytest.raises(BadInput, match="max_objects"):
-        data.World(max_objects=data.MAX_OBJECTS + 1)
+def test_captions_say_what_they_are_told_to():
+    """Catches: a caption about somebody else, or one that tells what `words` leaves out."""
+    verbs = {words.split()[0] for some in data.VERBS.values() for words in some}
+    for words in ("all", "looks", "deeds"):
+        for s in scripts(data.TRAIN, 200, data.World(words=words)):
+            colour, shape = list(data.COLOURS)[s["colour"]], data.SHAPES[s["appearance"]]
+            told = set(re.findall(r"\w+", s["caption"]))
+            assert bool(told & verbs) == (words != "looks"), s["caption"]
+            assert bool(told & {*data.COLOURS, *data.GROUNDS}) == (words != "deeds"), s["caption"]
+            named = re.search(rf"\b{colour} (\w+ )?{shape}\b", s["caption"])
+            assert named or (words == "deeds" and shape in told), s["caption"]
 
 
-def test_captions_name_the_subject_and_distinct_ones_differ(monkeypatch):
-    """Catches: a caption about somebody else; retrieval sets in which two clips have the same right answer."""
-    checked = 0
-    for begin in (data.TRAIN, data.HELDOUT):
-        for s in scripts(begin, 300):
-            own = [look for look in looks(s) if look[0] == s["appearance"]]
-            if len(own) == 1:                                    # otherwise the arrays do not tell which of them is the subject
-                assert re.search(rf"\b{list(data.COLOURS)[own[0][1]]} (\w+ )?{data.SHAPES[own[0][0]]}\b", s["caption"]), s["caption"]
-                checked += 1
-    assert checked > 300
-    indices = data.distinct(data.World(), data.TEST, 100)
-    assert len({data.script(i)["caption"] for i in indices}) == len(set(indices)) == 100
-    fake = ["one", "two", "one", "three", "two", "four", "five"]
-    monkeypatch.setattr(data, "script", lambda index, world: dict(caption=fake[index - 40]))
-    assert data.distinct(data.World(), 40, 4) == [40, 41, 43, 45]
-
-
-def test_answers_follow_from_the_arrays():
-    """Catches: answers that are not what the pixels show: a wrong count, a wrong side, behind for in front."""
-    asked = dict.fromkeys(("count", "where", "behind", "first", "ground", "do"), 0)
-    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
-        move = data.MOTIONS[s["motion"]]
-        colours = [list(data.COLOURS)[colour] for _, colour in looks(s)]
-        for item in s["qa"]:
-            kind, question, answer = item["type"], item["question"], item["answer"]
-            if kind == "count":
-                named = [c for c in data.COLOURS if f" {c} " in question]
-                truth = str(colours.count(named[0]) if named else s["count"])
-            elif kind == "where":
-                truth = "left" if s["place"][slot_named(s, question), -1, 0] < 0.5 else "right"
-            elif kind == "behind":
-                truth = "yes" if move == ("behind" if " behind " in question else "front") else "no"
-            elif kind == "first":
-                pair = question.removesuffix("?").split(" first, ")[1].split(" or ")
-                slots = [slot_named(s, name) for name in pair]
-                still = [int((abs(s["place"][j] - s["place"][j, :1]) < 1e-6).all(1).sum()) for j in slots]   # frames at rest, from the first on
-                truth = pair[int(np.argmin(still))].removeprefix("the ")
-            elif "ground" in question:
-                kind, seen = "ground", [tuple(row[5:8].astype(int)) for row in s["surface"][:data.MAX_GROUNDS] if row.any()]
-                truth = " and ".join(sorted(name for name, (one, _, _) in data.GROUNDS.items() if one in seen))
-            elif " do" in question:
-                kind, truth = "do", move
-            else:
-                continue
-            assert answer == truth, (s["index"], question, answer, truth)
-            asked[kind] += 1
-    assert all(n > 20 for n in asked.values()), asked
-
-
-def test_the_largest_object_is_the_one_meant():
-    """Catches: a subject that is smaller than its company, so that "the largest object" is somebody else on the screen."""
-    wrong = asked = 0
-    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
-        for item in s["qa"]:
-            if "colour is the largest object" in item["question"]:
-                largest = int(s["place"][:s["count"], :, 2].mean(1).argmax())
-                asked += 1
-                wrong += item["answer"] != list(data.COLOURS)[looks(s)[largest][1]]
-    assert asked and not wrong, f"{wrong} of {asked} clips"
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
 def story(index, frames=32, acts=4, objects=4):
     return scripts(index, 1, data.World(64, frames, objects, shared_colours=False, acts=acts, story=True))[0]
 
 
-def seen_in(s, name):
-    """bool (T,): is any pixel of the object that `name` means on the screen?"""
-    _, labels = data.rasterise(data.stack([s]), 64)
-    return (labels[0] == data.MAX_GROUNDS + slot_named(s, name)).flatten(1).any(1).numpy()
-
-
 def deed_seen(path, before):
-    """What an object did, from its places (t, 4) in the frames of one act, and the one before it."""
-    move, angle = path - before, np.ptp(np.append(path[:, 3], before[3]))
-    away = np.abs(move[:, :2]).max(0)
-    if angle > 1:
+    """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before it."""
+    away = np.abs(path[:, :2] - before[:2]).max(0)
+    if np.ptp(np.append(path[:, 3], before[3])) > 1:
         return "spin"
+    if away.min() > 0.05:
+        return "circle"
     if away.max() > 0.05:
-        if away.min() > 0.05:
-            return "circle"
         axis = away.argmax()
-        return (("dart left", "dart right"), ("rise", "sink"))[axis][int(move[np.abs(move[:, axis]).argmax(), axis] > 0)]
-    return "swell" if path[:, 2].max() > 1.2 * before[2] else "shrink"
+        sign = int((path[:, axis] - before[axis]).sum() > 0)
+        return (("dart left", "dart right"), ("rise", "sink"))[axis][sign]
+    return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
 
 
-@pytest.mark.parametrize("frames, acts", [(8, 2), (32, 4), (64, 8), (512, 64)])
+def answer_seen(qa, names, deeds, goes, back, s):
+    """The answer to a question of a story, from what was seen."""
+    question, kind = qa["question"], qa["type"]
+    if kind == "first":
+        return deeds[0]
+    if kind == "after":
+        asked = re.search(r"right after it first (\w+)s( \w+)?\?", question)
+        return deeds[deeds.index(asked[1] + (asked[2] or "")) + 1]
+    if kind == "times":
+        return str(deeds.count(re.search(rf"the {names[0]} (.+)\?", question)[1]))
+    if kind == "back":
+        return " ".join(back)
+    if kind == "again":
+        return "yes" if re.search(r"Does the (.+) come", question)[1] in back else "no"
+    if kind == "order":
+        return min(re.search(r"first, the (.+) or the (.+)\?", question).groups(), key=goes.get)
+    if "largest" in question:
+        return list(data.COLOURS)[s["colour"]]
+    ground = s["surface"][0, 3:6]
+    return next(name for name, row in data.GROUNDS.items() if np.allclose(row[:3], ground))
+
+
+@pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
 def test_answers_to_stories_can_be_seen(frames, acts):
-    """Catches: a question about a story whose answer is not what the pixels show: deeds, their order and number, who leaves when and who comes
-    back; an answer that is not among its options; options that are no clip's."""
-    kinds, third = set(), {"rises": "rise", "sinks": "sink", "darts left": "dart left", "darts right": "dart right", "circles": "circle", "spins": "spin", "swells": "swell", "shrinks": "shrink"}
-    for index in range(12 if frames < 512 else 3):
+    """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves when and
+    who comes back; an answer that is not among its options."""
+    kinds = set()
+    for index in range(20 if frames < 512 else 3):
         s = story(index, frames, acts)
-        place, bounds = s["place"][s["count"] - 1].astype(float), s["told"]["bounds"]
-        deeds = [deed_seen(place[a:b], place[a - 1] if a else np.append(place[b - 1, :3], place[a, 3])) for a, b in zip(bounds, bounds[1:])]
-        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:])) and len(deeds) == acts
-        names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
-        seen = {name: seen_in(s, name) for name in names}
-        goes = {name: int((seen[name][:-1] & ~seen[name][1:]).argmax()) for name in names if (seen[name][:-1] & ~seen[name][1:]).any()}          # first time it is lost
-        back = {name for name in goes if seen[name][goes[name] + 1:].any()}
-        assert names[-1] not in goes
+        slots, bounds = s["told"]["slots"], s["told"]["bounds"]
+        place = s["place"][slots[0]].astype(float)
+        starts = [place[a - 1] if a else np.append(place[bounds[1] - 1, :3], place[0, 3]) for a in bounds[:-1]]
+        deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
+        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
+        names = [f"{list(data.COLOURS)[looks(s)[j][1]]} {data.SHAPES[looks(s)[j][0]]}" for j in slots]
+        _, labels = data.rasterise(data.stack([s]), 64)
+        seen = {name: (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).numpy() for name, j in zip(names, slots)}
+        goes = {name: int((x[:-1] & ~x[1:]).argmax()) for name, x in seen.items() if (x[:-1] & ~x[1:]).any()}
+        back = [name for name in goes if seen[name][goes[name] + 1:].any()]
+        assert seen[names[0]].all()
         for qa in s["qa"]:
-            q, kinds = qa["question"], kinds | {qa["type"]}
-            if qa["type"] == "first":
-                want = deeds[0] if q.endswith("first?") else deeds[-1]
-            elif qa["type"] == "after":
-                asked = third[re.search(r"right after it first (.+)\?", q)[1]]
-                want = deeds[deeds.index(asked) + 1]
-            elif qa["type"] == "times":
-                want = str(deeds.count(re.search(rf"the {names[-1]} (.+)\?", q)[1]))
-            elif qa["type"] == "back":
-                want, = back
-            elif qa["type"] == "again":
-                want = "yes" if re.search(r"Does the (.+) come", q)[1] in back else "no"
-            elif qa["type"] == "order":
-                pair = re.search(r"first, the (.+) or the (.+)\?", q).groups()
-                want = min(pair, key=goes.get)
-            else:
-                want = names[-1].split()[0] if "largest" in q else qa["answer"]
-                assert qa["answer"] in (*data.COLOURS, *data.GROUNDS)
-            assert qa["answer"] == want, (index, q, qa["answer"], want)
-            assert qa["options"].count(want) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
-    assert kinds >= {"what", "first", "after", "again", "back"} and ("times" in kinds) == (acts > 2)
+            kinds.add(qa["type"])
+            assert qa["answer"] == answer_seen(qa, names, deeds, goes, back, s), (index, qa)
+            assert qa["options"].count(qa["answer"]) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
+    wanted = {"what", "first", "again", "back", "order"} | ({"after"} if acts > 1 else set()) | ({"times"} if acts > 2 else set())
+    assert kinds == wanted or frames == 512
 
 
 def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right option, would be
-    right far more often than a guess. Measured on 600 stories."""
+    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right
+    option, would be right far more often than a guess. Measured on 600 stories."""
     asked, places = {}, {}
     for s in (story(i) for i in range(600)):
         names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
         for qa in s["qa"]:
-            words, answer = qa["question"], qa["answer"]
-            for name in names:
-                words = words.replace(name, "X")
+            words = functools.reduce(lambda text, name: text.replace(name, "X"), names, qa["question"])
+            answer = qa["answer"]
             if qa["type"] == "order":                            # the first or the second that it names
                 answer = qa["question"].index(answer) == min(qa["question"].index(o) for o in qa["options"])
             if qa["type"] != "back":                             # it names nobody
                 asked.setdefault(qa["type"], {}).setdefault(words, []).append(answer)
             places.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
-    for kind, most in dict(what=0.16, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
+    for kind, most in dict(what=0.19, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
         groups = asked[kind].values()
-        assert sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups)) < most, kind
+        share = sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups))
+        assert share < most, (kind, share)
     assert all(max(map(p.count, set(p))) / len(p) < 1.2 / n for n, p in places.items())
 
 
-def test_other_worlds_are_what_they_were_before_there_were_stories():
-    """Catches: a draw that stories added to a world without them: every clip, and every result that was measured, would be another. The number is
-    that of the words of clips before; places are drawn between them."""
-    crc = 0
-    for world in (data.World(), data.World(frames=16, acts=3, max_objects=4, shared_colours=False)):
-        for s in scripts(0, 40, world):
-            assert "told" not in s and not any("options" in qa for qa in s["qa"])
-            crc = zlib.crc32(repr((s["caption"], s["qa"])).encode(), crc)
-    assert crc == 3941545426
+def test_controls_are_what_one_frame_gives_away():
+    """Catches: a judge that finds nothing where there is something, or something in noise; constants that are no longer
+    those of the world they stand beside."""
+    rng = np.random.default_rng(0)
+    noise, y = rng.normal(size=(2000, 6)), torch.from_numpy(rng.integers(0, 11, 2000))
+    planted = np.concatenate((noise, y[:, None] + rng.normal(0, 0.1, (2000, 1))), 1)
+    assert data.guessed(noise, y, 300) < 0.16 and data.guessed(planted, y, 600) > 0.8
+    world = data.World(max_objects=4, shared_colours=False, size=32)
+    known, found = data.known_controls(world), data.controls(world, 2500)
+    assert known.keys() == found.keys() and all(abs(known[key] - found[key]) < 0.08 for key in known), (known, found)
+    assert set(data.known_controls(data.World(frames=9)).values()) == {None}
 
 
-def test_stories_that_cannot_be_told_are_refused():
-    """Catches: a clip too short for an object to leave and come back."""
-    with pytest.raises(BadInput, match="at least 8"):
-        data.World(frames=6, story=True)
-    assert story(0, 8, 1, 1)["count"] == 1                       # one object alone: no question about the others
-    assert not {qa["type"] for qa in story(0, 8, 1, 1)["qa"]} & {"back", "again", "order"}
-    assert data.script(3, data.World(frames=40, acts=5, max_objects=8, story=True, textures=None))["count"] > 1
+@pytest.mark.parametrize("change", (
+    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some"), dict(frames=6, story=True)))
+def test_impossible_worlds_are_refused(change):
+    """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
+    with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
+        data.World(**change)
 
 
 def test_talks_are_read_and_written(tmp_path, capsys):
@@ -631,150 +513,6 @@ def test_world_batches():
     assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
 
 
-@pytest.fixture(scope="module")
-def skins(tmp_path_factory):
-    """A folder of two pictures whose pixels tell where they are, as functions of x and y: PICTURES."""
-    folder = tmp_path_factory.mktemp("skins")
-    (folder / "b").mkdir()
-    y, x = (np.mgrid[:256, :256] + 0.5) / 256
-    for name, picture in zip(("a.png", "b/one.png"), PICTURES):
-        data.write_png(folder / name, np.stack([np.broadcast_to(c, x.shape) for c in picture(x, y)], -1).round().astype(np.uint8))
-    (folder / "notes.txt").write_text("no picture")
-    return str(folder)
-
-
-PICTURES = (lambda x, y: (240 * x, 240 * y, 40.0)), (lambda x, y: (240 * y, 240 - 240 * x, 200.0))
-
-
-def test_skinned_pixels_and_labels_are_the_naive_painters(skins):
-    """Catches: a picture that stays on the screen while its object moves, turns, grows or bends, or a ground's that does not go with the
-    camera; the picture of another surface; labels that do not follow the outline. Small pictures are read where objects are small: their
-    pixels are up to a sixteenth of the picture wide."""
-    shown = [s for s in scripts(data.VALIDATION, 12, data.World(size=32, frames=3, textures=skins)) if (s["skin"][:, 0] >= 0).any()][:6]
-    seen = {(row < data.MAX_GROUNDS, bool(w >= 0.5)) for s in shown for row, w in enumerate(s["skin"][:, 0]) if w >= 0}
-    assert len(seen) == 4, "grounds and objects, in both pictures"
-    video, labels = data.rasterise(data.stack(shown), 32, textures=skins)
-    for i, s in enumerate(shown):
-        painted, truth = paint_naively(s, 32, PICTURES)
-        assert (labels[i].numpy() != truth).sum() <= 4
-        off = abs(video[i].numpy() - painted).max(-1)
-        worn = np.isin(truth, np.flatnonzero(s["skin"][:, 0] >= 0))
-        assert (off[~worn] > 1.01).sum() <= 6 and (off[worn] > 12).sum() <= 6 and np.median(off[worn]) < 3, (i, np.sort(off[worn])[-12:])
-
-
-def test_a_picture_turns_with_its_object(skins):
-    """Catches: a texture, a shading or a wobble that keeps to the screen's axes: a quarter turn of the object is a quarter turn of its pixels."""
-    base = next(s for s in scripts(data.VALIDATION, 60, data.World(size=64, frames=1, textures=skins)) if s["skin"][data.MAX_GROUNDS, 0] >= 0)
-    shots = []
-    for angle in (0.0, math.pi / 2):
-        s = dict(base, count=1, place=np.tile(np.float32((0.5, 0.5, 0.4, angle)), (data.MAX_OBJECTS, 1, 1)))
-        video, labels = data.rasterise(data.stack([s]), 64, textures=skins)
-        on = (labels[0, 0] >= data.MAX_GROUNDS).numpy()
-        shots.append((on, np.where(on[..., None], video[0, 0].numpy(), 0)))
-    (still, picture), (turned, moved) = shots
-    assert still.sum() > 100 and (np.rot90(still, -1) != turned).sum() <= 8      # a positive angle is clockwise: y grows downwards
-    assert (abs(np.rot90(picture, -1).astype(int) - moved).max(-1) > 12).sum() <= 12 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_a_skinned_clip_is_a_function_of_its_index_and_the_folder(skins, tmp_path):
-    """Catches: pictures that change who moves where, clips that are no longer plain, a picture that depends on the batch, the workers, the
-    order in which files were written, or on the folder's place."""
-    world = data.World(size=24, frames=2, textures=skins)
-    batches = data.WorldBatches(world, 12, begin=data.TEST)
-    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2)]
-    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2, workers=2)]
-    (tmp_path / "b").mkdir()
-    for name in ("b/one.png", "a.png"):                          # the same content, written the other way round
-        shutil.copy(Path(skins) / name, tmp_path / name)
-    bare, plain = 0, data.World(size=24, frames=2, camera=False)
-    for a, b in zip(alone, helped, strict=True):
-        assert torch.equal(a["video"], b["video"]) and torch.equal(a["labels"], b["labels"]) and a["caption"] == b["caption"]
-        for j, index in enumerate(a["index"]):
-            s = data.script(index, dataclasses.replace(world, textures=str(tmp_path)))
-            one = data.rasterise(data.stack([s]), 24, textures=str(tmp_path))
-            assert torch.equal(one[0][0], a["video"][j]) and torch.equal(one[1][0], a["labels"][j]) and s["caption"] == a["caption"][j]
-            still, same = (data.script(index, dataclasses.replace(plain, textures=t)) for t in (skins, None))
-            assert all(np.array_equal(still[k], same[k]) for k in ("place", "surface", "seeds", "light", "motion"))
-            if (s["skin"][:, 0] < 0).all() and (s["shape"] < data.BLOB).all():
-                whole = data.script(index, data.World(size=24, frames=2))
-                bare += whole["caption"] == s["caption"] and torch.equal(data.rasterise(data.stack([whole]), 24)[0][0], one[0][0])
-    assert bare >= 1, "not one of 24 clips is left plain"
-    with pytest.raises(ValueError, match="textures="):
-        data.rasterise(data.stack([s]), 24)
-
-
-def test_captions_of_skinned_clips_are_true(skins):
-    """Catches: a caption or a question that tells the colour under a picture, a shape that is not there, a ground that is painted over, or
-    that names two objects by the same words."""
-    told = dict.fromkeys(("blob", "textured", "ground", "what shape", "plain shape"), 0)
-    for begin in (data.TRAIN, data.HELDOUT):
-        for s in scripts(begin, 250, data.World(textures=skins)):
-            worn = s["skin"][data.MAX_GROUNDS:][:s["count"], 0] >= 0
-            kinds = s["shape"][:s["count"]]
-            colours = {list(data.COLOURS)[c] for (_, c), w in zip(looks(s), worn) if not w}
-            shapes = {data.SHAPES[k] if k < data.BLOB else "blob" for k in kinds}
-            text = " ".join([s["caption"], *(q["question"] for q in s["qa"] if not q["question"].startswith("How many"))])
-            words = set(re.findall(r"[a-z]+", text.replace("in a circle", "")))
-            assert words & set(data.COLOURS) <= colours and words & {*data.SHAPES, "blob"} <= shapes, (s["index"], text)
-            grounds = s["skin"][:data.MAX_GROUNDS, 0] >= 0
-            told["ground"] += "textured ground" in s["caption"]
-            assert grounds.any() or "textured ground" not in s["caption"]
-            assert not grounds.any() or not any("ground made" in q["question"] for q in s["qa"])
-            assert not (worn.any() or grounds.any()) or not words & {"small", "large"}
-            told["blob"] += "blob" in words
-            told["textured"] += "textured" in words
-            assert s["appearance"] in np.minimum(kinds, data.BLOB) and (begin == data.TRAIN or s["appearance"] < data.BLOB)
-            for q in s["qa"]:
-                if q["type"] == "first":
-                    one, two = q["question"].removesuffix("?").split(" first, ")[1].split(" or ")
-                    assert one != two
-                elif q["question"] == "What shape is the largest object?":
-                    largest = kinds[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
-                    assert q["answer"] == (*data.SHAPES, "blob")[min(largest, data.BLOB)]
-                    told["what shape"] += 1
-                elif q["question"].startswith("What colour"):
-                    assert not worn[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
-                    told["plain shape"] += 1
-    assert all(n > 20 for n in told.values()), told
-
-
-def test_texture_folders(tmp_path, capsys):
-    """Catches: a folder's order that is the disk's, a damaged file that stops a run or vanishes in silence, a short clip that gives nothing,
-    more pictures than memory was promised for, a folder of nothing that is trained on."""
-    for name, words in (("nowhere", "no such folder"), ("empty", "no picture"), ("broken", "none of its 1 files")):
-        if name != "nowhere":
-            (tmp_path / name).mkdir()
-        if name == "broken":
-            (tmp_path / name / "x.jpg").write_text("no picture")
-        with pytest.raises(BadInput, match=words) as error:
-            data.load_textures(str(tmp_path / name))
-        assert "\n" not in str(error.value)
-    assert data.open_textures(None) is None
-    folder = tmp_path / "mixed"
-    (folder / "a b").mkdir(parents=True)
-    for name, grey in (("z.png", 200), ("a b/é.png", 100), ("c.PNG", 150)):
-        data.write_png(folder / name, np.full((20, 30, 3), grey, np.uint8))
-    encode(folder / "m.mp4", np.repeat(np.uint8((20, 60))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))       # two frames: too few for four
-    encode(folder / "n.mp4", np.repeat(np.uint8(range(10, 250, 30))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))
-    (folder / "bad.mp4").write_text("no video")
-    (folder / ".hidden.png").write_bytes(b"")
-    capsys.readouterr()
-    data.open_textures(str(folder))
-    told, x = capsys.readouterr(), data.load_textures(str(folder))[0]
-    assert x.dtype == torch.uint8 and x.shape == (8, 256, 256, 3)
-    assert np.abs(x.float().mean((1, 2, 3)).numpy() - (100, 150, 60, 40, 100, 160, 220, 200)).max() < 4      # é, c, m (its middle), n (four), z
-    assert told.err.count("left out: ") == 1 and "bad.mp4" in told.err and "8 pictures" in told.out and "1 files left out" in told.out
-
-
-def test_more_textures_than_fit(tmp_path, monkeypatch):
-    """Catches: a folder of thousands of pictures of which only the first ones are ever seen, or that fills the memory."""
-    monkeypatch.setattr(data, "TEXTURES_MOST", 4)
-    for i in range(11):
-        data.write_png(tmp_path / f"{i:02d}.png", np.full((16, 16, 3), 20 * i, np.uint8))
-    assert [round(v / 20) for v in data.load_textures(str(tmp_path))[0].float().mean((1, 2, 3)).tolist()] == [0, 2, 5, 8]
-
-
 def test_a_loader_leaves_the_random_state_alone():
     """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more, and its random
     choices are no longer those of the run that was never stopped."""
@@ -789,32 +527,21 @@ def test_a_loader_leaves_the_random_state_alone():
 # data.py: words
 # ---------------------------------------------------------------------------------------------------------------------
 
-def merge_naively(texts, vocabulary):
-    """Byte-pair encoding on a list of all words, one by one, recounted at every step."""
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in re.findall(data.WORDS, text)]
-    ranks = {bytes([i]): i for i in range(256)}
-    while len(ranks) < vocabulary:
-        pairs = [pair for word in words for pair in zip(word, word[1:])]
-        if not pairs:
-            break
-        best = sorted(set(pairs), key=lambda pair: (-pairs.count(pair), pair))[0]
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    return ranks
-
-
-def test_learn_bpe_is_the_naive_recount():
-    """Catches: counts that go stale after a merge, overlapping pairs (aaa) merged twice, ties decided by chance."""
-    texts = ["low lower lowest low", "newer wider newer", "aaaa aaa aa aaaaa", "the cat, the hat; the bat!", "12 121 1212", "naïve café"]
-    for vocabulary in (256, 262, 290, 1000):
-        learnt = data.learn_bpe(texts, vocabulary)
-        assert list(learnt.items()) == list(merge_naively(texts, vocabulary).items())
-    assert len(learnt) < 1000 and b" the" in learnt              # the words ran out before the vocabulary did
+def test_a_list_of_words_is_a_vocabulary():
+    """Catches: a word of the list that is split, a word that is not of the list and does not come back, ids that are no
+    ranks; words that are not the most frequent ones."""
+    texts = ["a red star, a red ring", "a star", "naïve café"]
+    assert data.word_list(texts, 4) == [" red", " star", "a", " a"]
+    words = data.word_list(texts)
+    encoding = data.word_encoding(words, special=("<|endoftext|>", "<|x|>"))
+    assert encoding.n_vocab == 256 + len([w for w in words if len(w.encode()) > 1]) + 2
+    assert len(encoding.encode_ordinary("a red star")) == 3 and encoding.encode_ordinary("<|x|>")[-1] < 300
+    for text in (*texts, "a zebra", "Ünïcode\n✓ 123", "naïve naïv"):
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    world = data.load_encoding()
+    for kind in (data.World(), CHAINS, data.STAGE):
+        for s in scripts(5000, 300, kind):
+            assert len(world.encode_ordinary(s["caption"])) == len(re.findall(data.WORDS, s["caption"])), s["caption"]
 
 
 def test_tokenize_round_trip_end_token_and_mask():
@@ -830,8 +557,11 @@ def test_tokenize_round_trip_end_token_and_mask():
         assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
     ids, mask = data.tokenize(encoding, texts[:1], 4)
     assert mask.all() and ids[0, 3] == encoding.eot_token and ids[0, :3].tolist() == encoding.encode_ordinary(texts[0])[:3]
-    assert encoding.n_vocab > encoding.eot_token
-    assert np.mean([len(encoding.encode_ordinary(t)) for t in texts[:20]]) < 0.4 * np.mean([len(t) for t in texts[:20]])   # it learnt words
+
+
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
 
 
 def byte_level(text):
@@ -841,59 +571,23 @@ def byte_level(text):
     return "".join(chr(b) if b in printable else chr(256 + others.index(b)) for b in text)
 
 
-MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
-
-
-def toy_vocabulary(end):
+def toy_vocabulary():
     single = sorted(range(256), key=lambda b: ord(byte_level(bytes([b]))))       # the order of the files: printable first
-    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES] + ([end] if end else [])
+    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES]
     return {token: i for i, token in enumerate(tokens)}
-
-
-def test_published_tokenizers(tmp_path):
-    """Catches: a byte map that is off for some byte, ids that are not the file's, specials and split patterns that are not read."""
-    gpt, qwen = tmp_path / "gpt", tmp_path / "qwen"
-    gpt.mkdir()
-    qwen.mkdir()
-    vocabulary = toy_vocabulary("<|endoftext|>")
-    (gpt / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    one = data.load_encoding(str(gpt))
-    assert one.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
-    assert one.eot_token == vocabulary["<|endoftext|>"] == one.n_vocab - 1
-    split = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\p{N}|[^\p{N}]+"}}, {"type": "ByteLevel"}]}
-    added = [{"id": 300, "content": "<|endoftext|>"}, {"id": 301, "content": "<|im_start|>"}]
-    (qwen / "tokenizer.json").write_text(json.dumps({"model": {"vocab": toy_vocabulary(None)}, "added_tokens": added, "pre_tokenizer": split}),
-                                         encoding="utf-8")
-    two = data.load_encoding(str(qwen))
-    assert two.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]       # its pattern splits digits, whatever merges there are
-    assert two.eot_token == 300 and two.encode("<|im_start|>", allowed_special="all") == [301]
-    for encoding in (one, two):
-        for text in ("héllo\n\t wörld ✓ 12", "".join(map(chr, range(1, 500))), " hello   hello"):
-            assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
 def toy_qwen(folder, **changes):
     """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level entries."""
-    vocabulary = toy_vocabulary(None)
-    single = {len(byte_level(m)): m for m in MERGES}
+    vocabulary = toy_vocabulary()
     merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], [byte_level(b" "), "hello"], ["1", "2"]]
-    assert ["".join(m) for m in merges] == [byte_level(m) for m in MERGES] and single
-    split = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": data.QWEN_WORDS}, "behavior": "Isolated", "invert": False},
-                                                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
-    spec = {"normalizer": {"type": "NFC"}, "pre_tokenizer": split, "model": {"vocab": vocabulary, "merges": merges},
-            "added_tokens": [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    added = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]
+    spec = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
+            "model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
-    return {**spec, **changes}
-
-
-def in_three_files(spec, folder):
-    """The same tokenizer in the older form: vocab.json, merges.txt, tokenizer_config.json."""
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"]), encoding="utf-8")
-    added = {str(t["id"]): {"content": t["content"]} for t in spec["added_tokens"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}), encoding="utf-8")
 
 
 def random_text(dice):
@@ -916,90 +610,56 @@ def random_text(dice):
     return "".join(pieces)
 
 
-def test_qwen_tokenizers_of_both_forms(tmp_path):
-    """Catches: text that is not composed first, a split or special tokens that only one of the two forms of folder is read with, text from a
-    user that becomes a special token, a text that does not come back."""
-    in_three_files(toy_qwen(tmp_path / "one"), tmp_path / "three")
-    one, three = train_vlm.load_tokenizer(tmp_path / "one"), train_vlm.load_tokenizer(tmp_path / "three")
-    vocabulary, dice = toy_vocabulary(None), np.random.default_rng(0)
-    single = lambda text: [vocabulary[byte_level(bytes([b]))] for b in text.encode()]
-    for encoding in (one, three):
-        assert encoding.encode_ordinary("12") == single("12")                                        # a digit each, though there is a merge
-        assert encoding.encode_ordinary("e\u0301") == encoding.encode("e\u0301") == single("é")       # composed: two bytes, not three
-        assert encoding.encode_ordinary_batch(["e\u0301"]) == [single("é")]
-        assert encoding.encode_ordinary("<|im_end|>") == single("<|im_end|>")
-        assert encoding.eot_token == len(vocabulary) and train_vlm.special(encoding, train_vlm.VIDEO) == len(vocabulary) + 5
-        with pytest.raises(BadInput, match=r"<\|image_pad\|>.*it has .*<\|video_pad\|>"):
-            train_vlm.special(encoding, "<|image_pad|>")
-    for text in (random_text(dice) for _ in range(300)):
-        assert one.encode_ordinary(text) == three.encode_ordinary(text) and one.decode(one.encode_ordinary(text)) == unicodedata.normalize("NFC", text)
-
-
-@pytest.mark.parametrize("words, change", (
-    ("Lowercase", dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})),
-    ("several splits", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "a"}}] * 2})),
-    ("Removed", dict(pre_tokenizer={"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed"})),
-    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})), ("space put before", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
-    ("order of their ids", dict(model={"vocab": toy_vocabulary(None), "merges": [["l", "l"], ["h", "e"]]})),
-    ("no tokens", dict(model={"vocab": {"a": 0}})), ("lacks <|im_start|>", dict(added_tokens=[]))))
-def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, change):
-    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's."""
-    toy_qwen(tmp_path, **change)
-    with pytest.raises(BadInput, match=re.escape(words)) as error:
-        train_vlm.load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
+def test_published_tokenizers(tmp_path):
+    """Catches: a byte map that is off for some byte, ids that are not the file's, a split pattern that is not read, text
+    that is not composed first or becomes a special token."""
+    vocabulary, dice = toy_vocabulary(), np.random.default_rng(0)
+    toy_qwen(tmp_path / "qwen")
+    toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False})
+    qwen, gpt = data.load_encoding(str(tmp_path / "qwen")), data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
+    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
+    assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]      # a digit each, though there is a merge
+    composed = [vocabulary[byte_level(bytes([b]))] for b in "é".encode()]
+    assert qwen.encode_ordinary_batch(["e\u0301"]) == [composed] == [qwen.encode_ordinary("e\u0301")]
+    for encoding, form in ((qwen, "NFC"), (gpt, None)):
+        assert encoding.eot_token == len(vocabulary) and encoding.encode_ordinary("<|im_end|>")[0] < 256
+        for text in (random_text(dice) for _ in range(300)):
+            assert encoding.decode(encoding.encode_ordinary(text)) == (unicodedata.normalize(form, text) if form else text)
 
 
 def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
-    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the published programs do: a tokenizer
-    trained and saved by them, its own ids, and those of the class that the three files name."""
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    import tokenizers
+    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the published program
+    does: a tokenizer trained and saved by it, its own ids."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     from tokenizers import normalizers, pre_tokenizers, trainers
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.normalizer = normalizers.NFC()
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(data.QWEN_WORDS), "isolated"),
-                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    texts = [s["caption"] for s in scripts(0, 60)] + ["Ünïcode naïve café  \n\n\t\t12345 l'été don't I'LL WE'VE 漢字かな交じり文 привет мир 🙂🙂 ¡hola!"] * 3
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    texts = [s["caption"] for s in scripts(0, 60)] + ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False))
     theirs.add_special_tokens(list(train_vlm.SPECIAL))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(tmp_path / "one")
-    spec = json.loads((tmp_path / "one" / "tokenizer.json").read_text(encoding="utf-8"))
-    in_three_files(spec, tmp_path / "three")
-    named = transformers.Qwen2Tokenizer(vocab=spec["model"]["vocab"], merges=[tuple(m) for m in spec["model"]["merges"]])
-    one, three = train_vlm.load_tokenizer(tmp_path / "one"), train_vlm.load_tokenizer(tmp_path / "three")
-    dice = np.random.default_rng(1)
-    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(2000)):                # theirs reads it as a special token
-        ids = theirs.encode(text).ids
-        assert ids == one.encode_ordinary(text) == three.encode_ordinary(text) == named(text)["input_ids"], ascii(text)
-    turns = [dict(role="system", content="Be brief."), dict(role="user", content="\n\nWhat moves?\n"), dict(role="assistant", content="a red square")]
-    written = "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns) + "<|im_start|>assistant\n"
-    assert train_vlm.chat(one, turns, answer=True)[0] == theirs.encode(written).ids
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
+    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):                # theirs reads it as a special token
+        assert theirs.encode(text).ids == ours.encode_ordinary(text), ascii(text)
 
 
-@pytest.mark.parametrize("content", ("", "[1, 2]", '{"model": {}}', '{"model": {"vocab": [["a", -1.5]]}}', '{"model": {"vocab": {"漢": 0}}}'))
-def test_folders_that_hold_no_byte_level_tokenizer_are_refused(tmp_path, content):
-    """Catches: a traceback for a tokenizer of another kind (a list of pieces with scores, whole characters)."""
-    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(BadInput, match="byte-level"):
+@pytest.mark.parametrize("words, change", (
+    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})), ("Lowercase", dict(normalizer={"type": "Lowercase"})),
+    ("Removed", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed"}, {"type": "ByteLevel"}]})),
+    ("add_prefix_space", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
+    ("order of their ids", dict(model={"vocab": toy_vocabulary(), "merges": [["l", "l"], ["h", "e"]]})),
+    ("byte-level", dict(model={"vocab": {"a": 0}, "merges": []})), ("published", dict(model={"vocab": [["a", -1.5]]}))))
+def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, change):
+    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's; a traceback for one of
+    another kind, or for a name that is mistyped."""
+    toy_qwen(tmp_path, **change)
+    with pytest.raises(BadInput, match=re.escape(words)) as error:
         data.load_encoding(str(tmp_path))
-
-
-def test_nothing_is_downloaded(tmp_path, monkeypatch):
-    """Catches: a tokenizer that is fetched from the network on first use; a name that is mistyped and gets a traceback."""
-    import socket
-
-    import tiktoken.load
-
-    def forbidden(*_):
-        raise AssertionError("the network was asked")
-    before = tiktoken.load.read_file
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(socket, "create_connection", forbidden)
-    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
-    with pytest.raises(BadInput, match="TIKTOKEN_CACHE_DIR"):
-        data.load_encoding("cl100k_base")
-    assert tiktoken.load.read_file is before
+    assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="cl100k_base"):           # the message lists the names there are
         data.load_encoding("cl1000k")
 
@@ -2855,17 +2515,17 @@ def close(mine, theirs, relative=1e-4):
     assert worst < relative, f"differs by {worst:.1e} of the largest value"
 
 
-@pytest.mark.parametrize("m, prefix, suffix", ((1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"),
-                                               (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
-def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, suffix):
+@pytest.mark.parametrize("m, prefix", ((1, ""), (2, "vision_encoder.traj_tokenizer."),
+                                       (4, "module.vision_encoder.traj_tokenizer.")))
+def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     """Catches: a quirk of the release that is left out or switched on wrongly (residual, norms, the last two
     points, the scale's clamp), a key in the wrong place, a configuration read wrongly off the shapes."""
     weights = official_weights()
     if m == 4:
         weights["segmenter.log_scale"] = torch.tensor([30.0])   # clamped at 20
     stored = {prefix + name: value for name, value in weights.items()}
-    file = tmp_path / f"a{suffix}"
-    if suffix == ".pth":
+    file = tmp_path / ("a.pth" if prefix else "a.safetensors")
+    if prefix:
         torch.save({"model": stored | {"temp": torch.tensor(0.07)}, "meta": {"step": 3}}, file)
     else:
         save_file(stored, file)
@@ -2890,8 +2550,7 @@ class Evil:
 
 # files that are no whole checkpoint of the release, and words of the refusal
 DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
-           "empty.pth": "no named weights", "nowhere.pth": "no such file",
-           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "nowhere.pth": "no such file", "ours.safetensors": "not in the authors' layout",
            "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
 
 
@@ -2899,20 +2558,17 @@ DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, name):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run; more than one line."""
     weights, path = official_weights(), tmp_path / name
-    kind, suffix = name.split(".")
-    if kind == "ours":
-        weights = trajtok.TrajTok(TINY).state_dict()
-    if kind == "lacking":
+    if name.startswith("lacking"):
         del weights["output_projector.bias"]
         weights["segmenter.log_scale"] = torch.zeros(2)
-    if kind == "freqs":
-        weights = {key: value for key, value in weights.items() if "freqs" not in key}
-    if suffix == "safetensors":
-        save_file(weights, path)
-    elif kind != "nowhere":
-        torch.save({"cut": weights, "code": dict(weights, meta=Evil()), "empty": {}}[kind], path)
-    if kind == "cut":
+    if name.endswith("pth"):
+        torch.save(dict(weights, meta=Evil()) if "code" in name else weights, path)
+    else:
+        save_file(trajtok.TrajTok(TINY).state_dict() if "ours" in name else weights, path)
+    if name.startswith("cut"):
         path.write_bytes(path.read_bytes()[:-5000])
+    if name.startswith("nowhere"):
+        path.unlink()
     with pytest.raises(BadInput, match=DAMAGED[name]) as caught:
         trajtok.TrajTok.load_official(path)
     assert "\n" not in str(caught.value)
@@ -3343,16 +2999,14 @@ def test_a_stream_is_one_pass(change, m):
 
 
 def test_windows_are_clips_of_their_own():
-    """Catches: windows that see each other, trajectories of two windows under one number, a short last one."""
+    """Catches: windows that see each other, trajectories of two windows under one number, a lost last one."""
     tokenizer = trajtok.TrajTok(TINY)
     video = random_video(11, 32, 32)
     windows = tokenizer.windows(video, 4, 2)
     for i in range(3):
         part, _ = tokenizer(video[None, 4 * i:4 * i + 4], 2)
-        mine = slice(12 * i, 12 * i + 12)
-        close(windows.z[:, mine], part.z)
-        assert torch.equal(windows.mask[:, mine], part.mask)
-        assert torch.equal(windows.trajectory[:, mine], part.trajectory + 6 * i)
+        part = part._replace(trajectory=part.trajectory + 6 * i)
+        nearly([x[:, 12 * i:12 * i + 12] for x in windows], list(part))
     for read in (tokenizer.stream, tokenizer.windows):
         with pytest.raises(BadInput, match="empty video"):
             read(video[:0])
@@ -3403,7 +3057,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 
 
 def test_loading_is_strict(tmp_path):
-    """Catches: keys that are skipped in silence; a configuration that another program wrote."""
+    """Catches: keys that are skipped in silence; a tokenizer inside another model that is not found."""
     tokenizer = trajtok.TrajTok(TINY)
     tokenizer.save_pretrained(tmp_path)
     state = tokenizer.state_dict()
@@ -3416,10 +3070,6 @@ def test_loading_is_strict(tmp_path):
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
     trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
     trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(BadInput):
-            trajtok.TrajTok.from_pretrained(tmp_path)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3550,7 +3200,7 @@ def test_strips_paint_like_trajectories_alike():
     assert len(np.unique(true.reshape(-1, 3), axis=0)) == 5
     margin = sheet[:60, :80].reshape(3, -1)
     assert ((margin == 40).sum(1) > 100).all()                  # each row has its name
-    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, np.full_like(truth, -1))):
+    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, truth - 1)):       # -1: unlabelled
         assert trajtok.filmstrip(video, {"found": one, "true": other}, 3, 1).dtype == np.uint8
 
 
@@ -3558,7 +3208,8 @@ def test_strips_paint_like_trajectories_alike():
 def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
     point or a constant, logarithmic axes that do not say so."""
-    panels = {"steep": {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}, "flat": {"": [(5, 2.0), (7, 2.0)]}}
+    steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
+    panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
     trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
     svg = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     text = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
@@ -3572,23 +3223,17 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
 
 
 def test_a_perfect_segmenter_has_perfect_scores():
-    """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
+    """Catches: masks and labels compared on different grids or clips."""
     dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
-    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1))
 
     class Oracle(nn.Module):
-        """Knows the labels, and has one query for each of them, or one for all grounds."""
         def forward(self, video):
-            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
-            if self.one_ground:
-                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
-            return segmenter.Segmentation(None, 9.0 * F.one_hot(ids, 12), ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
+            of = F.one_hot(segmenter.labels_on_grid(next(labels), (2, 16, 16), 12), 12)
+            return segmenter.Segmentation(None, 9.0 * of, of.argmax(-1), of.any(1), (2, 16, 16))
 
-    oracle = Oracle()
-    for oracle.one_ground in (True, False):
-        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
-        assert result["object_iou"] == pytest.approx(1)
-        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
+    result, pictures = trajtok.evaluate_segmenter(Oracle(), dataset, torch.device("cpu"))
+    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
     assert len(pictures) == 6
     assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
 
@@ -3615,16 +3260,16 @@ def test_show(media, tokenizer_folder, tmp_path, capsys, clip, frames, rows):
     sheet = read_picture(tmp_path / f"{base}.png")
     assert (sheet.shape[0] // 224, sheet.shape[1] // 224) == (rows, frames)
     assert read_film(tmp_path / f"{base}.mp4").shape == (frames, 448, 224, 3)
-    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens of width 32", capsys.readouterr().out)
-    assert 1 <= int(told[1]) <= 6
-    assert int(told[2]) == 2 * int(told[1])
+    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
+    assert 2 <= 2 * int(told[1]) == int(told[2]) <= 12
 
 
 @pytest.mark.parametrize("window", (0, 10))
 def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window):
     """Catches: frames that are left out or drawn twice, a film at another pace, counts of one piece."""
     clip = media / "clip2.mp4"
-    run(trajtok.main, "show", clip, "--weights", tokenizer_folder, "--frames", 0, "--window", window, "--out", tmp_path)
+    argv = ["show", clip, "--weights", tokenizer_folder, "--out", tmp_path, "--window", window]
+    run(trajtok.main, *argv, "--frames", 0)
     film = tmp_path / "clip2-trajectories.mp4"
     shown = read_film(film)[:, :224:7, ::7]
     assert numbers(shown) == list(range(30))
@@ -3638,20 +3283,12 @@ def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window
     assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
 
 
-def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
-    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
-    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, "--weights", tokenizer_folder, "--out", tmp_path)
-    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
-
-
 def test_pretrain_on_the_world_and_resume(tmp_path):
     """Catches: a command that does not run, files that are missing, a resumed run that is another one."""
     argv = ["pretrain", *SMALL, "--eval-clips", 4, "--out", tmp_path, "--name"]
     run(trajtok.main, *argv, "a", "--steps", 4)
     folder = tmp_path / "segmenter-a"
-    assert sorted(os.listdir(folder)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
-                                          "state.pt", "trajectories.png"]
+    assert set(os.listdir(folder)) == FILES - {"found.png"}
     result = json.loads((folder / "result.json").read_text())
     assert all(0 <= result[key] <= 1 for key in ("veq", "stq", "object_iou"))
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
@@ -3685,36 +3322,38 @@ def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
 
 
 def test_a_table_by_hand(tmp_path, capsys):
-    """Catches: a deviation of the wrong kind, differences to another row, a star for noise or for one seed."""
+    """Catches: a deviation of the wrong kind, differences to another row, a star for noise."""
     rows = []
-    for name, values in (("base", (0.1, 0.3)), ("better", (0.5, 0.7)), ("noise", (0.2, 0.4)), ("one", (None,))):
+    scores = dict(base=(0.1, 0.3), better=(0.5, 0.7), noise=(0.2, 0.4), one=(None,))
+    for name, values in scores.items():
         results = [dict(seed=i, r1=value, tokenizer="a") for i, value in enumerate(values)]
         rows.append(dict(name=name, flags="", results=results))
     run(trajtok.main, "table", manifest(tmp_path / "c.json", dict(rows=rows)))
     names, seeds, r1 = capsys.readouterr().out.splitlines()     # and no line of texts
     assert names.split() == ["base", "better", "noise", "one"]
     assert seeds.split() == ["seeds", "2", "2", "2", "1"]
-    assert re.split(r"  +", r1) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
+    assert r1.split("  ", 1)[1].split() == ("0.200 +-0.141 0.600 +-0.141 (+0.400*) "
+                                            "0.300 +-0.141 (+0.100 ) -").split()
 
 
 REFUSED = (
-    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table nowhere", "nowhere"),
-    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"), ("compare a: --script nothing.py", "failed"),
-    ("show", "clip"), ("show nothing.mp4", "no such file"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
-    ("show world --frames 0", "video files"), ("show CLIP --frames 200", "frames"), ("show CLIP --frames -1", "--frames -1"),
-    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights nowhere", "nowhere"),
-    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data NOMASKS", "mask"), ("pretrain --data no.json", "no.json"),
-    ("pretrain --batch 0", "--batch 0"), ("pretrain --lr nan", "--lr nan"), ("pretrain --size huge", "nano, tiny"),
-    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --num-queries 0", "--num-queries 0"),
-    ("pretrain --init nowhere", "nowhere"), ("pretrain --resume", "no run"), ("pretrain --device abacus", "abacus"))
+    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"),
+    ("compare a: --script no.py", "failed"), ("show", "clip"), ("show no.mp4", "no such file"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
+    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
+    ("pretrain --data no.json", "no.json"), ("pretrain --lr nan", "--lr nan"),
+    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --init no", "no/model"),
+    ("pretrain --resume", "no run"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
 def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
     monkeypatch.chdir(tmp_path)
-    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
-    files = {"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}
+    bare = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
+    files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
     argv = [files.get(word, word) for word in argv.split()]
     defaults = {"show": ["--weights", tokenizer_folder], "pretrain": SMALL}
     if argv:
@@ -3729,8 +3368,8 @@ def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, mon
 def clip_model(**changes):
     """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
-    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1, text_width=32,
-                 embed=64, patch=8)
+    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1,
+                 text_width=32, embed=64, patch=8)
     cfg = train_clip.ClipConfig(**small | changes)
     encoding = data.load_encoding("world")
     model = train_clip.build(cfg, encoding, torch.device("cpu"))
@@ -3757,13 +3396,13 @@ def test_tokens_that_are_not_real_are_not_read(name):
 
 
 def test_captions_are_read_whole_and_without_their_padding():
-    """Catches: a vector that depends on how far its caption was padded, or with what; words that are not read."""
+    """Catches: a vector that depends on how its caption was padded; words that are not read."""
     model, _, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     nearly(vectors.norm(dim=1), torch.ones(8))
-    nearly(model.embed_text(torch.where(mask, ids, 7), mask)[:, :40], vectors[:, :40])
-    nearly(model.embed_text(ids[:, :40], mask[:, :40]), vectors)
-    for place in (torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2):      # the first, and the last before the end
+    nearly(model.embed_text(torch.where(mask, ids, 7)[:, :40], mask[:, :40]), vectors)
+    first, last = torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2        # before the end token
+    for place in (first, last):
         changed = ids.scatter(1, place[:, None], 65)
         assert ((model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5).all()
 
@@ -3781,12 +3420,12 @@ def test_contrastive_loss_by_hand():
 
 @pytest.mark.parametrize("name", train_clip.TOKENIZERS)
 def test_every_tokenizer_learns_a_batch_by_heart(name):
-    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; logits
-    that are far too large before the first step; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, frames=4, width=64, layers=2)
+    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; an
+    untrained loss that is no even guess; a parameter that is never used."""
+    model, cfg, batch = clip_model(tokenizer=name, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(55):
         optimizer.zero_grad()
         losses.append(train_clip.whole_step(model, batch, 1, cfg))
         optimizer.step()
@@ -3808,18 +3447,13 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 def test_patches_are_the_naive_tubelets():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
     model, _, batch = clip_model(tokenizer="vit3d", frames=6)
-    net = model.video.tokenizer
-    for t in (6, 5, 1):
-        steps = (t + 1) // 2
-        x = segmenter.normalise(batch.video[:2, :t])
-        z, mask, seg = net(batch.video[:2, :t])
-        assert mask is seg is None
-        assert z.shape == (2, 16 * steps, 32)
-        for b, step, i, j in ((0, 0, 0, 0), (1, steps - 1, 3, 1), (1, 0, 1, 3)):
-            last = min(2 * step + 1, t - 1)
-            patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-            n = step * 16 + i * 4 + j
-            nearly(z[b, n], net.embed(patch.movedim(1, -1).flatten()) + net.position[0, n])
+    net, x = model.video.tokenizer, segmenter.normalise(batch.video[:, :5])
+    z = net(batch.video[:, :5])[0].unflatten(1, (3, 4, 4))
+    for b, step, i, j in ((0, 0, 0, 0), (1, 2, 3, 1), (1, 0, 1, 3)):
+        last = min(2 * step + 1, 4)
+        patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+        place = net.position[0, 16 * step + 4 * i + j]
+        nearly(z[b, step, i, j], net.embed(patch.movedim(1, -1).flatten()) + place)
 
 
 def test_vivit_is_the_naive_factorised_encoder():
@@ -3866,42 +3500,35 @@ def test_rlt_keeps_what_changes():
 
 
 def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points counted to another trajectory or frame, unlabelled points that speak, tokens that depend
-    on a trajectory's number. Oracle: loops over trajectories and frames."""
+    """Catches: points counted to another trajectory or frame; unlabelled points that are read. Oracle: loops
+    over trajectories and frames."""
     model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
-    net, video, labels = model.video.tokenizer.eval(), batch.video[:3], batch.labels[:3]
+    net, video, labels = model.video.tokenizer.eval(), batch.video[:2], batch.labels[:2]
     labels[0, :, :16] = -1
-    labels[2] = -1                                              # a clip without a trajectory
+    labels[1] = -1                                              # a clip without a trajectory
     z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(video)
-    t, h, w = grid
-    f = f.unflatten(1, grid)
-    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
-    assert not mask[2].any()
-    for b in range(2):
-        present = points[b].unique()
-        assert mask[b].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
-        k = int(present.max())
-        looks, places = [], []
-        for frame in range(t):
-            mine = points[b, frame] == k
-            if mine.any():
-                y, x = (mine.nonzero() + 0.5).mean(0)
-                where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
-                angle = (where[:, None] * net.waves).flatten()
-                places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
-                looks.append(f[b, frame][mine].mean(0))
-        seen = torch.ones(1, len(looks), dtype=torch.bool)
-        token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
-        nearly(z[b, k], net.out(token)[0], 1e-3)
-    # the same trajectories under other numbers
-    names = torch.randperm(int(labels.max()) + 1)
-    renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
-    clip, number = mask.nonzero().T
-    nearly(net(video, 1, renamed)[0][clip, names[number]], z[clip, number], 1e-3)
+    (t, h, w), f = grid, f.unflatten(1, grid)[0]
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)[0]
+    present = points.unique()
+    assert not mask[1].any()
+    assert mask[0].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
+    looks, places = [], []
+    for frame in range(t):
+        mine = points[frame] == present[-1]
+        if mine.any():
+            y, x = (mine.nonzero() + 0.5).mean(0)
+            where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
+            angle = (where[:, None] * net.waves).flatten()
+            places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
+            looks.append(f[frame][mine].mean(0))
+    seen = torch.ones(1, len(looks), dtype=torch.bool)
+    token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
+    nearly(z[0, present[-1]], net.out(token)[0], 1e-3)
 
 
-@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path", "recompute"))
+@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
+                                  "recompute"))
 def test_ablation_flags_reach_the_tokenizer(flag):
     """Catches: a flag that is parsed and never used, or that the size's values overwrite."""
     for size, no in itertools.product(("nano", "large"), ("", "no-")):
@@ -3976,8 +3603,8 @@ def test_two_processes_take_one_step(tmp_path, micro_batch):
 # -----------------------------------------------------------------------------------------------------------
 
 def test_recalls_are_naive_ranks():
-    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers, or another
-    right one that counts as wrong; ties or NaN that pass for hits: a broken model must not score."""
+    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers; a right
+    one that counts as wrong; ties or NaN that pass for hits."""
     owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
     right = owner[:, None] == torch.arange(30)                  # captions x clips
     similarity = (torch.randn(len(owner), 30) + right).round(decimals=1)        # with ties
@@ -4023,9 +3650,11 @@ def test_flops_of_every_tokenizer(capsys):
 # train_clip.py: whole runs
 # -----------------------------------------------------------------------------------------------------------
 
-RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq",
-          "live_tokens", "parameters", "gflops", "clips_per_second", "seconds", "peak_memory_gb", "seed", "tokenizer"}
-FILES = ["config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json", "state.pt"]
+RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion",
+          "veq", "stq", "live_tokens", "parameters", "gflops", "clips_per_second", "seconds",
+          "peak_memory_gb", "seed", "tokenizer"}
+FILES = {"config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json",
+         "state.pt", "trajectories.png"}
 
 
 def read_result(folder):
@@ -4048,9 +3677,9 @@ def test_run_on_the_world(clip_run, tmp_path):
     assert result["clips"] == 8
     assert all(0 <= value <= 1 for key, value in result.items() if "2" in key)
     assert 1 <= result["live_tokens"] <= 24
-    assert sorted(os.listdir(clip_run)) == sorted([*FILES, "trajectories.png"])
+    assert set(os.listdir(clip_run)) == FILES
     assert [line["step"] for line in lines] == [0, 1]
-    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "clips_per_second", "memory_gb"} <= set(lines[0])
+    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "memory_gb"} <= set(lines[0])
     config = json.loads((clip_run / "config.json").read_text())
     assert config["image_size"] == config["trajtok"]["image_size"] == config["trajtok"]["out_dim"] == 32
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
@@ -4104,8 +3733,7 @@ class Masks(KMeans):
 
 @pytest.mark.parametrize("name", ("KMeans", "Masks"))
 def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
-    """Catches: a fork that needs more than a class in a file: trained, saved, scored again; masks of one's own
-    that get no loss."""
+    """Catches: a fork that needs more than a class in a file; masks of one's own that get no loss."""
     (tmp_path / "mine.py").write_text(EXAMPLE)
     argv = [*CLIP, "--out", tmp_path, "--tokenizer"]
     run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}")
@@ -4120,12 +3748,11 @@ def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
 @pytest.fixture
 def captioned(media, tmp_path):
     """A manifest of clips with labels and several captions, one of them long; one file is damaged."""
-    rows = []
+    rows = [dict(video=str(media / "text.mp4"), caption="zebra " * 60, split="train")]
     for i in range(6):
         texts = [f"grey number {i}", f"a zebra counts to {i}"]
-        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}", split="val" if i < 2 else "train"))
-    rows[3]["caption"].append("zebra " * 60)
-    rows.append(dict(video=str(media / "text.mp4"), caption="none", label="kind 0", split="train"))
+        row = dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}")
+        rows.append(row | dict(split="val" if i < 2 else "train"))
     return manifest(tmp_path / "m.json", rows)
 
 
@@ -4135,37 +3762,34 @@ def test_run_on_captioned_videos(captioned, tmp_path, capsys):
     argv = [*CLIP, "--data", captioned, "--save-every", 1, "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
     told, folder = capsys.readouterr(), tmp_path / "clip-a"
-    assert "1 of " in told.out and "--text-length 48" in told.out
-    assert told.err.count("text.mp4") == 1
+    assert "1 of 9 captions" in told.out
+    assert told.err.count("text.mp4:") == 1
     result = read_result(folder)
-    assert (result["clips"], result["left_out"]) == (2, 1)
+    assert (result["clips"], result["left_out"], result["t2v_r5"]) == (2, 1, 1)
     assert result["motion"] is result["veq"] is None
     assert result["zero_shot"] in (0, 0.5, 1)
-    assert result["t2v_r5"] == 1
-    assert "focal" not in log(folder)[0] or log(folder)[0]["focal"] == 0
-    words = json.loads((folder / "config.json").read_text())["words"]
-    assert any("zebra" in word for word in words)
     # other captions would make another vocabulary
+    words = json.loads((folder / "config.json").read_text())["words"]
     captioned.write_text(captioned.read_text().replace("zebra", "heron"))
     for name, flags in (("a", ["--resume", "--steps", 5]), ("a", ["--eval-only"]), ("b", ["--init", folder])):
         run(train_clip.main, *argv, name, *flags)
         config = json.loads((tmp_path / f"clip-{name}" / "config.json").read_text())
         assert config["words"] == words
+    assert any("zebra" in word for word in words)
     assert [line["step"] for line in log(folder)] == list(range(5))
-    assert json.loads((folder / "config.json").read_text())["augment"] is True
 
 
 def test_a_mixture_of_made_and_real_clips(captioned, tmp_path, unscored):
     """Catches: a set of a mixture that is never drawn; a loss that breaks where a batch has no masks."""
-    run(train_clip.main, *CLIP, "--steps", 4, "--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix",
-        "--out", tmp_path)
+    argv = ["--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix", "--out", tmp_path]
+    run(train_clip.main, *CLIP, *argv, "--steps", 4)
     focal = [line["focal"] > 0 for line in log(tmp_path / "clip-mix")]
     assert sorted(focal) == [False, False, True, True]
 
 
 def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
-    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them move,
-    or that freezes an encoder of random weights; --init that loads a part of a run."""
+    """Catches: --init-segmenter that starts from new weights after all; --freeze-segmenter that lets them
+    move, or freezes an encoder of random weights; --init that loads a part of a run."""
     argv = [*CLIP, "--out", tmp_path, "--init-segmenter", clip_run, "--warmup", 0, "--seed", 1, "--name"]
     run(train_clip.main, *argv, "frozen", "--freeze-segmenter")
     run(train_clip.main, *argv, "free")
@@ -4183,10 +3807,9 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     assert not torch.equal(frozen[name], torch.ones(96))
 
 
-def test_a_killed_run_resumes_exactly(tmp_path):
+def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
     """Catches: anything that --resume forgets: optimizer, draws, place in the data, log lines. Run a is never
-    stopped; run b is killed (no handler runs), scored as it is, and resumed: its weights are the same to the
-    last bit."""
+    stopped; run b is killed (no handler runs), scored as it is, and resumed: the same to the last bit."""
     argv = [*CLIP, "--steps", 14, "--save-every", 3, "--probe-clips", 8]
     run(train_clip.main, *argv, "--out", tmp_path / "a")
     argv += ["--out", tmp_path / "b"]
@@ -4202,7 +3825,9 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert 3 <= step < 14, "it was over before it was killed"
     run(train_clip.main, *argv, "--eval-only", "--tokens-per-trajectory", 4)
     assert read_result(b)["live_tokens"] >= 4
-    run(train_clip.main, "--resume", "--out", tmp_path / "b")   # the other flags are in config.json
+    # from the shell; the other flags are in config.json
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--resume", "--out", str(tmp_path / "b")])
+    train_clip.main()
     assert without_clock(log(b)) == without_clock(log(a))
     one, two = (torch.load(folder / "state.pt") for folder in (a, b))
     nearly(two["model"], one["model"], 0)
@@ -4219,7 +3844,7 @@ def test_a_resumed_run_keeps_its_size(tmp_path):
     argv = ["--name", "x", "--resume", "--steps", "7"]
     data.write_json(tmp_path / "config.json", dataclasses.asdict(saved) | {"a field of another version": 1})
     now = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
-    found = trajtok.resumed(now, tmp_path, train_clip.CLIP_SIZES, argv)
+    found = trajtok.resumed(now, tmp_path, argv)
     assert found == dataclasses.replace(saved, resume=True, steps=7)
 
 
@@ -4246,7 +3871,7 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
     compile_ = nn.Module.compile
     # traced, as a whole, and not translated to C++, which takes minutes
     how = dict(backend="eager", fullgraph=True)
-    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, dynamic=dynamic, **how))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_(self, **given, **how))
     run(train_clip.main, *CLIP, flag, "--steps", 1, "--out", tmp_path)
     one, two = log(clip_run)[0], log(tmp_path / "clip-nano")[0]
     for key in ("contrastive", "focal", "dice", "gradient_norm"):
@@ -4255,8 +3880,8 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 
 def test_scores_along_the_way(tmp_path, monkeypatch):
-    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log does
-    not hold, or that are taken for steps of training."""
+    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log
+    does not hold, or that are taken for steps of training."""
     seen, embed = [], train_clip.embed
 
     def watched(model, batches, *rest):
@@ -4265,12 +3890,9 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_clip, "embed", watched)
     run(train_clip.main, *CLIP, "--eval-every", 1, "--out", tmp_path)
-    lines = log(tmp_path / "clip-nano")
-    assert [("t2v_r5" in line, "contrastive" in line) for line in lines] == [(False, True), (True, False)] * 2
-    assert all(data.VALIDATION <= first < data.TEST for first in seen[:2])
-    assert seen[2] >= data.TEST
-    run(train_clip.main, *CLIP, "--eval-only", "--eval-split", "validation", "--out", tmp_path)
-    assert data.VALIDATION <= seen[5] < data.TEST
+    kinds = [("t2v_r5" in line, "contrastive" in line) for line in log(tmp_path / "clip-nano")]
+    assert kinds == [(False, True), (True, False)] * 2
+    assert [data.VALIDATION <= first < data.TEST for first in seen[:3]] == [True, True, False]
 
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
@@ -4313,31 +3935,33 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 # train_clip.py: bad input
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, words", (
-    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"), ("--lr nan", "--lr nan"),
-    ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"), ("--steps 0", "--steps 0"), ("--heads 3", "--heads 3"),
-    ("--workers -1", "--workers -1"), ("--num-queries 0", "--num-queries 0"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
+BAD_FLAGS = (
+    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"),
+    ("--lr nan", "--lr nan"), ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"),
+    ("--heads 3", "--heads 3"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
-    ("--tokenizer rlt --no-detach", "--tokenizer rlt"), ("--tokenizer rlt --init-segmenter x", "--tokenizer rlt"),
-    ("--dice-weight -1", "--dice-weight -1"), ("--freeze-segmenter", "--init-segmenter"), ("--init-segmenter nowhere", "nowhere"),
-    ("--init nowhere", "nowhere"), ("--device abacus", "abacus"), ("--text nowhere", "nowhere"), ("--eval-split train", "--eval-split train"),
-    ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"), ("--data nothing.json", "nothing.json"),
-    ("--data EMPTY", "empty"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the"), ("--val nothing.json", "nothing.json"),
-    ("--mix 1,2", "--mix 1,2"), ("--out FILE", "--out"), ("--name nano", "--overwrite"),
-    ("--resume --name nano --size tiny", "another model or size"), ("--resume --name nano --width 64", "another model or size")))
+    ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
+    ("--init-segmenter no", "no/model"), ("--init no", "no/model"), ("--device abacus", "abacus"),
+    ("--text no", "--text no"), ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"),
+    ("--data no.json", "no.json"), ("--val no.json", "no.json"), ("--mix 1,2", "--mix 1,2"),
+    ("--data EMPTY", "no entries"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
+    ("--out FILE", "--out"), ("--name nano", "--overwrite"),
+    ("--resume --name nano --width 64", "another model or size"))
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, flags, words):
-    """Catches: a flag that is ignored, that ends in a traceback, or that is found wrong after the training."""
+    """Catches: a flag that is ignored, that ends in a traceback, or is found wrong after the training."""
     monkeypatch.chdir(tmp_path)
+    if "--name nano" in flags:                                  # a run that there is
+        shutil.copytree(clip_run, "out/clip-nano")
     silent = [{"video": str(media / f"clip{i}.mp4")} for i in range(4)]
     broken = [{"video": str(media / name), "caption": "x", "split": split}
               for name, split in (("clip0.mp4", "val"), ("text.mp4", "train"), ("half.mp4", "train"))]
-    files = {"EMPTY": manifest(tmp_path / "empty.json", []), "SILENT": manifest(tmp_path / "silent.json", silent),
-             "BROKEN": manifest(tmp_path / "broken.json", broken), "FILE": tmp_path / "silent.json"}
-    argv = [files.get(word, word) for word in flags.split()]
-    if "nano" in argv:                                          # a run that there is
-        shutil.copytree(clip_run, tmp_path / "out" / "clip-nano")
+    for name, rows in (("EMPTY", []), ("SILENT", silent), ("BROKEN", broken), ("FILE", [])):
+        manifest(tmp_path / f"{name}.json", rows)
+    argv = [f"{word}.json" if word.isupper() else word for word in flags.split()]
     assert words in refused(capsys, train_clip.main, *CLIP, *argv)
-    assert not (tmp_path / "out" / "clip-nano" / "result.json").exists() or "nano" in argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
