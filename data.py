@@ -24,6 +24,7 @@ Everything that is trained on comes through this file, in one form whatever its 
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
 import concurrent.futures
 import contextlib
