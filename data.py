@@ -24,6 +24,7 @@ Everything that is trained on comes through this file, in one form whatever its 
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
 import concurrent.futures
 import contextlib
@@ -1404,8 +1405,9 @@ def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one for "
-                       f"its caption or label, by one of {', '.join(COLUMNS)}")
+        found = ", ".join(cells)[:60]
+        raise BadInput(f"{where}: a header of {found}; name a column for the file and one for its caption or "
+                       f"label, by one of {', '.join(COLUMNS)}")
     return header
 
 
