@@ -13,7 +13,7 @@ Everything a run trains on comes through this file, in one form whatever its sou
 2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
    manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
    `classic_track` (or SAM2's), joined by `label_frames`.
-3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
+3. Text.  tiktoken Encodings: the words of made captions, a name that tiktoken knows, or a published folder.
 4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
 
     python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
@@ -322,6 +322,7 @@ class World:
         # Backwards, approaching and following are something that there are no words for; so are chains.
         one_way = self.chain or "approach" in self.programs or "follow" in self.programs
         assert not (self.reverse and one_way), "reverse: one act, programs without approach and follow"
+        assert set(self.programs) & set(SOLO), "a lone object needs one of the programs " + ", ".join(SOLO)
 
     @property
     def chain(self):
@@ -339,10 +340,12 @@ def held_out(shape, colour):
 
 
 def pick(rng, options):
+    """One of a list or tuple. (rng.choice would make a numpy array of it.)"""
     return options[rng.integers(len(options))]
 
 
 def shuffled(rng, options):
+    """A list in another order."""
     return [options[i] for i in rng.permutation(len(options))]
 
 
@@ -373,6 +376,7 @@ def toward(me, other):
 
 
 def straight(go, way, far, phase, me, other):
+    """Once along a line."""
     x, y = DIRECTIONS[way]
     return path_of(me, far * go * x, far * go * y), None
 
@@ -398,10 +402,12 @@ def spin(go, way, far, phase, me, other):
 
 
 def grow(go, way, far, phase, me, other):
+    """By the factor GROWTH, evenly in the logarithm."""
     return path_of(me, r=GROWTH ** go), None
 
 
 def shrink(go, way, far, phase, me, other):
+    """The reverse of growing."""
     return path_of(me, r=GROWTH ** -go), None
 
 
@@ -501,11 +507,14 @@ def script(index, world=World()):
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
         acts = [tuple(OPPOSITE.get(word, word) for word in acts[0])]
+        deeds = [acts[0][0]]
         film = [" ".join(OPPOSITE.get(word, word) for word in text.split()) for text in film]
+
     order = painting_order(rng, world, len(looks), acts[0][0])
     grounds, seeds, surface = surfaces(rng, world, [looks[j] for j in order])
 
-    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))         # far out of view
+    # From the world to the screen, in the order of painting; who is not there is far out of view.
+    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
@@ -595,11 +604,13 @@ def staged(rng, world, looks, act):
         if program not in SOLO:
             states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
         done = perform(rng, world, act, world.frames, *states[:2])
+    # Who does nothing stays where it is.
     paths = np.repeat(states[:, None], world.frames, 1)
     paths[0] = done[0]
     if done[1] is not None:
         paths[1] = done[1]
     for j in range(1 if program in SOLO else 2, len(looks)):
+        # A companion lies beside the subject's first or last place, another object somewhere beside a third.
         states[j, :2] = 9.0
         while not inside(states[j]):
             near = paths[0, pick(rng, (0, -1, -1))] if j == 1 else paths[pick(rng, range(j)), 0]
@@ -772,6 +783,7 @@ ADVERBS = {
 
 
 def a(phrase):
+    """'a star', 'an arrow', 'an hourglass'"""
     return ("an " if phrase.startswith(("a", "e", "i", "o", "u", "hour")) else "a ") + phrase
 
 
@@ -801,12 +813,14 @@ def describe(rng, scene):
     if words == "deeds":
         names = [a(SHAPES[look["shape"]]) for look in scene.looks]
         verb, adverb, where = VERBS[program][0], ADVERBS[way][0], ""
+    # 1. what the subject does
     subject, *others = names
     doing = f"{verb} {adverb}"
     if scene.world.chain:
         doing = ", then ".join(map(third, scene.deeds))
     elif program not in SOLO:
         doing = doing.format(others.pop(0))
+    # 2. who else is there
     rest = ""
     if scene.visits:
         for name, (role, _, _) in zip(others, scene.visits):
@@ -816,6 +830,7 @@ def describe(rng, scene):
         rest = ("with {}" if words == "deeds" else rest).format(" and ".join(others[:2]))
     if words == "looks":
         doing = ""
+    # 3. the sentence
     order = ["{subject} {doing} {where} {rest}"]
     if words == "all" and not scene.world.chain:
         order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
@@ -947,6 +962,7 @@ def draw_ground(s, size):
     u = p / zoom + 0.5 + cx                                                 # (b, t, 1, W)
     v = p[:, None] / zoom + 0.5 + cy                                        # (b, t, H, 1)
     seeds = s["seeds"][..., None, None, None]                               # (b, 4, 2, 1, 1, 1)
+    # The nearest seed so far, one after the other: a stack of all distances would be four planes.
     nearest = (u - seeds[:, 0, 0]) ** 2 + (v - seeds[:, 0, 1]) ** 2         # (b, t, H, W)
     ids = torch.zeros_like(nearest, dtype=torch.int32)
     for i in range(1, MAX_GROUNDS):
@@ -963,6 +979,7 @@ def covered(s, j, size):
     shapes = atlas(s["place"].device)[0]
     b, t = s["camera"].shape[:2]
     x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
+    # sqrt(2) radii to each side hold a square that is turned; 2.5 in all hold every shape of the table
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
     column = (x * size).round().long() + offset                             # (b, t, 1, w)
@@ -972,6 +989,7 @@ def covered(s, j, size):
     v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / r
     cell_u = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
     cell_v = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    # What lies outside the table reads its edge, where no shape is.
     kind = s["shape"][:, j, None, None, None]
     hit = shapes.flatten()[(kind * CELLS + cell_v) * CELLS + cell_u]
     hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
@@ -993,6 +1011,7 @@ def coloured(s, ids, u, v):
     tile_v = (v.flatten() * tiles).floor().int() % TILE
     textures = atlas(ids.device)[1].flatten()
     blend = textures.index_select(0, (kind.int() * TILE + tile_v) * TILE + tile_u)
+    # One of the two colours of the surface, as its texture says, times the shading, times the light.
     gain = 1 + shade * v.flatten()
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
     for c in range(3):
