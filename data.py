@@ -331,6 +331,7 @@ class World:
         # Backwards, approaching and following are something that there are no words for; so are chains.
         one_way = self.chain or "approach" in self.programs or "follow" in self.programs
         assert not (self.reverse and one_way), "reverse: one act, programs without approach and follow"
+        assert set(self.programs) & set(SOLO), "a lone object needs one of the programs " + ", ".join(SOLO)
 
     @property
     def chain(self):
@@ -348,10 +349,12 @@ def held_out(shape, colour):
 
 
 def pick(rng, options):
+    """One of a list or tuple. (rng.choice would make a numpy array of it.)"""
     return options[rng.integers(len(options))]
 
 
 def shuffled(rng, options):
+    """A list in another order."""
     return [options[i] for i in rng.permutation(len(options))]
 
 
@@ -382,6 +385,7 @@ def toward(me, other):
 
 
 def straight(go, way, far, phase, me, other):
+    """Once along a line."""
     x, y = DIRECTIONS[way]
     return path_of(me, far * go * x, far * go * y), None
 
@@ -407,10 +411,12 @@ def spin(go, way, far, phase, me, other):
 
 
 def grow(go, way, far, phase, me, other):
+    """By the factor GROWTH, evenly in the logarithm."""
     return path_of(me, r=GROWTH ** go), None
 
 
 def shrink(go, way, far, phase, me, other):
+    """The reverse of growing."""
     return path_of(me, r=GROWTH ** -go), None
 
 
@@ -510,11 +516,14 @@ def script(index, world=World()):
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
         acts = [tuple(OPPOSITE.get(word, word) for word in acts[0])]
+        deeds = [acts[0][0]]
         film = [" ".join(OPPOSITE.get(word, word) for word in text.split()) for text in film]
+
     order = painting_order(rng, world, len(looks), acts[0][0])
     grounds, seeds, surface = surfaces(rng, world, [looks[j] for j in order])
 
-    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))         # far out of view
+    # From the world to the screen, in the order of painting; who is not there is far out of view.
+    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
@@ -604,11 +613,13 @@ def staged(rng, world, looks, act):
         if program not in SOLO:
             states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
         done = perform(rng, world, act, world.frames, *states[:2])
+    # Who does nothing stays where it is.
     paths = np.repeat(states[:, None], world.frames, 1)
     paths[0] = done[0]
     if done[1] is not None:
         paths[1] = done[1]
     for j in range(1 if program in SOLO else 2, len(looks)):
+        # A companion lies beside the subject's first or last place, another object somewhere beside a third.
         states[j, :2] = 9.0
         while not inside(states[j]):
             near = paths[0, pick(rng, (0, -1, -1))] if j == 1 else paths[pick(rng, range(j)), 0]
@@ -781,6 +792,7 @@ ADVERBS = {
 
 
 def a(phrase):
+    """'a star', 'an arrow', 'an hourglass'"""
     return ("an " if phrase.startswith(("a", "e", "i", "o", "u", "hour")) else "a ") + phrase
 
 
@@ -810,12 +822,14 @@ def describe(rng, scene):
     if words == "deeds":
         names = [a(SHAPES[look["shape"]]) for look in scene.looks]
         verb, adverb, where = VERBS[program][0], ADVERBS[way][0], ""
+    # 1. what the subject does
     subject, *others = names
     doing = f"{verb} {adverb}"
     if scene.world.chain:
         doing = ", then ".join(map(third, scene.deeds))
     elif program not in SOLO:
         doing = doing.format(others.pop(0))
+    # 2. who else is there
     rest = ""
     if scene.visits:
         for name, (role, _, _) in zip(others, scene.visits):
@@ -825,6 +839,7 @@ def describe(rng, scene):
         rest = ("with {}" if words == "deeds" else rest).format(" and ".join(others[:2]))
     if words == "looks":
         doing = ""
+    # 3. the sentence
     order = ["{subject} {doing} {where} {rest}"]
     if words == "all" and not scene.world.chain:
         order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
@@ -956,6 +971,7 @@ def draw_ground(s, size):
     u = p / zoom + 0.5 + cx                                                 # (b, t, 1, W)
     v = p[:, None] / zoom + 0.5 + cy                                        # (b, t, H, 1)
     seeds = s["seeds"][..., None, None, None]                               # (b, 4, 2, 1, 1, 1)
+    # The nearest seed so far, one after the other: a stack of all distances would be four planes.
     nearest = (u - seeds[:, 0, 0]) ** 2 + (v - seeds[:, 0, 1]) ** 2         # (b, t, H, W)
     ids = torch.zeros_like(nearest, dtype=torch.int32)
     for i in range(1, MAX_GROUNDS):
@@ -972,6 +988,7 @@ def covered(s, j, size):
     shapes = atlas(s["place"].device)[0]
     b, t = s["camera"].shape[:2]
     x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
+    # sqrt(2) radii to each side hold a square that is turned; 2.5 in all hold every shape of the table
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
     column = (x * size).round().long() + offset                             # (b, t, 1, w)
@@ -981,6 +998,7 @@ def covered(s, j, size):
     v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / r
     cell_u = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
     cell_v = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    # What lies outside the table reads its edge, where no shape is.
     kind = s["shape"][:, j, None, None, None]
     hit = shapes.flatten()[(kind * CELLS + cell_v) * CELLS + cell_u]
     hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
@@ -1002,6 +1020,7 @@ def coloured(s, ids, u, v):
     tile_v = (v.flatten() * tiles).floor().int() % TILE
     textures = atlas(ids.device)[1].flatten()
     blend = textures.index_select(0, (kind.int() * TILE + tile_v) * TILE + tile_u)
+    # One of the two colours of the surface, as its texture says, times the shading, times the light.
     gain = 1 + shade * v.flatten()
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
     for c in range(3):
@@ -1617,24 +1636,6 @@ def published_encoding(path):
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
     kind = Composing if composed else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def word_list(captions, most=16_000):
-    """The most frequent words of captions (stand-in, dropped at the merge)."""
-    counts = {}
-    for text in captions:
-        for word in re.findall(WORDS, text):
-            counts[word] = counts.get(word, 0) + 1
-    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
-
-
-def word_encoding(words):
-    """256 bytes and these words (stand-in, dropped at the merge)."""
-    import tiktoken
-    ranks = {bytes([i]): i for i in range(256)}
-    for word in words:
-        ranks.setdefault(word.encode(), len(ranks))
-    return tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
 
 
 def tokenize(encoding, texts, length):
