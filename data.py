@@ -1,32 +1,31 @@
-"""Videos in: the procedural world, real video, labels, text, batches.
+"""Videos in: the procedural world, real video, manifests, text, batches, labels.
 
-Everything a run trains on comes through this file, in one form whatever its source:
+Everything that is trained on comes through this file, in one form whatever its source:
 
-    video    uint8 (b, t, H, W, 3)     as decoded; normalised later, on the device, inside the model
-    labels   int64 (b, t, H, W)        trajectory id of each pixel, -1 = unlabelled (or None: no labels at all)
-    caption  list of b strings, and `appearance` / `motion` / `label` class ids where there are any
+    video     uint8 (b, t, H, W, 3)     as decoded; normalised later, on the device, inside the model
+    labels    int64 (b, t, H, W)        the trajectory of each pixel, -1 = unlabelled
+    caption   list of b texts; `captions`: all texts of each clip; `label`: names of classes, or None
 
-1. The procedural world.  `script(index)` writes a scene as a few small numpy arrays (who moves where, in front of whom,
-   over which ground, filmed how) together with its caption, classes and questions; `rasterise(scripts)` turns a batch
-   of scripts into pixels and exact labels in torch, on any device.  The script of an index never changes: clip 17 is the
-   same clip on every machine, with any number of workers, so a run's position in its data is one integer.
-2. Real video.  `decode` reads T frames with PyAV by seeking, straight to the size asked for; `read_manifest` takes the
-   manifests, class folders and CSV files that people have.  Labels for video that has none: `dense_motion`, `classic_segment`,
-   `classic_track` (or SAM2's), joined by `label_frames`.
-3. Text.  tiktoken Encodings: one learnt here from made captions, a cached tiktoken name, or a published folder.
-4. Batches.  `WorldBatches`, `VideoBatches`, `Mixed`: batch number i is a pure function of (seed, i).
+1. The procedural world.  `script(i)` writes a scene as a few small arrays, with its caption, classes and
+   questions; `rasterise` turns a batch of scripts into pixels and exact labels, on any device. Clip i is the
+   same clip on every machine.
+2. Real video.  `decode` reads T frames with PyAV, by seeking, straight to the size asked for; `load_labels`
+   reads the masks that stand beside a video.
+3. Manifests.  `read_manifest` takes the JSON, CSV files and folders that people have; `split` holds out a part.
+4. Text.  tiktoken encodings: words of captions, a tiktoken name, or a published tokenizer.json.
+5. Batches.  `open_data` is what a training calls. Batch i is a pure function of (seed, i), so a run's place in
+   its data is one number. Files that cannot be used are named, counted and replaced.
+6. Labels for video that has no masks.
 
-    python data.py label videos/                                    # `_mask.npz` and `_graph.npz` beside each video, and labelled.json
-    python data.py label manifest.json --method sam2 --sam2 FOLDER  # the same with a published SAM2
-    python data.py make --clips 1000 --out out/world                # the world as films, label sidecars, captions, questions, a manifest
-    python data.py check videos/manifest.json                       # opens every entry; each problem with its line; exit code 1 if there is one
+    python data.py make --clips 1000 --out out/world    # made clips as files, with a manifest
+    python data.py label videos/                        # `_mask.npz` and `_graph.npz` beside each video
+    python data.py check videos/manifest.json           # names every file that cannot be used
 """
 from __future__ import annotations
 
 import argparse
-import collections
 import colorsys
-import concurrent.futures.process
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -39,21 +38,18 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import re
-import signal
 import sys
-import threading
-import time
 import unicodedata
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
@@ -64,12 +60,13 @@ class BadInput(ValueError):
 
 
 class BadVideo(BadInput):
-    """One file cannot be used."""
+    """One file cannot be used. Training replaces it by another, evaluation leaves it out; a command that was
+    given this one file stops."""
 
 
 def one_line_errors(main):
-    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is a
-    bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is
+    a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")       # file names that the terminal cannot show
@@ -89,6 +86,8 @@ def one_line_errors(main):
 # -----------------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its whole usage before an error: here it is one line, as everywhere."""
+
     def error(self, message):
         raise BadInput(f"{message}; --help lists the flags")
 
@@ -99,74 +98,74 @@ def configure(config, sizes, argv, positional=None):
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
     values = {field.name: field.default for field in dataclasses.fields(config)}
     if sizes is not None:
+        # the size first: the other defaults, which --help shows, depend on it
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
         size = parser.parse_known_args(argv)[0].size
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
+    # dataclasses do not keep comments: they are read off the source
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
+    # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size
     for field in dataclasses.fields(config):
-        name = field.name if field.name == positional else "--" + field.name.replace("_", "-")
+        name = "--" + field.name.replace("_", "-")
         text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
-        if kind is bool:
+        if field.name == positional:
+            parser.add_argument(positional, type=kind, help=helps.get(field.name))
+        elif kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=kind, metavar=None if field.name == positional else kind.__name__, help=text)
+            parser.add_argument(name, type=kind, metavar=kind.__name__, help=text)
     return config(**values | vars(parser.parse_args(argv)))
 
 
 def dispatch(script, doc, commands, argv):
-    """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the script's docstring."""
+    """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the docstring."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(doc)
     elif argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
-        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}; --help after it lists its flags")
+        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a kill,
-    sees the old file or the new one, never half of one."""
+    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a
+    kill, sees the old file or the new one, never half of one."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
+        # on disk before it has the name: else a power cut could leave an empty file
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); give another --out, or make room") from None
+        reason = error.strerror or error
+        raise BadInput(f"{path}: cannot be written ({reason}); give another --out, or make room") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 def replace(path, write):
+    """write(beside), renamed to `path`."""
     with replacing(path) as beside:
         write(beside)
 
 
-def make_room(out):
-    """Before long work that ends in the file --out: make its folder, or refuse."""
-    if not out or Path(out).is_dir():
-        raise BadInput(f"--out {out!r}: give the name of a file")
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot make its folder ({error.strerror}); give another file") from None
-
-
 def write_json(path, value):
+    """A value -> a JSON file that a person can read."""
     replace(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def write_npz(path, key, array):
+    """One array -> a compressed .npz file that holds it as `key`."""
     def write(beside):
         with open(beside, "wb") as file:                        # given a name, numpy would add .npz to it
             np.savez_compressed(file, **{key: array})
@@ -179,6 +178,7 @@ def write_png(path, image):
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
     h, w, _ = image.shape
+    # 8 bits of each channel, colour type 2 = RGB; each row begins with its filter, 0 = none
     header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
     rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -188,7 +188,8 @@ def write_png(path, image):
 def palette(count):
     """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
     saturation, value = (0.75, 0.95, 0.5), (0.95, 0.75, 0.9)
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3]) for i in range(count)]
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3])
+               for i in range(count)]
     return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
 
 
@@ -202,9 +203,9 @@ def paint(video, ids, colours):
 
 @contextlib.contextmanager
 def film(path, rate, exact=False):
-    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes -> an
-    H.264 file that every player opens. exact: lossless colours at full resolution, for training; no pixel is
-    more than 2 of 255 off, but browsers do not play it."""
+    """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes ->
+    an H.264 file that every player opens. exact: lossless colours at full resolution, for training; no
+    pixel is more than 2 of 255 off, but browsers do not play it."""
     import av
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
@@ -232,18 +233,20 @@ def in_processes(work, jobs, workers):
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
+    # one thread each: together they take as many cores as there are workers.
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
     try:
         yield from zip(jobs, pool.map(work, jobs))
     finally:
+        # after an error, or ctrl-C, what has not begun does not begin any more
         pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: what there is
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 SEED = 20260222
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass")
@@ -252,99 +255,94 @@ COLOURS = {
     "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
     "white": (248, 248, 248), "black": (22, 22, 26)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "wavy", "speckled")
-# name: two close, muted colours, and which textures it may have. Objects are saturated: none has the colour of
-# its ground.
+# A muted colour and a texture each. Objects are saturated: none has the colour of its ground.
 GROUNDS = {
-    "sand": ((205, 180, 130), (190, 162, 112), (5, 4)), "grass": ((92, 128, 78), (76, 112, 66), (5, 1)),
-    "water": ((98, 138, 170), (84, 122, 156), (4,)), "snow": ((208, 216, 226), (190, 200, 212), (5, 0)),
-    "bricks": ((150, 92, 78), (128, 78, 68), (2,)), "stone": ((128, 128, 132), (110, 110, 116), (5, 2)),
-    "earth": ((98, 76, 58), (82, 62, 48), (5, 3)), "tiles": ((170, 170, 150), (140, 144, 130), (2, 3))}
+    "sand": (205, 180, 130, 5), "grass": (92, 128, 78, 1), "water": (98, 138, 170, 4),
+    "snow": (208, 216, 226, 0), "bricks": (150, 92, 78, 2), "stone": (128, 128, 132, 5),
+    "earth": (98, 76, 58, 3), "tiles": (170, 170, 150, 2), "a dark ground": (64, 64, 72, 0)}
 MAX_OBJECTS, MAX_GROUNDS = 8, 4                                 # label ids: grounds 0..3, objects 4..11
 
-# Radius of the subject as a fraction of the frame. More objects are all smaller, by CROWDED[count - 1].
+# Radius of the subject as a fraction of the frame. Of many objects all are smaller.
 SIZES = {"medium": 0.20, "large": 0.24}
 CROWDED = (1.0, 1.0, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7)
-# A subject that grows or shrinks changes its radius by GROWTH, from and to sizes that other subjects have. The
-# others' radii are shares of its mean radius. At no moment is one larger than 0.7 of it: 0.53 * sqrt(1.7) = 0.69.
-GROWTH, SHARE = 1.7, (0.43, 0.53)
-# How often there are 1, 2, ... 8 objects, in percent. A story needs somebody who comes and goes.
-COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)
-STORY_COUNTS = (5, 10, 20, 20, 10, 10, 10, 10)
+# A subject that grows or shrinks changes its radius by GROWTH, between sizes that other subjects have. The
+# radii of the others are shares of its mean radius. At no moment is one larger than 0.7 of the subject's.
+GROWTH, SHARE = 1.7, (0.43, 0.53)                               # 0.53 * sqrt(1.7) = 0.69
+COUNTS = (15, 30, 22, 13, 8, 6, 3, 3)                           # how often 1, 2, ... 8 objects, in percent
 LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
 
 # Index ranges. Training never reaches VALIDATION: it would take a thousand million clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 
-# An act is a program and the way it goes. The program is the motion class; the way is told by the caption alone.
+# An act is a program and the way it goes. The program is the motion class, the way is told by captions alone.
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}         # y grows downwards
 TURNS = {"clockwise": 1, "anticlockwise": -1}
-WAYS = {
-    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"), "orbit": tuple(TURNS), "spin": tuple(TURNS),
-    "grow": ("",), "shrink": ("",), "approach": ("",), "follow": ("",), "collide": ("",), "behind": ("",),
-    "front": ("",)}
-MOTIONS = tuple(WAYS)
+MOTIONS = tuple("straight bounce orbit spin grow shrink approach follow collide behind front".split())
 SOLO = MOTIONS[:6]                                              # programs that need no companion
-# Acts of a chain, "" = any way, and the infinitives that questions call them by.
-CHAIN = (
-    ("straight", "left"), ("straight", "right"), ("straight", "up"), ("straight", "down"), ("orbit", ""),
-    ("spin", ""), ("grow", ""), ("shrink", ""))
-ACTS = tuple((program, way) for program in MOTIONS for way in WAYS[program])
-DEEDS = {
-    "left": "dart left", "right": "dart right", "up": "rise", "down": "sink", "orbit": "circle", "grow": "swell",
-    "behind": "hide", "front": "cover"}
-ROLES = ("stays", "comes", "leaves", "returns", "leaves", "returns")    # of the others in a story, drawn evenly
-# What an act, the camera and the light are when time runs backwards.
+WAYS = {
+    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"),
+    "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+# The acts of a chain by the words of questions: infinitives whose third person is "<first word>s ...".
+CHAIN = {
+    "dart left": ("straight", "left"), "dart right": ("straight", "right"), "rise": ("straight", "up"),
+    "sink": ("straight", "down"), "circle": ("orbit", "clockwise"), "spin": ("spin", "clockwise"),
+    "swell": ("grow", ""), "shrink": ("shrink", "")}
+# In a chain the others come and go. When they begin to go and to come, as ranges of fractions of the clip.
+NEVER, BEFORE = (9, 9), (-9, -9)
+ROLES = {
+    "stays": (NEVER, NEVER), "comes": (BEFORE, (0.3, 0.8)), "leaves": ((0.15, 0.75), NEVER),
+    "returns": ((0.12, 0.35), (0.55, 0.8))}
+# Words of a clip that runs backwards.
 OPPOSITE = {
-    "left": "right", "up": "down", "clockwise": "anticlockwise", "grow": "shrink", "in": "out", "lighter": "darker"}
+    "left": "right", "up": "down", "clockwise": "anticlockwise",
+    "grow": "shrink", "in": "out", "lighter": "darker"}
 OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
 
 
 @dataclass(frozen=True)
 class World:
-    """What the procedural world shows and says. A frozen object, so that a run's config.json says what it saw."""
+    """What the procedural world shows and says. Frozen, so that a run's config.json says what it saw."""
     size: int = 64                  # pixels of a side
     frames: int = 8                 # frames of a clip
     max_objects: int = 8            # 1..8
-    shared_colours: bool = True     # may two objects of a clip have one colour (never also the same shape)?
+    shared_colours: bool = True     # may two objects of a clip have one colour (never also one shape)?
     acts: int = 1                   # acts of the subject; several are a chain: each ends where it began
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
-    story: bool = False             # a chain, also of one act, and others that come, leave and come back
-    words: str = "all"              # what captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
+    story: bool = False             # a chain even of one act
+    words: str = "all"              # captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
     shapes: int = len(SHAPES)       # how many of SHAPES there are
     programs: tuple = MOTIONS       # what a subject of one act may do
     plain: bool = False             # no texture anywhere, and one dark ground
     scale: float = 1.0              # of all radii
-    reverse: bool = False           # clips run backwards, with the captions of what is then seen
+    reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS:
             raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
-        if self.frames < 1 or self.size < 8:
-            raise BadInput(f"a world of {self.frames} frames at {self.size} px: give at least 1 frame and 8 px")
+        least = 8 if self.chain else 1
+        if self.frames < least or self.size < 8:
+            raise BadInput(f"{self.frames} frames at {self.size} px: give at least {least} of 8 px")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
-        if self.chain and self.frames < 8:
-            raise BadInput(f"a story of {self.frames} frames: give at least 8, or nobody could leave and come back")
         if self.words not in ("all", "looks", "deeds"):
             raise BadInput(f"words {self.words!r}: one of all, looks, deeds")
-        assert 1 <= self.shapes <= len(SHAPES) and set(self.programs) & set(SOLO), (self.shapes, self.programs)
-        # approaching and following are something else backwards, for which there are no words; so are chains
-        one_way = self.chain or set(self.programs) & {"approach", "follow"}
-        assert not (self.reverse and one_way), "reverse: give programs without approach and follow, and one act"
+        # Backwards, approaching and following are something that there are no words for; so are chains.
+        one_way = self.chain or "approach" in self.programs or "follow" in self.programs
+        assert not (self.reverse and one_way), "reverse: one act, programs without approach and follow"
 
     @property
     def chain(self):
         return self.story or self.acts > 1
 
 
-# The stage: little is shown and all of it is asked for. Its radii are 1.1 times those of the full world.
+# Little is shown, and captions ask for all of it. Radii are 1.1 times those of the full world.
 STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", plain=True, scale=1.1)
 
 
 def held_out(shape, colour):
-    """Is this (shape, colour) pair kept out of training, validation and test? One colour for each shape. In the
-    HELDOUT range the subject always has such a pair: accuracy there measures composition, not memory."""
+    """Is this pair kept out of training, validation and test? One colour for each shape. In the HELDOUT range
+    the subject always has such a pair: accuracy there measures composition, not memory."""
     return (3 * shape + colour) % len(COLOURS) == 7
 
 
@@ -356,25 +354,30 @@ def shuffled(rng, options):
     return [options[i] for i in rng.permutation(len(options))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: motion programs
-# ---------------------------------------------------------------------------------------------------------------------
-# Each takes go (T,), the share of the act that is done: 0 .. 1, or 0 .. 1 .. 0 in a chain; the way; far, a
-# distance, and phase, an angle, both random; the states (x, y, r, angle) of subject and companion at go = 0.
-# -> path (T, 4) of the subject, and of the companion if it moves (else None); or None where there is no room.
-# What one frame gives away is measured by `controls`.
+# -----------------------------------------------------------------------------------------------------------
+# A program takes go (T,): how much of the act is done, 0 .. 1, or 0 .. 1 .. 0 in a chain; the way; far, a
+# distance, and phase, an angle, both random; the states (x, y, r, angle) of the subject and its companion at
+# go = 0. It returns the path (T, 4) of the subject and that of the companion (None: it stays), or None where
+# there is no room. What single frames give away is measured by `controls`.
 
 def path_of(state, x=0.0, y=0.0, r=1.0, angle=0.0):
-    """A state and what is added to x, y and angle, and multiplies the radius, (T,) or a number -> (T, 4)"""
-    columns = np.broadcast_arrays(state[0] + x, state[1] + y, state[2] * r, state[3] + angle)
-    return np.stack(columns, -1)
+    """A state, and what is added to x, y and angle and multiplies the radius, (T,) or numbers -> (T, 4)"""
+    path = np.empty((np.size(x + y + r + angle), 4))
+    path[:, 0] = state[0] + x
+    path[:, 1] = state[1] + y
+    path[:, 2] = state[2] * r
+    path[:, 3] = state[3] + angle
+    return path
 
 
 def toward(me, other):
-    """-> unit vector (2,) from one to the other, their distance, and the distance at which they touch"""
-    between = other[:2] - me[:2]
-    away = max(math.hypot(*between), 1e-6)
-    return between / away, away, 0.95 * (me[2] + other[2])
+    """-> unit vector x, y from one to the other, and their distance and where they touch, in the frame's
+    side"""
+    x, y = other[:2] - me[:2]
+    away = max(math.hypot(x, y), 1e-6)
+    return x / away, y / away, away, 0.95 * (me[2] + other[2])
 
 
 def straight(go, way, far, phase, me, other):
@@ -384,22 +387,21 @@ def straight(go, way, far, phase, me, other):
 
 def bounce(go, way, far, phase, me, other):
     """Forth, back and forth again."""
-    wave = 1 - np.abs(1 - 3 * go % 2)
-    side = 1 if phase < math.pi else -1
-    if way == "sideways":
-        return path_of(me, x=side * far * wave), None
-    return path_of(me, y=side * far * wave + 0 * go), None
+    wave = far * (1 - np.abs(1 - 3 * go % 2))
+    wave = wave if phase < math.pi else -wave
+    return (path_of(me, x=wave) if way == "sideways" else path_of(me, y=wave)), None
 
 
 def orbit(go, way, far, phase, me, other):
-    """Once round a circle that passes through the place where it begins."""
-    radius, angle = 0.44 * far, phase + TURNS[way] * 2 * math.pi * go
-    x, y = np.cos(angle) - math.cos(phase), np.sin(angle) - math.sin(phase)
-    return path_of(me, radius * x, radius * y), None
+    """Once round a circle through the place where it begins."""
+    angle = phase + TURNS[way] * 2 * math.pi * go
+    x = np.cos(angle) - math.cos(phase)
+    y = np.sin(angle) - math.sin(phase)
+    return path_of(me, 0.44 * far * x, 0.44 * far * y), None
 
 
 def spin(go, way, far, phase, me, other):
-    """3 to 5 radians: at 8 frames at most 41 degrees a frame, so that a square is not seen to turn backwards."""
+    """3 to 5 radians. At 8 frames at most 41 degrees a frame, so that no square is seen to turn backwards."""
     return path_of(me, angle=TURNS[way] * 10 * far * go), None
 
 
@@ -413,129 +415,127 @@ def shrink(go, way, far, phase, me, other):
 
 def approach(go, way, far, phase, me, other):
     """Up to the companion, and a rest beside it."""
-    (x, y), away, touching = toward(me, other)
+    x, y, away, touching = toward(me, other)
     gap = away - touching * (1 + 0.025 * phase)
     s = gap * np.minimum(go / 0.6, 1)
-    return None if gap < 0.15 else (path_of(me, s * x, s * y), None)
+    if gap > 0.15:
+        return path_of(me, s * x, s * y), None
 
 
 def follow(go, way, far, phase, me, other):
     """Both go the same way, the companion ahead."""
-    (x, y), away, touching = toward(me, other)
+    x, y, away, touching = toward(me, other)
     s = 0.6 * far * go
-    return None if not touching < away < 0.5 else (path_of(me, s * x, s * y), path_of(other, s * x, s * y))
+    if touching < away < 0.5:
+        return path_of(me, s * x, s * y), path_of(other, s * x, s * y)
 
 
 def collide(go, way, far, phase, me, other):
-    """Both meet half-way, and spring back."""
-    (x, y), away, touching = toward(me, other)
-    gap = away - touching
-    s = gap / 2 * (1 - np.abs(1 - 2 * go))
-    return None if gap < 0.2 else (path_of(me, s * x, s * y), path_of(other, -s * x, -s * y))
+    """Both meet half-way and spring back."""
+    x, y, away, touching = toward(me, other)
+    s = (away - touching) / 2 * (1 - np.abs(1 - 2 * go))
+    if away - touching > 0.2:
+        return path_of(me, s * x, s * y), path_of(other, -s * x, -s * y)
 
 
 def passing(go, way, far, phase, me, other):
-    """Through the companion's place and out on its far side, behind it or in front of it."""
-    (x, y), away, touching = toward(me, other)
+    """Through the companion's place, behind it or in front of it, and out on its far side."""
+    x, y, away, touching = toward(me, other)
     s = 2 * away * go
-    return None if away < 0.9 * touching else (path_of(me, s * x, s * y), None)
+    if away > 0.9 * touching:
+        return path_of(me, s * x, s * y), None
 
 
-PROGRAMS = dict(zip(MOTIONS, (
-    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)))
+FUNCTIONS = (
+    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)
+PROGRAMS = dict(zip(MOTIONS, FUNCTIONS))
 
 
 def perform(rng, world, act, frames, me, other=None):
-    """One act from these states -> paths (frames, 4) of the subject and of the companion, or None: it does not fit."""
+    """One act from these states -> what its program returns; None also where a path leaves the box."""
     program, way = act
-    reach, go = 1.0, np.linspace(0, 1, frames)
+    far, phase = rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi)
+    go = np.linspace(0, 1, frames)
     if world.chain:
-        reach, go = 0.55, np.linspace(0, 1, frames + 1)[1:]
+        far = 0.55 * far
+        go = np.linspace(0, 1, frames + 1)[1:]
         if program not in ("orbit", "spin"):                    # these end where they begin by themselves
-            go = reach * np.sin(math.pi * go)
-    paths = PROGRAMS[program](go, way, reach * rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi), me, other)
-    if paths is None:
-        return None
-    places = np.concatenate([path[:, :2] for path in paths if path is not None])
-    return paths if LOW <= places.min() and places.max() <= HIGH else None
+            go = 0.55 * np.sin(math.pi * go)
+    paths = PROGRAMS[program](go, way, far, phase, me, other)
+    if paths is not None and all(path is None or inside(path) for path in paths):
+        return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def inside(path):
+    """Do all places of (T, 4) or (4,) lie in the box?"""
+    places = path[..., :2]
+    return LOW <= places.min() and places.max() <= HIGH
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: scripts
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Visit(NamedTuple):
-    """When an object is in view: it begins to go and to come at these frames."""
-    role: str = "stays"
-    goes: int | None = None
-    comes: int | None = None
-
+# -----------------------------------------------------------------------------------------------------------
 
 class Scene(NamedTuple):
-    """What words are made of."""
+    """What words are made of. Lists are of objects, the subject first."""
     world: World
-    looks: list                     # of each object, the subject first: dict(shape, colour, size, texture, r)
-    acts: list                      # of the subject: (program, way)
+    looks: list                     # dict(shape, colour, size, texture, r)
+    act: tuple                      # of the subject: its first (program, way)
+    deeds: list                     # of the subject, by name
     hero: str                       # the deed whose number is balanced
-    visits: list                    # of each object
+    visits: list                    # of the others in a chain: (role, first frame of going, of coming)
     grounds: list                   # names
-    film: list                      # what camera and light do
+    film: list                      # what camera and light do, in words
 
 
 def script(index, world=World()):
-    """The scene number `index`, the same on every machine: a dict of small arrays, for `rasterise`, and words.
+    """The scene number `index`, the same on every machine: small arrays for `rasterise`, words, classes.
 
-    seeds (4, 2), warp (4,): the regions of the ground, each pixel in that of the nearest seed, with wavy borders;
-    camera (T, 3): centre x, y and zoom; light (T, 3): gain of each colour; place (8, T, 4): x, y, radius, angle of
-    each object on the screen, from the deepest to the nearest; shape (8,); count: objects that there are;
-    surface (12, 11) of grounds 0..3 and objects 4..11: texture, tiles a unit, cos, sin, shading, two colours.
-    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: classes of the subject;
-    told: dict(acts, bounds: frames at which they begin and end, visits, slots: index in `place` of each object)."""
+    seeds (4, 2): each pixel belongs to the ground whose seed is nearest; camera (T, 3): centre x, y and zoom;
+    light (T, 3): gain of each colour; place (8, T, 4): x, y, radius, angle of each object on the screen, the
+    deepest first; shape (8,); count: objects that there are; surface (12, 9) of grounds 0..3 and objects
+    4..11: texture, its tiles a unit, shading, two colours.
+    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: of the subject;
+    told: dict(deeds, bounds: frames between them, visits, slots: of each object its index in `place`)."""
     rng = np.random.default_rng((SEED, index))
     looks = cast(rng, world, index)
-    acts, hero = choose_acts(rng, world, len(looks))
-    bounds, T = [0, world.frames], world.frames
+    deeds, hero, acts = choose_acts(rng, world, len(looks))
+    bounds = [i * world.frames // len(acts) for i in range(len(acts) + 1)]
     if world.chain:
-        bounds, paths = chained(rng, world, looks, acts)
-        visits = [Visit()] + [draw_visit(rng, path) for path in paths[1:]]
+        paths, visits = chained(rng, world, looks, acts, bounds)
     else:
-        paths, visits = staged(rng, world, looks, acts[0]), [Visit() for _ in looks]
+        paths, visits = staged(rng, world, looks, acts[0]), []
     camera, light, film = filmed(rng, world)
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
-        acts = [(OPPOSITE.get(program, program), OPPOSITE.get(way, way)) for program, way in acts]
+        acts = [tuple(OPPOSITE.get(word, word) for word in acts[0])]
         film = [" ".join(OPPOSITE.get(word, word) for word in text.split()) for text in film]
-
-    order = rng.permutation(len(looks)).tolist()                # order[0] is painted first
-    if world.chain:                                             # what is asked about is seen
-        order = [j for j in order if j != 0] + [0]
-    elif acts[0][0] in ("behind", "front"):
-        front, back = (1, 0) if acts[0][0] == "behind" else (0, 1)
-        i, k = sorted((order.index(0), order.index(1)))
-        order[i], order[k] = back, front
+    order = painting_order(rng, world, len(looks), acts[0][0])
     grounds, seeds, surface = surfaces(rng, world, [looks[j] for j in order])
-    place = np.full((MAX_OBJECTS, T, 4), (0.5, 0.5, 1e-3, 0.0))
+
+    place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))         # far out of view
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
     shape = np.zeros(MAX_OBJECTS, np.int64)
     shape[:len(looks)] = [looks[j]["shape"] for j in order]
-    warp = np.array((rng.uniform(0, 0.05), rng.uniform(4, 12), *rng.uniform(0, 6.3, 2)))
-    scene = Scene(world, looks, acts, hero, visits, grounds, film)
-    arrays = dict(seeds=seeds, warp=warp, camera=camera, light=light, place=place, surface=surface)
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return arrays | dict(
-        index=index, shape=shape, count=len(looks), caption=describe(rng, scene), qa=questions(rng, scene),
-        appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=MOTIONS.index(acts[0][0]),
-        told=dict(acts=acts, bounds=bounds, visits=visits, slots=[order.index(j) for j in range(len(looks))]))
+    scene = Scene(world, looks, acts[0], deeds, hero, visits, grounds, film)
+    result = dict(seeds=seeds, camera=camera, light=light, place=place, surface=surface)
+    result = {name: array.astype(np.float32) for name, array in result.items()}
+    result |= dict(index=index, shape=shape, count=len(looks))
+    result |= dict(caption=describe(rng, scene), qa=questions(rng, scene))
+    result |= dict(appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=MOTIONS.index(acts[0][0]))
+    slots = [order.index(j) for j in range(len(looks))]
+    return result | dict(told=dict(deeds=deeds, bounds=bounds, visits=visits, slots=slots))
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see Scene."""
-    likely = np.array(STORY_COUNTS if world.chain else COUNTS)[:world.max_objects]
+    """Who is there, the subject first: it is the largest, so that words can point at it. -> looks, see
+    Scene"""
+    likely = np.array(COUNTS[:world.max_objects])
     count = 1 + int(rng.choice(len(likely), p=likely / likely.sum()))
     size = pick(rng, tuple(SIZES)) if count < 6 else "medium"
-    radius = world.scale * SIZES[size] * CROWDED[count - 1] * math.exp(rng.uniform(-0.08, 0.08))
+    radius = world.scale * SIZES[size] * CROWDED[count - 1] * rng.uniform(0.92, 1.08)
     looks, taken = [], set()
     while len(looks) < count:
         shape, colour = int(rng.integers(world.shapes)), int(rng.integers(len(COLOURS)))
@@ -543,158 +543,229 @@ def cast(rng, world, index):
             colour = (7 - 3 * shape) % len(COLOURS)
         elif held_out(shape, colour):
             continue
-        # two objects of a clip never share both shape and colour, so that words can point at one of them
+        # Two objects of a clip never share both shape and colour, so that words can point at one of them.
         mark = (shape, colour) if world.shared_colours else colour
         if mark in taken:
             continue
         taken.add(mark)
         texture = 0 if world.plain else int(rng.integers(len(TEXTURES)))
-        looks.append(dict(shape=shape, colour=colour, texture=texture, size="", r=radius * rng.uniform(*SHARE)))
+        r = radius * rng.uniform(*SHARE)
+        looks.append(dict(shape=shape, colour=colour, texture=texture, size="", r=r))
     looks[0].update(size=size, r=radius)
     return looks
 
 
 def choose_acts(rng, world, count):
-    """-> list of (program, way), and the hero. In a chain two equal deeds never stand side by side: they would look like one. One
-    of them, the hero, occurs 1, 2 or 3 times, each as often: questions ask how many times."""
+    """-> deeds by name, the hero, acts. In a chain two equal deeds never stand side by side: they would look
+    like one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
     if not world.chain:
         program = pick(rng, [p for p in world.programs if count > 1 or p in SOLO])
-        return [(program, pick(rng, WAYS[program]))], ""
-    hero, times = pick(rng, CHAIN), 1 + rng.integers(min(3, (world.acts + 1) // 2))
-    neighbours = True
-    while neighbours:
-        at = set(rng.permutation(world.acts)[:times].tolist())
-        neighbours = any(i + 1 in at for i in at)
+        return [program], "", [(program, pick(rng, WAYS.get(program, ("",))))]
+    hero = pick(rng, tuple(CHAIN))
+    times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
+    at = np.sort(rng.permutation(world.acts - times + 1)[:times]) + np.arange(times)
     deeds = []
     for i in range(world.acts):
-        fitting = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
-        deeds.append(hero if i in at else pick(rng, fitting))
-    return [(program, way or pick(rng, WAYS[program])) for program, way in deeds], deed(hero)
+        others = [deed for deed in CHAIN if deed != hero and deed not in deeds[-1:]]
+        deeds.append(hero if i in at else pick(rng, others))
+    return deeds, hero, [CHAIN[deed] for deed in deeds]
 
 
 def beside(rng, state, other, close):
-    """A place (2,) for the companion: close by, if that may be, every other time; else farther away."""
-    angle, away = rng.uniform(0, 2 * math.pi), rng.uniform(0.9, 1.1) * (state[2] + other[2])
+    """A place (2,) for the companion: close by every other time, if that may be; else farther away."""
+    away = rng.uniform(0.9, 1.1) * (state[2] + other[2])
     if not close or rng.random() < 0.5:
         away += rng.uniform(0.15, 0.45)
+    angle = rng.uniform(0, 2 * math.pi)
     return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
 
 
+def start(rng, looks):
+    """-> states (count, 4) of objects at about (0, 0), turned anyhow"""
+    states = rng.uniform(-0.03, 0.03, (len(looks), 4))
+    states[:, 2] = [look["r"] for look in looks]
+    states[:, 3] = rng.uniform(0, 2 * math.pi, len(looks))
+    return states
+
+
 def staged(rng, world, looks, act):
-    """Paths (count, T, 4) of a clip of one act. Places are drawn, without looking at the program, until it fits."""
-    # Subjects of other programs have all the sizes through which those pass that grow and shrink, the ends oftenest.
-    spread = math.log(GROWTH) / 2
-    end = {"grow": -1.0, "shrink": 1.0}.get(act[0], pick(rng, (-1.0, 1.0, rng.uniform(-1, 1))))
-    states = np.array([(0.0, 0.0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
-    states[0, 2] *= math.exp(end * spread)
+    """Paths (count, T, 4) of a clip of one act. Places are drawn until the act fits. A companion that does
+    not matter is put where one could be that does, or its place would tell the program."""
+    program = act[0]
+    states = start(rng, looks)
+    # All subjects have the sizes at which those begin and end that grow and shrink.
+    size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
+    size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
+    states[0, 2] *= GROWTH ** (size / 2)
     done = None
     while done is None:
         states[0, :2] = rng.uniform(LOW, HIGH, 2)
-        if act[0] not in SOLO:
-            states[1, :2] = beside(rng, states[0], states[1], act[0] in ("follow", "behind", "front"))
+        if program not in SOLO:
+            states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
         done = perform(rng, world, act, world.frames, *states[:2])
-    if len(looks) > 1 and act[0] in SOLO:                       # a companion that does not matter looks like one that does
-        end, fits = done[0][-pick(rng, (0, 1, 1))], False
-        while not fits:
-            states[1, :2] = beside(rng, end, states[1], True)
-            fits = LOW <= states[1, :2].min() and states[1, :2].max() <= HIGH
-    for j in range(2, len(looks)):                              # of the others, the freest of three places
-        spots = rng.uniform(LOW, HIGH, (3, 1, 2))
-        free = np.linalg.norm(spots - states[:j, :2], axis=-1).min(1)
-        states[j, :2] = spots[free.argmax(), 0]
     paths = np.repeat(states[:, None], world.frames, 1)
     paths[0] = done[0]
-    # half of the others stay, the rest follow programs of their own; the companion does what the subject's asks for
-    for j in range(1, len(looks)):
-        program = pick(rng, ("straight", "bounce", "orbit", "spin"))
+    if done[1] is not None:
+        paths[1] = done[1]
+    for j in range(1 if program in SOLO else 2, len(looks)):
+        states[j, :2] = 9.0
+        while not inside(states[j]):
+            near = paths[0, pick(rng, (0, -1, -1))] if j == 1 else paths[pick(rng, range(j)), 0]
+            states[j, :2] = beside(rng, near, states[j], j == 1)
+        paths[j] = states[j]
+        program = pick(rng, SOLO[:4])                           # half of the others do something, too
         own = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])
         if own is not None and rng.random() < 0.5 and j > 1:
             paths[j] = own[0]
-    if done[1] is not None:
-        paths[1] = done[1]
     return paths
 
 
-def chained(rng, world, looks, acts):
-    """-> bounds, paths (count, T, 4) of a clip of several acts: the subject in the middle, the others in the corners,
-    then at the sides. Acts end where they begin, so that any may follow any: what comes after one is not likely."""
-    T, n = world.frames, len(acts)
-    bounds = [0, *(round((i + rng.uniform(-0.15, 0.15)) * T / n) for i in range(1, n)), T]
-    corners = [(x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)]
-    sides = [(0.1, 0.5), (0.9, 0.5), (0.5, 0.1), (0.5, 0.9)]
-    homes = np.array([(0.5, 0.5)] + shuffled(rng, corners) + shuffled(rng, sides))[:len(looks)]
-    homes += rng.uniform(-0.03, 0.03, homes.shape)
-    states = np.array([(x, y, look["r"], rng.uniform(0, 2 * math.pi)) for (x, y), look in zip(homes, looks)])
+def chained(rng, world, looks, acts, bounds):
+    """Paths (count, T, 4) of a chain, and visits: the subject in the middle, the others in the corners,
+    then at the sides, from where they come and go. Acts end where they begin, so that any may follow
+    any."""
+    T = world.frames
+    homes = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
+    homes = [(0.5, 0.5), *homes, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
+    states = start(rng, looks)
+    states[:, :2] += homes[:len(looks)]
     paths = np.repeat(states[:, None], T, 1)
     for act, begin, end in zip(acts, bounds, bounds[1:]):
         paths[0, begin:end] = perform(rng, world, act, end - begin, states[0])[0]
-        states[0, 3] = paths[0, end - 1, 3]
-    return bounds, paths
+        states[0, 3] = paths[0, end - 1, 3]                     # a spin ends where it ends
+    visits, frame = [], np.arange(T)
+    way = max(1, min(T // 16, 4))                               # frames that going and coming take
+    for path in paths[1:]:
+        role = pick(rng, tuple(ROLES))
+        goes, comes = [int(T * rng.uniform(*when)) for when in ROLES[role]]
+        visits.append((role, goes, comes))
+        gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
+        axis = int(abs(path[0, 1] - 0.5) > abs(path[0, 0] - 0.5))       # over the nearest edge
+        out = math.copysign(0.9, path[0, axis] - 0.5) + 0.5
+        path[:, axis] += gone * (out - path[0, axis])
+    return paths, visits
 
 
-def draw_visit(rng, path):
-    """Of another object in a story: -> Visit, and path (T, 4) is changed where the object is out of view."""
-    T, role = len(path), pick(rng, ROLES)
-    frame, way = np.arange(T), max(1, min(T // 16, 4))          # way: frames that going and coming take
-    goes = comes = None
-    if role in ("leaves", "returns"):
-        goes = int(T * (rng.uniform(0.15, 0.75) if role == "leaves" else rng.uniform(0.12, 0.35)))
-    if role in ("comes", "returns"):
-        comes = int(T * (rng.uniform(0.3, 0.8) if role == "comes" else rng.uniform(0.55, 0.8)))
-    gone = np.zeros(T) if goes is None else np.interp(frame, (goes, goes + way), (0, 1))    # 0: at home, 1: out of view
-    if comes is not None:
-        away = gone if goes is not None else np.ones(T)
-        gone = np.where(frame < comes, away, np.interp(frame, (comes, comes + way), (1, 0)))
-    off = path[0, :2] - 0.5
-    axis = int(abs(off[1]) > abs(off[0]))                       # over the nearest edge
-    path[:, axis] += gone * (math.copysign(0.9, off[axis]) - off[axis])
-    return Visit(role, goes, comes)
+def painting_order(rng, world, count, program):
+    """Numbers of objects, the deepest first: by chance, but for the two of whom one passes behind the
+    other. In a chain the subject is the nearest, so that what is asked about is seen."""
+    order = rng.permutation(count).tolist()
+    if world.chain:
+        order.remove(0)
+        order.append(0)
+    if program in ("behind", "front"):
+        i, j = sorted((order.index(0), order.index(1)))
+        order[i], order[j] = (0, 1) if program == "behind" else (1, 0)
+    return order
 
 
 def filmed(rng, world):
-    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, and what they do in words"""
-    tau = np.linspace(-0.5, 0.5, world.frames) if world.frames > 1 else np.zeros(1)
-    camera, light, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), np.ones((world.frames, 3)), []
+    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
+    tau = np.arange(world.frames) / max(world.frames - 1, 1) - 0.5
+    camera, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), []
+    light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))         # each clip has a tint
     if world.camera and not world.chain and rng.random() < 0.35:
-        if rng.random() < 0.65:
-            way = pick(rng, tuple(DIRECTIONS))
+        way = pick(rng, (*DIRECTIONS, "in", "out"))
+        if way in DIRECTIONS:
             camera[:, :2] = tau[:, None] * rng.uniform(0.12, 0.25) * np.array(DIRECTIONS[way])
-            film.append(f"the camera pans {way}")
         else:
-            way = pick(rng, ("in", "out"))
             camera[:, 2] = np.exp(tau * (0.35 if way == "in" else -0.35))
-            film.append(f"the camera zooms {way}")
+        film.append(f"the camera {'pans' if way in DIRECTIONS else 'zooms'} {way}")
     if world.light and rng.random() < 0.25:
         way = pick(rng, ("lighter", "darker"))
         light *= np.exp(0.6 * (tau if way == "lighter" else -tau) - 0.3)[:, None]
         film.append(f"it gets {way}")
-    return camera, light * rng.uniform(0.94, 1.06, 3), film
+    return camera, light, film
 
 
 def surfaces(rng, world, looks):
-    """Of objects in the order of painting -> names of the grounds, seeds (4, 2) and surface (12, 11), see `script`"""
-    seeds, surface = np.full((MAX_GROUNDS, 2), 1e3), np.zeros((MAX_GROUNDS + MAX_OBJECTS, 11))
-    grounds = ["a dark ground"] if world.plain else shuffled(rng, list(GROUNDS))[:rng.choice(range(1, 5), p=(0.46, 0.25, 0.16, 0.13))]
-    seeds[:len(grounds)] = rng.uniform(0.05, 0.95, (len(grounds), 2))
-    for i, name in enumerate(grounds):
-        one, two, kinds = GROUNDS.get(name, ((64, 64, 72), (64, 64, 72), (0,)))
-        turn = rng.uniform(0, 2 * math.pi)
-        surface[i] = (pick(rng, kinds), rng.uniform(4, 8), math.cos(turn), math.sin(turn), 0.0, *one, *two)
+    """Objects, the deepest first -> names of the grounds, seeds (4, 2) and surface (12, 9), see `script`"""
+    *names, dark = GROUNDS
+    names = shuffled(rng, names)[:pick(rng, (1, 1, 1, 1, 2, 2, 3, 4))]
+    if world.plain:
+        names = [dark]
+    seeds = np.full((MAX_GROUNDS, 2), 1e3)
+    seeds[:len(names)] = rng.uniform(0.05, 0.95, (len(names), 2))
+    surface = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 9))
+    for i, name in enumerate(names):
+        *colour, texture = GROUNDS[name]
+        colour = np.array(colour)
+        surface[i] = (texture, rng.uniform(4, 8), 0.0, *colour, *(0.86 * colour))
     for slot, look in enumerate(looks, MAX_GROUNDS):
-        colour = np.array(list(COLOURS.values())[look["colour"]], float)
-        second = colour * 0.45 if colour.sum() > 230 else colour * 0.55 + 95       # darker; of a dark colour, lighter
-        # shading 0.25: one side of each object is lighter, so that even a plain circle is seen to spin
-        surface[slot] = (look["texture"], rng.uniform(0.9, 1.3), 1.0, 0.0, 0.25, *colour, *second)
-    return grounds, seeds, surface
+        colour = np.array(list(COLOURS.values())[look["colour"]])
+        second = 0.45 * colour
+        if colour.sum() < 230:                                  # of a dark colour, a lighter one
+            second = 0.55 * colour + 95
+        # Shading of 0.25: one side of each object is lighter, so that even a plain circle is seen to spin.
+        surface[slot] = (look["texture"], rng.uniform(0.9, 1.3), 0.25, *colour, *second)
+    return names, seeds, surface
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 1. The procedural world: how much of the motion class needs motion
+# -----------------------------------------------------------------------------------------------------------
+
+def controls(world, clips=8000):
+    """What a network can tell of the motion class (accuracy, chance 1 / 11) that is given the true states
+    of the subject and its companion: those of the last frame alone, or their mean and spread over the
+    frames, which hold no order. A probe of a video model proves use of order only where it is above the
+    second."""
+    states, motion = [], []
+    for s in (script(i, world) for i in range(clips)):
+        slots = s["told"]["slots"][:2]
+        # both (T, 4); of an object that is alone, the same
+        me, other = s["place"][slots[0]], s["place"][slots[-1]]
+        turn = np.stack((np.sin(me[:, 3]), np.cos(me[:, 3])), -1)
+        depth = np.full((world.frames, 1), slots[-1] - slots[0])
+        states.append(np.concatenate((me[:, :3], other[:, :3] - me[:, :3], turn, depth), -1))
+        motion.append(s["motion"])
+    x, y = np.stack(states), torch.tensor(motion)                           # (clips, T, 9)
+    no_order = np.concatenate((x.mean(1), x.std(1)), -1)
+    return dict(control_last_frame=guessed(x[:, -1], y), control_no_order=guessed(no_order, y))
+
+
+def known_controls(world):
+    """The values of `controls` at this setting, of any size in pixels; None where they are not in the
+    table."""
+    names = ("control_last_frame", "control_no_order")
+    for setting, values in CONTROLS.items():
+        if dataclasses.replace(world, size=setting.size) == setting:
+            return dict(zip(names, values))
+    return dict.fromkeys(names)
+
+
+def guessed(x, y, steps=1500):
+    """Accuracy on the last quarter of x (n, features) of a network of two hidden layers fitted to the
+    rest."""
+    n = 3 * len(y) // 4
+    x = torch.tensor(x, dtype=torch.float32)
+    x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = [nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        net = nn.Sequential(*hidden, nn.Linear(128, len(MOTIONS)))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+        for batch in torch.randint(n, (steps, 256)):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return (net(x[n:]).argmax(-1) == y[n:]).float().mean().item()
+
+
+# python -c "import data; print([data.controls(world) for world in data.CONTROLS])" prints these numbers.
+CONTROLS = {
+    World(max_objects=4, shared_colours=False): (0.38, 0.77), World(): (0.36, 0.78),
+    World(frames=16): (0.35, 0.79), STAGE: (0.42, 0.75)}
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: words
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 VERBS = {
     "straight": ("moves", "glides", "drifts", "slides", "travels"), "bounce": ("bounces", "springs", "bobs"),
-    "orbit": ("circles", "goes round", "moves in a circle"), "spin": ("spins", "turns on the spot", "rotates"),
+    "orbit": ("circles", "goes round", "moves in a circle"),
+    "spin": ("spins", "turns on the spot", "rotates"),
     "grow": ("grows", "gets bigger", "swells"), "shrink": ("shrinks", "gets smaller", "dwindles"),
     "approach": ("moves up to {} and stops", "comes to rest beside {}", "approaches {} and halts"),
     "follow": ("follows {}", "chases {}", "trails behind {}"),
@@ -713,142 +784,134 @@ def a(phrase):
 
 
 def name_of(look, full=False):
-    """'red star', enough to point at it: the two are unique in a clip. full: 'large red striped star'"""
-    colour, shape = list(COLOURS)[look["colour"]], SHAPES[look["shape"]]
-    if not full:
-        return f"{colour} {shape}"
-    size = "large" if look["size"] == "large" else ""
-    texture = TEXTURES[look["texture"]] if look["texture"] else ""
-    return " ".join(f"{size} {colour} {texture} {shape}".split())
-
-
-def deed(act):
-    """(program, way) -> an infinitive, for questions"""
-    program, way = act
-    return DEEDS.get(way if program == "straight" else program, program)
+    """'red star', enough to point at it: no other of the clip is one. full: 'large red striped star'"""
+    words = [list(COLOURS)[look["colour"]], SHAPES[look["shape"]]]
+    if full and look["texture"]:
+        words.insert(1, TEXTURES[look["texture"]])
+    if full and look["size"] == "large":
+        words.insert(0, "large")
+    return " ".join(words)
 
 
 def third(infinitive):
     """'dart left' -> 'darts left'"""
-    first, *rest = infinitive.split()
-    return " ".join([first + "s", *rest])
+    verb, *rest = infinitive.split()
+    return " ".join([verb + "s", *rest])
 
 
 def describe(rng, scene):
-    """A caption in varied English. Subject, companion and ground are always told, the rest by chance. Of a chain each
-    act is told. `words`: "looks" leaves out what the subject does; "deeds" leaves out all but shapes and deeds, in
-    the same words each time."""
-    world, deeds_alone = scene.world, scene.world.words == "deeds"
-    if deeds_alone:
-        subject, *others = [a(SHAPES[look["shape"]]) for look in scene.looks]
-    else:
-        subject, *others = [a(name_of(look, look["size"] or rng.random() < 0.65)) for look in scene.looks]
-    (program, way), doing = scene.acts[0], ""
-    if world.words != "looks" and world.chain:
-        doing = ", then ".join(third(deed(act)) for act in scene.acts)
-    elif world.words != "looks":
-        verbs, adverbs = VERBS[program], ADVERBS[way]
-        doing = f"{verbs[0]} {adverbs[0]}" if deeds_alone else f"{pick(rng, verbs)} {pick(rng, adverbs)}"
-        if program not in SOLO:
-            doing = doing.replace("{}", others.pop(0))
+    """A caption in varied English. Subject, companion, deeds and ground are always told, the rest by chance.
+    `words`: "looks" leaves out the deeds; "deeds" tells shapes and deeds alone, always in the same words."""
+    words, (program, way) = scene.world.words, scene.act
+    names = [a(name_of(look, full=rng.random() < 0.75)) for look in scene.looks]
+    verb, adverb = pick(rng, VERBS[program]), pick(rng, ADVERBS[way])
+    where = f"{pick(rng, ('on', 'over', 'against'))} {' and '.join(scene.grounds[:2])}"
+    if words == "deeds":
+        names = [a(SHAPES[look["shape"]]) for look in scene.looks]
+        verb, adverb, where = VERBS[program][0], ADVERBS[way][0], ""
+    subject, *others = names
+    doing = f"{verb} {adverb}"
+    if scene.world.chain:
+        doing = ", then ".join(map(third, scene.deeds))
+    elif program not in SOLO:
+        doing = doing.format(others.pop(0))
     rest = ""
-    if world.chain:
-        happens = {"stays": "is there", "returns": "leaves and comes back"}
-        rest = "".join(f"; {name} {happens.get(visit.role, visit.role)}" for name, visit in zip(others, scene.visits[1:]))
-    elif others and deeds_alone:
-        rest = f" with {others[0]}"
+    if scene.visits:
+        for name, (role, _, _) in zip(others, scene.visits):
+            rest += f", {name} {role}"
     elif others:
-        rest = pick(rng, (" with {} nearby", " and there is {}", " next to {}", " while {} is in view")).format(others[0])
-        rest += f" and {others[1]}" if len(others) > 1 and rng.random() < 0.6 else ""
-    ground = " and ".join(dict.fromkeys(scene.grounds[:1 + (rng.random() < 0.8)]))
-    where = "" if deeds_alone else f"{pick(rng, ('on', 'over', 'against'))} {ground}"
-    templates = (f"{subject} {doing} {where}{rest}", f"{where}, {subject} {doing}{rest}",
-                 f"{subject} {doing}{rest}, {where}", f"there is {subject} {where}; it {doing}{rest}")
-    text = pick(rng, templates) if where and doing and not world.chain else templates[0]
+        rest = pick(rng, ("with {} nearby", "and there is {}", "next to {}", "along with {}"))
+        rest = ("with {}" if words == "deeds" else rest).format(" and ".join(others[:2]))
+    if words == "looks":
+        doing = ""
+    order = ["{subject} {doing} {where} {rest}"]
+    if words == "all" and not scene.world.chain:
+        order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
+                  "there is {subject} {where} ; it {doing} {rest}"]
+    text = pick(rng, order).format(subject=subject, doing=doing, where=where, rest=rest)
     for change in scene.film:
-        if rng.random() < 0.7 and not deeds_alone:
-            text += pick(rng, (", ", " as ", " while ")) + change
-    return " ".join(text.split()).replace(" ;", ";")
+        if words == "all" and rng.random() < 0.7:
+            text += pick(rng, (" , ", " as ", " while ")) + change
+    return " ".join(text.split()).replace(" ,", ",").replace(" ;", ";")
 
 
 def questions(rng, scene):
-    """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types: what,
-    first, after, times, back (who left and came back?), again (did it come back?), order. The wrong options come from
-    the same clip where it offers enough: that a thing occurs is not yet the answer. Balanced, so that a question's
-    words say nothing of its answer: all deeds are equally likely at each place of a chain, and how often the hero's
-    occurs and who comes back is drawn before the question."""
-    looks, qa = scene.looks, []
-    names, colours = [name_of(look) for look in looks], [list(COLOURS)[look["colour"]] for look in looks]
+    """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types:
+    what, first, after, times, back (who left and came back?), again (did it come back?), order. Wrong
+    options come from the same clip where it offers enough: that a thing occurs is not yet the answer.
+    Answers are balanced: all deeds are equally likely at each place of a chain, how often the hero's occurs
+    and who comes back is drawn before it is asked."""
+    names, deeds, qa = [name_of(look) for look in scene.looks], scene.deeds, []
+    known = list(CHAIN if scene.world.chain else MOTIONS)
 
-    def ask(kind, question, answer, mine, all_of=()):           # mine: what occurs in the clip
-        options = shuffled(rng, sorted(set(mine))) + shuffled(rng, list(all_of))
+    def ask(kind, question, answer, seen, all_of=()):
+        options = shuffled(rng, sorted(set(seen))) + shuffled(rng, list(all_of))
         options = [option for option in dict.fromkeys(options) if option != answer][:3]
         if options:
-            qa.append(dict(type=kind, question=question, answer=answer, options=shuffled(rng, [answer, *options])))
+            options = shuffled(rng, [answer, *options])
+            qa.append(dict(type=kind, question=question, answer=answer, options=options))
 
-    if len(scene.grounds) == 1 and scene.grounds[0] in GROUNDS and rng.random() < 0.5:
-        ask("what", "What is the ground made of?", scene.grounds[0], (), GROUNDS)
+    if len(scene.grounds) == 1 and not scene.world.plain and rng.random() < 0.5:
+        ask("what", "What is the ground made of?", scene.grounds[0], (), list(GROUNDS)[:-1])
     else:
+        colours = [name.split()[0] for name in names]
         ask("what", "What colour is the largest object?", colours[0], colours, COLOURS)
-    me, deeds = names[0], [deed(act) for act in scene.acts]
-    known = [deed(act) for act in (CHAIN if scene.world.chain else ACTS)]
-    where, i = pick(rng, (("first", 0), ("last", -1)))
-    ask("first", f"What does the {me} do {where}?", deeds[i], deeds, known)
+    ask("first", f"What does the {names[0]} do first?", deeds[0], deeds, known)
     if len(deeds) > 1:
-        asked = pick(rng, list(dict.fromkeys(deeds[:-1])))
-        mine, all_of = ([d for d in some if d != asked] for some in (deeds, known))
-        follows = deeds[deeds.index(asked) + 1]
-        ask("after", f"What does the {me} do right after it first {third(asked)}?", follows, mine, all_of)
-    most = min(3, (len(deeds) + 1) // 2)
-    if most > 1:
-        times = [str(n + 1) for n in range(most)]
-        ask("times", f"How many times does the {me} {scene.hero}?", str(deeds.count(scene.hero)), times)
-    goes = {j: visit.goes for j, visit in enumerate(scene.visits) if visit.goes is not None}
-    back = [j for j in goes if scene.visits[j].comes is not None]
-    if len(back) == 1 and len(looks) > 2:
-        ask("back", "Which object leaves the view and comes back?", names[back[0]], names[1:])
+        deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
+        follows = deeds[deeds.index(deed) + 1]
+        all_of = [other for other in known if other != deed]
+        seen = [other for other in all_of if other in deeds]
+        question = f"What does the {names[0]} do right after it first {third(deed)}?"
+        ask("after", question, follows, seen, all_of)
+    if len(deeds) > 2:
+        times = [str(n + 1) for n in range(min(3, (len(deeds) + 1) // 2))]
+        ask("times", f"How many times does the {names[0]} {scene.hero}?", str(deeds.count(scene.hero)), times)
+    visits = dict(zip(names[1:], scene.visits))
+    goes = {name: when for name, (role, when, _) in visits.items() if role in ("leaves", "returns")}
+    back = [name for name in goes if visits[name][0] == "returns"]
+    if len(back) == 1:
+        ask("back", "Which object leaves the view and comes back?", back[0], visits)
     if goes:
-        j = pick(rng, list(goes))
-        ask("again", f"Does the {names[j]} come back after it left?", "yes" if j in back else "no", ("yes", "no"))
-    pairs = [(i, j) for i in goes for j in goes if abs(goes[i] - goes[j]) >= max(2, scene.world.frames // 16)]
-    if pairs:
-        i, j = pick(rng, pairs)
-        soon = min(i, j, key=goes.get)
-        ask("order", f"Which leaves first, the {names[i]} or the {names[j]}?", names[soon], (names[i], names[j]))
+        name = pick(rng, list(goes))
+        answer = "yes" if name in back else "no"
+        ask("again", f"Does the {name} come back after it left?", answer, ("yes", "no"))
+    pair = shuffled(rng, list(goes))[:2]
+    if len(pair) == 2 and abs(goes[pair[0]] - goes[pair[1]]) >= max(2, scene.world.frames // 16):
+        ask("order", f"Which leaves first, the {pair[0]} or the {pair[1]}?", min(pair, key=goes.get), pair)
     return qa
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: pixels
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-SHAPE_RES, TEXTURE_RES = 128, 64
+CELLS, TILE = 128, 64                                           # sides of the tables below
 
 
 @functools.lru_cache(maxsize=None)
 def atlas(device):
-    """(shapes bool (10, R, R), textures float (6, S, S) in [0, 1]): what a look-up finds under local coordinates.
-    A table costs one gather a pixel whatever it shows; formulas would cost ten operations each, for every shape."""
-    g = (np.arange(SHAPE_RES) + 0.5) / SHAPE_RES * 2 - 1
+    """Shapes bool (10, 128, 128), False along their edges, and textures float (6, 64, 64) in [0, 1]: what
+    there is at an object's own coordinates. A look-up costs the same whatever it shows."""
+    g = (np.arange(CELLS) + 0.5) / CELLS * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1       # of a turn, from one point of the star to the next
-    star = 0.55 + 0.45 * (2 * np.abs(fifth - 0.5)) ** 1.2
+    # 0 .. 1 from one point of the star to the next
+    fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1
     hx, hy = 1.15 * x, 0.15 - 1.15 * y
     shaft = (abs(x) < 0.36) & (y > -0.1) & (y < 0.95)
     shapes = np.stack((
         radius < 0.92,                                                      # circle
         np.maximum(abs(x), abs(y)) < 0.8,                                   # square
         (y < 0.75) & (y > 1.75 * abs(x) - 0.95),                            # triangle
-        radius < 0.98 * star,
+        radius < 0.54 + 0.44 * abs(2 * fifth - 1) ** 1.2,                   # star
         (np.minimum(abs(x), abs(y)) < 0.36) & (radius < 0.98),              # cross
         (radius < 0.96) & (radius > 0.42),                                  # ring
         (hx ** 2 + hy ** 2 - 0.6) ** 3 < 1.12 * hx ** 2 * hy ** 3,          # heart
         (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),                   # moon
         shaft | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),  # arrow
         (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)))                   # hourglass
-    s = np.arange(TEXTURE_RES) / TEXTURE_RES
-    u, v = np.meshgrid(s, s)
+    u, v = np.meshgrid(np.arange(TILE) / TILE, np.arange(TILE) / TILE)
     speckles = np.random.default_rng(7).random((16, 16)).repeat(4, 0).repeat(4, 1)
     waves = (v + 0.15 * np.sin(2 * np.pi * u)) % 1 < 0.45
     dots = np.hypot(u - 0.5, v - 0.5) < 0.3
@@ -858,96 +921,93 @@ def atlas(device):
 
 def stack(scripts):
     """A list of scripts -> one dict of tensors with a leading batch axis; words stay out."""
-    keys = ("seeds", "warp", "camera", "light", "place", "shape", "count", "surface")
+    keys = ("seeds", "camera", "light", "place", "shape", "count", "surface")
     return {key: torch.from_numpy(np.stack([s[key] for s in scripts])) for key in keys}
 
 
 @torch.no_grad()
 def rasterise(scripts, size, device="cpu"):
-    """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on `device`.
-    Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel remembers the last
-    surface that covered it and its own coordinates on that surface, and is coloured once, at the end."""
+    """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on
+    `device`. Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel
+    remembers the last surface that covered it and its own coordinates on that surface, and is coloured
+    once, at the end."""
     device = torch.device(device)
-    chunk = 16 if device.type == "cpu" else 64                  # clips at once: their planes stay in the CPU's cache
+    # So many clips at once: on a CPU their planes stay in its cache.
+    chunk = 16 if device.type == "cpu" else 64
     videos, labels = [], []
     for i in range(0, len(scripts["count"]), chunk):
         s = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
         ids, u, v = draw_ground(s, size)
         for j in range(int(s["count"].max())):
-            where, object_u, object_v = covered(s, j, size)
+            where, own_u, own_v = covered(s, j, size)
             ids.view(-1)[where] = MAX_GROUNDS + j
-            u.view(-1)[where] = object_u
-            v.view(-1)[where] = object_v
+            u.view(-1)[where] = own_u
+            v.view(-1)[where] = own_v
         videos.append(coloured(s, ids, u, v))
         labels.append(ids.long())
     return torch.cat(videos), torch.cat(labels)
 
 
 def draw_ground(s, size):
-    """-> the region of each pixel (b, t, H, W), and its coordinates on the ground, which move with the camera"""
-    p = (torch.arange(size, device=s["camera"].device) + 0.5) / size
+    """-> the ground of each pixel (b, t, H, W), and its coordinates there, which move with the camera"""
+    p = (torch.arange(size, device=s["camera"].device) + 0.5) / size - 0.5
     cx, cy, zoom = s["camera"][..., None, None].unbind(2)                   # (b, t, 1, 1)
-    u = (p - 0.5) / zoom + 0.5 + cx                                         # (b, t, 1, W)
-    v = (p[:, None] - 0.5) / zoom + 0.5 + cy                                # (b, t, H, 1)
-    amount, frequency, p1, p2 = s["warp"][:, :, None, None, None].unbind(1)
-    x = u + amount * torch.sin(frequency * v + p1)                          # (b, t, H, W), wavy borders
-    y = v + amount * torch.sin(frequency * u + p2)
-    regions = int((s["seeds"][:, :, 0] < 100).sum(1).max())
-    nearest = torch.full_like(x, 1e9)
-    ids = torch.zeros_like(x, dtype=torch.int32)
-    for i in range(regions):
-        gx, gy = s["seeds"][:, i, :, None, None, None].unbind(1)            # (b, 1, 1, 1)
-        distance = (x - gx).square_().add_((y - gy).square_())
+    u = p / zoom + 0.5 + cx                                                 # (b, t, 1, W)
+    v = p[:, None] / zoom + 0.5 + cy                                        # (b, t, H, 1)
+    seeds = s["seeds"][..., None, None, None]                               # (b, 4, 2, 1, 1, 1)
+    nearest = (u - seeds[:, 0, 0]) ** 2 + (v - seeds[:, 0, 1]) ** 2         # (b, t, H, W)
+    ids = torch.zeros_like(nearest, dtype=torch.int32)
+    for i in range(1, MAX_GROUNDS):
+        distance = (u - seeds[:, i, 0]) ** 2 + (v - seeds[:, i, 1]) ** 2
         ids.masked_fill_(distance < nearest, i)
         nearest = torch.minimum(nearest, distance)
     return ids, u.expand_as(ids).contiguous(), v.expand_as(ids).contiguous()
 
 
 def covered(s, j, size):
-    """-> numbers of the pixels (n,) of the batch that object j of each clip covers, and their coordinates (n,) on it,
-    in units of its radius along its own axes. Only a square window around the object is looked at: 6 times as fast
-    at 64 px as to look at each pixel of the frame."""
-    shapes = atlas(s["place"].device)[0].flatten()
+    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and their coordinates
+    (n,) on it, along its own axes, in radii. Only a square window around the object is looked at: at 64 px
+    this is 6 times as fast as looking at every pixel of the frame."""
+    shapes = atlas(s["place"].device)[0]
     b, t = s["camera"].shape[:2]
-    x, y, r, angle = s["place"][:, j, :, None].unbind(-1)                   # (b, t, 1)
+    x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
-    column = ((x * size).round().long() + offset).clamp(-1, size)           # (b, t, w); -1 and size: outside
-    row = ((y * size).round().long() + offset).clamp(-1, size)
-    dx, dy = ((column + 0.5) / size - x)[:, :, None], ((row + 0.5) / size - y)[..., None]
-    cos, sin = (torch.cos(angle) / r)[..., None], (torch.sin(angle) / r)[..., None]
-    u, v = dx * cos + dy * sin, dy * cos - dx * sin                         # (b, t, w, w)
-    there = (column >= 0) & (column < size) & (s["count"] > j)[:, None, None]
-    seen = there[:, :, None] & ((row >= 0) & (row < size))[..., None]
-    near = (seen & (u.abs() < 1) & (v.abs() < 1)).flatten().nonzero()[:, 0]
-    u, v = u.flatten()[near], v.flatten()[near]
-    # just below 1, a coordinate is rounded up to SHAPE_RES, which is beyond the last cell
-    cell_u, cell_v = (((q + 1) * (SHAPE_RES / 2)).long().clamp(max=SHAPE_RES - 1) for q in (u, v))
-    kind = s["shape"][:, j][near // (t * w * w)]
-    hit = shapes[(kind * SHAPE_RES + cell_v) * SHAPE_RES + cell_u]
+    column = (x * size).round().long() + offset                             # (b, t, 1, w)
+    row = (y * size).round().long() + offset[:, None]                       # (b, t, w, 1)
+    dx, dy = (column + 0.5) / size - x, (row + 0.5) / size - y
+    u = (dx * torch.cos(angle) + dy * torch.sin(angle)) / r                 # (b, t, w, w)
+    v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / r
+    cell_u = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    cell_v = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    kind = s["shape"][:, j, None, None, None]
+    hit = shapes.flatten()[(kind * CELLS + cell_v) * CELLS + cell_u]
+    hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
     frame = torch.arange(b * t, device=x.device).view(b, t, 1, 1)
-    pixel = (frame * size + row[..., None]) * size + column[:, :, None]     # (b, t, w, w)
-    return pixel.flatten()[near[hit]], u[hit], v[hit]
+    pixel = (frame * size + row) * size + column
+    hit = hit.flatten().nonzero()[:, 0]
+    return pixel.flatten()[hit], u.flatten()[hit], v.flatten()[hit]
 
 
 def coloured(s, ids, u, v):
-    """Surface ids (b, t, H, W) and coordinates on them -> video uint8 (b, t, H, W, 3). Column by column of the table
-    of surfaces: index_select on a plane is 4 times as fast as advanced indexing."""
-    textures = atlas(ids.device)[1].flatten()
+    """Surface of each pixel (b, t, H, W) and coordinates on it -> video uint8 (b, t, H, W, 3). The table of
+    surfaces is read column by column: index_select on a plane is 4 times as fast as advanced indexing."""
     clip = torch.arange(len(ids), device=ids.device, dtype=torch.int32)[:, None, None, None]
     row = (ids + clip * s["surface"].shape[1]).flatten()
-    column = s["surface"].flatten(0, 1).t().contiguous()                    # (11, b * 12)
-    kind, tiles, cos, sin, shade = (column[i].index_select(0, row) for i in range(5))
-    u, v, tiles = u.flatten(), v.flatten(), tiles * TEXTURE_RES
-    tile_u = ((u * cos + v * sin) * tiles).floor().int() % TEXTURE_RES
-    tile_v = ((v * cos - u * sin) * tiles).floor().int() % TEXTURE_RES
-    blend = textures.index_select(0, (kind.int() * TEXTURE_RES + tile_v) * TEXTURE_RES + tile_u)
-    gain = 1 + shade * v
+    column = s["surface"].flatten(0, 1).t().contiguous()                    # (9, b * 12)
+    kind, tiles, shade = (column[i].index_select(0, row) for i in range(3))
+    tiles = tiles * TILE
+    tile_u = (u.flatten() * tiles).floor().int() % TILE
+    tile_v = (v.flatten() * tiles).floor().int() % TILE
+    textures = atlas(ids.device)[1].flatten()
+    blend = textures.index_select(0, (kind.int() * TILE + tile_v) * TILE + tile_u)
+    gain = 1 + shade * v.flatten()
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
     for c in range(3):
-        first, step = column[5 + c], column[8 + c] - column[5 + c]
-        plane = first.index_select(0, row).addcmul_(step.index_select(0, row), blend).mul_(gain).view(ids.shape)
-        video[..., c] = plane.mul_(s["light"][:, :, c, None, None]).clamp_(0, 255)
+        first = column[3 + c].index_select(0, row)
+        second = column[6 + c].index_select(0, row)
+        plane = (torch.lerp(first, second, blend) * gain).view(ids.shape)
+        video[..., c] = (plane * s["light"][:, :, c, None, None]).clamp(0, 255)
     return video
 
 
@@ -955,8 +1015,9 @@ def coloured(s, ids, u, v):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv", ".flv",
-                  ".ts", ".3gp"}
+# what is taken for a video or a picture in a folder, and for a clip rather than a header in a table
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv",
+                  ".flv", ".ts", ".3gp"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -964,7 +1025,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 def opened(path):
     """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
     wrong inside is a BadVideo of one line."""
-    import av
+    import av                                                   # here: made clips need no av
     if not os.path.isfile(path):
         raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
@@ -1001,13 +1062,15 @@ def frame_count(path, container, stream):
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
+    # MP4 and its kin count also frames that an edit list hides; their length is of what is shown
     if "mov" in container.format.name and length:
-        return min(stream.frames or expected, expected)         # an edit list may hide some
+        return min(stream.frames or expected, expected)
     return stream.frames or expected or len(frame_times(path))
 
 
 def frame_times(path):
-    """When each frame of a video is shown, in seconds after the first. Nothing is decoded."""
+    """When each frame of a video is shown, in seconds after the first: (F,), ascending. All packets are read,
+    none is decoded; a film of an hour takes a few seconds."""
     with opened(path) as (container, stream):
         tick, rate = float(stream.time_base), rate_of(stream)
         by_count = container.format.name == "avi"
@@ -1017,9 +1080,9 @@ def frame_times(path):
     return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
 
 
-def upright(frame, size, whole=False):
-    """A frame of PyAV -> uint8 (size, size, 3), its central square; whole: (h, w, 3), all of it, and the short
-    side is `size`. Pixels are taken as square ones."""
+def upright(frame, size, whole=False, crop=0.5):
+    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the
+    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels count as square ones."""
     import av
     turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
@@ -1033,15 +1096,23 @@ def upright(frame, size, whole=False):
     h = max(size, round(frame.height * scale))
     image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
     if not whole:
-        top, left = (h - size) // 2, (w - size) // 2
+        top, left = int(crop * (h - size)), int(crop * (w - size))
         image = image[top:top + size, left:left + size]
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
 def check_size(path, frame, first):
-    if (frame.width, frame.height) != (first.width, first.height):
-        raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {first.width} x {first.height}; "
-                       "re-encode it at one size")
+    """Masks and models take one size: a stream whose frames change theirs is refused."""
+    sizes = [f"{one.width} x {one.height} px" for one in (frame, first)]
+    if sizes[0] != sizes[1]:
+        raise BadVideo(f"{path}: a frame of {sizes[0]} among those of {sizes[1]}; re-encode it at one size")
+
+
+def check_end(path, end, total, rate):
+    """Headers often announce a little too much; of a cut file, a lot."""
+    announced = total / rate
+    if announced - end > max(3 / rate, 0.05 * announced):
+        raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
 
 def in_order(path, container, stream):
@@ -1062,6 +1133,7 @@ def on_screen(frames, wanted):
     """(seconds, frame) pairs in order -> a list of those on screen at the times `wanted`."""
     shown, ahead, found = None, next(frames, None), []
     for t in wanted:
+        # on screen is the last frame that began before. Nothing begins before the first.
         while ahead and (shown is None or ahead[0] <= t):
             shown, ahead = ahead, next(frames, None)
         found.append(shown)
@@ -1077,9 +1149,11 @@ def by_seeking(container, stream, wanted):
     # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
     if container.format.name == "avi" or "444" in (codec.pix_fmt or ""):
         return None
-    margin = 1 + 16 / rate_of(stream)                           # frames are stored in another order than shown
+    # frames are stored in another order than they are shown
+    margin = 1 + 16 / rate_of(stream)
     if wanted[0] > margin:
         container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
+    # up to the packet that is decoded after the last wanted time: whatever comes later is shown later
     packets = []
     for packet in container.demux(stream):
         if packet.size:
@@ -1089,10 +1163,13 @@ def by_seeking(container, stream, wanted):
     stamps = [packet.pts for packet in packets]
     if None in stamps:
         return None
+    # what an edit list hides is decoded, since others may refer to it, but never on screen
     shown = np.array(sorted(p.pts for p in packets if not p.is_discard))
     places = np.searchsorted((shown - start) * tick, wanted, side="right") - 1
     if len(shown) == 0 or places[0] < 0:
         return None
+    # which packets have to be decoded: from a key frame up to a chosen one, in the order of the file. Frames
+    # between a key frame and its packet may be shown before it, and then refer to what came before.
     chosen, needed, frames = shown[places].tolist(), set(), {}
     for pts in set(chosen):
         at = key = stamps.index(pts)
@@ -1102,13 +1179,14 @@ def by_seeking(container, stream, wanted):
                 return None
         needed.update(range(key, at + 1))
 
-    def keep(decoded):
+    def keep(decoded):                                          # frames come out later than packets go in
         frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
 
     for i in sorted(needed):
         if i - 1 not in needed:                                 # a key frame: what was before it is forgotten
             keep(codec.decode(None))
             codec.flush_buffers()
+        # NONREF: a frame is left out if no other refers to it
         codec.skip_frame = "DEFAULT" if stamps[i] in chosen else "NONREF"
         keep(codec.decode(packets[i]))
     keep(codec.decode(None))
@@ -1118,9 +1196,9 @@ def by_seeking(container, stream, wanted):
     return [((pts - start) * tick, frames[pts]) for pts in chosen]
 
 
-def decode(path, frames, size, start=None, stride=1, whole=False):
+def decode(path, frames, size, start=None, stride=1, crop=0.5):
     """T frames of a video, or the one of a picture -> uint8 (T, size, size, 3), and when they are shown, in
-    seconds after the first frame (T,). whole: (T, h, w, 3), not cut, the short side `size`.
+    seconds after the first frame (T,). crop: where along the longer side the square is cut, 0 .. 1.
 
     start=None: what is on screen in the middles of T equal parts. Else T frames in a row, every `stride`-th
     (less where the video is too short), from `start` on, a fraction 0 .. 1 of the room there is.
@@ -1131,7 +1209,7 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
         if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} of a clip; give less --frames or a longer video")
+            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
         if start is None:
             numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
         else:
@@ -1142,20 +1220,21 @@ def decode(path, frames, size, start=None, stride=1, whole=False):
         # what lies far apart is sought one by one
         far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
         parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
-        found = None if None in parts else sum(parts, [])
-        if found is None:
+        if None in parts:
+            # decode everything from the beginning on
             container.seek(0)
             stream.codec_context.skip_frame = "DEFAULT"
-            found = on_screen(in_order(path, container, stream), wanted)
+            parts = [on_screen(in_order(path, container, stream), wanted)]
+        found = sum(parts, [])
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
         for _, frame in found:
             check_size(path, frame, found[0][1])
-        images = [upright(frame, size, whole) for _, frame in found]
-        times = np.array([time for time, _ in found])
-    slack = max(2 / rate, 0.05 * total / rate)
-    if wanted[-1] - times[-1] > slack and wanted[-1] - frame_times(path)[-1] > slack:
-        raise BadVideo(f"{path}: ends before the {total / rate:.2f} s that its header announces; re-encode or cut it")
+        images = [upright(frame, size, crop=crop) for _, frame in found]
+        times = np.array([seconds for seconds, _ in found])
+    # the last one stays long, or the file ends early? Only all its packets tell.
+    if wanted[-1] - times[-1] > 2 / rate:
+        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1] * rate, rate)
     return np.stack(images), times
 
 
@@ -1165,9 +1244,9 @@ def read_frames(path, size, whole=False):
     piece, end = [], 0
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
-        for time, frame in in_order(path, container, stream):
+        for seconds, frame in in_order(path, container, stream):
             piece.append(upright(frame, size, whole))
-            end = max(end, time + 1 / rate)
+            end = max(end, seconds + 1 / rate)
             if len(piece) == 8:
                 yield np.stack(piece)
                 piece = []
@@ -1175,8 +1254,7 @@ def read_frames(path, size, whole=False):
         yield np.stack(piece)
     if not end:
         raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
-    if total / rate - end > max(3 / rate, 0.05 * total / rate):
-        raise BadVideo(f"{path}: ends at {end:.2f} s of the {total / rate:.2f} s that its header announces; re-encode or cut it")
+    check_end(path, end, total, rate)
 
 
 def load_labels(mask_path, graph_path, times, size, video):
@@ -1187,41 +1265,44 @@ def load_labels(mask_path, graph_path, times, size, video):
     mask, graph = sidecars(mask_path, graph_path)
     shown = frame_times(video)
     if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
-        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write one for each")
+        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write all")
+    # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
-    scale = min(h, w) / size
-    place = (np.arange(size) + 0.5 - size / 2) * scale
+    place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
     rows = (h / 2 + place).astype(int)
     columns = (w / 2 + place).astype(int)
+    # frames are told apart by their times: at a variable rate their number is not time x rate
     labels = np.full((len(times), size, size), -1)
-    for label, f in zip(labels, np.searchsorted(shown, times).clip(max=len(mask) - 1)):
+    for label, t in zip(labels, times):
+        f = min(int(np.abs(shown - t).argmin()), len(mask) - 1)
         ids = mask[f][rows[:, None], columns]
         order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
-        sorted_ids = graph[order, f]
-        at = np.searchsorted(sorted_ids, ids).clip(max=len(order) - 1)
-        found = (ids > 0) & (sorted_ids[at] == ids)
+        own = graph[order, f]                                   # ascending
+        at = np.searchsorted(own, ids).clip(max=len(own) - 1)
+        found = (ids > 0) & (own[at] == ids)
         label[found] = order[at[found]]
     return labels
 
 
 def sidecars(mask_path, graph_path):
     """-> mask (F, H, W) and graph (M, F), whole numbers. BadVideo names the file that is wrong."""
+    if not (mask_path and graph_path):
+        raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     arrays = []
     for path, key, axes in ((mask_path, "arr_0", 3), (graph_path, "tensor", 2)):
-        if path is None:
-            raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write both, or remove both")
         try:
             with np.load(path) as file:
                 array = file[key]
+            fits = array.ndim == axes and array.dtype.kind in "iub" and array.size
+            assert fits, f"{array.dtype} {array.shape}"
         # what numpy raises depends on where a file is damaged
         except Exception as error:
-            raise BadVideo(f"{path}: no labels can be read ({type(error).__name__}: {error}); write both sidecars again, or remove them") from None
-        if array.ndim != axes or array.dtype.kind not in "iub" or not array.size:
-            raise BadVideo(f"{path}: `{key}` is {array.dtype} {array.shape}; it must be whole numbers of {axes} axes")
+            reason = f"{type(error).__name__}: {str(error)[:60]}"
+            raise BadVideo(f"{path}: no labels ({reason}); whole numbers `{key}` of {axes} axes") from None
         arrays.append(array)
     mask, graph = arrays
     if graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: {len(mask)} frames, but its graph has {graph.shape[1]}; write both again")
+        raise BadVideo(f"{mask_path}: {len(mask)} frames, its graph has {graph.shape[1]}; write both again")
     return mask, graph
 
 
@@ -1234,6 +1315,7 @@ COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "vi
 COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
 COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
 COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
+EXPECTED = 'a JSON list of {"video": path, "caption": text}, or such an object a line'
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -1251,6 +1333,7 @@ def read_manifest(path):
     folder = path if path.is_dir() else path.parent
     entries = {}
     for where, row in read_rows(path):
+        # the real path: a file may be named in several ways
         try:
             entry = to_entry(row, folder)
             file = os.path.realpath(entry["path"])
@@ -1258,7 +1341,7 @@ def read_manifest(path):
         except ValueError as error:
             raise BadInput(f"{path} {where}: {error}") from None
     if not entries:
-        raise BadInput(f'{path}: holds no entries; expected a JSON list of {{"video": path, "caption": text}}')
+        raise BadInput(f"{path}: holds no entries; expected {EXPECTED}")
     return list(entries.values())
 
 
@@ -1266,11 +1349,12 @@ def read_rows(path):
     """-> (where, row) pairs of a manifest, a CSV file or a folder."""
     if path.is_dir():
         return folder_rows(path)
+    # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8: {error.reason} at byte {error.start}"
-        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder of videos") from None
+        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder") from None
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return csv_rows(path, text)
     if text.lstrip().startswith("["):
@@ -1281,44 +1365,57 @@ def read_rows(path):
 
 
 def load_json(path, text, line):
+    """JSON that begins in this line of a file -> its value."""
     try:
         return json.loads(text)
     except ValueError as error:
         line += getattr(error, "lineno", 1) - 1
-        raise BadInput(f'{path} line {line}: not a manifest ({error}); expected a JSON list of {{"video": path, '
-                       '"caption": text}, or such an object a line') from None
+        raise BadInput(f"{path} line {line}: not a manifest ({error}); expected {EXPECTED}") from None
 
 
 def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons or
-    spaces."""
+    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons
+    or spaces."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
     try:
+        # csv reads quoted line breaks and both kinds of line ends; cells are stripped, or " walking" and
+        # "walking" would be two classes
         for cells in reader:
             cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
-            if header is None and Path(cells[0] if cells else "").suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                header = ["video", "label"]
-            if header is None and any(cells):
-                header = [COLUMNS.get(cell.lower()) for cell in cells]
-                if "video" not in header or not {"caption", "label", "mask"} & set(header):
-                    raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:80]}; a column for the file and one for "
-                                   f"its caption or label are needed; known are {', '.join(COLUMNS)}")
-            elif any(cells) and len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote what holds the separator")
-            elif any(cells):
-                yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
+            if not any(cells):
+                continue
+            if header is None:
+                # Kinetics writes `path,label` and V-JEPA `path label`, without a header
+                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
+                if not media:
+                    continue
+            if len(cells) != len(header):
+                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote separators")
+            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
 
 
+def known_columns(where, cells):
+    """A header -> our name of each column, None for those that are not read."""
+    header = [COLUMNS.get(cell.lower()) for cell in cells]
+    if "video" not in header or not {"caption", "label", "mask"} & set(header):
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one for "
+                       f"its caption or label, by one of {', '.join(COLUMNS)}")
+    return header
+
+
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file. Links are followed, hidden names left out."""
+    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out.
+    Pictures count where there are no videos: beside videos they are thumbnails."""
     videos, pictures = [], []
     for folder, folders, files in os.walk(root, followlinks=True):
-        above = os.path.realpath(folder) + os.sep               # a link to a folder above would never end
+        # a link to a folder above would never end
+        above = os.path.realpath(folder) + os.sep
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not above.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
         for name in sorted(files):
@@ -1344,6 +1441,7 @@ def to_entry(row, folder):
     """A row of a manifest -> an entry. ValueError says what is wrong with it."""
     if not isinstance(row, dict) or not is_text(row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
+    # types first, so that nothing below has to think of them
     kinds = dict(caption=(str, list), label=(str, int), group=(str, int), split=str, mask=str, graph=str,
                  qa=list, conversations=list)
     for key, kind in kinds.items():
@@ -1354,13 +1452,14 @@ def to_entry(row, folder):
     entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
     captions = [row["caption"]] if isinstance(row.get("caption"), str) else row.get("caption")
     if captions and not all(map(is_text, captions)):
-        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give a text or a list of texts, none empty')
+        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give one text or several, none empty')
     entry["caption"] = captions or None
     for key in ("label", "group"):
         entry[key] = None if row.get(key) is None else str(row[key])
     if row.get("split") not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
     entry["split"] = SPLITS.get(row.get("split"))
+    # a sidecar that is named must be there; one that is not named may be
     for key in ("mask", "graph"):
         sidecar = Path(folder, row[key]) if row.get(key) else file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(sidecar) if row.get(key) or sidecar.exists() else None
@@ -1370,15 +1469,17 @@ def to_entry(row, folder):
         if row.get("conversations"):
             entry["conversations"] = [conversation(row["conversations"])]
     except (KeyError, TypeError, ValueError):
-        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of {"from": "human", '
-                         '"value": question} and {"from": "gpt", "value": answer} in turn') from None
+        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of '
+                         '{"from": "human", "value": text} and {"from": "gpt", "value": text}') from None
     return entry
 
 
 def pair(question, answer, source):
+    """A question and its answer, with its kind and the answers to choose from where they are given."""
     if not is_text(question) or not is_text(answer):
         raise ValueError
-    return dict(question=question, answer=answer) | {key: source[key] for key in ("type", "options") if key in source}
+    more = {key: source[key] for key in ("type", "options") if key in source}
+    return dict(question=question, answer=answer) | more
 
 
 def conversation(turns):
@@ -1397,7 +1498,7 @@ def joined(entry, other):
     """Two rows of one file -> one entry with the captions and questions of both."""
     for key in ("label", "group", "split", "mask", "graph"):
         if None not in (entry[key], other[key]) and entry[key] != other[key]:
-            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the same file says {entry[key]!r}')
+            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the file says {entry[key]!r}')
         other[key] = other[key] if entry[key] is None else entry[key]
     other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
     for key in ("qa", "conversations"):
@@ -1407,12 +1508,14 @@ def joined(entry, other):
 
 
 def split(entries):
-    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If no
-    entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
+    """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If
+    no entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
     others are added. Of a few entries a sixth at least is held out."""
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
+        # names, not numbers in the list: the order of a manifest does not matter. Whole names: of
+        # <id>/rgb.mp4 the last part is the same for all.
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
         share = min(0.25, 5000 / len(entries))
         least = max(min(len(entries), 24) // 6, 1)
@@ -1421,782 +1524,97 @@ def split(entries):
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
     if not train or not test:
-        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is needed; "
-                       'mark some entries "split": "val", or give --val')
+        raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is "
+                       'needed; mark some entries "split": "val", or give --val')
     return train, test
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: dense motion
-# ---------------------------------------------------------------------------------------------------------------------
-
-def opponent(frames):
-    """uint8 (t, H, W, 3) -> float (t, 3, H, W): light, red against green, both against blue. Distances in it see hue where grey does not."""
-    r, g, b = (torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 255).unbind(1)
-    return torch.stack([(r + g + b) / 3, (r - g) / 2, (r + g - 2 * b) / 4], 1)
-
-
-def box(x, radius):
-    """The mean over the (2 radius + 1) square about each pixel; at the border, over what there is of it."""
-    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
-
-
-def positions(h, w):
-    """Pixel numbers, x and y: (2, h, w)."""
-    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float32), torch.arange(w, dtype=torch.float32), indexing="ij")
-    return torch.stack([x, y])
-
-
-def warped(x, flow):
-    """x (n, c, h, w) read at each pixel's own place + flow (n, 2, h, w; x and y in pixels); outside, the nearest pixel of the border."""
-    h, w = x.shape[-2:]
-    at = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1) * 2 - 1
-    return F.grid_sample(x, at.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-
-
-def slopes(x):
-    """Differences to the right and lower neighbour (n, c, h, w) each, 0 at the border."""
-    return F.pad(x[..., 1:] - x[..., :-1], (0, 1)), F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
-
-
-def grown(flow, h, w):
-    """A flow field at another resolution, in the pixels of that resolution."""
-    scale = torch.tensor([w / flow.shape[-1], h / flow.shape[-2]]).view(2, 1, 1)
-    return F.interpolate(flow, size=(h, w), mode="bilinear") * scale
-
-
-def searched_motion(a, b, h, w):
-    """The coarsest level, by trying everything: each of h x w cells of a against each of b, on patches of 3 x 3 cells of colours and slopes
-    at twice that resolution. A far match costs a little more, else plain ground jumps anywhere.
-    -> flow (n, 2, h, w) in cells, confidence (n, 1, h, w): near 1 where the way back from b leads home."""
-    n = len(a)
-
-    def patches(x):                                              # (n, patch, cells)
-        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w))
-        right, down = slopes(x[:, :1])
-        x = torch.cat([x * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1), 2 * right, 2 * down], 1)
-        return F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 6, stride=2)
-    p, q = patches(a), patches(b)
-    place = positions(h, w).flatten(1).T                         # (cells, 2)
-    far, there, back = 0.08 * torch.cdist(place, place), [], []
-    for i in range(n):                                           # one pair at a time: cells x cells numbers each
-        distance = (p[i].square().sum(0)[:, None] + q[i].square().sum(0) - 2 * p[i].T @ q[i]).clamp(min=0)
-        cost = distance / (distance.amin(1).median() + 1e-3) + far
-        there.append((place[cost.argmin(1)] - place).T.reshape(2, h, w))
-        back.append((place[cost.argmin(0)] - place).T.reshape(2, h, w))
-    flow = torch.stack(there)
-    home = (flow + warped(torch.stack(back), flow)).norm(dim=1, keepdim=True)
-    return flow, torch.exp(-(home / 1.5) ** 2) + 1e-3
-
-
-def refined_motion(a, b, flow, steps=3):
-    """Lucas and Kanade: each step solves, in a window of 5 x 5 pixels, for the shift that explains what still differs; a step of at most a
-    pixel, taken only where it helps; then the field is smoothed, and plain places follow those that have structure."""
-    gx, gy = ((x + F.pad(x, pad)[..., :x.shape[-2], :x.shape[-1]]) / 2 for x, pad in zip(slopes(a), ((1, 0), (0, 0, 1, 0))))
-    xx, xy, yy = (box(g.sum(1, keepdim=True), 2) for g in (gx * gx, gx * gy, gy * gy))
-    xx, yy = xx + 1e-4, yy + 1e-4
-    determinant = xx * yy - xy * xy
-    weight = determinant / (xx + yy) + 1e-5                      # large where there are edges of two directions
-    for _ in range(steps):
-        error = warped(b, flow) - a
-        ex, ey = (box((g * error).sum(1, keepdim=True), 2) for g in (gx, gy))
-        step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
-        new = flow + step.clamp(-1, 1)
-        helps = box((warped(b, new) - a).abs().sum(1, keepdim=True), 2) < box(error.abs().sum(1, keepdim=True), 2)
-        flow = torch.where(helps, new, flow)
-        flow = box(flow * weight, 1) / box(weight, 1)
-    return flow
-
-
-def camera_motion(flow, weight, rounds=15):
-    """What the camera did, as the motion of a plane: u = p0 + p1 x + p2 y + (p6 x + p7 y) x, v likewise: 8 numbers, fitted by re-weighted
-    least squares, so that what moves by itself counts less and less. Its scale begins wide and ends at the median of what is left.
-    CHOICE: the border of the frame counts ten times as much as the middle: things that a camera follows stand in the middle, and a bus
-    that fills a third of the frame was taken for the ground without it.
-    flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w): the camera's part."""
-    def basis(h, w):                                             # (8, 2 h w): u of every pixel, then v
-        x, y = (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) * 2 - 1
-        one, none = torch.ones_like(x), torch.zeros_like(x)
-        return torch.cat([torch.stack([one, x, y, none, none, none, x * x, x * y]), torch.stack([none, none, none, one, x, y, x * y, y * y])], 1), x, y
-    n, (h, w) = len(flow), flow.shape[-2:]
-    few = min(h, 28), min(w, round(28 * max(w / h, 1)))          # 8 numbers need no more places than these
-    rows, x, y = basis(*few)
-    target, start = F.adaptive_avg_pool2d(flow, few).flatten(1), F.adaptive_avg_pool2d(weight, few).flatten(1) * (0.1 + torch.maximum(x.abs(), y.abs()) ** 2)
-    little = torch.tensor([1e-6, 1e-3, 1e-3, 1e-6, 1e-3, 1e-3, 3e-2, 3e-2]).diag() * len(x)          # nothing to see: no motion
-    now = start
-    for i in range(rounds):
-        weighted = rows * now.repeat(1, 2)[:, None]              # (n, 8, 2 h w)
-        p = torch.linalg.solve(weighted @ rows.T + little, weighted @ target[..., None])[..., 0]
-        left = (target - p @ rows).view(n, 2, -1).square().sum(1)
-        scale = left.median(1, keepdim=True)[0].clamp(min=0.1) * max(2.5 * 0.8 ** i, 1.0) ** 2
-        now = start * torch.exp(-left / scale / 2) if i > 3 else start / (left.sqrt() + 0.3)
-    return (p @ basis(h, w)[0]).view(n, 2, h, w)
-
-
-def dense_motion(a, b):
-    """Where each pixel of a is in b, from scratch. a, b (n, 3, H, W) of `opponent` -> flow and the camera's part of it, both (n, 2, H/2, W/2)
-    in pixels of that half resolution. Three levels: an eighth, where every displacement is tried; a quarter and a half, refined."""
-    h, w = a.shape[-2:]
-    flow, weight = searched_motion(a, b, -(-h // 8), -(-w // 8))
-    camera = camera_motion(flow, weight)
-    flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
-    for s in (4, 2):
-        size = -(-h // s), -(-w // s)
-        p, q = F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
-        flow, camera = grown(flow, *size), grown(camera, *size)
-        wrong, wrong_camera = (box((warped(q, f) - p).abs().sum(1, keepdim=True), 2) for f in (flow, camera))
-        flow = refined_motion(p, q, torch.where(wrong_camera <= wrong + 0.01, camera, flow))         # the ground moves with the camera
-        camera = camera_motion(flow, torch.exp(-10 * box((warped(q, flow) - p).abs().sum(1, keepdim=True), 2)))
-    return flow, camera
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Real video: labels without another model
-# ---------------------------------------------------------------------------------------------------------------------
-
-# TrajViT's pipeline (SPECS 2): key frames by three votes -> segment -> track to the next key frame -> link by IoU >= 0.5 -> graph. Two functions
-# make a method, `segment` and `track` (METHODS, below); everything else is the same for all.
-#
-# `classic` needs nothing but torch. Its segment sees a few frames of the stretch between two key frames together:
-#   1. superpixels: each frame in patches of one colour, some 10 pixels wide;
-#   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion differs from the camera's;
-#   3. votes: each superpixel takes the mean of those that look like it in *every* frame, a few times over. What moves is marked in part and
-#      in some frames only (the edges of a plain thing, a leg); its colours and texture tell the rest. So do false alarms die: the ground that
-#      looks like them says no;
-#   4. the marked ones, where they stand out clearly, are trajectories, one for each connected piece; all others are merged with what they touch,
-#      in space and along the motion, as colour, texture and place tell.
-# Measured on DAVIS-2016 (results/labels-davis.json); parameters were chosen on 12 of its 30 sequences.
-
-PATCH = 10                                                       # pixels of a superpixel's side
-REGIONS = 40                                                     # trajectories of a stretch, at most
-
-
-def superpixels(x, rounds=4):
-    """x (t, 3, H, W) -> (t, H, W): superpixel of each pixel, numbered through all frames, and how many there are to a frame. SLIC: k-means on
-    colour and place, each pixel looking at the nine nearest centres; half the resolution until the last round."""
-    t, _, height, width = x.shape
-    rows, columns = max(height // PATCH, 1), max(width // PATCH, 1)
-    n = rows * columns
-
-    def points(h, w):                                            # (t, 5, h, w): colour, then place in patches
-        place = (positions(h, w) + 0.5) / torch.tensor([w / columns, h / rows]).view(2, 1, 1)
-        return torch.cat([F.adaptive_avg_pool2d(x, (h, w)) / 0.06, place.expand(t, 2, h, w)], 1)
-
-    def nearest(f, centres):
-        h, w = f.shape[-2:]
-        r, c = (torch.arange(h) * rows // h)[:, None], (torch.arange(w) * columns // w)[None]
-        best, owner = torch.full((t, h, w), math.inf), torch.zeros((t, h, w), dtype=torch.int64)
-        for dr, dc in ((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
-            index = (r + dr).clamp(0, rows - 1) * columns + (c + dc).clamp(0, columns - 1)
-            distance = (f - centres[:, :, index.flatten()].view(f.shape)).square().sum(1)
-            owner = torch.where(distance < best, index, owner)
-            best = torch.minimum(best, distance)
-        return owner + n * torch.arange(t).view(t, 1, 1)
-    f = points(max(height // 2, 1), max(width // 2, 1))
-    centres = F.adaptive_avg_pool2d(f, (rows, columns)).flatten(2)
-    for _ in range(rounds):
-        owner = nearest(f, centres)
-        mean, size = means(f, owner, t * n)
-        centres = torch.where(size.view(t, 1, n) > 0, mean.view(t, n, 5).transpose(1, 2), centres)
-    return nearest(points(height, width), centres), n
-
-
-def means(values, owner, n):
-    """values (t, c, H, W) averaged over the pixels of each of n owners (t, H, W) -> (n, c), and the pixels of each (n,)."""
-    c, owner = values.shape[1], owner.flatten()
-    total = torch.zeros(n, c).index_add_(0, owner, values.movedim(1, -1).reshape(-1, c))
-    size = torch.bincount(owner, minlength=n).float()
-    return total / size.clamp(min=1)[:, None], size
-
-
-def neighbours(owner, n):
-    """Superpixels that touch -> i, j (edges,) and the length of their border in pixels."""
-    sides = [(owner[..., 1:], owner[..., :-1]), (owner[:, 1:], owner[:, :-1])]
-    p, q = (torch.cat([side[k].flatten() for side in sides]) for k in (0, 1))
-    key, length = (torch.minimum(p, q) * n + torch.maximum(p, q))[p != q].unique(return_counts=True)
-    return key // n, key % n, length.float()
-
-
-def followers(owner, flow, n):
-    """Superpixels that lie on one another when a frame is moved onto the next. owner (t, H, W), flow (t - 1, 2, h, w) -> i, j, and the share
-    of i that lies on j."""
-    t, h, w = owner.shape
-    x, y = (positions(h, w) + grown(flow, h, w)).round().long().unbind(1)
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-    frame = torch.arange(1, t).view(-1, 1, 1).expand_as(x)
-    key, count = (owner[:-1][inside] * n + owner[frame[inside], y[inside], x[inside]]).unique(return_counts=True)
-    return key // n, key % n, count / torch.bincount(owner.flatten(), minlength=n)[key // n]
-
-
-def unlike_the_ground(x):
-    """x (t, 3, H, W) -> how much each pixel differs from both neighbouring frames after the camera's motion is undone, how much its motion
-    differs from the camera's (both (t, 1, h, w), half resolution, inf where neither neighbour shows the place), and the flow to the next
-    frame (t - 1, 2, h, w). Of the two neighbours the smaller difference counts: ground that a thing uncovers is seen in the other."""
-    t = len(x)
-    flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
-    h, w = flow.shape[-2:]
-    a, b = (F.adaptive_avg_pool2d(y, (h, w)) for y in (torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]])))
-    error = torch.full_like(flow[:, :1], math.inf)
-    for dx, dy in ((i, j) for i in (-0.7, 0, 0.7) for j in (-0.7, 0, 0.7)):  # the camera's model is a plane: the world may be half a pixel off
-        shifted = warped(b, camera + torch.tensor([dx, dy]).view(2, 1, 1))
-        error = torch.minimum(error, box((shifted - a).abs().sum(1, keepdim=True), 1))
-    own = (flow - camera).norm(dim=1, keepdim=True)
-    to = positions(h, w) + camera
-    outside = ((to < 0) | (to > torch.tensor([w - 1, h - 1]).view(2, 1, 1))).any(1, keepdim=True)
-
-    def smaller(values):
-        values, none = values.masked_fill(outside, math.inf), torch.full((1, 1, h, w), math.inf)
-        return torch.minimum(torch.cat([values[:t - 1], none]), torch.cat([none, values[t - 1:]]))
-    return smaller(error), smaller(own), flow[:t - 1]
-
-
-def stands_out(values, seen, frame, t):
-    """How far values (n,) stand out, 0 .. 1: the median of their frame is 0, nine times the usual deviation from it (of the frame, and of all
-    frames) is 1. Where the camera's motion was not found, everything deviates and nothing stands out."""
-    def middle(v):
-        return v.median(), (v - v.median()).abs().median() + 1e-3
-    out = torch.zeros_like(values)
-    if not seen.any():
-        return out
-    usual = middle(values[seen])[1]
-    for i in range(t):
-        here = seen & (frame == i)
-        if here.any():
-            centre, deviation = middle(values[here])
-            out[here] = ((values[here] - centre) / (9 * torch.maximum(deviation, usual))).clamp(0, 1)
-    return out
-
-
-def votes(looks, size, frame, start, t, nearest=6, rounds=5):
-    """start (n,), what each superpixel shows by itself -> (n,): the mean over those that look like it, `nearest` of every frame, repeated."""
-    index, distance = [], []
-    for i in range(t):
-        here = ((frame == i) & (size > 0)).nonzero()[:, 0]
-        d, j = torch.cdist(looks, looks[here]).topk(min(nearest, len(here)), largest=False)
-        index.append(here[j])
-        distance.append(d)
-    index, distance = torch.cat(index, 1), torch.cat(distance, 1)
-    weight = torch.exp(-2 * (distance / (distance.median() + 1e-6)) ** 2) * size[index]
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
-    for _ in range(rounds):
-        start = (weight * start[index]).sum(1)
-    return start
-
-
-def smoothed(values, size, likeness, edges, rounds=60):
-    """The values (n,) that are near the given ones and near their neighbours', where no strong edge lies between: Jacobi's iteration of
-    sum of size (u - v)^2 + sum over borders of length · exp(-15 difference) (u_i - u_j)^2."""
-    i, j, length = edges
-    weight = length * torch.exp(-15 * (likeness[i] - likeness[j]).abs().sum(1))
-    own = size / PATCH
-    total = (own.clone().index_add_(0, i, weight).index_add_(0, j, weight)).clamp(min=1e-6)
-    u = values
-    for _ in range(rounds):
-        u = (own * values).index_add_(0, i, weight * u[j]).index_add_(0, j, weight * u[i]) / total
-    return u
-
-
-def two_kinds(values, weight, bins=64):
-    """Otsu: the threshold that parts values (n,) into the two most different kinds, and the share of their variance that it explains."""
-    low, high = values.min(), values.max()
-    if high - low < 1e-6:
-        return high, 0.0
-    at = ((values - low) / (high - low) * (bins - 1)).long()
-    mass = torch.zeros(bins).index_add_(0, at, weight)
-    level = torch.arange(bins).float()
-    below, first = mass.cumsum(0), (mass * level).cumsum(0)
-    above = (below[-1] - below).clamp(min=1e-9)
-    between = below * above * (first / below.clamp(min=1e-9) - (first[-1] - first) / above) ** 2
-    cut = between[:-1].argmax()
-    variance = (mass * (level - first[-1] / below[-1]) ** 2).sum() * below[-1]
-    return low + (cut + 0.5) / (bins - 1) * (high - low), (between[cut] / variance.clamp(min=1e-9)).item()
-
-
-def pieces_of(chosen, links):
-    """Connected pieces of the chosen (n,) over links (i, j) -> (n,) the piece's number, its smallest member; of others, their own."""
-    parent = list(range(len(chosen)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-    i, j = links
-    both = chosen[i] & chosen[j]
-    for p, q in zip(i[both].tolist(), j[both].tolist()):
-        p, q = root(p), root(q)
-        parent[max(p, q)] = min(p, q)
-    return torch.tensor([root(i) for i in range(len(chosen))])
-
-
-def merged(points, weight, links, k):
-    """Ward's region merging: points (n, c) of weights (n,), neighbours in links (2, edges) -> (n,) region numbers, at most k of them.
-    Each merger is the one that adds least to the squared distances from the regions' means. In rounds: of all pairs that are one another's
-    best neighbours, the cheapest half merges at once (such a merger never makes another one cheaper). Regions without neighbours, when nothing else is
-    left, may join any other."""
-    n = len(points)
-    owner, total, mass = torch.arange(n), points * weight[:, None], weight.clone()
-    alive = torch.ones(n, dtype=torch.bool)
-    i, j = links
-    while int(alive.sum()) > k:
-        low, high = torch.minimum(i, j), torch.maximum(i, j)
-        key = (low * n + high)[low != high].unique()
-        if not len(key):                                         # islands: from here on all are neighbours
-            left = alive.nonzero()[:, 0]
-            key = (left[:, None] * n + left)[left[:, None] < left]
-        i, j = key // n, key % n
-        centre = total / mass.clamp(min=1e-9)[:, None]
-        cost = mass[i] * mass[j] / (mass[i] + mass[j]).clamp(min=1e-9) * (centre[i] - centre[j]).square().sum(1)
-        rank = torch.empty_like(key)
-        rank[cost.argsort(stable=True)] = torch.arange(len(key))
-        best = torch.full((n,), len(key)).scatter_reduce_(0, torch.cat([i, j]), torch.cat([rank, rank]), "amin")
-        mutual = ((best[i] == rank) & (best[j] == rank)).nonzero()[:, 0]
-        mutual = mutual[rank[mutual].argsort()][:max(1, min(len(mutual) // 2, int(alive.sum()) - k))]
-        p, q = i[mutual], j[mutual]                              # pairs: nobody is in two
-        total[p] += total[q]
-        mass[p] += mass[q]
-        alive[q] = False
-        to = torch.arange(n)
-        to[q] = p
-        owner, i, j = to[owner], to[i], to[j]
-    return owner.unique(return_inverse=True)[1]
-
-
-def tidied(ids, radius):
-    """ids (t, H, W) -> in each pixel the id that most pixels of the square about it have: specks go, borders stay."""
-    out = torch.empty_like(ids)
-    for t, frame in enumerate(ids):
-        present, index = frame.unique(return_inverse=True)
-        out[t] = present[box(F.one_hot(index).movedim(-1, 0)[:, None].float(), radius).argmax(0)[0]]
-    return out
-
-
-@torch.no_grad()
-def classic_segment(frames):
-    """A few frames of one stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W), every pixel in one of at most REGIONS trajectories."""
-    x = opponent(frames)
-    t, _, height, width = x.shape
-    owner, per_frame = superpixels(x)
-    n = t * per_frame
-    frame = torch.arange(t).repeat_interleave(per_frame)
-    right, down = slopes(x[:, :1])
-    texture = torch.cat([right.abs(), down.abs(), 0.7 * (right + down).abs(), 0.7 * (right - down).abs()], 1)
-    looks, size = means(box(torch.cat([x, texture], 1), 1), owner, n)
-    place = means(((positions(height, width) + 0.5) / min(height, width)).expand(t, -1, -1, -1), owner, n)[0]
-    described = torch.cat([looks * torch.tensor([1.0, 2, 2, 2, 2, 2, 2]), 0.25 * place], 1)
-    edges, weight = neighbours(owner, n), size + 1e-6
-    moving, links = torch.zeros(n), torch.stack(edges[:2])
-    if t > 1:
-        error, own, flow = (F.interpolate(v, size=(height, width)) if v.shape[1] == 1 else v for v in unlike_the_ground(x))
-        seen = torch.isfinite(error)
-        sums = means(torch.cat([error.nan_to_num(posinf=0), own.nan_to_num(posinf=0), seen.float()], 1), owner, n)[0]
-        share = sums[:, 2].clamp(min=1e-3)
-        known = (share > 0.3) & (size > 0)
-        # a small misfit differs much where there is texture: by how much more than its slopes explain?
-        differs = stands_out(sums[:, 0] / share / (looks[:, 3:].sum(1) + 0.06), known, frame, t)
-        moves = stands_out(sums[:, 1] / share, known, frame, t)
-        centre = place - torch.tensor([width, height]) / (2 * min(height, width))
-        start = (differs + moves) / 2 * torch.exp(-centre.square().sum(1) / (2 * 0.35 ** 2))         # what is filmed is mostly near the middle
-        moving = votes(described, size, frame, start, t)
-        order = moving.argsort()
-        top = moving[order][(size[order].cumsum(0) < 0.98 * size.sum()).sum().clamp(max=n - 1)]      # a few bright spots must not set the scale
-        moving = smoothed((moving / top.clamp(min=1e-6)).clamp(max=1), size, looks, edges)
-        i, j, lies = followers(owner, flow, n)
-        links = torch.cat([torch.stack(edges[:2])[:, edges[2] >= 4], torch.stack([i, j])[:, lies >= 0.25]], 1)
-    threshold, clear = two_kinds(moving, weight)
-    chosen, ids, count = moving > threshold, torch.full((n,), -1), 0
-    # CHOICE: where the two kinds are not clearly two, or most of the picture would move, nothing is put together: pieces by colour do less harm
-    if clear > 0.68 and size[chosen].sum() < 0.4 * size.sum():
-        piece = pieces_of(chosen, links)
-        area = torch.zeros(n).index_add_(0, piece[chosen], size[chosen])
-        for p in area.argsort(descending=True)[:REGIONS // 2].tolist():
-            if area[p] >= 0.08 * area.sum():
-                ids[chosen & (piece == p)] = count
-                count += 1
-    rest = ids < 0
-    if rest.any():
-        ground = torch.cat([described[:, :7], 0.35 * place, 0.25 * (moving / threshold.clamp(min=1e-6)).clamp(max=1)[:, None]], 1)
-        inside = rest[links].all(0)
-        number = rest.cumsum(0) - 1
-        ids[rest] = count + merged(ground[rest], weight[rest], number[links[:, inside]], REGIONS - 2 - count)
-    return tidied(ids[owner], 2).unique(return_inverse=True)[1]
-
-
-ANCHORS = 8                                                      # frames of a stretch that `classic_segment` sees together
-
-
-@torch.no_grad()
-def classic_track(frames, where, ids):
-    """Masks of the frames at `where` onto all: frames uint8 (t, H, W, 3), where (s,), ids int64 (s, H, W) -> (t, H, W). Each pixel looks up the
-    nearest of those frames, at the place where dense motion finds it there."""
-    t, height, width, _ = frames.shape
-    where = torch.as_tensor(where)
-    nearest = (torch.arange(t)[:, None] - where).abs().argmin(1)
-    out = ids[nearest].clone()
-    rest = (where[nearest] != torch.arange(t)).nonzero()[:, 0]
-    for some in rest.split(8) if len(rest) else ():
-        flow, _ = dense_motion(opponent(frames[some]), opponent(frames[where[nearest[some]]]))
-        x, y = (positions(height, width) + grown(flow, height, width)).round().long().unbind(1)
-        out[some] = ids[nearest[some][:, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
-    return out
-
-
-def anchors(t):
-    """The frames of a stretch of t that `classic` segments together: the middles of ANCHORS equal parts. CHOICE: not the key frame alone. What
-    moves shows only beside other frames, and from a middle no frame is far."""
-    s = min(t, ANCHORS)
-    return ((torch.arange(s) + 0.5) * t / s).long()
-
-
-# `sam2`: automatic masks of the key frame, then video propagation, by the optional package `transformers` and a folder that holds a published
-# SAM2. Its image processors want two more packages; what they do is three lines (`sam2_pixels`).
-SAM2_POINTS, SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 32, 0.8, 0.95, 0.7     # prompts a side; a mask's own estimate; steadiness; duplicates
-SAM2_MASKS = 128                                                 # trajectories of a stretch, at most (SPECS 2)
-
-
-@functools.lru_cache(maxsize=1)
-def sam2_models(folder):
-    """The picture model and the video model of one folder, strictly loaded, nothing downloaded; on a GPU if there is one."""
-    try:
-        import transformers
-        from transformers import Sam2Model, Sam2VideoModel
-    except ImportError as error:
-        raise BadInput(f"--method sam2 needs the package transformers with SAM2 ({error}); pip install transformers, or use --method classic") from None
-    if not (Path(folder) / "config.json").is_file():
-        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2 (config.json and model.safetensors)")
-    device, models = "cuda" if torch.cuda.is_available() else "cpu", []
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()                   # the picture model leaves out the memory's weights, and would list them
-    transformers.logging.disable_progress_bar()
-    try:
-        for kind in (Sam2Model, Sam2VideoModel):
-            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
-            if info["missing_keys"] or info["mismatched_keys"]:
-                raise BadInput(f"--sam2 {folder}: not a whole SAM2 with memory: {sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:3]} are missing "
-                               "or of another shape")
-            models.append(model.eval().to(device))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise error if isinstance(error, BadInput) else BadInput(f"--sam2 {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-    return models
-
-
-def sam2_pixels(frames, model):
-    """uint8 (t, H, W, 3) -> (t, 3, S, S) as SAM2 reads them: the whole frame squeezed into its square, normalised."""
-    size = model.config.prompt_encoder_config.image_size
-    x = F.interpolate(frames.permute(0, 3, 1, 2).float() / 255, size=(size, size), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return ((x - mean) / std).to(model.device)
-
-
-def distinct_masks(logits, scores):
-    """logits (n, h, w) of proposed masks, scores (n,) -> indices of those to keep, best first: sure (SAM2_IOU), steady (the mask above +1 and
-    the mask above -1 overlap by SAM2_STABILITY), and none that overlaps a better one by more than SAM2_OVERLAP; SAM2_MASKS at most."""
-    masks = (logits > 0).flatten(1)
-    steady = (logits > 1).flatten(1).sum(1) / (logits > -1).flatten(1).sum(1).clamp(min=1)
-    good = (scores >= SAM2_IOU) & (steady >= SAM2_STABILITY) & masks.any(1)
-    kept, area = [], masks.sum(1)
-    for i in scores.argsort(descending=True, stable=True).tolist():
-        if good[i] and len(kept) < SAM2_MASKS:
-            both = (masks[kept] & masks[i]).sum(1)
-            if not (both / (area[kept] + area[i] - both) > SAM2_OVERLAP).any():
-                kept.append(i)
-    return kept
-
-
-def sam2_method(folder):
-    """-> segment, track (see `method_of`)."""
-    picture, film_model = sam2_models(folder)
-
-    @torch.inference_mode()
-    def segment(frames):
-        size, (h, w) = picture.config.prompt_encoder_config.image_size, frames.shape[1:3]
-        side = (torch.arange(SAM2_POINTS) + 0.5) * size / SAM2_POINTS
-        points = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(1, -1, 1, 2).to(picture.device)
-        ids = torch.full((len(frames), h, w), -1)
-        for i, pixels in enumerate(sam2_pixels(frames, picture)):
-            embeddings, logits, scores = picture.get_image_embeddings(pixels[None]), [], []
-            for some in points.split(64, 1):                     # 64 prompts at a time: memory
-                out = picture(image_embeddings=embeddings, input_points=some, input_labels=torch.ones_like(some[..., 0], dtype=torch.int64), multimask_output=True)
-                logits.append(out.pred_masks.flatten(0, 2).cpu())
-                scores.append(out.iou_scores.flatten().cpu())
-            logits, scores = torch.cat(logits), torch.cat(scores)
-            kept = distinct_masks(logits, scores)
-            if kept:
-                masks = F.interpolate(logits[kept][:, None], size=(h, w), mode="bilinear")[:, 0] > 0
-                order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
-                for number, j in enumerate(order.tolist()):      # small things lie on large ones
-                    ids[i][masks[j]] = number
-        return ids
-
-    @torch.inference_mode()
-    def track(frames, where, ids):
-        from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
-        if where.tolist() != [0]:
-            raise ValueError("SAM2 is asked for the key frame alone, and tracks from it")
-        h, w = frames.shape[1:3]
-        pixels, objects = sam2_pixels(frames, film_model), sorted(set(ids[0].flatten().tolist()) - {-1})
-        out = torch.full(frames.shape[:3], -1)
-        out[0] = ids[0]
-        if not objects or len(frames) == 1:
-            return out
-        session = Sam2VideoInferenceSession(video=pixels, video_height=h, video_width=w, inference_device=film_model.device,
-                                            inference_state_device=film_model.device, video_storage_device=film_model.device, dtype=torch.float32)
-        for number in objects:
-            mask = F.interpolate((ids[:1, None] == number).float(), size=pixels.shape[-2:], mode="bilinear", antialias=True) >= 0.5
-            session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
-        session.obj_with_new_inputs = objects
-        for result in film_model.propagate_in_video_iterator(session, start_frame_idx=0):
-            if result.frame_idx:
-                logits, owner = F.interpolate(result.pred_masks.float().cpu(), size=(h, w), mode="bilinear")[:, 0].max(0)
-                out[result.frame_idx] = torch.where(logits > 0, torch.tensor(result.object_ids or objects)[owner], -1)
-        return out
-    return segment, track
-
-
-def method_of(cfg):
-    """-> anchors(t): which frames of a stretch of t are segmented; segment(frames uint8 (s, H, W, 3)) -> ids int64 (s, H, W), -1 = none;
-    track(frames (t, H, W, 3), where (s,), ids (s, H, W)) -> ids (t, H, W). A method of your own is these three functions."""
-    if cfg.method == "classic":
-        return anchors, classic_segment, classic_track
-    return (lambda t: torch.zeros(1, dtype=torch.int64)), *sam2_method(cfg.sam2)
-
-
-def hsv(frames):
-    """uint8 (..., 3) -> float32 hue 0 .. 180, saturation and value 0 .. 255, the scales of the detectors whose thresholds `is_key` takes."""
-    r, g, b = np.moveaxis(frames.astype(np.float32), -1, 0)
-    top = np.maximum(np.maximum(r, g), b)
-    span = top - np.minimum(np.minimum(r, g), b)
-    safe = np.maximum(span, 1e-6)
-    hue = np.where(top == r, (g - b) / safe % 6, np.where(top == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 30
-    return np.stack([np.where(span > 0, hue, 0), 255 * span / np.maximum(top, 1e-6), top], -1)
-
-
-def changes(before, after):
-    """Of two frames uint8 (H, W, 3): the mean change of hue, saturation and value, and how much the correlation of their histograms of light
-    falls short of 1."""
-    step = np.abs(hsv(before) - hsv(after))
-    step[..., 0] = np.minimum(step[..., 0], 180 - step[..., 0])              # hue is a circle
-    p, q = (np.histogram(f @ np.array([0.299, 0.587, 0.114]), 64, (0, 256))[0].astype(float) for f in (before, after))
-    p, q = p - p.mean(), q - q.mean()
-    return float(step.mean()), float(1 - p @ q / max(np.sqrt((p @ p) * (q @ q)), 1e-9))
-
-
-def is_key(change, drop, recent):
-    """Two of three votes (SPECS 2): much change, much more than in the frames just before (`recent`, their changes), other light.
-    CHOICE: "much more" is three times as much, and 15 at least, so that a still picture's noise makes no key frame; with nothing before, no vote."""
-    return (change > 27) + (len(recent) > 0 and change > max(3 * float(np.mean(recent)), 15)) + (drop > 0.15) >= 2
-
-
-def stretches(pieces, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (t, H, W, 3), each from a key frame to the next one, which it
-    holds as its last frame too, and whether it does (the last stretch does not). CHOICE: after `longest` frames the next is a key frame
-    whatever the votes say: memory stays small, and what was not there at first is found."""
-    held, recent = [], collections.deque(maxlen=8)
-    for frame in (f for piece in pieces for f in piece):
-        if held:
-            change, drop = changes(held[-1][::2, ::2], frame[::2, ::2])
-            cut = is_key(change, drop, recent)
-            if not cut:
-                recent.append(change)                            # a cut says nothing of how much moves
-            if cut or len(held) == longest:
-                yield np.stack([*held, frame]), True
-                held = []
-        held.append(frame)
-    if held:
-        yield np.stack(held), False
-
-
-def linked(before, after):
-    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU >= 0.5, one to one, best first."""
-    p, q = int(before.max()) + 1, int(after.max()) + 1
-    both = torch.bincount(((before + 1) * (q + 1) + after + 1).flatten(), minlength=(p + 1) * (q + 1)).view(p + 1, q + 1)
-    iou = (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp(min=1))[1:, 1:]
-    found, taken = {}, set()
-    i, j = (iou >= 0.5).nonzero(as_tuple=True)
-    for k in iou[i, j].argsort(descending=True, stable=True).tolist():       # at IoU 0.5 exactly, two may claim one
-        if int(j[k]) not in found and int(i[k]) not in taken:
-            found[int(j[k])] = int(i[k])
-            taken.add(int(i[k]))
-    return found
-
-
-def label_frames(pieces, method, longest):
-    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none: numbered through the whole video."""
-    choose, segment, track = method
-    out, count, at_key = [], 0, None
-    for frames, more in stretches(pieces, longest):
-        frames = torch.from_numpy(frames)
-        where = choose(len(frames) - more)
-        ids = track(frames, where, segment(frames[where]))
-        old = {} if at_key is None else linked(at_key, ids[0])
-        table = torch.tensor([old.get(i, -2) for i in range(int(ids.max()) + 1)] + [-1])             # the last: of id -1
-        new = table == -2
-        table[new] = count + torch.arange(int(new.sum()))
-        count += int(new.sum())
-        ids = table[ids]
-        at_key = ids[-1] if more else None
-        out.append(ids[:len(ids) - more].to(torch.int32))        # at_key: ids[-1] as tracked; the next stretch segments it anew
-    # a number that lived only in the key frame, as tracked, is seen nowhere now: no gaps
-    used = torch.cat([ids.unique() for ids in out]).unique()
-    table = torch.full((count + 1,), -1, dtype=torch.int32)      # the last: of id -1
-    table[used[used >= 0]] = torch.arange(int((used >= 0).sum()), dtype=torch.int32)
-    return torch.cat([table[ids] for ids in out])
-
-
-def write_labels(mask_path, graph_path, ids):
-    """Trajectories (T, H, W), -1 = none -> both sidecars, or neither. Object id = trajectory + 1, since 0 is nothing."""
-    ids = np.asarray(ids)
-    count = int(ids.max()) + 1
-    if count > 65535:
-        raise BadVideo(f"{mask_path}: {count} trajectories, more than the 65535 that a mask can name; cut the video into parts")
-    mask = (ids + 1).astype(np.uint8 if count <= 255 else np.uint16)
-    graph = np.zeros((count, len(ids)), np.int64)
-    for t, frame in enumerate(ids):
-        present = np.unique(frame[frame >= 0])
-        graph[present, t] = present + 1
-    try:
-        mask_path.unlink(missing_ok=True)                        # an older mask beside the new graph would pass for a pair
-        write_npz(graph_path, "tensor", graph)
-        write_npz(mask_path, "arr_0", mask)
-    except BaseException:
-        graph_path.unlink(missing_ok=True)                       # half of a pair is worse than none
-        raise
-    return count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Text
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # a split that Python's re and tiktoken read alike
+WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
+# The split of GPT-2, as in tiktoken_ext/openai_public.py.
+GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END = "<|endoftext|>"
 
 
-def learn_bpe(texts, vocabulary=1024, pattern=WORDS):
-    """Byte-level byte-pair encoding: ranks {bytes: id}, the 256 bytes first, then merges, the most frequent pair each time
-    (ties: the smallest pair, so that the result never depends on a hash). Works on distinct words with their counts."""
-    counts = {}
+class Composing(tiktoken.Encoding):
+    """For tokenizers that were trained on composed text: NFC makes an e and its accent one character."""
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+
+
+def word_list(texts, most=16_000, pattern=WORDS):
+    """The most frequent words of some texts, each with the blank before it: a list of str, ties by
+    alphabet."""
+    counts = collections.Counter()
     for text in texts:
-        for word in re.findall(pattern, text):
-            counts[word] = counts.get(word, 0) + 1
-    words = {tuple(bytes([byte]) for byte in word.encode()): n for word, n in counts.items()}
+        counts.update(re.findall(pattern, text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
+
+
+def word_encoding(words, pattern=WORDS, special=(END,)):
+    """256 bytes and these words -> a tiktoken Encoding with the special tokens after them. CHOICE: no
+    byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
+    words is a vocabulary: a word of the list is one token, any other text falls back to its bytes."""
     ranks = {bytes([i]): i for i in range(256)}
-    while len(ranks) < vocabulary:
-        pairs = {}
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] = pairs.get(pair, 0) + n
-        if not pairs:
-            break                                                # every word is one token already
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        merged = {}
-        for word, n in words.items():
-            new, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                new.append(b"".join(word[i:i + step]))
-                i += step
-            merged[tuple(new)] = merged.get(tuple(new), 0) + n
-        words = merged
-    return ranks
+    for word in words:
+        ranks.setdefault(word.encode(), len(ranks))
+    tokens = {token: len(ranks) + i for i, token in enumerate(special)}
+    return tiktoken.Encoding("words", pat_str=pattern, mergeable_ranks=ranks, special_tokens=tokens)
 
 
 @functools.lru_cache(maxsize=None)
 def load_encoding(name="world"):
-    """A tiktoken Encoding.  `world`: learnt from 2 000 made captions (a second, no download, the same everywhere);
-    a folder: a published byte-level tokenizer (tokenizer.json, or vocab.json); else a tiktoken name, if it is cached.
-    Its `<|endoftext|>` closes a text: `eot_token`. Nothing is ever downloaded."""
-    import tiktoken
+    """A tiktoken Encoding. name: "world", the words of made captions; a name that tiktoken knows; a folder
+    with a published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its
+    <|endoftext|>."""
     if name == "world":
-        ranks = learn_bpe(script(i)["caption"] for i in range(2000))
-        return tiktoken.Encoding("world", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
-    if os.path.isdir(name):
+        chains = World(frames=64, acts=8)
+        captions = [script(i)["caption"] for i in range(500)]
+        return word_encoding(word_list(captions + [script(i, chains)["caption"] for i in range(50)]))
+    if Path(name).exists():
         return published_encoding(Path(name))
-    if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"--text {name}: neither `world`, a folder, nor a tiktoken encoding ({', '.join(tiktoken.list_encoding_names())})")
-    import tiktoken.load
-    fetch = tiktoken.load.read_file
-
-    def refuse(address):
-        raise BadInput(f"--text {name}: not in tiktoken's cache, and nothing is downloaded here; put it into TIKTOKEN_CACHE_DIR first")
-    tiktoken.load.read_file = refuse                             # tiktoken reads its cache first and calls this only on a miss
     try:
         return tiktoken.get_encoding(name)
-    finally:
-        tiktoken.load.read_file = fetch
+    except ValueError:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise BadInput(f"--text {name}: no folder, no `world`, and none of tiktoken's {known}") from None
+    except OSError:                                             # those of the network among them
+        raise BadInput(f"--text {name}: cannot be fetched; put it into TIKTOKEN_CACHE_DIR") from None
 
 
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")         # SPECS 5
-GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@functools.lru_cache(maxsize=None)
-def composing():
-    """tiktoken's Encoding for tokenizers that were trained on composed text: it brings a text to NFC first (an e and its accent are one
-    character), which tiktoken itself has no place for. Made on first use: importing data imports no tiktoken."""
-    import tiktoken
-
-    class Composing(tiktoken.Encoding):
-        def encode_ordinary(self, text):
-            return super().encode_ordinary(unicodedata.normalize("NFC", text))
-
-        def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-            return super().encode(unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special)
-    return Composing
-
-
-def published_encoding(folder):
-    """The byte-level BPE of a published folder (tokenizer.json, or vocab.json and merges.txt) as a tiktoken Encoding: undo the byte-to-unicode
-    map of its vocabulary and rank = id (SPECS 5, checked there on 3 000 strings). Its added tokens become special ones, which
-    encode_ordinary never makes from text. What a tiktoken Encoding could not do as the file says is refused: BadInput."""
-    import tiktoken
+def published_encoding(path):
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank:
+    ranks are ids."""
+    path = path / "tokenizer.json" if path.is_dir() else path
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # the map that byte-level tokenizers share: printable bytes stand for themselves, the rest for 256, 257, ...
-    hidden = [i for i in range(256) if i not in set(printable)]
+    # the byte map of these files: printable bytes stand for themselves, the others for characters 256, 257,
+    # ...
+    hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
-        vocabulary, merges, special, pattern, composed = (read_tokenizer if (folder / "tokenizer.json").exists() else read_vocabulary)(folder)
-        if not special and "<|endoftext|>" in vocabulary:
-            special = {"<|endoftext|>": vocabulary["<|endoftext|>"]}
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        splits, composed = spec["pre_tokenizer"], spec.get("normalizer")
+        splits, vocabulary = splits.get("pretokenizers", [splits]), spec["model"]["vocab"]
+        steps = [split["type"] for split in splits]
+        odd = steps not in (["ByteLevel"], ["Split", "ByteLevel"]) or composed not in (None, {"type": "NFC"})
+        if odd or splits[0].get("behavior") not in (None, "Isolated") or splits[-1].get("add_prefix_space"):
+            raise ValueError(f"not the steps of GPT-2 or Qwen: {composed} {splits}")
+        pattern = splits[0]["pattern"]["Regex"] if len(splits) == 2 else GPT_WORDS
+        special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-        order = [vocabulary[a + b] for a, b in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)]
-        if any(bytes([i]) not in ranks for i in range(256)):
-            raise ValueError("some bytes are no tokens")
-        if any(a >= b for a, b in zip(order, order[1:])):
-            raise ValueError("its merges are not in the order of their ids")
+        merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
+        if merged != sorted(merged) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("it is not byte-level, or its merges are not in the order of their ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder}: not a published byte-level tokenizer ({type(error).__name__}: {error}); "
-                       "expected tokenizer.json or vocab.json") from None
-    special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
-    return (composing() if composed else tiktoken.Encoding)(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def read_tokenizer(folder):
-    """tokenizer.json -> {token: id}, merges, {special token: id}, split pattern, whether text is brought to NFC first."""
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    parts = lambda part, inner: [] if not part else part[inner] if part.get("type") == "Sequence" else [part]
-    norms, splits = parts(spec.get("normalizer"), "normalizers"), parts(spec.get("pre_tokenizer"), "pretokenizers")
-    pattern = [part["pattern"]["Regex"] for part in splits if part["type"] == "Split"]
-    odd = [part["type"] for part in norms if part["type"] != "NFC"] + [part["type"] for part in splits if part["type"] not in ("Split", "ByteLevel")]
-    odd += [f"{part['type']} that is {part.get('behavior')}" for part in splits if part.get("behavior", "Isolated") != "Isolated" or part.get("invert")]
-    odd += ["a space put before the text"] * any(part.get("add_prefix_space") for part in splits if part["type"] == "ByteLevel") + ["several splits"] * (len(pattern) > 1)
-    if odd:
-        raise ValueError(f"its steps are not those of GPT-2 or Qwen: {', '.join(odd)}")
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-    return spec["model"]["vocab"], spec["model"].get("merges", []), special, pattern[0] if pattern else GPT_WORDS, bool(norms)
-
-
-def read_vocabulary(folder):
-    """The same of vocab.json, merges.txt and tokenizer_config.json. These do not spell the split: it belongs to the class that they name."""
-    load = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-    vocabulary, config, merges = json.loads((folder / "vocab.json").read_text(encoding="utf-8")), load("tokenizer_config.json"), folder / "merges.txt"
-    special = load("added_tokens.json") | {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
-    lines = merges.read_text(encoding="utf-8").split("\n") if merges.exists() else []
-    qwen = str(config.get("tokenizer_class", "")).startswith(("Qwen2", "Qwen3"))
-    return vocabulary, [line for line in lines[bool(lines) and lines[0].startswith("#version"):] if line], special, QWEN_WORDS if qwen else GPT_WORDS, qwen
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
+    special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
+    kind = Composing if composed else tiktoken.Encoding
+    return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def word_list(captions, most=16_000):
@@ -2218,8 +1636,8 @@ def word_encoding(words):
 
 
 def tokenize(encoding, texts, length):
-    """Texts -> ids int64 (b, length), closed by the end token (which is never cut off) and filled up with it, and
-    mask (b, length), True = a real token (the end token included)."""
+    """Texts -> ids int64 (b, length), closed by the end token (which is never cut off) and filled up with
+    it, and mask (b, length), True = a real token (the end token included)."""
     ids = torch.full((len(texts), length), encoding.eot_token, dtype=torch.int64)
     mask = torch.zeros((len(texts), length), dtype=torch.bool)
     for i, tokens in enumerate(encoding.encode_ordinary_batch(list(texts), num_threads=1)):
@@ -2254,7 +1672,7 @@ class WorldBatches(torch.utils.data.Dataset):
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
-    files = None
+    files = None                                                # made clips never end, and none is damaged
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
@@ -2296,7 +1714,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
-    KEYS = ("video", "times", "labels", "caption", "captions", "label", "qa", "index")
+    KEYS = ("video", "labels", "times", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -2306,14 +1724,16 @@ class VideoBatches(torch.utils.data.Dataset):
         assert len(kinds) == 1, "a batch holds videos or pictures: make a dataset of each, and mix them"
 
     def __len__(self):
+        """Batches of held-out clips; in training, of an epoch."""
         return -(-len(self.entries) // self.batch)
 
     def captions(self):
-        """All captions of all clips."""
+        """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
+        """The entries' numbers as one epoch takes them. A batch may need two epochs."""
         rng = np.random.default_rng((self.seed, epoch))
         return rng.permutation(len(self.entries)).tolist()
 
@@ -2322,7 +1742,8 @@ class VideoBatches(torch.utils.data.Dataset):
         n, first = len(self.entries), i * self.batch
         if not self.train:
             return range(first, min(first + self.batch, n))
-        places = range(first, first + 2 * n)                    # two epochs' length holds each entry at least once
+        # twice the length of an epoch holds each entry at least once
+        places = range(first, first + 2 * n)
         return (self.order(place // n)[place % n] for place in places)
 
     def __getitem__(self, i):
@@ -2340,7 +1761,7 @@ class VideoBatches(torch.utils.data.Dataset):
                 bad.append((self.entries[number]["path"], str(error)))
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
-        batch = {key: [clip[key] for clip in clips] for key in self.KEYS}
+        batch = {key: [clip.get(key) for clip in clips] for key in self.KEYS}
         for key in ("video", "labels"):
             batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
         return batch | dict(bad=bad)
@@ -2349,6 +1770,7 @@ class VideoBatches(torch.utils.data.Dataset):
         """One entry, decoded. BadVideo if it cannot be used."""
         entry = self.entries[number]
         frames = 1 if entry["image"] else self.frames
+        # drawn for every clip, used or not, so that a picture or a caption more moves nothing else
         start, choice = rng.random(2)
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
@@ -2357,10 +1779,12 @@ class VideoBatches(torch.utils.data.Dataset):
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
+        # one of several captions in training; evaluation has all of them, as `captions`
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
-        return dict(video=torch.from_numpy(video), times=times.tolist(), labels=torch.from_numpy(labels),
-                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []), index=number)
+        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), times=times.tolist(),
+                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []),
+                    index=number)
 
 
 class Mixed(torch.utils.data.Dataset):
@@ -2374,7 +1798,7 @@ class Mixed(torch.utils.data.Dataset):
     sqrt(s)."""
 
     def __init__(self, datasets, shares, seed=0, world=1):
-        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each set"
+        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each"
         self.datasets, self.world = datasets, world
         # of the steps that the datasets before it leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
@@ -2406,19 +1830,10 @@ def finish(batch, device):
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     else:
+        # from pinned memory the copy runs beside the computation
         batch["video"] = batch["video"].to(device, non_blocking=True)
         batch["labels"] = batch["labels"].to(device, non_blocking=True)
     return batch
-
-
-class Shard(torch.utils.data.Dataset):
-    """Every ranks-th batch of a dataset, from `rank` on. Goes when no script uses it any more: loader(rank=, world=)."""
-
-    def __init__(self, dataset, rank, ranks):
-        self.dataset, self.rank, self.ranks = dataset, rank, ranks
-
-    def __getitem__(self, i):
-        return self.dataset[i * self.ranks + self.rank]
 
 
 def loader(dataset, first, last, workers=0, rank=0, world=1):
@@ -2447,7 +1862,7 @@ def watched(batches):
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
-        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one of them died for want of shared memory: "
+        raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: "
                        "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
 
@@ -2475,6 +1890,7 @@ def augment(video, labels, seed, flip=True):
         values = torch.tensor(values, dtype=torch.float32, device=video.device)
         return values.view(b, 1, 1, 1, 1)
 
+    # one map for all frames of a clip: a still thing stays still
     grid = random_crops(rng, b, h, w, flip).to(video.device).repeat_interleave(t, 0)    # (b t, h, w, 2)
     x = rearrange(video, "b t h w c -> (b t) c h w").float()
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -2483,7 +1899,9 @@ def augment(video, labels, seed, flip=True):
     ids = F.grid_sample(ids, grid, mode="nearest", align_corners=False)
     labels = rearrange(ids, "(b t) 1 h w -> b t h w", b=b).round().long() - 1
     x = rearrange(x, "(b t) c h w -> b t c h w", b=b)
+    # how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
+    # PAPER: colour jitter, grey and blur, each the same for a whole clip
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, (3, b))
     saturation[rng.random(b) < 0.2] = 0                         # grey
     x = x * each(brightness)
@@ -2506,6 +1924,7 @@ def random_crops(rng, b, h, w, flip):
     cx = rng.uniform(-1, 1, b) * (1 - sx)                       # its centre
     cy = rng.uniform(-1, 1, b) * (1 - sy)
     mirrored = flip * (rng.random(b) < 0.5)
+    # output pixel (x, y) in -1 .. 1 comes from theta (x, y, 1)
     theta = np.zeros((b, 2, 3), np.float32)
     theta[:, 0, 0] = np.where(mirrored, -sx, sx)
     theta[:, 1, 1] = sy
@@ -2532,12 +1951,13 @@ def open_data(cfg, need="caption", world=1):
             learnt, tested = made_clips(cfg)
         else:
             learnt, tested = real_clips(cfg, name, need, val)
+        # within a set, videos and pictures have shares by their numbers
         files = sum(dataset.files or 1 for dataset in learnt)
         train += learnt
         shares += [share * (dataset.files or 1) / files for dataset in learnt]
         held_out += tested if val is None else []
     if val is not None:
-        held_out = datasets(cfg, val, train=False)
+        held_out = real_batches(cfg, val, False)
     if len(train) > 1:
         train = [Mixed(train, shares, cfg.seed, world)]
     return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
@@ -2549,8 +1969,8 @@ def sets_of(data):
 
 
 def usable_entries(name, need):
-    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there is
-    no other."""
+    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there
+    is no other."""
     entries = read_manifest(name)
     labels = [entry for entry in entries if need == "caption" and not entry["caption"] and entry["label"]]
     for entry in labels:
@@ -2559,7 +1979,7 @@ def usable_entries(name, need):
         print(f"{name}: of {len(labels)} clips the label is the caption")
     lacking = [entry["path"] for entry in entries if not entry[need]]
     if lacking:
-        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; give each one, or leave it out")
+        raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
     return entries
 
 
@@ -2577,13 +1997,13 @@ def read_shares(cfg, names):
 
 def world_of(cfg):
     """The world that a configuration asks for."""
-    names = [field.name for field in dataclasses.fields(World) if field.name != "size" and hasattr(cfg, field.name)]
-    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names})
+    names = {field.name for field in dataclasses.fields(World)} - {"size"}
+    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
 
 
 def made_clips(cfg):
-    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of its
-    own; held-out captions all differ."""
+    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of
+    its own; held-out captions all differ."""
     world = world_of(cfg)
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
@@ -2591,27 +2011,33 @@ def made_clips(cfg):
 
 
 def real_clips(cfg, name, need, val):
-    """-> training datasets, held-out datasets of the manifest `name`: of videos, of pictures. With `val`, the
-    entries of another manifest, the latter are none."""
+    """-> training datasets, held-out datasets of the manifest `name`. With `val`, the entries of another
+    manifest, the latter are none."""
     entries = usable_entries(name, need)
     if val is None:
         train, test = split(entries)
     else:
+        # what is held out must not be learnt: neither what "split" says, nor what stands in both manifests
         files = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
         both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
         if both or not train:
-            raise BadInput(f"{name}: {len(both)} of {len(train)} training files are in --val as well: {', '.join(both[:1])}")
+            raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
-    return datasets(cfg, train, True), datasets(cfg, test, False)
+    return real_batches(cfg, train, True), real_batches(cfg, test, False)
 
 
-def datasets(cfg, entries, train):
-    """Entries -> datasets: of the videos, of the pictures."""
-    kinds = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
-    stride = getattr(cfg, "stride", 8)
-    return [VideoBatches(kind, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, stride) for kind in kinds if kind]
+def real_batches(cfg, entries, train):
+    """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
+    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8)
+    return [VideoBatches(kind, *options) for kind in kinds(entries)]
+
+
+def kinds(entries):
+    """Entries -> [the videos, the pictures], without what there is none of."""
+    parts = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
+    return [part for part in parts if part]
 
 
 def fingerprint(data, val=None):
@@ -2622,6 +2048,429 @@ def fingerprint(data, val=None):
             told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
             crc = zlib.crc32(json.dumps(told).encode(), crc)
     return f"{crc:08x}"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 6. Labels for video that has none
+# -----------------------------------------------------------------------------------------------------------
+
+# PAPER: TrajViT's pipeline. The video is cut at key frames, each stretch between two of them is segmented
+# and tracked, and stretches are linked where their masks overlap in the frame that they share.
+# A method labels one stretch: frames uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none.
+#
+# `classic_labels` needs no other model. CHOICE: a thing is what moves otherwise than the camera, together
+# with what looks like it in all frames. Everything is also divided by colour, texture and place, since many
+# things do not move.
+
+PATCH = 5                                                       # pixels of a superpixel's side
+REGIONS = 38                                                    # regions by colour, texture and place
+ANCHORS = 8                                                     # frames that are segmented together
+
+
+def opponent(frames):
+    """uint8 (t, H, W, 3) -> (t, 3, H/2, W/2): light, red against green, both against blue. Distances between
+    these see hue, which grey does not. All of the classic method works at this half of the resolution."""
+    x = rearrange(frames, "t h w c -> t c h w").float() / 255
+    h, w = x.shape[-2:]
+    r, g, b = F.adaptive_avg_pool2d(x, (-(-h // 2), -(-w // 2))).unbind(1)
+    return torch.stack([(r + g + b) / 3, (r - g) / 2, (r + g - 2 * b) / 4], 1)
+
+
+def box(x, radius):
+    """The mean over 2 radius + 1 pixels squared around each pixel, as far as they lie inside the frame."""
+    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+
+def positions(h, w):
+    """The x and y of each pixel: (2, h, w)."""
+    y, x = torch.meshgrid(torch.arange(float(h)), torch.arange(float(w)), indexing="ij")
+    return torch.stack([x, y])
+
+
+def warped(x, flow, mode="bilinear"):
+    """x (n, c, h, w) read at each pixel's place + flow (n, 2, h, w), in pixels; outside, at the border."""
+    h, w = x.shape[-2:]
+    place = (positions(h, w) + flow + 0.5) / torch.tensor([w, h]).view(2, 1, 1)
+    # grid_sample counts from -1 to 1
+    place = rearrange(2 * place - 1, "n c h w -> n h w c")
+    return F.grid_sample(x, place, mode, padding_mode="border", align_corners=False)
+
+
+def coarse_motion(a, b, h, w):
+    """Motion by trying everything: each of h x w cells of a is compared with each of b, on 6 x 6 points
+    around it. a, b (n, 3, H, W) -> flow (n, 2, h, w) in cells, and its weight (n, 1, h, w)."""
+    def patches(x):                                             # (n, h w, patch)
+        x = F.adaptive_avg_pool2d(x, (2 * h, 2 * w))
+        # twice the weight for colour, since light changes more easily
+        x = x * torch.tensor([1.0, 2.0, 2.0]).view(3, 1, 1)
+        return F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 6, stride=2).mT
+
+    place = positions(h, w).flatten(1).T                        # (h w, 2)
+    distance = torch.cdist(patches(a), patches(b)).square()     # (n, h w, h w)
+    usual = distance.amin(2).median(1).values.view(-1, 1, 1)
+    # A far match costs a little more. Otherwise plain ground would match anywhere.
+    cost = distance / (usual + 1e-3) + 0.08 * torch.cdist(place, place)
+    there = rearrange(place[cost.argmin(2)] - place, "n (h w) c -> n c h w", h=h)
+    back = rearrange(place[cost.argmin(1)] - place, "n (h w) c -> n c h w", h=h)
+    # The weight is near 1 where the way back from b leads home.
+    missed = (there + warped(back, there)).norm(dim=1, keepdim=True)
+    return there, torch.exp(-(missed / 1.5) ** 2) + 1e-3
+
+
+def window(x):
+    """(n, c, h, w) summed over channels, averaged over 5 x 5 pixels: (n, 1, h, w)."""
+    return box(x.sum(1, keepdim=True), 2)
+
+
+def refined_motion(a, b, flow):
+    """Lucas and Kanade: a step solves, in a window of 5 x 5 pixels, for the shift that explains what still
+    differs. Then the field is smoothed, and plain places follow those that have structure."""
+    gx = F.pad(a[..., 2:] - a[..., :-2], (1, 1)) / 2
+    gy = F.pad(a[..., 2:, :] - a[..., :-2, :], (0, 0, 1, 1)) / 2
+    # the small number keeps the system solvable where there is no structure
+    xx = window(gx * gx) + 1e-4
+    yy = window(gy * gy) + 1e-4
+    xy = window(gx * gy)
+    determinant = xx * yy - xy * xy
+    # large where edges have two directions
+    weight = determinant / (xx + yy) + 1e-5
+    for _ in range(3):
+        error = warped(b, flow) - a
+        ex = window(gx * error)
+        ey = window(gy * error)
+        step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
+        flow = flow + step.clamp(-1, 1)
+        flow = box(flow * weight, 1) / box(weight, 1)
+    return flow
+
+
+def camera_motion(flow, weight):
+    """The camera's part of the motion: an affine field, fitted by re-weighted least squares, in which what
+    moves by itself counts less and less. flow (n, 2, h, w), weight (n, 1, h, w) -> (n, 2, h, w).
+    CHOICE: the border of a frame counts ten times as much as its middle, because a camera keeps the things
+    that it follows in the middle."""
+    h, w = flow.shape[-2:]
+    x, y = 2 * (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) - 1
+    rows = torch.stack([torch.ones_like(x), x, y])              # (3, h w)
+    weight = weight.flatten(1) * (0.1 + torch.maximum(x.abs(), y.abs()) ** 2)
+    target, now = flow.flatten(2), weight
+    for _ in range(8):
+        weighted = rows * now[:, None]
+        # The small number on the diagonal means: where there is nothing to see, nothing moves.
+        system = weighted @ rows.T + 3e-3 * torch.eye(3)
+        p = torch.linalg.solve(system, weighted @ target.mT)    # (n, 3, 2)
+        camera = (rows.T @ p).mT                                # (n, 2, h w)
+        now = weight / ((target - camera).square().sum(1).sqrt() + 0.3)
+    return camera.view_as(flow)
+
+
+def misfit(a, b, flow):
+    """How much a differs from b after the motion is undone: (n, 1, h, w)."""
+    return window((warped(b, flow) - a).abs())
+
+
+def dense_motion(a, b):
+    """Where each pixel of a is in b: a, b (n, 3, h, w) of `opponent` -> flow and the camera's part of it,
+    both (n, 2, h, w) in pixels. A quarter of the resolution is searched, a half and the whole are refined."""
+    h, w = a.shape[-2:]
+    flow, weight = coarse_motion(a, b, -(-h // 4), -(-w // 4))
+    camera = camera_motion(flow, weight)
+    flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
+    for size in ((-(-h // 2), -(-w // 2)), (h, w)):
+        p = F.adaptive_avg_pool2d(a, size)
+        q = F.adaptive_avg_pool2d(b, size)
+        # twice the resolution, so twice the pixels
+        flow = 2 * F.interpolate(flow, size=size, mode="bilinear")
+        camera = 2 * F.interpolate(camera, size=size, mode="bilinear")
+        # The ground moves with the camera, unless the pixels speak against it.
+        ground = misfit(p, q, camera) <= misfit(p, q, flow) + 0.01
+        flow = refined_motion(p, q, torch.where(ground, camera, flow))
+        camera = camera_motion(flow, torch.exp(-10 * misfit(p, q, flow)))
+    return flow, camera
+
+
+def averages(values, weight, group, n):
+    """values (p, c) of weights (p,) -> their means in n groups (n, c), and the groups' weights (n,)."""
+    mass = torch.zeros(n).index_add_(0, group, weight)
+    total = torch.zeros(n, values.shape[1]).index_add_(0, group, values * weight[:, None])
+    return total / mass.clamp(min=1e-6)[:, None], mass
+
+
+def k_means(points, weight, centres, rounds=10):
+    """points (p, c) of weights (p,), the first centres (k, c) -> the nearest centre of each point (p,)."""
+    for _ in range(rounds):
+        group = torch.cdist(points, centres).argmin(1)
+        mean, mass = averages(points, weight, group, len(centres))
+        # a centre that has lost its points stays where it is
+        centres = torch.where(mass[:, None] > 0, mean, centres)
+    return torch.cdist(points, centres).argmin(1)
+
+
+def superpixels(x):
+    """x (t, 3, h, w) -> patches of one colour, some PATCH pixels wide: the number of each pixel's patch
+    (t, h, w), counted through all frames, and how many a frame has. SLIC: k-means on colour and place."""
+    t, _, h, w = x.shape
+    rows, columns = max(h // PATCH, 1), max(w // PATCH, 1)
+    owner = []
+    for i in range(t):
+        points = torch.cat([x[i] / 0.06, positions(h, w) / PATCH])                   # (5, h, w)
+        centres = F.adaptive_avg_pool2d(points, (rows, columns)).flatten(1).T
+        patch = k_means(points.flatten(1).T, torch.ones(h * w), centres, 3)
+        owner.append(patch + i * rows * columns)
+    return torch.stack(owner).view(t, h, w), rows * columns
+
+
+def own_motion(x):
+    """x (t, 3, h, w) -> how much the motion of each pixel differs from the camera's (t, h, w). The smaller
+    difference to both neighbouring frames counts: ground that a thing uncovers is seen in the other one."""
+    t = len(x)
+    if t == 1:
+        return torch.zeros_like(x[:, 0])
+    flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
+    ahead, behind = (flow - camera).norm(dim=1).split(t - 1)
+    # the last frame has no next one, the first has none before
+    ahead, behind = torch.cat([ahead, behind[-1:]]), torch.cat([ahead[:1], behind])
+    return torch.minimum(ahead, behind)
+
+
+def votes(looks, size, values, t):
+    """values (n,) of the superpixels of t frames, their looks (n, c) and sizes (n,) -> the mean over the six
+    of each frame that look most like it, five times over. What moves is marked in part and in some frames
+    only (the edges of a plain thing, a leg), and its looks tell the rest. False alarms end in the same way,
+    because the ground that looks like them is still."""
+    n, per_frame = len(looks), len(looks) // t
+    distance = torch.cdist(looks, looks).view(n, t, per_frame)
+    distance, index = distance.topk(min(6, per_frame), largest=False)                # (n, t, 6)
+    index = (index + per_frame * torch.arange(t)[:, None]).flatten(1)                # (n, 6 t)
+    distance = distance.flatten(1)
+    weight = torch.exp(-2 * (distance / (distance.median() + 1e-6)) ** 2) * size[index]
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    for _ in range(5):
+        values = (weight * values[index]).sum(1)
+    return values
+
+
+def connected(chosen):
+    """chosen bool (t, h, w) -> pieces that hang together in space and time: a number of each, else -1."""
+    ids = torch.arange(float(chosen.numel())).view(chosen.shape)
+    ids = torch.where(chosen, ids, -1)
+    while True:
+        largest = F.max_pool3d(ids[None], 3, 1, 1)[0]
+        # A number is a pixel. Taking what that pixel has found by now needs far fewer rounds.
+        spread = torch.where(chosen, largest.flatten()[largest.long()], -1)
+        if torch.equal(spread, ids):
+            return ids.long()
+        ids = spread
+
+
+def described(x):
+    """x (t, 3, h, w) -> of each superpixel its looks (n, 5), place (n, 2), own motion (n,) and size in pixels
+    (n,), and the superpixel of each pixel (t, h, w)."""
+    t, _, h, w = x.shape
+    owner, per_frame = superpixels(x)
+    light = x[:, :1]
+    right = F.pad(light[..., 1:] - light[..., :-1], (0, 1)).abs()
+    down = F.pad(light[..., 1:, :] - light[..., :-1, :], (0, 0, 0, 1)).abs()
+    looks = box(torch.cat([light, 2 * x[:, 1:], 2.5 * right, 2.5 * down], 1), 1)
+    place = (positions(h, w) / min(h, w)).expand(t, 2, h, w)
+    values = torch.cat([looks, place, own_motion(x)[:, None]], 1)
+    values = rearrange(values, "t c h w -> (t h w) c")
+    values, size = averages(values, torch.ones(len(values)), owner.flatten(), t * per_frame)
+    return values[:, :5], values[:, 5:7], values[:, 7], size, owner
+
+
+def classic_segment(x):
+    """Some frames of a stretch, x (t, 3, h, w) of `opponent` -> ids int64 (t, h, w)."""
+    t, _, h, w = x.shape
+    looks, place, own, size, owner = described(x)
+    # 0 at the median of the motion, 1 at ten times that
+    moving = ((own / own.median().clamp(min=1e-3) - 1) / 9).clamp(0, 1)
+    # what is filmed is mostly near the middle
+    middle = torch.tensor([w, h]) / (2 * min(h, w))
+    moving = moving * torch.exp(-(place - middle).square().sum(1) / 0.245)
+    moving = votes(torch.cat([looks, 0.25 * place], 1), size, moving, t)
+    # a few bright spots must not set the scale
+    top = moving.quantile(0.98).clamp(min=1e-6)
+    moving = (moving / top).clamp(max=1)[:, None]
+    points = torch.cat([looks, 0.35 * place], 1)
+    first = torch.linspace(0, len(points) - 1, REGIONS).long()
+    ids = k_means(points, size, points[first])[owner]
+    # Two kinds of superpixels, still and moving. Each large piece of the moving ones is a thing.
+    chosen = k_means(moving, size, torch.tensor([[0.0], [1.0]])) == 1
+    pieces = connected(chosen[owner])
+    number, area = pieces[pieces >= 0].unique(return_counts=True)
+    for i, piece in enumerate(number[area >= 0.08 * area.sum()]):
+        ids[pieces == piece] = REGIONS + i
+    return ids
+
+
+@torch.no_grad()
+def classic_labels(frames):
+    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W). Eight frames are segmented together, since motion
+    shows only beside other frames. In the others a pixel has the id of its place in the nearest of these."""
+    t, height, width, _ = frames.shape
+    x = opponent(frames)
+    count = min(t, ANCHORS)
+    anchors = ((torch.arange(count) + 0.5) * t / count).long()
+    nearest = (torch.arange(t)[:, None] - anchors).abs().argmin(1)
+    ids = classic_segment(x[anchors])[nearest].float()[:, None]                      # (t, 1, h, w)
+    for i, anchor in enumerate(anchors[nearest].tolist()):
+        if i != anchor:
+            flow, _ = dense_motion(x[i:i + 1], x[anchor:anchor + 1])
+            ids[i:i + 1] = warped(ids[i:i + 1], flow, "nearest")
+    return F.interpolate(ids, size=(height, width)).long()[:, 0]
+
+
+def is_cut(before, after):
+    """Do two frames uint8 (H, W, 3) show different scenes? CHOICE: they do if their histograms of 8 x 8 x 8
+    colours share less than half, which motion hardly changes."""
+    shares = []
+    for frame in (before, after):
+        colours = (frame[::2, ::2] // 32).reshape(-1, 3) @ np.array([64, 8, 1])
+        shares.append(np.bincount(colours, minlength=512) / len(colours))
+    return np.minimum(shares[0], shares[1]).sum() < 0.5
+
+
+def stretches(pieces, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> an iterator over (frames (t, H, W, 3), shared).
+    A stretch reaches from one key frame to the next, which it shares with the stretch after it (shared = 1;
+    of the last stretch 0), so that the two can be linked. CHOICE: after `longest` frames the next one is a
+    key frame, so that memory stays small and things that came in are found."""
+    held = []
+    for frame in itertools.chain.from_iterable(pieces):
+        if held and (len(held) == longest or is_cut(held[-1], frame)):
+            yield np.stack([*held, frame]), 1
+            held = []
+        held.append(frame)
+    if held:
+        yield np.stack(held), 0
+
+
+def linked(before, after):
+    """Two segmentations of one frame, int64 (H, W), -1 = none -> {id in after: id in before} where IoU > 0.5.
+    CHOICE: the paper links at 0.5 exactly, too. Above it nothing can be claimed twice."""
+    rows, columns = int(before.max()) + 2, int(after.max()) + 2
+    pairs = (before + 1) * columns + after + 1
+    both = torch.bincount(pairs.flatten(), minlength=rows * columns).view(rows, columns)
+    union = both.sum(1, keepdim=True) + both.sum(0) - both
+    # the first row and column count unlabelled pixels
+    i, j = (2 * both > union)[1:, 1:].nonzero(as_tuple=True)
+    return dict(zip(j.tolist(), i.tolist()))
+
+
+def label_frames(pieces, method, longest):
+    """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none,
+    numbered through the whole video without gaps."""
+    out, count, tracked = [], 0, None
+    for frames, shared in stretches(pieces, longest):
+        ids = method(torch.from_numpy(frames))
+        known = {} if tracked is None else linked(tracked, ids[0])
+        kept = len(ids) - shared
+        # The last entry is read at id -1.
+        number = torch.full((int(ids.max()) + 2,), -1)
+        for i in ids[:kept].unique().tolist():
+            if i >= 0:
+                number[i] = known.get(i, count)
+                count += i not in known
+        # The next stretch segments the shared frame anew, and is linked to how it was tracked here.
+        out.append(number[ids[:kept]].int())
+        tracked = number[ids[-1]]
+    return torch.cat(out)
+
+
+def write_labels(mask_path, graph_path, ids):
+    """Trajectories (T, H, W), -1 = none -> both sidecars; returns how many trajectories there are. The object
+    id of a trajectory is its number + 1, since 0 is nothing."""
+    count = int(ids.max()) + 1
+    if count > 65535:
+        raise BadVideo(f"{mask_path}: {count} trajectories, a mask can name 65535; cut the video into parts")
+    graph = np.zeros((count, len(ids)), np.int64)
+    for t, frame in enumerate(ids):
+        present = np.unique(frame[frame >= 0])
+        graph[present, t] = present + 1
+    # The mask is written last and an old one removed first: beside a mask there always is its own graph.
+    Path(mask_path).unlink(missing_ok=True)
+    write_npz(graph_path, "tensor", graph)
+    write_npz(mask_path, "arr_0", (ids + 1).astype(np.uint8 if count < 256 else np.uint16))
+    return count
+
+
+# `label --sam2 FOLDER` needs the package transformers and a published SAM2. The thresholds are those of
+# SAM2's own generator of masks. CHOICE: at most 128 trajectories in a stretch.
+SAM2_POINTS, SAM2_MASKS = 32, 128
+SAM2_IOU, SAM2_STABILITY, SAM2_OVERLAP = 0.8, 0.95, 0.7
+
+
+@functools.lru_cache(maxsize=1)
+def load_sam2(folder):
+    """-> the picture model and the video model of a folder, on a GPU if there is one."""
+    try:
+        from transformers import Sam2Model, Sam2VideoModel, logging
+    except ImportError:
+        raise BadInput("--sam2 needs transformers: pip install transformers, or leave it out") from None
+    if not Path(folder, "config.json").exists():
+        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2")
+    # The picture model leaves out the weights of the memory, and transformers would list them all.
+    logging.set_verbosity_error()
+    models = []
+    for kind in (Sam2Model, Sam2VideoModel):
+        model, info = kind.from_pretrained(folder, output_loading_info=True)
+        # transformers would fill in random weights and only warn
+        if info["missing_keys"]:
+            raise BadInput(f"--sam2 {folder}: is no whole SAM2; {min(info['missing_keys'])} is missing")
+        models.append(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
+    return models
+
+
+def sam2_masks(model, pixels):
+    """A picture (1, 3, S, S) -> logits of its masks (objects, s, s), smallest first. Of the masks of a grid
+    of prompts those are kept that are sure, steady (much the same when cut at +1 and at -1) and do not
+    overlap a better one."""
+    side = (torch.arange(SAM2_POINTS) + 0.5) * pixels.shape[-1] / SAM2_POINTS
+    points = torch.cartesian_prod(side, side).view(1, -1, 1, 2).to(pixels)
+    embeddings = model.get_image_embeddings(pixels)
+    # 64 prompts at a time, for memory
+    found = [model(image_embeddings=embeddings, input_points=some) for some in points.split(64, 1)]
+    logits = torch.cat([out.pred_masks.flatten(0, 2) for out in found]).cpu()
+    scores = torch.cat([out.iou_scores.flatten() for out in found]).cpu()
+    masks = (logits > 0).flatten(1)
+    area = masks.sum(1)
+    steady = (logits > 1).sum((1, 2)) >= SAM2_STABILITY * (logits > -1).sum((1, 2))
+    good = steady & (scores >= SAM2_IOU) & (area > 0)
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        both = (masks[kept] & masks[i]).sum(1)
+        alike = both > SAM2_OVERLAP * (area[kept] + area[i] - both)
+        if good[i] and not alike.any() and len(kept) < SAM2_MASKS:
+            kept.append(i)
+    return logits[kept][area[kept].argsort(stable=True)]
+
+
+@torch.inference_mode()
+def sam2_labels(folder, frames):
+    """A stretch uint8 (t, H, W, 3) -> ids int64 (t, H, W), -1 = none: masks of its first frame,
+    propagated."""
+    from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+    picture, video = load_sam2(folder)
+    height, width = frames.shape[1:3]
+    size = picture.config.prompt_encoder_config.image_size
+    x = rearrange(frames, "t h w c -> t c h w").float() / 255
+    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    x = x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = x.to(video.device)
+    masks, ids = sam2_masks(picture, x[:1]), torch.full(frames.shape[:3], -1)
+    session = Sam2VideoInferenceSession(x, height, width, video.device, dtype=torch.float32)
+    for i, mask in enumerate(F.interpolate(masks[:, None], size=(size, size), mode="bilinear")):
+        session.add_mask_inputs(session.obj_id_to_idx(i), 0, (mask > 0).float()[None])
+    session.obj_with_new_inputs = list(range(len(masks)))
+    if len(masks):
+        for result in video.propagate_in_video_iterator(session, 0):
+            logits = F.interpolate(result.pred_masks.cpu(), size=(height, width), mode="bilinear")
+            # Of equal logits the first wins: in the first frame small things lie on large ones.
+            best, owner = logits[:, 0].max(0)
+            ids[result.frame_idx] = torch.where(best > 0, owner, -1)
+    return ids
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2649,10 +2498,15 @@ def make(argv):
     """The same clips as a training sees, on disk."""
     cfg = configure(MakeConfig, None, argv)
     if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
-        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, even, 1 to 1000")
+        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an "
+                       "even number, 1 to 1000")
+    # seeds as in made_clips: --data world sees the same clips
     world, out = world_of(cfg), Path(cfg.out)
     first = TRAIN + cfg.seed % 49 * 10_000_000
-    make_room(out / "manifest.json")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); give another folder") from None
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
     workers = cores() if cfg.workers is None else cfg.workers
     rows = [row for _, row in tqdm(in_processes(make_clip, jobs, workers), total=len(jobs), unit=" clips")]
@@ -2666,6 +2520,7 @@ def make_clip(job):
     made = script(index, world)
     video, labels = rasterise(stack([made]), world.size, "cpu")
     file = out / f"{index:010d}.mp4"
+    # lossless: an ordinary file blurs the objects' borders, just where labels change
     with film(file, fps, exact=True) as add:
         add(video[0].numpy())
     # object id = label + 1, since 0 is nothing; row m of the graph is label m
@@ -2724,106 +2579,65 @@ def inspect_entry(job):
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Makes trajectory labels for real video: `_mask.npz` and `_graph.npz` beside each file, and a manifest of them, labelled.json."""
+    """Makes trajectory labels for real video: `_mask.npz` and `_graph.npz` beside each file."""
     source: str = ""                    # a folder of videos, a manifest or a CSV
-    method: str = "classic"             # classic (nothing else needed) or sam2
-    sam2: str | None = None             # folder of a published SAM2 (config.json, model.safetensors), for --method sam2
-    out: str | None = None              # folder for labels and manifest; default: beside the videos, the manifest in the folder given
-    image_size: int = 224               # short side of the masks in pixels
+    sam2: str | None = None             # folder of a published SAM2; without it, the classic method
+    image_size: int = 224               # short side of the masks in pixels, 32 to 1024
     stretch: int = 48                   # the next frame is a key frame after so many at the latest
-    workers: int | None = None          # processes; 0: none but this one; default: one for each core, of sam2 one
+    workers: int | None = None          # processes, 0: none but this one; default: one a core, for SAM2 0
     overwrite: bool = False             # make labels anew that are there
-
-    def __post_init__(self):
-        if self.method not in ("classic", "sam2"):
-            raise BadInput(f"--method {self.method}: classic or sam2")
-        if (self.method == "sam2") != bool(self.sam2):
-            raise BadInput(f"--method {self.method} --sam2 {self.sam2}: --sam2 FOLDER goes with --method sam2, and sam2 cannot do without")
-        if not 32 <= self.image_size <= 2048 or self.stretch < 1 or (self.workers or 0) < 0:
-            raise BadInput(f"--image-size {self.image_size} --stretch {self.stretch} --workers {self.workers}: 32 to 2048, at least 1, at least 0")
 
 
 def label_video(job):
-    """One file in a worker -> (trajectories, frames), or why it cannot be labelled."""
+    """A file in a worker -> how many trajectories it has, or why it cannot be labelled."""
     cfg, path, mask, graph = job
+    method = functools.partial(sam2_labels, cfg.sam2) if cfg.sam2 else classic_labels
     try:
-        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method_of(cfg), cfg.stretch)
-        return write_labels(Path(mask), Path(graph), ids), len(ids)
+        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method, cfg.stretch)
+        return write_labels(mask, graph, ids.numpy())
     except BadVideo as error:
         return str(error)
 
 
-def whole_labels(mask, graph):
-    try:
-        return bool(mask and graph) and os.path.exists(mask) and os.path.exists(graph) and len(sidecars(mask, graph)) == 2
-    except BadVideo:
-        return False
+def label_jobs(cfg):
+    """-> {mask to write: job of `label_video`} for every file that has no mask."""
+    jobs = {}
+    for entry in read_manifest(cfg.source):
+        path = Path(entry["path"])
+        # a manifest may name other sidecars than those beside the video
+        mask = entry["mask"] or str(path.with_name(f"{path.stem}_mask.npz"))
+        graph = entry["graph"] or str(path.with_name(f"{path.stem}_graph.npz"))
+        if mask in jobs:
+            raise BadInput(f"{path} and {jobs[mask][1]}: the labels of both would be {mask}; rename one")
+        if cfg.overwrite or not os.path.exists(mask):
+            jobs[mask] = cfg, str(path), mask, graph
+    return jobs
 
 
 def label(argv):
+    """Labels every file that has no mask. A file that cannot be labelled is named and left out."""
     cfg = configure(LabelConfig, None, argv, positional="source")
-    try:
-        entries = read_manifest(cfg.source)
-    except BadVideo:
-        raise
-    except BadInput as error:
-        raise BadInput(str(error).removeprefix("--data ")) from None
-    source = Path(cfg.source) if Path(cfg.source).is_dir() else Path(cfg.source).parent
-    out, began, jobs, owners, bad = Path(cfg.out) if cfg.out else source, time.time(), {}, {}, {}
-    method_of(cfg)                                               # a missing package or folder is told now, not by a worker
-    for entry in entries:
-        path = Path(entry["path"])
-        inside = os.path.relpath(path, source)
-        base = out / inside if cfg.out and not inside.startswith("..") else out / path.name if cfg.out else path
-        target = [str(base.with_name(f"{base.stem}_{kind}.npz")) for kind in ("mask", "graph")]
-        if owners.setdefault(target[0], str(path)) != str(path):
-            bad[str(path)] = f"{path}: its labels would have the name of those of {owners[target[0]]}; rename one"
-            print(f"left out: {bad[str(path)]}", file=sys.stderr)
-        elif str(path) in bad:
-            pass                                                 # the same file again
-        elif not cfg.overwrite and whole_labels(entry["mask"], entry["graph"]):
-            pass                                                 # of another's making, or ours beside the video
-        elif not cfg.overwrite and whole_labels(*target):
-            entry["mask"], entry["graph"] = target
-        elif not cfg.overwrite and os.path.exists(target[0]):    # ours are written last: a mask alone, or a broken one, is somebody's
-            bad[str(path)] = f"{path}: {target[0]} is there, but cannot be used with its graph; remove it, or give --overwrite"
-            print(f"left out: {bad[str(path)]}", file=sys.stderr)
+    if not 32 <= cfg.image_size <= 1024 or cfg.stretch < 1:
+        raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
+    if cfg.sam2:
+        # a missing package or folder is told before the work
+        load_sam2(cfg.sam2)
+    jobs = list(label_jobs(cfg).values())
+    workers = cfg.workers
+    if workers is None:
+        # each process would hold a SAM2 of its own
+        workers = 0 if cfg.sam2 else cores()
+    counts = []
+    results = in_processes(label_video, jobs, min(workers, len(jobs)))
+    for _, result in tqdm(results, total=len(jobs), desc="labels", unit=" videos"):
+        if isinstance(result, str):
+            tqdm.write(f"left out: {result}", file=sys.stderr)
         else:
-            entry["mask"], entry["graph"] = target
-            jobs[str(path)] = cfg, str(path), *target
-    try:
-        for folder in {Path(job[2]).parent for job in jobs.values()} | {out}:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in (*folder.glob(".*_mask.npz.[0-9]*"), *folder.glob(".*_graph.npz.[0-9]*")):
-                stale.unlink(missing_ok=True)                    # what a kill in the middle of a file left
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written to ({error.strerror}); give another folder") from None
-    made, frames = [], 0
-    usual = 1 if cfg.method == "sam2" else cores()               # each process holds a model of its own
-    workers = min(usual if cfg.workers is None else cfg.workers, len(jobs))
-    with tqdm(total=len(jobs), desc="labels", unit=" videos", disable=None) as bar:
-        for (_, path, *_), result in in_processes(label_video, list(jobs.values()), workers):
-            if isinstance(result, str):
-                bad[path] = result
-                tqdm.write(f"left out: {bad[path]}", file=sys.stderr)
-            else:
-                made.append(result[0])
-                frames += result[1]
-            bar.update()
-    paths = {e["path"] for e in entries}
-    if paths <= bad.keys():
-        raise BadInput(f"{cfg.source}: none of the {len(paths)} files can be labelled; the last: {list(bad.values())[-1]}")
-    rows = []
-    for entry in (e for e in entries if e["path"] not in bad):
-        kept = {k: v for k, v in entry.items() if k not in ("path", "image", "mask", "graph") and v is not None}
-        files = {"image" if entry["image"] else "video": entry["path"], "mask": entry["mask"], "graph": entry["graph"]}
-        rows.append({k: Path(os.path.relpath(v, out)).as_posix() for k, v in files.items()} | kept)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    replace(out / "labelled.json", lambda p: p.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))
-    seconds = time.time() - began
-    print(f"{len(paths)} files: {len(made)} labelled, {len(paths) - len(made) - len(bad)} had labels, {len(bad)} left out"
-          + (f"; {frames} frames, {np.mean(made):.1f} trajectories a file, {frames / seconds:.1f} frames a second" if made else ""))
-    print(f"wrote {out / 'labelled.json'}; train on it with --data {out / 'labelled.json'}")
+            counts.append(result)
+    average = sum(counts) / max(len(counts), 1)
+    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
+    if jobs and not counts:
+        raise BadInput(f"{cfg.source}: no file could be labelled")
 
 
 @one_line_errors
@@ -2832,7 +2646,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # This file is imported by name as well: run from here, there would be two of each class, and a BadInput of the one would not be
-    # the other's. So the module of that name runs; its processes find their functions there too.
+    # Run from here, this file would be there twice, and a BadInput of the one would not be the other's: so the
+    # module runs that is imported by name. Its processes find their functions there, too.
     import data
     data.main()

@@ -6,6 +6,7 @@
 Each test begins by saying which bug it catches. Oracles are slow and plain on purpose: loops, brute force, cases worked
 out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few tests are skipped.
 """
+import argparse
 import colorsys
 import contextlib
 import csv
@@ -85,7 +86,7 @@ def scripts(begin, count, world=data.World()):
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
     rgb = np.array(list(data.COLOURS.values()))
-    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 5:8]).sum(1).argmin()) for j in range(s["count"])]
+    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 3:6]).sum(1).argmin()) for j in range(s["count"])]
     return list(zip(s["shape"][:s["count"]].tolist(), colours))
 
 
@@ -194,81 +195,59 @@ def without_clock(lines):
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # data.py: the procedural world
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-FINGERPRINT = """zlib.crc32(b"".join(repr((s["caption"], s["qa"], s["appearance"], s["motion"])).encode() + data.stack([s])["place"].numpy().tobytes()
-    + s["surface"].tobytes() for s in map(data.script, (3, 1_150_000_007, 1_200_000_001)))), list(data.learn_bpe(["aa ab", "ab ba ca"], 262))"""
+CHAINS = data.World(64, 32, 4, shared_colours=False, acts=4)
 
 
 def test_script_is_a_function_of_its_index():
-    """Catches: a script that depends on what was made before it (shared or global randomness)."""
-    indices = [5, 0, data.HELDOUT + 1, data.TEST + 3, 5, data.TRAIN + 1]
-    forth = [data.script(i) for i in indices]
+    """Catches: a script that depends on what was made before it, or on the order of a set, which differs between
+    two Python processes: a resumed run, or a worker, would see other clips."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; print(data.script(7), data.script(8, {CHAINS!r}))"
+    code = code.replace("World(", "data.World(")
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     np.random.seed(1)
-    torch.manual_seed(1)
     data.script(99, data.World(frames=16, acts=2))
-    back = [data.script(i) for i in reversed(indices)][::-1]
-    for one, two in zip(forth, back):
-        assert one.keys() == two.keys()
-        for key in one:
-            np.testing.assert_array_equal(one[key], two[key], err_msg=key)
-    assert forth[0]["caption"] != forth[1]["caption"]
+    assert there.stdout.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
+    assert data.script(7)["caption"] != data.script(8)["caption"]
 
 
-def test_scripts_do_not_depend_on_the_hash_seed():
-    """Catches: a choice from a set or a dict order that differs from one Python process to the next, so that a resumed run, or a
-    worker, sees other clips or another vocabulary."""
-    code = f"import sys, zlib; sys.path.insert(0, {str(HERE)!r}); import data; print(repr(({FINGERPRINT})))"
-    there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == repr(eval(f"({FINGERPRINT})"))
-
-
-def paint_naively(s, size, pictures=()):
-    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size).
-    pictures: of a skinned clip, functions of x and y in [0, 1], in the order of the folder."""
+def paint_naively(s, size):
+    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size)."""
     shapes, textures = (x.numpy() for x in data.atlas(torch.device("cpu")))
-    shapes = data.outlines(torch.device("cpu")).numpy() if "bend" in s else shapes
     frames, res, cells = len(s["camera"]), shapes.shape[-1], textures.shape[-1]
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
         px, py = (column + 0.5) / size, (row + 0.5) / size
         cx, cy, zoom = map(float, s["camera"][f])
         u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
-        amount, frequency, p1, p2 = map(float, s["warp"])
-        bx, by = u + amount * math.sin(frequency * v + p1), v + amount * math.sin(frequency * u + p2)
-        grounds = [i for i in range(data.MAX_GROUNDS) if s["seeds"][i, 0] < 100]
-        label = min(grounds, key=lambda i: (bx - float(s["seeds"][i, 0])) ** 2 + (by - float(s["seeds"][i, 1])) ** 2)
+        far = [(u - float(x)) ** 2 + (v - float(y)) ** 2 for x, y in s["seeds"]]
+        label = far.index(min(far))
         for j in range(s["count"]):
             x, y, r, angle = map(float, s["place"][j, f])
             a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
             b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
-            if "bend" in s:
-                across, along, amount, frequency, phase = map(float, s["bend"][j, f])
-                a, b = (a + amount * math.sin(frequency * b + phase)) / across, (b + amount * math.sin(frequency * a - phase)) / along
-            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j], int((b + 1) * res / 2), int((a + 1) * res / 2)]:
+            cell = int((b + 1) * res / 2), int((a + 1) * res / 2)
+            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j]][cell]:
                 label, u, v = data.MAX_GROUNDS + j, a, b
-        kind, tiles, cos, sin, shade, *colours = map(float, s["surface"][label])
-        blend = textures[int(kind), math.floor((v * cos - u * sin) * tiles * cells) % cells, math.floor((u * cos + v * sin) * tiles * cells) % cells]
-        one, two = np.array(colours[:3]), np.array(colours[3:])
-        colour = one + (two - one) * blend
-        if "skin" in s and s["skin"][label, 0] >= 0:
-            which, xu, xv, x0, yu, yv, y0, gain = map(float, s["skin"][label])
-            x, y = (1 - abs(1 - q % 2) for q in (xu * u + xv * v + x0, yu * u + yv * v + y0))              # mirrored beyond the edges
-            colour = gain * np.array(pictures[int(which * len(pictures))](x, y))
+        kind, tiles, shade, *colours = map(float, s["surface"][label])
+        blend = textures[int(kind), math.floor(v * tiles * cells) % cells, math.floor(u * tiles * cells) % cells]
+        colour = (1 - blend) * np.array(colours[:3]) + blend * np.array(colours[3:])
         labels[f, row, column] = label
         video[f, row, column] = (colour * (1 + shade * v) * s["light"][f]).clip(0, 255)
     return video, labels
 
 
-def test_pixels_and_labels_are_the_naive_painters():
-    """Catches: a wrong camera, rotation or depth order, a surface that takes another's texture, labels that are shifted
+@pytest.mark.parametrize("world", (data.World(32, 3), dataclasses.replace(data.STAGE, frames=3)))
+def test_pixels_and_labels_are_the_naive_painters(world):
+    """Catches: a wrong camera, rotation or depth order, a surface with another's texture, labels that are shifted
     against the pixels. A handful of pixels on a border may fall to the other side in float32."""
-    world = data.World(size=32, frames=3)
-    chosen = [s for s in scripts(data.VALIDATION, 40, world) if s["count"] >= 3][:3] + scripts(data.VALIDATION, 2, world)
+    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: -s["count"])[:4]
     video, labels = data.rasterise(data.stack(chosen), 32)
-    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (5, 3, 32, 32, 3) and labels.shape == (5, 3, 32, 32)
+    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (4, 3, 32, 32, 3)
     for i, s in enumerate(chosen):
         painted, truth = paint_naively(s, 32)
         assert (labels[i].numpy() != truth).sum() <= 2
@@ -278,322 +257,226 @@ def test_pixels_and_labels_are_the_naive_painters():
 @pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
 def test_every_shape_is_drawn_whole(angle):
     """Catches: a window around the object that is too small for it, so that corners are cut off when it is turned."""
-    base, size = data.script(1, data.World(size=64, frames=1)), 64
-    for shape in range(len(data.SHAPES)):
-        s = dict(base, count=1, shape=np.full(data.MAX_OBJECTS, shape), place=np.tile(np.float32((0.503, 0.496, 0.3, angle)), (data.MAX_OBJECTS, 1, 1)))
-        _, labels = data.rasterise(data.stack([s]), size)
-        wrong = int((labels[0].numpy() != paint_naively(s, size)[1]).sum())
-        assert wrong <= 2, f"{data.SHAPES[shape]}: {wrong} pixels"
+    base = data.script(1, data.World(size=64, frames=1))
+    for shape, name in enumerate(data.SHAPES):
+        place = np.full((data.MAX_OBJECTS, 1, 4), (0.503, 0.496, 0.3, angle), np.float32)
+        s = base | dict(count=1, shape=np.full(data.MAX_OBJECTS, shape), place=place)
+        _, labels = data.rasterise(data.stack([s]), 64)
+        wrong = (labels[0].numpy() != paint_naively(s, 64)[1]).sum()
+        assert wrong <= 2, f"{name}: {wrong} pixels"
+        edge = data.atlas(torch.device("cpu"))[0][shape].clone()
+        edge[1:-1, 1:-1] = False
+        assert not edge.any(), f"{name}: what lies beyond the table would be drawn"
 
 
 def test_a_clip_is_the_same_whoever_stands_beside_it():
-    """Catches: pixels that depend on the batch or on how many clips are painted at a time, so that a clip is not the same clip
-    in training and evaluation, on a CPU and on a GPU."""
+    """Catches: pixels that depend on the batch or on how many clips are painted at a time."""
     chosen = scripts(data.TEST, 24)
     video, labels = data.rasterise(data.stack(chosen), 48)
     for count in (1, 3):
         parts = [data.rasterise(data.stack(chosen[i:i + count]), 48) for i in range(0, 24, count)]
-        other, other_labels = (torch.cat(x) for x in zip(*parts))
-        assert int((other_labels != labels).sum()) == 0 and int((other != video).sum()) == 0, f"{count} at a time"
+        assert torch.equal(torch.cat([part[0] for part in parts]), video)
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
 
 
-def test_objects_are_seen_where_place_says():
-    """Catches: labels of the wrong object, objects that are lost, a place that is not the place on the screen (camera)."""
-    chosen, size = scripts(data.TEST, 60), 48
-    _, labels = data.rasterise(data.stack(chosen), size)
-    seen = 0
-    for i, s in enumerate(chosen):
-        for f in range(labels.shape[1]):
-            assert int(labels[i, f].max()) < data.MAX_GROUNDS + s["count"]
-            for j in range(s["count"]):
-                x, y, r, _ = s["place"][j, f]
-                rows, columns = (labels[i, f] == data.MAX_GROUNDS + j).nonzero(as_tuple=True)
-                away = ((columns + 0.5) / size - x).square() + ((rows + 0.5) / size - y).square()
-                assert not len(away) or away.max().sqrt() <= math.sqrt(2) * r + 1 / size
-                if j == s["count"] - 1 and r < min(x, y, 1 - x, 1 - y):          # nothing lies over the last one
-                    assert len(away) >= 0.15 * (2 * r * size) ** 2
-                    seen += 1
-    assert seen > 200
-
-
-def test_splits_are_disjoint():
-    """Catches: test clips that occur in training."""
-    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT)
-    assert sorted(begins) == list(begins) and len(set(begins)) == 5
-    prints = [s["place"].tobytes() + s["surface"].tobytes() for begin in begins for s in scripts(begin, 300)]
+def test_splits_and_held_out_pairs_are_disjoint():
+    """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out clip
+    without one, two objects that words cannot tell apart."""
+    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST)
+    prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
     assert len(set(prints)) == len(prints)
+    for s in (s for begin in begins for s in scripts(begin, 200)):
+        assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
+    for s in scripts(data.HELDOUT, 200):
+        held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
+        assert held == s["told"]["slots"][:1]                   # the subject, and nobody else
 
 
-def test_a_point_on_the_rim_of_an_outline_is_drawn():
-    """Catches: a coordinate just below 1 that is rounded up, beyond the last row of the last outline: one made clip in tens of thousands, this one among
-    them, ended a training after hours."""
-    world = data.World(size=64, frames=12, max_objects=6, shared_colours=True, acts=2)
-    scene = data.script(24076, world)
-    assert scene["shape"][0] == len(data.SHAPES) - 1
-    video, labels = data.rasterise(data.stack([scene]), 64)
-    assert video.shape == (1, 12, 64, 64, 3) and (labels == data.MAX_GROUNDS).any()
-
-
-def test_held_out_pairs_stay_out():
-    """Catches: a held-out combination that training sees after all (on any object), or a held-out clip without one."""
-    colours = [[c for c in range(len(data.COLOURS)) if data.held_out(shape, c)] for shape in range(len(data.SHAPES))]
-    assert all(len(c) == 1 for c in colours)
-    for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST):
-        assert not any(data.held_out(*look) for s in scripts(begin, 300) for look in looks(s))
-    subjects = set()
-    for s in scripts(data.HELDOUT, 300):
-        held = [look for look in looks(s) if data.held_out(*look)]
-        assert len(held) == 1 and held[0][0] == s["appearance"]  # the subject, and nobody else
-        subjects.add(held[0])
-    assert len(subjects) == len(data.SHAPES)
-    assert all(len(set(looks(s))) == s["count"] for s in scripts(data.TRAIN, 300)), "two objects that words cannot tell apart"
+@pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
+def test_the_subject_is_the_largest(world):
+    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong one."""
+    for s in scripts(data.TRAIN, 400, world):
+        subject, *others = s["told"]["slots"]
+        assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
+        assert (s["appearance"], s["colour"]) == looks(s)[subject]
 
 
 def test_appearance_says_nothing_of_motion():
-    """Catches: a shape or colour that favours a motion (then one probe could answer for the other), a class that never occurs.
-    2 N x mutual information of independent classes is chi-squared: mean and half its variance are the degrees of freedom."""
-    chosen = scripts(data.TRAIN, 4000)
-    counts = np.bincount([s["count"] for s in chosen])
-    assert (counts[1:] > 0.02 * len(chosen)).all()
-    motion, shape = (np.array([s[key] for s in chosen]) for key in ("motion", "appearance"))
-    colours = [[colour for kind, colour in looks(s) if kind == s["appearance"]] for s in chosen]
-    colour = np.array([c[0] if len(c) == 1 else -1 for c in colours])            # -1: the arrays do not tell which one is the subject
-    for name, other in (("shape", shape), ("colour", colour)):
+    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the mutual
+    information of independent classes is chi-squared: its mean, and half its variance, are the degrees of freedom."""
+    motion = np.array([s["motion"] for s in scripts(data.TRAIN, 2000)])
+    for name in ("appearance", "colour"):
         table = np.zeros((10, len(data.MOTIONS)))
-        np.add.at(table, (other[other >= 0], motion[other >= 0]), 1)
+        np.add.at(table, ([s[name] for s in scripts(data.TRAIN, 2000)], motion), 1)
         p = table / table.sum()
-        mutual = (p * np.log(np.maximum(p, 1e-12) / (p.sum(1, keepdims=True) * p.sum(0, keepdims=True)))).sum()
-        freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
-        assert 2 * table.sum() * mutual < freedom + 6 * math.sqrt(2 * freedom), name
-        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.5 / len(table), name
+        expected = p.sum(1, keepdims=True) * p.sum(0)
+        mutual = (p * np.log(np.maximum(p, 1e-12) / expected)).sum()
+        assert 2 * table.sum() * mutual < 90 + 6 * math.sqrt(180), name
+        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.05, name
 
 
-def whole_state(s):
-    """What there is to know of each frame of a clip, (T, features): place, shape, depth of all objects, the largest first."""
-    n, frames = s["count"], s["place"].shape[1]
-    order = np.argsort(-s["place"][:n, :, 2].mean(1))
-    x = np.zeros((frames, data.MAX_OBJECTS, 7 + len(data.SHAPES)), np.float32)
-    p = s["place"][order].transpose(1, 0, 2)                     # (T, n, 4)
-    x[:, :n, 0], x[:, :n, 1], x[:, :n, 2:4], x[:, :n, 4] = 1, order / 8, p[..., :2] - 0.5, np.log(p[..., 2])
-    x[:, :n, 5:7] = np.stack((np.sin(p[..., 3]), np.cos(p[..., 3])), -1)
-    x[:, np.arange(n), 7 + s["shape"][order]] = 1
-    distance = np.zeros((frames, data.MAX_OBJECTS), np.float32)
-    distance[:, :n] = np.linalg.norm(p[..., :2] - p[:, :1, :2], axis=-1)
-    return np.concatenate((x.reshape(frames, -1), distance), 1)
+def deed_told(s):
+    """What a script's arrays show that its subject does, in the words of a caption of deeds alone."""
+    me, other = (s["place"][j].astype(float) for j in (s["told"]["slots"] * 2)[:2])
+    move, theirs = np.diff(me[:, :2], axis=0), np.diff(other[:, :2], axis=0)
+    alone = s["count"] == 1
+    if abs(me[-1, 3] - me[0, 3]) > 1:
+        return f"spins {'clockwise' if me[-1, 3] > me[0, 3] else 'anticlockwise'}"
+    if abs(me[-1, 2] / me[0, 2] - 1) > 0.3:
+        return "grows" if me[-1, 2] > me[0, 2] else "shrinks"
+    if not alone and abs(theirs).max() > 1e-3:
+        return "follows {}" if (move[0] * theirs[0]).sum() > 0 else "bumps into {}"
+    if abs(move[-1]).max() < 1e-4:
+        return "moves up to {} and stops"
+    if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
+        return "passes behind {}" if s["told"]["slots"][0] < s["told"]["slots"][1] else "passes in front of {}"
+    if min(abs(move).max(0)) > 1e-3:
+        turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
+        return f"circles {'clockwise' if turn > 0 else 'anticlockwise'}"
+    axis = abs(move).max(0).argmax()
+    if np.ptp(np.sign(move[:, axis].round(3))) > 0:
+        return "bounces " + ("from side to side", "up and down")[axis]
+    return "moves " + (("to the left", "to the right"), ("upwards", "downwards"))[axis][int(move[0, axis] > 0)]
 
 
-def test_motion_cannot_be_told_from_one_frame():
-    """Catches: a world in which a still gives the motion class away (a place, a size, a neighbour that only one program has).
-    The judge is a small network that sees the true state, not pixels; on all frames the same network does far better, so it is
-    not the judge who is blind. Of its scores on the test clips the best count. Accuracy hides a single class that stands out:
-    so for each class also how often one of its frames gets a higher probability of it than a frame of another class (0.5 is
-    chance; programs with a companion reach 0.65, since a lone object has none)."""
-    chosen = scripts(data.TRAIN, 4000)
-    states = torch.from_numpy(np.stack([whole_state(s) for s in chosen]))                            # (N, T, features)
-    y, train, kinds = torch.tensor([s["motion"] for s in chosen]), 3000, len(data.MOTIONS)
-
-    @torch.no_grad()
-    def score(net, x):
-        out, truth = net(x[train:]).flatten(0, 1).log_softmax(-1), y[train:].repeat_interleave(x.shape[1])
-        rank = out.argsort(0).argsort(0).double()
-        own = F.one_hot(truth, kinds).double()
-        n = own.sum(0)
-        return [(out.argmax(-1) == truth).double().mean().item(), *(((rank * own).sum(0) - n * (n - 1) / 2) / (n * (len(out) - n))).tolist()]
-
-    def judge(x):                                                # x (N, views, features): views of a clip are samples of their own
-        x = (x - x[:train].mean((0, 1))) / (x[:train].std((0, 1)) + 1e-3)
-        torch.manual_seed(0)
-        net, scores = nn.Sequential(nn.Linear(x.shape[-1], 64), nn.ReLU(), nn.Linear(64, kinds)), []
-        solver = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.1)
-        for step in range(400):
-            clip, view = torch.randint(train, (256,)), torch.randint(x.shape[1], (256,))
-            loss = F.cross_entropy(net(x[clip, view]), y[clip])
-            solver.zero_grad()
-            loss.backward()
-            solver.step()
-            if step % 50 == 49:
-                scores.append(score(net, x))
-        return np.max(scores, 0)
-    one, every = judge(states), judge(states.flatten(1)[:, None])
-    assert one[0] < 2 / kinds and every[0] > 0.3, (one[0], every[0])
-    assert one[1:].max() < 0.8 < every[1:].max(), dict(zip(data.MOTIONS, one[1:].round(2)))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_captions_of_deeds_are_what_the_arrays_show(reverse):
+    """Catches: left for right, clockwise for anticlockwise, behind for in front, a companion that is another; of clips
+    that run backwards the caption of the clip, or pixels that are not those of the clip backwards."""
+    programs = tuple(p for p in data.MOTIONS if p not in ("approach", "follow")) if reverse else data.MOTIONS
+    world = dataclasses.replace(data.STAGE, programs=programs)
+    for index in range(300):
+        s = data.script(index, dataclasses.replace(world, reverse=reverse))
+        subject, *others = (f"{'an' if name[:1] in 'aeiou' or name == 'hourglass' else 'a'} {name}"
+                            for name in (data.SHAPES[s["shape"][j]] for j in s["told"]["slots"]))
+        doing = deed_told(s)
+        rest = f" with {others[0]}" if others and "{}" not in doing else ""
+        assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
+        if reverse:
+            forth = data.script(index, world)
+            np.testing.assert_array_equal(forth["place"][:, ::-1], s["place"])
+    assert data.MOTIONS[s["motion"]] in programs
 
 
-def test_acts_follow_one_another_without_a_jump():
-    """Catches: an act that starts elsewhere than the last one ended, an act that is missing from the caption."""
-    for s in scripts(data.TRAIN, 60, data.World(frames=64, acts=3)):
-        steps = np.diff(s["place"][:s["count"], :, :2], axis=1)
-        assert np.abs(steps).max() < 0.13 and s["caption"].count(" and then ") == 2
-    with pytest.raises(BadInput, match="acts"):
-        data.World(frames=8, acts=3)
-    with pytest.raises(BadInput, match="max_objects"):
-        data.World(max_objects=data.MAX_OBJECTS + 1)
+def test_captions_say_what_they_are_told_to():
+    """Catches: a caption about somebody else, or one that tells what `words` leaves out."""
+    verbs = {words.split()[0] for some in data.VERBS.values() for words in some}
+    for words in ("all", "looks", "deeds"):
+        for s in scripts(data.TRAIN, 200, data.World(words=words)):
+            colour, shape = list(data.COLOURS)[s["colour"]], data.SHAPES[s["appearance"]]
+            told = set(re.findall(r"\w+", s["caption"]))
+            assert bool(told & verbs) == (words != "looks"), s["caption"]
+            assert bool(told & {*data.COLOURS, *data.GROUNDS}) == (words != "deeds"), s["caption"]
+            named = re.search(rf"\b{colour} (\w+ )?{shape}\b", s["caption"])
+            assert named or (words == "deeds" and shape in told), s["caption"]
 
 
-def test_captions_name_the_subject_and_distinct_ones_differ(monkeypatch):
-    """Catches: a caption about somebody else; retrieval sets in which two clips have the same right answer."""
-    checked = 0
-    for begin in (data.TRAIN, data.HELDOUT):
-        for s in scripts(begin, 300):
-            own = [look for look in looks(s) if look[0] == s["appearance"]]
-            if len(own) == 1:                                    # otherwise the arrays do not tell which of them is the subject
-                assert re.search(rf"\b{list(data.COLOURS)[own[0][1]]} (\w+ )?{data.SHAPES[own[0][0]]}\b", s["caption"]), s["caption"]
-                checked += 1
-    assert checked > 300
-    indices = data.distinct(data.World(), data.TEST, 100)
-    assert len({data.script(i)["caption"] for i in indices}) == len(set(indices)) == 100
-    fake = ["one", "two", "one", "three", "two", "four", "five"]
-    monkeypatch.setattr(data, "script", lambda index, world: dict(caption=fake[index - 40]))
-    assert data.distinct(data.World(), 40, 4) == [40, 41, 43, 45]
-
-
-def test_answers_follow_from_the_arrays():
-    """Catches: answers that are not what the pixels show: a wrong count, a wrong side, behind for in front."""
-    asked = dict.fromkeys(("count", "where", "behind", "first", "ground", "do"), 0)
-    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
-        move = data.MOTIONS[s["motion"]]
-        colours = [list(data.COLOURS)[colour] for _, colour in looks(s)]
-        for item in s["qa"]:
-            kind, question, answer = item["type"], item["question"], item["answer"]
-            if kind == "count":
-                named = [c for c in data.COLOURS if f" {c} " in question]
-                truth = str(colours.count(named[0]) if named else s["count"])
-            elif kind == "where":
-                truth = "left" if s["place"][slot_named(s, question), -1, 0] < 0.5 else "right"
-            elif kind == "behind":
-                truth = "yes" if move == ("behind" if " behind " in question else "front") else "no"
-            elif kind == "first":
-                pair = question.removesuffix("?").split(" first, ")[1].split(" or ")
-                slots = [slot_named(s, name) for name in pair]
-                still = [int((abs(s["place"][j] - s["place"][j, :1]) < 1e-6).all(1).sum()) for j in slots]   # frames at rest, from the first on
-                truth = pair[int(np.argmin(still))].removeprefix("the ")
-            elif "ground" in question:
-                kind, seen = "ground", [tuple(row[5:8].astype(int)) for row in s["surface"][:data.MAX_GROUNDS] if row.any()]
-                truth = " and ".join(sorted(name for name, (one, _, _) in data.GROUNDS.items() if one in seen))
-            elif " do" in question:
-                kind, truth = "do", move
-            else:
-                continue
-            assert answer == truth, (s["index"], question, answer, truth)
-            asked[kind] += 1
-    assert all(n > 20 for n in asked.values()), asked
-
-
-def test_the_largest_object_is_the_one_meant():
-    """Catches: a subject that is smaller than its company, so that "the largest object" is somebody else on the screen."""
-    wrong = asked = 0
-    for s in scripts(data.TRAIN, 800, data.World(camera=False)):
-        for item in s["qa"]:
-            if "colour is the largest object" in item["question"]:
-                largest = int(s["place"][:s["count"], :, 2].mean(1).argmax())
-                asked += 1
-                wrong += item["answer"] != list(data.COLOURS)[looks(s)[largest][1]]
-    assert asked and not wrong, f"{wrong} of {asked} clips"
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
 def story(index, frames=32, acts=4, objects=4):
     return scripts(index, 1, data.World(64, frames, objects, shared_colours=False, acts=acts, story=True))[0]
 
 
-def seen_in(s, name):
-    """bool (T,): is any pixel of the object that `name` means on the screen?"""
-    _, labels = data.rasterise(data.stack([s]), 64)
-    return (labels[0] == data.MAX_GROUNDS + slot_named(s, name)).flatten(1).any(1).numpy()
-
-
 def deed_seen(path, before):
-    """What an object did, from its places (t, 4) in the frames of one act, and the one before it."""
-    move, angle = path - before, np.ptp(np.append(path[:, 3], before[3]))
-    away = np.abs(move[:, :2]).max(0)
-    if angle > 1:
+    """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before it."""
+    away = np.abs(path[:, :2] - before[:2]).max(0)
+    if np.ptp(np.append(path[:, 3], before[3])) > 1:
         return "spin"
+    if away.min() > 0.05:
+        return "circle"
     if away.max() > 0.05:
-        if away.min() > 0.05:
-            return "circle"
         axis = away.argmax()
-        return (("dart left", "dart right"), ("rise", "sink"))[axis][int(move[np.abs(move[:, axis]).argmax(), axis] > 0)]
-    return "swell" if path[:, 2].max() > 1.2 * before[2] else "shrink"
+        sign = int((path[:, axis] - before[axis]).sum() > 0)
+        return (("dart left", "dart right"), ("rise", "sink"))[axis][sign]
+    return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
 
 
-@pytest.mark.parametrize("frames, acts", [(8, 2), (32, 4), (64, 8), (512, 64)])
+def answer_seen(qa, names, deeds, goes, back, s):
+    """The answer to a question of a story, from what was seen."""
+    question, kind = qa["question"], qa["type"]
+    if kind == "first":
+        return deeds[0]
+    if kind == "after":
+        asked = re.search(r"right after it first (\w+)s( \w+)?\?", question)
+        return deeds[deeds.index(asked[1] + (asked[2] or "")) + 1]
+    if kind == "times":
+        return str(deeds.count(re.search(rf"the {names[0]} (.+)\?", question)[1]))
+    if kind == "back":
+        return " ".join(back)
+    if kind == "again":
+        return "yes" if re.search(r"Does the (.+) come", question)[1] in back else "no"
+    if kind == "order":
+        return min(re.search(r"first, the (.+) or the (.+)\?", question).groups(), key=goes.get)
+    if "largest" in question:
+        return list(data.COLOURS)[s["colour"]]
+    ground = s["surface"][0, 3:6]
+    return next(name for name, row in data.GROUNDS.items() if np.allclose(row[:3], ground))
+
+
+@pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
 def test_answers_to_stories_can_be_seen(frames, acts):
-    """Catches: a question about a story whose answer is not what the pixels show: deeds, their order and number, who leaves when and who comes
-    back; an answer that is not among its options; options that are no clip's."""
-    kinds, third = set(), {"rises": "rise", "sinks": "sink", "darts left": "dart left", "darts right": "dart right", "circles": "circle", "spins": "spin", "swells": "swell", "shrinks": "shrink"}
-    for index in range(12 if frames < 512 else 3):
+    """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves when and
+    who comes back; an answer that is not among its options."""
+    kinds = set()
+    for index in range(20 if frames < 512 else 3):
         s = story(index, frames, acts)
-        place, bounds = s["place"][s["count"] - 1].astype(float), s["told"]["bounds"]
-        deeds = [deed_seen(place[a:b], place[a - 1] if a else np.append(place[b - 1, :3], place[a, 3])) for a, b in zip(bounds, bounds[1:])]
-        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:])) and len(deeds) == acts
-        names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
-        seen = {name: seen_in(s, name) for name in names}
-        goes = {name: int((seen[name][:-1] & ~seen[name][1:]).argmax()) for name in names if (seen[name][:-1] & ~seen[name][1:]).any()}          # first time it is lost
-        back = {name for name in goes if seen[name][goes[name] + 1:].any()}
-        assert names[-1] not in goes
+        slots, bounds = s["told"]["slots"], s["told"]["bounds"]
+        place = s["place"][slots[0]].astype(float)
+        starts = [place[a - 1] if a else np.append(place[bounds[1] - 1, :3], place[0, 3]) for a in bounds[:-1]]
+        deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
+        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
+        names = [f"{list(data.COLOURS)[looks(s)[j][1]]} {data.SHAPES[looks(s)[j][0]]}" for j in slots]
+        _, labels = data.rasterise(data.stack([s]), 64)
+        seen = {name: (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).numpy() for name, j in zip(names, slots)}
+        goes = {name: int((x[:-1] & ~x[1:]).argmax()) for name, x in seen.items() if (x[:-1] & ~x[1:]).any()}
+        back = [name for name in goes if seen[name][goes[name] + 1:].any()]
+        assert seen[names[0]].all()
         for qa in s["qa"]:
-            q, kinds = qa["question"], kinds | {qa["type"]}
-            if qa["type"] == "first":
-                want = deeds[0] if q.endswith("first?") else deeds[-1]
-            elif qa["type"] == "after":
-                asked = third[re.search(r"right after it first (.+)\?", q)[1]]
-                want = deeds[deeds.index(asked) + 1]
-            elif qa["type"] == "times":
-                want = str(deeds.count(re.search(rf"the {names[-1]} (.+)\?", q)[1]))
-            elif qa["type"] == "back":
-                want, = back
-            elif qa["type"] == "again":
-                want = "yes" if re.search(r"Does the (.+) come", q)[1] in back else "no"
-            elif qa["type"] == "order":
-                pair = re.search(r"first, the (.+) or the (.+)\?", q).groups()
-                want = min(pair, key=goes.get)
-            else:
-                want = names[-1].split()[0] if "largest" in q else qa["answer"]
-                assert qa["answer"] in (*data.COLOURS, *data.GROUNDS)
-            assert qa["answer"] == want, (index, q, qa["answer"], want)
-            assert qa["options"].count(want) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
-    assert kinds >= {"what", "first", "after", "again", "back"} and ("times" in kinds) == (acts > 2)
+            kinds.add(qa["type"])
+            assert qa["answer"] == answer_seen(qa, names, deeds, goes, back, s), (index, qa)
+            assert qa["options"].count(qa["answer"]) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
+    wanted = {"what", "first", "again", "back", "order"} | ({"after"} if acts > 1 else set()) | ({"times"} if acts > 2 else set())
+    assert kinds == wanted or frames == 512
 
 
 def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right option, would be
-    right far more often than a guess. Measured on 600 stories."""
+    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right
+    option, would be right far more often than a guess. Measured on 600 stories."""
     asked, places = {}, {}
     for s in (story(i) for i in range(600)):
         names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
         for qa in s["qa"]:
-            words, answer = qa["question"], qa["answer"]
-            for name in names:
-                words = words.replace(name, "X")
+            words = functools.reduce(lambda text, name: text.replace(name, "X"), names, qa["question"])
+            answer = qa["answer"]
             if qa["type"] == "order":                            # the first or the second that it names
                 answer = qa["question"].index(answer) == min(qa["question"].index(o) for o in qa["options"])
             if qa["type"] != "back":                             # it names nobody
                 asked.setdefault(qa["type"], {}).setdefault(words, []).append(answer)
             places.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
-    for kind, most in dict(what=0.16, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
+    for kind, most in dict(what=0.19, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
         groups = asked[kind].values()
-        assert sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups)) < most, kind
+        share = sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups))
+        assert share < most, (kind, share)
     assert all(max(map(p.count, set(p))) / len(p) < 1.2 / n for n, p in places.items())
 
 
-def test_other_worlds_are_what_they_were_before_there_were_stories():
-    """Catches: a draw that stories added to a world without them: every clip, and every result that was measured, would be another. The number is
-    that of the words of clips before; places are drawn between them."""
-    crc = 0
-    for world in (data.World(), data.World(frames=16, acts=3, max_objects=4, shared_colours=False)):
-        for s in scripts(0, 40, world):
-            assert "told" not in s and not any("options" in qa for qa in s["qa"])
-            crc = zlib.crc32(repr((s["caption"], s["qa"])).encode(), crc)
-    assert crc == 3941545426
+def test_controls_are_what_one_frame_gives_away():
+    """Catches: a judge that finds nothing where there is something, or something in noise; constants that are no longer
+    those of the world they stand beside."""
+    rng = np.random.default_rng(0)
+    noise, y = rng.normal(size=(2000, 6)), torch.from_numpy(rng.integers(0, 11, 2000))
+    planted = np.concatenate((noise, y[:, None] + rng.normal(0, 0.1, (2000, 1))), 1)
+    assert data.guessed(noise, y, 300) < 0.16 and data.guessed(planted, y, 600) > 0.8
+    world = data.World(max_objects=4, shared_colours=False, size=32)
+    known, found = data.known_controls(world), data.controls(world, 2500)
+    assert known.keys() == found.keys() and all(abs(known[key] - found[key]) < 0.08 for key in known), (known, found)
+    assert set(data.known_controls(data.World(frames=9)).values()) == {None}
 
 
-def test_stories_that_cannot_be_told_are_refused():
-    """Catches: a clip too short for an object to leave and come back."""
-    with pytest.raises(BadInput, match="at least 8"):
-        data.World(frames=6, story=True)
-    assert story(0, 8, 1, 1)["count"] == 1                       # one object alone: no question about the others
-    assert not {qa["type"] for qa in story(0, 8, 1, 1)["qa"]} & {"back", "again", "order"}
-    assert data.script(3, data.World(frames=40, acts=5, max_objects=8, story=True, textures=None))["count"] > 1
+@pytest.mark.parametrize("change", (
+    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some"), dict(frames=6, story=True)))
+def test_impossible_worlds_are_refused(change):
+    """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
+    with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
+        data.World(**change)
 
 
 def test_talks_are_read_and_written(tmp_path, capsys):
@@ -631,150 +514,6 @@ def test_world_batches():
     assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
 
 
-@pytest.fixture(scope="module")
-def skins(tmp_path_factory):
-    """A folder of two pictures whose pixels tell where they are, as functions of x and y: PICTURES."""
-    folder = tmp_path_factory.mktemp("skins")
-    (folder / "b").mkdir()
-    y, x = (np.mgrid[:256, :256] + 0.5) / 256
-    for name, picture in zip(("a.png", "b/one.png"), PICTURES):
-        data.write_png(folder / name, np.stack([np.broadcast_to(c, x.shape) for c in picture(x, y)], -1).round().astype(np.uint8))
-    (folder / "notes.txt").write_text("no picture")
-    return str(folder)
-
-
-PICTURES = (lambda x, y: (240 * x, 240 * y, 40.0)), (lambda x, y: (240 * y, 240 - 240 * x, 200.0))
-
-
-def test_skinned_pixels_and_labels_are_the_naive_painters(skins):
-    """Catches: a picture that stays on the screen while its object moves, turns, grows or bends, or a ground's that does not go with the
-    camera; the picture of another surface; labels that do not follow the outline. Small pictures are read where objects are small: their
-    pixels are up to a sixteenth of the picture wide."""
-    shown = [s for s in scripts(data.VALIDATION, 12, data.World(size=32, frames=3, textures=skins)) if (s["skin"][:, 0] >= 0).any()][:6]
-    seen = {(row < data.MAX_GROUNDS, bool(w >= 0.5)) for s in shown for row, w in enumerate(s["skin"][:, 0]) if w >= 0}
-    assert len(seen) == 4, "grounds and objects, in both pictures"
-    video, labels = data.rasterise(data.stack(shown), 32, textures=skins)
-    for i, s in enumerate(shown):
-        painted, truth = paint_naively(s, 32, PICTURES)
-        assert (labels[i].numpy() != truth).sum() <= 4
-        off = abs(video[i].numpy() - painted).max(-1)
-        worn = np.isin(truth, np.flatnonzero(s["skin"][:, 0] >= 0))
-        assert (off[~worn] > 1.01).sum() <= 6 and (off[worn] > 12).sum() <= 6 and np.median(off[worn]) < 3, (i, np.sort(off[worn])[-12:])
-
-
-def test_a_picture_turns_with_its_object(skins):
-    """Catches: a texture, a shading or a wobble that keeps to the screen's axes: a quarter turn of the object is a quarter turn of its pixels."""
-    base = next(s for s in scripts(data.VALIDATION, 60, data.World(size=64, frames=1, textures=skins)) if s["skin"][data.MAX_GROUNDS, 0] >= 0)
-    shots = []
-    for angle in (0.0, math.pi / 2):
-        s = dict(base, count=1, place=np.tile(np.float32((0.5, 0.5, 0.4, angle)), (data.MAX_OBJECTS, 1, 1)))
-        video, labels = data.rasterise(data.stack([s]), 64, textures=skins)
-        on = (labels[0, 0] >= data.MAX_GROUNDS).numpy()
-        shots.append((on, np.where(on[..., None], video[0, 0].numpy(), 0)))
-    (still, picture), (turned, moved) = shots
-    assert still.sum() > 100 and (np.rot90(still, -1) != turned).sum() <= 8      # a positive angle is clockwise: y grows downwards
-    assert (abs(np.rot90(picture, -1).astype(int) - moved).max(-1) > 12).sum() <= 12 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_a_skinned_clip_is_a_function_of_its_index_and_the_folder(skins, tmp_path):
-    """Catches: pictures that change who moves where, clips that are no longer plain, a picture that depends on the batch, the workers, the
-    order in which files were written, or on the folder's place."""
-    world = data.World(size=24, frames=2, textures=skins)
-    batches = data.WorldBatches(world, 12, begin=data.TEST)
-    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2)]
-    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(batches, 0, 2, workers=2)]
-    (tmp_path / "b").mkdir()
-    for name in ("b/one.png", "a.png"):                          # the same content, written the other way round
-        shutil.copy(Path(skins) / name, tmp_path / name)
-    bare, plain = 0, data.World(size=24, frames=2, camera=False)
-    for a, b in zip(alone, helped, strict=True):
-        assert torch.equal(a["video"], b["video"]) and torch.equal(a["labels"], b["labels"]) and a["caption"] == b["caption"]
-        for j, index in enumerate(a["index"]):
-            s = data.script(index, dataclasses.replace(world, textures=str(tmp_path)))
-            one = data.rasterise(data.stack([s]), 24, textures=str(tmp_path))
-            assert torch.equal(one[0][0], a["video"][j]) and torch.equal(one[1][0], a["labels"][j]) and s["caption"] == a["caption"][j]
-            still, same = (data.script(index, dataclasses.replace(plain, textures=t)) for t in (skins, None))
-            assert all(np.array_equal(still[k], same[k]) for k in ("place", "surface", "seeds", "light", "motion"))
-            if (s["skin"][:, 0] < 0).all() and (s["shape"] < data.BLOB).all():
-                whole = data.script(index, data.World(size=24, frames=2))
-                bare += whole["caption"] == s["caption"] and torch.equal(data.rasterise(data.stack([whole]), 24)[0][0], one[0][0])
-    assert bare >= 1, "not one of 24 clips is left plain"
-    with pytest.raises(ValueError, match="textures="):
-        data.rasterise(data.stack([s]), 24)
-
-
-def test_captions_of_skinned_clips_are_true(skins):
-    """Catches: a caption or a question that tells the colour under a picture, a shape that is not there, a ground that is painted over, or
-    that names two objects by the same words."""
-    told = dict.fromkeys(("blob", "textured", "ground", "what shape", "plain shape"), 0)
-    for begin in (data.TRAIN, data.HELDOUT):
-        for s in scripts(begin, 250, data.World(textures=skins)):
-            worn = s["skin"][data.MAX_GROUNDS:][:s["count"], 0] >= 0
-            kinds = s["shape"][:s["count"]]
-            colours = {list(data.COLOURS)[c] for (_, c), w in zip(looks(s), worn) if not w}
-            shapes = {data.SHAPES[k] if k < data.BLOB else "blob" for k in kinds}
-            text = " ".join([s["caption"], *(q["question"] for q in s["qa"] if not q["question"].startswith("How many"))])
-            words = set(re.findall(r"[a-z]+", text.replace("in a circle", "")))
-            assert words & set(data.COLOURS) <= colours and words & {*data.SHAPES, "blob"} <= shapes, (s["index"], text)
-            grounds = s["skin"][:data.MAX_GROUNDS, 0] >= 0
-            told["ground"] += "textured ground" in s["caption"]
-            assert grounds.any() or "textured ground" not in s["caption"]
-            assert not grounds.any() or not any("ground made" in q["question"] for q in s["qa"])
-            assert not (worn.any() or grounds.any()) or not words & {"small", "large"}
-            told["blob"] += "blob" in words
-            told["textured"] += "textured" in words
-            assert s["appearance"] in np.minimum(kinds, data.BLOB) and (begin == data.TRAIN or s["appearance"] < data.BLOB)
-            for q in s["qa"]:
-                if q["type"] == "first":
-                    one, two = q["question"].removesuffix("?").split(" first, ")[1].split(" or ")
-                    assert one != two
-                elif q["question"] == "What shape is the largest object?":
-                    largest = kinds[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
-                    assert q["answer"] == (*data.SHAPES, "blob")[min(largest, data.BLOB)]
-                    told["what shape"] += 1
-                elif q["question"].startswith("What colour"):
-                    assert not worn[int(s["place"][:s["count"], :, 2].mean(1).argmax())]
-                    told["plain shape"] += 1
-    assert all(n > 20 for n in told.values()), told
-
-
-def test_texture_folders(tmp_path, capsys):
-    """Catches: a folder's order that is the disk's, a damaged file that stops a run or vanishes in silence, a short clip that gives nothing,
-    more pictures than memory was promised for, a folder of nothing that is trained on."""
-    for name, words in (("nowhere", "no such folder"), ("empty", "no picture"), ("broken", "none of its 1 files")):
-        if name != "nowhere":
-            (tmp_path / name).mkdir()
-        if name == "broken":
-            (tmp_path / name / "x.jpg").write_text("no picture")
-        with pytest.raises(BadInput, match=words) as error:
-            data.load_textures(str(tmp_path / name))
-        assert "\n" not in str(error.value)
-    assert data.open_textures(None) is None
-    folder = tmp_path / "mixed"
-    (folder / "a b").mkdir(parents=True)
-    for name, grey in (("z.png", 200), ("a b/é.png", 100), ("c.PNG", 150)):
-        data.write_png(folder / name, np.full((20, 30, 3), grey, np.uint8))
-    encode(folder / "m.mp4", np.repeat(np.uint8((20, 60))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))       # two frames: too few for four
-    encode(folder / "n.mp4", np.repeat(np.uint8(range(10, 250, 30))[:, None, None, None], 48, 1).repeat(64, 2).repeat(3, 3))
-    (folder / "bad.mp4").write_text("no video")
-    (folder / ".hidden.png").write_bytes(b"")
-    capsys.readouterr()
-    data.open_textures(str(folder))
-    told, x = capsys.readouterr(), data.load_textures(str(folder))[0]
-    assert x.dtype == torch.uint8 and x.shape == (8, 256, 256, 3)
-    assert np.abs(x.float().mean((1, 2, 3)).numpy() - (100, 150, 60, 40, 100, 160, 220, 200)).max() < 4      # é, c, m (its middle), n (four), z
-    assert told.err.count("left out: ") == 1 and "bad.mp4" in told.err and "8 pictures" in told.out and "1 files left out" in told.out
-
-
-def test_more_textures_than_fit(tmp_path, monkeypatch):
-    """Catches: a folder of thousands of pictures of which only the first ones are ever seen, or that fills the memory."""
-    monkeypatch.setattr(data, "TEXTURES_MOST", 4)
-    for i in range(11):
-        data.write_png(tmp_path / f"{i:02d}.png", np.full((16, 16, 3), 20 * i, np.uint8))
-    assert [round(v / 20) for v in data.load_textures(str(tmp_path))[0].float().mean((1, 2, 3)).tolist()] == [0, 2, 5, 8]
-
-
 def test_a_loader_leaves_the_random_state_alone():
     """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more, and its random
     choices are no longer those of the run that was never stopped."""
@@ -789,32 +528,21 @@ def test_a_loader_leaves_the_random_state_alone():
 # data.py: words
 # ---------------------------------------------------------------------------------------------------------------------
 
-def merge_naively(texts, vocabulary):
-    """Byte-pair encoding on a list of all words, one by one, recounted at every step."""
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in re.findall(data.WORDS, text)]
-    ranks = {bytes([i]): i for i in range(256)}
-    while len(ranks) < vocabulary:
-        pairs = [pair for word in words for pair in zip(word, word[1:])]
-        if not pairs:
-            break
-        best = sorted(set(pairs), key=lambda pair: (-pairs.count(pair), pair))[0]
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    return ranks
-
-
-def test_learn_bpe_is_the_naive_recount():
-    """Catches: counts that go stale after a merge, overlapping pairs (aaa) merged twice, ties decided by chance."""
-    texts = ["low lower lowest low", "newer wider newer", "aaaa aaa aa aaaaa", "the cat, the hat; the bat!", "12 121 1212", "naïve café"]
-    for vocabulary in (256, 262, 290, 1000):
-        learnt = data.learn_bpe(texts, vocabulary)
-        assert list(learnt.items()) == list(merge_naively(texts, vocabulary).items())
-    assert len(learnt) < 1000 and b" the" in learnt              # the words ran out before the vocabulary did
+def test_a_list_of_words_is_a_vocabulary():
+    """Catches: a word of the list that is split, a word that is not of the list and does not come back, ids that are no
+    ranks; words that are not the most frequent ones."""
+    texts = ["a red star, a red ring", "a star", "naïve café"]
+    assert data.word_list(texts, 4) == [" red", " star", "a", " a"]
+    words = data.word_list(texts)
+    encoding = data.word_encoding(words, special=("<|endoftext|>", "<|x|>"))
+    assert encoding.n_vocab == 256 + len([w for w in words if len(w.encode()) > 1]) + 2
+    assert len(encoding.encode_ordinary("a red star")) == 3 and encoding.encode_ordinary("<|x|>")[-1] < 300
+    for text in (*texts, "a zebra", "Ünïcode\n✓ 123", "naïve naïv"):
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    world = data.load_encoding()
+    for kind in (data.World(), CHAINS, data.STAGE):
+        for s in scripts(5000, 300, kind):
+            assert len(world.encode_ordinary(s["caption"])) == len(re.findall(data.WORDS, s["caption"])), s["caption"]
 
 
 def test_tokenize_round_trip_end_token_and_mask():
@@ -830,8 +558,11 @@ def test_tokenize_round_trip_end_token_and_mask():
         assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
     ids, mask = data.tokenize(encoding, texts[:1], 4)
     assert mask.all() and ids[0, 3] == encoding.eot_token and ids[0, :3].tolist() == encoding.encode_ordinary(texts[0])[:3]
-    assert encoding.n_vocab > encoding.eot_token
-    assert np.mean([len(encoding.encode_ordinary(t)) for t in texts[:20]]) < 0.4 * np.mean([len(t) for t in texts[:20]])   # it learnt words
+
+
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
 
 
 def byte_level(text):
@@ -841,59 +572,23 @@ def byte_level(text):
     return "".join(chr(b) if b in printable else chr(256 + others.index(b)) for b in text)
 
 
-MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
-
-
-def toy_vocabulary(end):
+def toy_vocabulary():
     single = sorted(range(256), key=lambda b: ord(byte_level(bytes([b]))))       # the order of the files: printable first
-    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES] + ([end] if end else [])
+    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES]
     return {token: i for i, token in enumerate(tokens)}
-
-
-def test_published_tokenizers(tmp_path):
-    """Catches: a byte map that is off for some byte, ids that are not the file's, specials and split patterns that are not read."""
-    gpt, qwen = tmp_path / "gpt", tmp_path / "qwen"
-    gpt.mkdir()
-    qwen.mkdir()
-    vocabulary = toy_vocabulary("<|endoftext|>")
-    (gpt / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    one = data.load_encoding(str(gpt))
-    assert one.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
-    assert one.eot_token == vocabulary["<|endoftext|>"] == one.n_vocab - 1
-    split = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\p{N}|[^\p{N}]+"}}, {"type": "ByteLevel"}]}
-    added = [{"id": 300, "content": "<|endoftext|>"}, {"id": 301, "content": "<|im_start|>"}]
-    (qwen / "tokenizer.json").write_text(json.dumps({"model": {"vocab": toy_vocabulary(None)}, "added_tokens": added, "pre_tokenizer": split}),
-                                         encoding="utf-8")
-    two = data.load_encoding(str(qwen))
-    assert two.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]       # its pattern splits digits, whatever merges there are
-    assert two.eot_token == 300 and two.encode("<|im_start|>", allowed_special="all") == [301]
-    for encoding in (one, two):
-        for text in ("héllo\n\t wörld ✓ 12", "".join(map(chr, range(1, 500))), " hello   hello"):
-            assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
 def toy_qwen(folder, **changes):
     """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level entries."""
-    vocabulary = toy_vocabulary(None)
-    single = {len(byte_level(m)): m for m in MERGES}
+    vocabulary = toy_vocabulary()
     merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], [byte_level(b" "), "hello"], ["1", "2"]]
-    assert ["".join(m) for m in merges] == [byte_level(m) for m in MERGES] and single
-    split = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": data.QWEN_WORDS}, "behavior": "Isolated", "invert": False},
-                                                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
-    spec = {"normalizer": {"type": "NFC"}, "pre_tokenizer": split, "model": {"vocab": vocabulary, "merges": merges},
-            "added_tokens": [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    added = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]
+    spec = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
+            "model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
-    return {**spec, **changes}
-
-
-def in_three_files(spec, folder):
-    """The same tokenizer in the older form: vocab.json, merges.txt, tokenizer_config.json."""
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in spec["model"]["merges"]), encoding="utf-8")
-    added = {str(t["id"]): {"content": t["content"]} for t in spec["added_tokens"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}), encoding="utf-8")
 
 
 def random_text(dice):
@@ -916,90 +611,56 @@ def random_text(dice):
     return "".join(pieces)
 
 
-def test_qwen_tokenizers_of_both_forms(tmp_path):
-    """Catches: text that is not composed first, a split or special tokens that only one of the two forms of folder is read with, text from a
-    user that becomes a special token, a text that does not come back."""
-    in_three_files(toy_qwen(tmp_path / "one"), tmp_path / "three")
-    one, three = train_vlm.load_tokenizer(tmp_path / "one"), train_vlm.load_tokenizer(tmp_path / "three")
-    vocabulary, dice = toy_vocabulary(None), np.random.default_rng(0)
-    single = lambda text: [vocabulary[byte_level(bytes([b]))] for b in text.encode()]
-    for encoding in (one, three):
-        assert encoding.encode_ordinary("12") == single("12")                                        # a digit each, though there is a merge
-        assert encoding.encode_ordinary("e\u0301") == encoding.encode("e\u0301") == single("é")       # composed: two bytes, not three
-        assert encoding.encode_ordinary_batch(["e\u0301"]) == [single("é")]
-        assert encoding.encode_ordinary("<|im_end|>") == single("<|im_end|>")
-        assert encoding.eot_token == len(vocabulary) and train_vlm.special(encoding, train_vlm.VIDEO) == len(vocabulary) + 5
-        with pytest.raises(BadInput, match=r"<\|image_pad\|>.*it has .*<\|video_pad\|>"):
-            train_vlm.special(encoding, "<|image_pad|>")
-    for text in (random_text(dice) for _ in range(300)):
-        assert one.encode_ordinary(text) == three.encode_ordinary(text) and one.decode(one.encode_ordinary(text)) == unicodedata.normalize("NFC", text)
-
-
-@pytest.mark.parametrize("words, change", (
-    ("Lowercase", dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})),
-    ("several splits", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "a"}}] * 2})),
-    ("Removed", dict(pre_tokenizer={"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed"})),
-    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})), ("space put before", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
-    ("order of their ids", dict(model={"vocab": toy_vocabulary(None), "merges": [["l", "l"], ["h", "e"]]})),
-    ("no tokens", dict(model={"vocab": {"a": 0}})), ("lacks <|im_start|>", dict(added_tokens=[]))))
-def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, change):
-    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's."""
-    toy_qwen(tmp_path, **change)
-    with pytest.raises(BadInput, match=re.escape(words)) as error:
-        train_vlm.load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
+def test_published_tokenizers(tmp_path):
+    """Catches: a byte map that is off for some byte, ids that are not the file's, a split pattern that is not read, text
+    that is not composed first or becomes a special token."""
+    vocabulary, dice = toy_vocabulary(), np.random.default_rng(0)
+    toy_qwen(tmp_path / "qwen")
+    toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False})
+    qwen, gpt = data.load_encoding(str(tmp_path / "qwen")), data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
+    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
+    assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]      # a digit each, though there is a merge
+    composed = [vocabulary[byte_level(bytes([b]))] for b in "é".encode()]
+    assert qwen.encode_ordinary_batch(["e\u0301"]) == [composed] == [qwen.encode_ordinary("e\u0301")]
+    for encoding, form in ((qwen, "NFC"), (gpt, None)):
+        assert encoding.eot_token == len(vocabulary) and encoding.encode_ordinary("<|im_end|>")[0] < 256
+        for text in (random_text(dice) for _ in range(300)):
+            assert encoding.decode(encoding.encode_ordinary(text)) == (unicodedata.normalize(form, text) if form else text)
 
 
 def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
-    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the published programs do: a tokenizer
-    trained and saved by them, its own ids, and those of the class that the three files name."""
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    import tokenizers
+    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the published program
+    does: a tokenizer trained and saved by it, its own ids."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     from tokenizers import normalizers, pre_tokenizers, trainers
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.normalizer = normalizers.NFC()
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(data.QWEN_WORDS), "isolated"),
-                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    texts = [s["caption"] for s in scripts(0, 60)] + ["Ünïcode naïve café  \n\n\t\t12345 l'été don't I'LL WE'VE 漢字かな交じり文 привет мир 🙂🙂 ¡hola!"] * 3
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    texts = [s["caption"] for s in scripts(0, 60)] + ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False))
     theirs.add_special_tokens(list(train_vlm.SPECIAL))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(tmp_path / "one")
-    spec = json.loads((tmp_path / "one" / "tokenizer.json").read_text(encoding="utf-8"))
-    in_three_files(spec, tmp_path / "three")
-    named = transformers.Qwen2Tokenizer(vocab=spec["model"]["vocab"], merges=[tuple(m) for m in spec["model"]["merges"]])
-    one, three = train_vlm.load_tokenizer(tmp_path / "one"), train_vlm.load_tokenizer(tmp_path / "three")
-    dice = np.random.default_rng(1)
-    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(2000)):                # theirs reads it as a special token
-        ids = theirs.encode(text).ids
-        assert ids == one.encode_ordinary(text) == three.encode_ordinary(text) == named(text)["input_ids"], ascii(text)
-    turns = [dict(role="system", content="Be brief."), dict(role="user", content="\n\nWhat moves?\n"), dict(role="assistant", content="a red square")]
-    written = "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns) + "<|im_start|>assistant\n"
-    assert train_vlm.chat(one, turns, answer=True)[0] == theirs.encode(written).ids
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
+    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):                # theirs reads it as a special token
+        assert theirs.encode(text).ids == ours.encode_ordinary(text), ascii(text)
 
 
-@pytest.mark.parametrize("content", ("", "[1, 2]", '{"model": {}}', '{"model": {"vocab": [["a", -1.5]]}}', '{"model": {"vocab": {"漢": 0}}}'))
-def test_folders_that_hold_no_byte_level_tokenizer_are_refused(tmp_path, content):
-    """Catches: a traceback for a tokenizer of another kind (a list of pieces with scores, whole characters)."""
-    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(BadInput, match="byte-level"):
+@pytest.mark.parametrize("words, change", (
+    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})), ("Lowercase", dict(normalizer={"type": "Lowercase"})),
+    ("Removed", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed"}, {"type": "ByteLevel"}]})),
+    ("add_prefix_space", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
+    ("order of their ids", dict(model={"vocab": toy_vocabulary(), "merges": [["l", "l"], ["h", "e"]]})),
+    ("byte-level", dict(model={"vocab": {"a": 0}, "merges": []})), ("published", dict(model={"vocab": [["a", -1.5]]}))))
+def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, change):
+    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's; a traceback for one of
+    another kind, or for a name that is mistyped."""
+    toy_qwen(tmp_path, **change)
+    with pytest.raises(BadInput, match=re.escape(words)) as error:
         data.load_encoding(str(tmp_path))
-
-
-def test_nothing_is_downloaded(tmp_path, monkeypatch):
-    """Catches: a tokenizer that is fetched from the network on first use; a name that is mistyped and gets a traceback."""
-    import socket
-
-    import tiktoken.load
-
-    def forbidden(*_):
-        raise AssertionError("the network was asked")
-    before = tiktoken.load.read_file
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(socket, "create_connection", forbidden)
-    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
-    with pytest.raises(BadInput, match="TIKTOKEN_CACHE_DIR"):
-        data.load_encoding("cl100k_base")
-    assert tiktoken.load.read_file is before
+    assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="cl100k_base"):           # the message lists the names there are
         data.load_encoding("cl1000k")
 
@@ -1025,12 +686,12 @@ def test_help_shows_the_defaults_of_the_size_asked_for(capsys):
     text = capsys.readouterr().out
     assert "(default: 77)" in text and "100 % of them" in text
     assert data.configure(Flags, sizes, ["a.mp4", "--size", "large"], "clip") == Flags("a.mp4", "large", 77)
-    assert data.configure(Flags, sizes, ["--steps", "3", "a.mp4", "--lr", "1"], "clip") == Flags("a.mp4", "nano", 3, 1.0)
+    assert data.configure(Flags, sizes, ["--lr", "1", "a.mp4"], "clip") == Flags("a.mp4", "nano", 10, 1.0)
     # saved values of another size, and no --size: a resumed run
     assert data.configure(Flags, {"large": {"steps": 5}}, ["a"], "clip") == Flags("a", "large", 5)
-    for argv in (["a", "--size", "huge"], ["a", "--steps", "x"], ["a", "--sise", "nano"], ["a", "--steps"], []):
+    for argv in (["--size", "huge"], ["--steps", "x"], ["--sise", "nano"], ["--steps"]):
         with pytest.raises(BadInput) as error:
-            data.configure(Flags, sizes, argv, "clip")
+            data.configure(Flags, sizes, ["a", *argv], "clip")
         assert "\n" not in str(error.value)
 
 
@@ -1061,7 +722,8 @@ def coded(path, count, codec, pixels="yuv420p", times=None, **options):
 
 
 def everything(path, size):
-    """The oracle: every frame of a file, by a decoder that decodes everything, and its time after the first."""
+    """The oracle: every frame of a file, by a decoder that decodes everything, and its time after the
+    first."""
     times, images = [], []
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
@@ -1073,8 +735,8 @@ def everything(path, size):
 
 
 def check_against_everything(path, size=16, slack=0):
-    """Every frame that `decode` gives is the one that is on screen at the time it gives; spread frames are the
-    middles of equal parts, to within `slack` frames."""
+    """Every frame that `decode` gives is the one that is on screen at the time it gives; spread frames
+    are the middles of equal parts, to within `slack` frames."""
     times, images = everything(path, size)
     total = len(times)
     for frames, start, stride in ((16, None, 1), (3, None, 1), (6, 0.0, 4), (5, 0.61, 3), (3, 1.0, 1)):
@@ -1103,7 +765,8 @@ FORMS = {
     "open.ts": ("libx264", dict(crf=4, g=20, bf=3, refs=1, x264_params="open-gop=1:ref=1:b-pyramid=none")),
     "ten_bits.mov": ("libx264", dict(crf=4, g=12, pixels="yuv420p10le")),
     "hevc.mp4": ("libx265", dict(crf=4, x265_params="keyint=20:bframes=3:log-level=none")),
-    "vp9.webm": ("libvpx-vp9", dict(crf=4, auto_alt_ref=1, lag_in_frames=16, g=24, deadline="realtime", cpu_used=8)),
+    "vp9.webm": ("libvpx-vp9", dict(crf=4, auto_alt_ref=1, lag_in_frames=16, g=24, deadline="realtime",
+                                    cpu_used=8)),
     "av1.mp4": ("libsvtav1", dict(crf=8, g=24, preset=12)),
     "divx.avi": ("mpeg4", dict(qmin=1, qmax=2, g=12, bf=2)),
     "h264.avi": ("libx264", dict(crf=4, g=12, bf=2)),
@@ -1112,8 +775,8 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_stream_gives_the_frames_of_a_plain_decoder(tmp_path, name):
-    """Catches: a frame taken for its neighbour where frames are stored in another order than shown, frames that
-    were left out although others refer to them, decoding from a key frame behind the frame."""
+    """Catches: a frame taken for its neighbour where frames are stored in another order than shown,
+    frames that were left out although others refer to them, decoding from a key frame behind the frame."""
     codec, options = FORMS[name]
     path = coded(tmp_path / name, 130, codec, **options)
     # FLV does not say how many frames it holds, and its length counts from 0, where its first frame is not
@@ -1135,8 +798,8 @@ def test_far_frames_are_sought(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name, options", (("a.mp4", dict(g=24, bf=2)), ("b.mkv", dict(g=250, bf=3))))
 def test_variable_rates_are_read_by_time_stamps(tmp_path, name, options):
-    """Catches: frames taken by their number where they stay for different times. The oracle: the last frame that
-    begins before the middle of each part."""
+    """Catches: frames taken by their number where they stay for different times. The oracle: the last
+    frame that begins before the middle of each part."""
     times = np.cumsum(np.random.default_rng(0).choice([20, 40, 100, 400], 100)) + 700
     path = coded(tmp_path / name, 100, "libx264", times=times, crf=4, **options)
     seconds = (times - times[0]) / 1000
@@ -1151,8 +814,9 @@ def test_variable_rates_are_read_by_time_stamps(tmp_path, name, options):
 
 
 def test_turned_videos_stand_upright(tmp_path):
-    """Catches: a phone's rotation that is ignored, or applied the wrong way round. The track header's matrix is
-    overwritten: (x, y) -> (-y, x), a quarter turn clockwise, so what was top left is shown top right."""
+    """Catches: a phone's rotation that is ignored, or applied the wrong way round. The track header's
+    matrix is overwritten: (x, y) -> (-y, x), a quarter turn clockwise, so what was top left is shown top
+    right."""
     frames = np.full((4, 48, 64, 3), 30, np.uint8)
     frames[:, :24, :32] = 220                                   # top left
     raw = encode(tmp_path / "lying.mp4", frames).read_bytes()
@@ -1166,8 +830,8 @@ def test_turned_videos_stand_upright(tmp_path):
 
 
 def test_pictures_are_clips_of_one_frame(tmp_path):
-    """Catches: a picture refused as a video of no length, a crop that is not the middle, and whatever colour lies
-    below transparent pixels."""
+    """Catches: a picture refused as a video of no length, a crop that is not the middle, and whatever
+    colour lies below transparent pixels."""
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = (250, 100, 50)                             # the central square
     data.write_png(tmp_path / "wide.png", wide)
@@ -1196,8 +860,10 @@ def broken(media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     mkv = numbered(folder / "long.mkv", 120).read_bytes()
     (folder / "cut.mkv").write_bytes(mkv[:len(mkv) // 2])
-    parts = [encode(folder / f"{side}.ts", np.full((12, side, 64, 3), side, np.uint8)).read_bytes() for side in (48, 96)]
-    (folder / "sizes.ts").write_bytes(parts[0] + parts[1])
+    with open(folder / "sizes.ts", "wb") as joined:
+        for side in (48, 96):
+            part = encode(folder / f"{side}.ts", np.full((12, side, 64, 3), side, np.uint8))
+            joined.write(part.read_bytes())
     with av.open(str(folder / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=8000)
         stream.layout = "mono"
@@ -1212,7 +878,8 @@ def broken(media, tmp_path_factory):
 
 
 def test_files_that_cannot_be_used_are_bad_videos_of_one_line(media, broken):
-    """Catches: a traceback, or frames repeated in silence, where a file is damaged; a reason without the name."""
+    """Catches: a traceback, or frames repeated in silence, where a file is damaged; a reason without the
+    name."""
     for path, words in broken.items():
         for read in (data.decode, lambda path, _, size: list(data.read_frames(path, size))):
             if path.name == "sizes.ts" and read is data.decode:
@@ -1245,8 +912,9 @@ def test_real_clips_decode_as_a_decoder_that_decodes_everything():
 # -----------------------------------------------------------------------------------------------------------
 
 def test_sidecar_labels_are_the_naive_look_up(tmp_path):
-    """Catches: ids that wrap at 256, trajectories that are mixed up between frames, an object that no trajectory
-    owns, a crop that is not the video's: of 12 x 20 pixels to 6, the pixel (i, j) is the mask's (2i+1, 2j+5)."""
+    """Catches: ids that wrap at 256, trajectories that are mixed up between frames, an object that no
+    trajectory owns, a crop that is not the video's: of 12 x 20 pixels to 6, the pixel (i, j) is the
+    mask's (2i+1, 2j+5)."""
     rng = np.random.default_rng(0)
     mask = rng.choice(np.array([0, 1, 7, 255, 256, 300, 65535], np.uint16), (5, 12, 20))
     graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [0, 0, 0, 0, 0]])
@@ -1262,29 +930,18 @@ def test_sidecar_labels_are_the_naive_look_up(tmp_path):
             assert labels[i, row, column] == (found[0] if found else -1)
 
 
-def test_sidecars_stay_on_their_pixels(tmp_path):
-    """Catches: labels of another frame or another crop than the pixels, for windows at any place of a video of
-    variable rate and any size."""
-    path = labelled(tmp_path, "square", count=40)
-    frames = np.concatenate(list(data.read_frames(path, 48)))
+def test_sidecars_stay_on_their_frames(tmp_path):
+    """Catches: labels of another frame than the one shown, for windows at any place of a video of variable
+    rate. Frame i tells the number i, and holds trajectory i alone."""
     times = np.cumsum(np.random.default_rng(0).choice([30, 60, 300], 40))
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt, stream.options = 48, 48, "yuv420p", {"crf": "4", "bf": "2"}
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for image, time in zip(frames, times):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    entries = data.read_manifest(tmp_path)
-    for size, train in ((32, True), (20, True), (48, False)):
-        dataset = data.VideoBatches(entries, 3, size, 1, seed=size, train=train)
-        for i in range(4 if train else 1):
-            batch = dataset[i]
-            bright = batch["video"].float().mean(-1) > 130
-            assert not batch["bad"] and set(batch["labels"].unique().tolist()) == {-1, 1}
-            assert ((batch["labels"] == 1) != bright).float().mean() < 0.03
+    coded(tmp_path / "v.mp4", 40, "libx264", times=times, crf=4, bf=2)
+    ids = np.arange(1, 41)
+    np.savez(tmp_path / "v_mask.npz", np.broadcast_to(ids[:, None, None].astype(np.uint8), (40, 12, 16)))
+    np.savez(tmp_path / "v_graph.npz", tensor=np.diag(ids))
+    dataset = data.VideoBatches(data.read_manifest(tmp_path), 3, 16, 1)
+    for i in range(8):
+        batch = dataset[i]
+        assert batch["labels"][0].flatten(1).unique(dim=1).flatten().tolist() == numbers(batch["video"][0].numpy())
 
 
 @pytest.mark.parametrize("mask, graph", (
@@ -1295,8 +952,8 @@ def test_sidecars_stay_on_their_pixels(tmp_path):
     ({"arr_0": np.ones((8, 8, 8), np.uint8)}, {"tensor": np.ones((1, 7), int)}),
     ({"arr_0": np.ones((30, 8, 8), np.uint8)}, {"tensor": np.ones((1, 30), int)})))
 def test_sidecars_that_do_not_fit_are_named(tmp_path, capsys, mask, graph):
-    """Catches: one damaged label file that stops a run or is trained on, half a pair that is not noticed, labels
-    of another video."""
+    """Catches: one damaged label file that stops a run or is trained on, half a pair that is not noticed,
+    labels of another video."""
     encode(tmp_path / "v.mp4", np.zeros((8, 48, 48, 3), np.uint8))
     for key, arrays in (("mask", mask), ("graph", graph)):
         path = tmp_path / f"v_{key}.npz"
@@ -1324,42 +981,51 @@ ROWS = [{"video": "run/a.mp4", "caption": "somebody runs", "label": "run"},
 TABLE = 'path,caption,label\nrun/a.mp4,somebody runs, run\nsit/b.mp4,"two lines:\none and two",sit\n'
 
 
+NAMES = (("video", "text", "class"), ("filename", "sentence", "action"), ("File", "Caption", "Label"))
+
+
 @pytest.mark.parametrize("name, content", (
-    ("m.json", json.dumps(ROWS)), ("m.jsonl", "\n\n".join(map(json.dumps, ROWS))), ("m.json", "\ufeff" + json.dumps(ROWS, indent=1)),
-    ("m.csv", TABLE), ("m.CSV", TABLE.replace("\n", "\r\n").replace(":\r\n", ":\n")), ("m.csv", "\ufeff" + TABLE),
-    ("m.tsv", TABLE.replace(",", "\t")), ("m.csv", TABLE.replace(",", ";")),
-    *(("m.csv", TABLE.replace("path", video).replace("caption", text).replace("label", label)) for video, text, label in (
-        ("video", "text", "class"), ("filename", "sentence", "action"), ("File", "Caption", "Label"), ("video_path", "text", "label")))))
+    ("m.json", json.dumps(ROWS)), ("m.jsonl", "\n\n".join(map(json.dumps, ROWS))),
+    ("m.json", "\ufeff" + json.dumps(ROWS, indent=1)), ("m.csv", TABLE), ("m.csv", "\ufeff" + TABLE),
+    ("m.CSV", TABLE.replace("\n", "\r\n").replace(":\r\n", ":\n")), ("m.csv", TABLE.replace(",", ";")),
+    ("m.tsv", TABLE.replace(",", "\t")),
+    *(("m.csv", TABLE.replace("path,caption,label", ",".join(names))) for names in NAMES)))
 def test_forms_of_a_manifest_that_people_write(tmp_path, name, content):
-    """Catches: " walking" and "walking" as two classes, an upper-case suffix, tabs, a byte-order mark, line ends or
-    quoted line breaks that lose rows, column names that are not known."""
+    """Catches: " walking" and "walking" as two classes, an upper-case suffix, tabs, a byte-order mark,
+    line ends or quoted line breaks that lose rows, column names that are not known."""
     (tmp_path / name).write_bytes(content.encode())
-    assert text_of(data.read_manifest(tmp_path / name)) == [(r["video"], r["caption"], r["label"], None) for r in ROWS]
+    expected = [(row["video"], row["caption"], row["label"], None) for row in ROWS]
+    assert text_of(data.read_manifest(tmp_path / name)) == expected
 
 
 def test_rows_without_a_header(tmp_path):
     """Catches: the first clip of Kinetics' `path,label` and V-JEPA's `path label` taken for a header."""
     for separator in (",", " ", "\t"):
         (tmp_path / "m.csv").write_text(f'a.mp4{separator}3\n"b c.mp4"{separator}video\n')
-        assert text_of(data.read_manifest(tmp_path / "m.csv")) == [("a.mp4", None, "3", None), ("b c.mp4", None, "video", None)]
+        a, b = data.read_manifest(tmp_path / "m.csv")
+        assert (a["name"], a["label"], b["name"], b["label"]) == ("a.mp4", "3", "b c.mp4", "video")
 
 
 def test_rows_of_one_file_are_one_clip(tmp_path):
     """Catches: one clip twice among the candidates, so that a perfect model finds half of them."""
-    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4"}, {"video": "./x/../a.mp4", "caption": ["two", "one"], "label": 3}]
-    talk = [{"from": "human", "value": "Look at<video>and say what it is.", "type": "what"}, {"from": "gpt", "value": "a dog"}]
-    rows += [{"video": "b.mp4", "conversations": talk}, {"video": "b.mp4", "conversations": [{"from": "human", "value": "<video>\nHow many?"}, talk[1]]}]
+    def talk(text, **more):
+        return [{"from": "human", "value": text, **more}, {"from": "gpt", "value": "a dog"}]
+
+    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "./x/../a.mp4", "caption": ["two", "one"], "label": 3},
+            {"video": "b.mp4"}, {"video": "b.mp4", "conversations": talk("Look at<video>and say.", type="what")},
+            {"video": "b.mp4", "conversations": talk("<video>\nHow many?")}]
     a, b = data.read_manifest(manifest(tmp_path / "m.json", rows))
     assert a["caption"] == ["one", "two"] and a["label"] == "3" and b["caption"] is None
-    assert [talk[0]["question"] for talk in b["conversations"]] == ["Look at and say what it is.", "How many?"]
-    assert b["conversations"][0] == [dict(question="Look at and say what it is.", answer="a dog", type="what")]
+    assert b["conversations"] == [[dict(question="Look at and say.", answer="a dog", type="what")],
+                                  [dict(question="How many?", answer="a dog")]]
 
 
 def test_folders_of_classes(tmp_path):
-    """Catches: splits or deeper folders taken for the label, macOS's litter taken for clips, links that are not
-    followed or followed for ever."""
-    for name in ("set/train/run/day 1/a.mp4", "set/val/run/b.MP4", "set/test/c.webm", "set/train/.hidden/d.mp4", "set/__MACOSX/e.mp4",
-                 "set/train/run/._a.mp4", "set/notes.txt", "set/train/run/thumb.png", "elsewhere/sit/f.mp4"):
+    """Catches: splits or deeper folders taken for the label, macOS's litter taken for clips, links that
+    are not followed or followed for ever."""
+    for name in ("set/train/run/day 1/a.mp4", "set/val/run/b.MP4", "set/test/c.webm", "elsewhere/sit/f.mp4",
+                 "set/train/.hidden/d.mp4", "set/__MACOSX/e.mp4", "set/train/run/._a.mp4", "set/notes.txt",
+                 "set/train/run/thumb.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "set/train/sit").symlink_to(tmp_path / "elsewhere/sit")
@@ -1370,13 +1036,15 @@ def test_folders_of_classes(tmp_path):
 
 
 def test_a_manifest_decides_what_is_held_out(tmp_path):
-    """Catches: a "split" that is ignored; 28 clips called <id>/rgb.mp4 of which one is trained on; a clip that is
-    tested on after it was trained on, because others were added."""
-    rows = [{"video": f"{i}/rgb.mp4", "split": split} for i, split in enumerate(("train", "val", "valid", "test", None))]
+    """Catches: a "split" that is ignored; 28 clips called <id>/rgb.mp4 of which one is trained on; a clip
+    that is tested on after it was trained on, because others were added."""
+    splits = enumerate(("train", "val", "valid", "test", None))
+    rows = [{"video": f"{i}/rgb.mp4", "split": split} for i, split in splits]
     train, test = data.split(data.read_manifest(manifest(tmp_path / "m.json", rows)))
     assert [e["name"][0] for e in train] == ["0", "4"] and [e["name"][0] for e in test] == ["1", "2", "3"]
     for n in (2, 3, 7, 28, 400):
-        entries = data.read_manifest(manifest(tmp_path / "m.json", [{"video": f"{i}/rgb.mp4"} for i in range(n)]))
+        rows = [{"video": f"{i}/rgb.mp4"} for i in range(n)]
+        entries = data.read_manifest(manifest(tmp_path / "m.json", rows))
         train, test = data.split(entries)
         assert len(train) + len(test) == n and max(min(n, 24) // 6, 1) <= len(test) <= n / 2
         assert data.split(entries[::-1])[1] == test[::-1]
@@ -1388,18 +1056,25 @@ def test_a_manifest_decides_what_is_held_out(tmp_path):
         data.split(train[:1])
 
 
+def one(**more):
+    """A manifest of one clip."""
+    return json.dumps([{"video": "a.mp4", **more}])
+
+
 @pytest.mark.parametrize("name, content, words", (
-    ("m.json", "", "no entries"), ("m.json", "[]", "no entries"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
+    ("m.json", "", "no entries"), ("m.json", "[]", "no entries"), (".", None, "no entries"),
+    ("nothing.json", None, "cannot be read"), ("m.json", '[{"video": "a.mp4"},\n]', "line 2: not a manifest"),
     ("m.json", '[{"video": "a.mp4"}, 7]', "entry 2: 7 names neither"), ("m.json", '[{"caption": "x"}]', "entry 1"),
-    ("m.json", '[{"video": "a.mp4", "caption": 3}]', "entry 1: \"caption\""), ("m.json", '[{"video": "a.mp4", "caption": ["x", " "]}]', "none empty"),
-    ("m.json", '[{"video": "a.mp4", "caption": "\\ud800"}]', "entry 1"), ("m.json", '[{"video": "a.mp4", "split": "dev"}]', "'dev'"),
-    ("m.json", '[{"video": "a.mp4", "label": "x"}, {"video": "a.mp4", "label": "y"}]', "entry 2: \"label\" is 'y', but an earlier row"),
-    ("m.json", '[{"video": "a.mp4", "qa": [{"question": "x"}]}]', "entry 1: \"qa\""),
-    ("m.json", '[{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}]}]', "conversations"),
-    ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"), ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "not UTF-8"),
-    ("m.csv", "clip,words\na.mp4,x\n", "line 1: a header of clip, words.*known are video, path"), ("m.csv", "path,capton\na.mp4,x\n", "header"),
-    ("m.csv", "path,label\na.mp4\n", "line 2: 1 cells, not 2"), ("m.csv", "a, b.mp4,1\n", "header"), ("m.csv", '"a.mp4,1\n', "line 1"),
-    ("nothing.json", None, "cannot be read"), (".", None, "no entries")))
+    ("m.json", one(caption=3), 'entry 1: "caption"'), ("m.json", one(caption=["x", " "]), "none empty"),
+    ("m.json", one(caption="\ud800"), "entry 1"), ("m.json", one(split="dev"), "'dev'"),
+    ("m.json", one(qa=[{"question": "x"}]), 'entry 1: "qa"'),
+    ("m.json", one(conversations=[{"from": "human", "value": "<video>"}]), "conversations"),
+    ("m.jsonl", f"{one(label='x')[1:-1]}\n{one(label='y')[1:-1]}", "line 2: \"label\" is 'y', but an earlier row"),
+    ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
+    ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "not UTF-8"), ("m.csv", "path,capton\na.mp4,x\n", "header"),
+    ("m.csv", "clip,words\na.mp4,x\n", "line 1: a header of clip, words.*one of video, path"),
+    ("m.csv", "path,label\na.mp4\n", "line 2: 1 cells, not 2"), ("m.csv", "a, b.mp4,1\n", "header"),
+    ("m.csv", '"a.mp4,1\n', "line 1")))
 def test_wrong_manifests_are_refused_in_one_line(tmp_path, capsys, name, content, words):
     """Catches: a traceback, or a message that does not tell where and what is wrong."""
     if content is not None:
@@ -1418,8 +1093,9 @@ def same(a, b):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_batches_are_full_and_a_function_of_seed_and_number(media):
-    """Catches: nine clips at batch 8 that give every second step a single clip and a contrastive loss of 0; a clip
-    twice in one batch; workers, processes or history that change a batch; epochs that forget clips."""
+    """Catches: nine clips at batch 8 that give every second step a single clip and a contrastive loss of
+    0; a clip twice in one batch; workers, processes or history that change a batch; epochs that forget
+    clips."""
     entries = [entry(media / f"clip{i}.mp4", f"clip {i}") for i in range(5)]
     dataset = data.VideoBatches(entries, 3, 16, 4, seed=1)
     alone = list(data.loader(dataset, 0, 10))
@@ -1441,16 +1117,18 @@ def test_batches_are_full_and_a_function_of_seed_and_number(media):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsys):
-    """Catches: a bad file that stops a run, makes a batch smaller, moves other batches, or is named at each step; a
-    clip shorter than what is asked for that stops a run."""
+    """Catches: a bad file that stops a run, makes a batch smaller, moves other batches, or is named at
+    each step; a clip shorter than what is asked for that stops a run."""
     bad = [entry(path) for path, words in broken.items() if words in ("cannot be decoded", "no video")]
     entries = [entry(media / f"clip{i}.mp4") for i in range(6)] + bad
-    dataset, damage = data.VideoBatches(entries, 25, 16, 3, seed=4), data.Damage()  # three clips have 25 frames
+    # three of the clips have 25 frames
+    dataset, damage = data.VideoBatches(entries, 25, 16, 3, seed=4), data.Damage()
     for batch in data.loader(dataset, 0, 8):
         assert len(batch["video"]) == 3 and len(set(batch["index"])) == 3
         damage.add(batch["bad"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(damage.files) == len(bad) + 3 and sum("has 24 frames" in line for line in lines) == 3
+    assert len(lines) == len(damage.files) == len(bad) + 3
+    assert sum("has 24 frames" in line for line in lines) == 3
     held_out = data.VideoBatches(entries, 3, 16, 6, train=False)
     assert [len(held_out[i]["video"]) for i in range(len(held_out))] == [6, 0]
     assert len(data.finish(held_out[1], "cpu")["video"]) == 0
@@ -1516,7 +1194,8 @@ def test_one_of_several_captions_is_drawn(media):
     dataset = data.VideoBatches(entries, 1, 8, 3, seed=5)
     assert len({text for i in range(12) for text in dataset[i]["caption"]}) == 9 == len(dataset.captions())
     held_out = data.VideoBatches(entries, 1, 8, 3, train=False)[0]
-    assert held_out["caption"] == [texts[0] for texts in held_out["captions"]] == ["clip 0 a", "clip 1 a", "clip 2 a"]
+    assert held_out["caption"] == ["clip 0 a", "clip 1 a", "clip 2 a"]
+    assert held_out["captions"] == [entry["caption"] for entry in entries]
 
 
 def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
@@ -1529,37 +1208,34 @@ def test_clips_of_stride_0_are_spread_over_the_whole_video(media):
 
 
 def test_augment_changes_all_frames_alike_and_labels_with_them():
-    """Catches: a crop or flip of its own for each frame, labels that stay where the pixels were, a change that is not the seed's.
-    Four grey areas, darker to lighter: after any crop, flip and colour change each label still has one grey, in the same order."""
+    """Catches: a crop or flip of its own for each frame, labels that stay where the pixels were, a change
+    that is not the seed's. Four areas, darker to lighter, one of them unlabelled: after any crop, flip
+    and colour change each label still has one grey, and the greys have the same order."""
     size, clips = 40, 24
-    labels = torch.zeros(clips, 3, size, size, dtype=torch.int64)
-    labels[..., 22:] += 1
-    labels[:, :, 17:] += 2
-    video = (50 + 40 * labels)[..., None].expand(-1, -1, -1, -1, 3).to(torch.uint8)
-    labels = torch.where(labels == 3, -1, labels)                # one area is unlabelled: it must stay so
+    areas = torch.zeros(clips, 3, size, size, dtype=torch.int64)
+    areas[..., 22:] += 1
+    areas[:, :, 17:] += 2
+    video = (50 + 40 * areas)[..., None].expand(-1, -1, -1, -1, 3).to(torch.uint8)
+    labels = torch.where(areas == 3, -1, areas)
     out, moved = data.augment(video, labels, seed=5)
     assert out.shape == video.shape and out.dtype == torch.uint8 and moved.dtype == torch.int64
-    assert torch.equal(out, out[:, :1].expand_as(out)) and torch.equal(moved, moved[:, :1].expand_as(moved))   # still clips stay still
+    assert torch.equal(out, out[:, :1].expand_as(out)) and torch.equal(moved, moved[:, :1].expand_as(moved))
+    areas = torch.where(moved < 0, 3, moved)[:, 0]
     mirrored = cropped = 0
-    for i in range(clips):
-        ids = torch.where(moved[i, 0] < 0, 3, moved[i, 0])
-        inside = torch.ones(size, size, dtype=torch.bool)        # away from the areas' borders, where the filter blends
-        for dy, dx in itertools.product((-2, 0, 2), repeat=2):
-            inside &= ids == ids[(torch.arange(size) + dy).clamp(0, size - 1)][:, (torch.arange(size) + dx).clamp(0, size - 1)]
-        greys = [out[i, 0][inside & (ids == label)].float() for label in range(4) if (inside & (ids == label)).any()]
-        assert all(g.max() - g.min() <= 2 for g in greys)
-        middles = [g.mean().item() for g in greys]
-        assert middles == sorted(middles)
-        left, right = ids[:, 0] % 2, ids[:, -1] % 2
-        mirrored += int((left > right).all())
-        cropped += int(len(greys) < 4 or abs((ids >= 2).float().mean() - 23 / 40) > 0.05)
-    assert 3 < mirrored < 15 and cropped > 10                    # half of those where the border is in view
-    again, again_moved = data.augment(video, labels, seed=5)
-    assert torch.equal(out, again) and torch.equal(moved, again_moved)
+    for grey, area in zip(out[:, 0, ..., 0].float(), areas):
+        # medians: near the borders the filter blends
+        greys = [grey[area == label].median() for label in area.unique()]
+        assert all((grey[area == label] - m).abs().median() <= 2 for label, m in zip(area.unique(), greys))
+        assert greys == sorted(greys)
+        mirrored += int((area[:, 0] % 2 > area[:, -1] % 2).all())
+        cropped += int(len(greys) < 4 or abs((area >= 2).float().mean() - 23 / 40) > 0.05)
+    assert 3 < mirrored < 15 and cropped > 10                   # half of those where the border is in view
+    again = data.augment(video, labels, seed=5)
+    assert torch.equal(out, again[0]) and torch.equal(moved, again[1])
     assert not torch.equal(out, data.augment(video, labels, seed=6)[0])
-    _, unflipped = data.augment(video, labels, seed=5, flip=False)
-    ids = torch.where(unflipped < 0, 3, unflipped)
-    assert not ((ids[..., 0] % 2) > (ids[..., -1] % 2)).any()
+    areas = data.augment(video, labels, seed=5, flip=False)[1][:, 0]
+    areas = torch.where(areas < 0, 3, areas)
+    assert not (areas[:, :, 0] % 2 > areas[:, :, -1] % 2).any()
 
 
 @dataclass(frozen=True)
@@ -1576,8 +1252,9 @@ class Asked:
 
 
 def test_open_data(media, tmp_path, capsys, monkeypatch):
-    """Catches: --val that is not what is held out, or holds files that are trained on; pictures in one batch with
-    videos; a mixture that leaves a set out; a caption that is missing and trained on as an empty text."""
+    """Catches: --val that is not what is held out, or holds files that are trained on; pictures in one
+    batch with videos; a mixture that leaves a set out; a caption that is missing and trained on as an
+    empty text."""
     monkeypatch.chdir(tmp_path)
     for name in (*(f"clip{i}.mp4" for i in range(6)), "still0.png", "still1.png"):
         shutil.copy(media / name, tmp_path)
@@ -1587,14 +1264,15 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     manifest(tmp_path / "val.json", clips[4:])
     train, held_out = data.open_data(Asked("world,a.json", mix="1,3", val="val.json"))
     assert "a.json: 6 clips to train on (0 with masks), 2 held out" in capsys.readouterr().out
-    kinds = ["world" if "scripts" in batch else batch["video"].shape[1] for batch in (train[i] for i in range(24))]
-    assert kinds.count("world") == 6 and abs(kinds.count(1) - 6) <= 1
-    assert [held_out[i]["index"] for i in range(len(held_out))] == [[0, 1]] and held_out[0]["caption"] == ["clip 4", "clip 5"]
+    batches = [train[i] for i in range(24)]
+    lengths = [batch["video"].shape[1] for batch in batches if "video" in batch]
+    assert len(lengths) == 18 and abs(lengths.count(1) - 6) <= 1
+    assert len(held_out) == 1 and held_out[0]["caption"] == ["clip 4", "clip 5"]
     assert {"clip 0", "still"} <= set(train.captions()) and "clip 4" not in train.captions()
-    train, held_out = data.open_data(Asked("a.json"))
-    names = [set(part.captions()) for part in (train, held_out.datasets[0] if hasattr(held_out, "datasets") else held_out)]
-    assert not names[0] & names[1] - {"still"}
-    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "are in --val as well"),
+    train, held_out = data.open_data(Asked("val.json"))
+    assert set(train.captions()) | set(held_out.captions()) == {"clip 4", "clip 5"}
+    assert train.files == len(held_out) == 1
+    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "are in --val"),
                        (Asked("a.json", mix="x"), "--mix"), (Asked("nothing"), "nothing")):
         with pytest.raises(BadInput, match=words):
             data.open_data(cfg)
@@ -1610,8 +1288,9 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "folder"))
 def test_every_form_of_own_data_trains(media, tmp_path, form):
-    """Catches: a form that can be read but not trained on: three steps, a bad file among the clips, an evaluation."""
-    files = [f"train/run {i}/clip{i}.mp4" for i in range(4)] + [f"val/run {i}/clip{i}.mp4" for i in (4, 5)] + ["train/x/text.mp4"]
+    """Catches: a form that can be read but not trained on: three steps, a bad file among the clips, an
+    evaluation."""
+    files = [f"{'train' if i < 4 else 'val'}/run {i}/clip{i}.mp4" for i in range(6)] + ["train/x/text.mp4"]
     rows = []
     for name in files:
         target = tmp_path / "mine" / name
@@ -1627,7 +1306,8 @@ def test_every_form_of_own_data_trains(media, tmp_path, form):
         path.write_text("path,text,split\n" + "\n".join(",".join(row.values()) for row in rows))
     else:
         path = tmp_path / "mine"                                # its labels are its captions
-    run(train_clip.main, *CLIP, "--steps", 3, "--name", "own", "--text", "world", "--out", tmp_path, "--data", path)
+    flags = ["--steps", 3, "--name", "own", "--text", "world", "--out", tmp_path]
+    run(train_clip.main, *CLIP, *flags, "--data", path)
     assert [line["clips"] for line in log(tmp_path / "clip-own") if "contrastive" in line] == [4, 4, 4]
     assert json.loads((tmp_path / "clip-own" / "result.json").read_text())["clips"] == 2
 
@@ -1637,10 +1317,11 @@ def test_every_form_of_own_data_trains(media, tmp_path, form):
 # -----------------------------------------------------------------------------------------------------------
 
 def test_a_made_folder_holds_what_the_world_shows(tmp_path):
-    """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions or questions of
-    another clip, a seed that makes other clips than a training of that seed sees."""
+    """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions or
+    questions of another clip, a seed that makes other clips than a training of that seed sees."""
     out = tmp_path / "wörld with spaces"
-    run(data.main, "make", "--clips", 4, "--out", out, "--seed", 3, "--image-size", 32, "--frames", 4, "--workers", 0)
+    flags = ["--seed", 3, "--image-size", 32, "--frames", 4, "--workers", 0]
+    run(data.main, "make", "--clips", 4, "--out", out, *flags)
     made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
     live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, begin=30_000_000)[0], "cpu")
     assert not made["bad"] and torch.equal(made["labels"], live["labels"])
@@ -1649,8 +1330,8 @@ def test_a_made_folder_holds_what_the_world_shows(tmp_path):
 
 
 def test_check_names_every_bad_file(media, broken, tmp_path, capsys):
-    """Catches: a bad file that is not found, or shares its line; a good or a short one that is called bad; an exit
-    code that says the opposite."""
+    """Catches: a bad file that is not found, or shares its line; a good or a short one that is called
+    bad; an exit code that says the opposite."""
     good = [media / "clip0.mp4", media / "still0.png", coded(tmp_path / "short.mp4", 1, "libx264")]
     rows = [{"video": str(path)} for path in (*good, *broken)]
     with pytest.raises(SystemExit) as stop:
@@ -1662,7 +1343,8 @@ def test_check_names_every_bad_file(media, broken, tmp_path, capsys):
         assert line.startswith(str(path)) and words in line
     run(data.main, "check", manifest(tmp_path / "m.json", rows[:3]), "--workers", 1)
     assert "3 files, 0 of them" in capsys.readouterr().out
-    done = subprocess.run([sys.executable, HERE / "data.py", "check", "nothing.json"], capture_output=True, text=True)
+    command = [sys.executable, HERE / "data.py", "check", "nothing.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -1690,259 +1372,177 @@ def object_scores(pred, gt):
 
 
 def panned_square(count, size, side, speed, pan=4):
-    """A textured square that goes right, `speed` pixels a frame, in front of textured ground that the camera pans to the left: frames, and where it is."""
-    ground, thing = texture(size, size + pan * count, 0, 6), texture(side, side, 1, 6) // 2 + torch.tensor([110, 0, 0], dtype=torch.uint8)
-    frames, object_ = torch.zeros(count, size, size, 3, dtype=torch.uint8), torch.zeros(count, size, size, dtype=torch.bool)
+    """A textured square that goes right, `speed` pixels a frame, on textured ground that the camera pans
+    to the left, `pan` pixels a frame -> the frames, and where the square is."""
+    ground = texture(size, size + pan * count, 0, 6)
+    thing = texture(side, side, 1, 6) // 2 + torch.tensor([110, 0, 0], dtype=torch.uint8)
+    frames = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+    square = torch.zeros(count, size, size, dtype=torch.bool)
     top = (size - side) // 2
     for i in range(count):
         left = top + speed * i - speed * count // 2
         frames[i] = ground[:, pan * i:pan * i + size]
-        frames[i, top:top + side, left:left + side], object_[i, top:top + side, left:left + side] = thing, True
-    return frames, object_
+        frames[i, top:top + side, left:left + side] = thing
+        square[i, top:top + side, left:left + side] = True
+    return frames, square
 
 
 def test_dense_motion_finds_known_motion():
-    """Catches: x and y or the sign swapped, levels that scale wrongly, far motion that is not found, a camera that only pans.
-    `warped` itself is checked against a shift by whole pixels."""
-    b = data.opponent(texture(96, 136, 0, 5)[None])
-    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(136.0), indexing="ij")
-    pan = lambda u, v: torch.stack([torch.full_like(x, u), torch.full_like(x, v)])[None]
-    torch.testing.assert_close(data.warped(b, pan(5, -3))[..., 3:, :-5], torch.roll(b, (3, -5), (2, 3))[..., 3:, :-5])
+    """Catches: x and y or the sign swapped, levels that scale wrongly, far motion missed, a camera that
+    only pans."""
+    b = data.opponent(texture(192, 272, 0, 10)[None])
+    x, y = data.positions(96, 136)
+    ones = torch.ones_like(x)
+    shift = torch.stack([5 * ones, -3 * ones])[None]
+    rolled = torch.roll(b, (3, -5), (2, 3))
+    torch.testing.assert_close(data.warped(b, shift)[..., 3:, :-5], rolled[..., 3:, :-5])
     turn, zoom = math.radians(4), 1.05
     u = zoom * (math.cos(turn) * (x - 68) - math.sin(turn) * (y - 48)) - (x - 68)
     v = zoom * (math.sin(turn) * (x - 68) + math.cos(turn) * (y - 48)) - (y - 48)
-    for true in (pan(3, -2), pan(-26, 17), torch.stack([u + 4, v])[None]):
-        a = data.warped(b, true)                                 # a shows at x what b shows at x + flow
-        flow, camera = (data.grown(f, 96, 136) for f in data.dense_motion(a, b))
-        to = torch.stack([x, y]) + true[0]
+    for true in ((3 * ones, -2 * ones), (-20 * ones, 14 * ones), (u + 4, v)):
+        true = torch.stack(true)
+        a = data.warped(b, true[None])
+        to = torch.stack([x, y]) + true
         inside = (to[0] > 12) & (to[0] < 123) & (to[1] > 12) & (to[1] < 83)
-        assert inside.float().mean() > 0.4
-        for found in (flow, camera):
-            error = (found - true)[0].norm(dim=0)[inside]
+        for found in data.dense_motion(a, b):
+            error = (found[0] - true).norm(dim=0)[inside]
             assert error.median() < 0.2 and error.quantile(0.95) < 0.5, (error.median(), error.quantile(0.95))
 
 
 def test_the_camera_is_the_grounds_motion():
-    """Catches: a thing of half of the frame that is taken for the ground, or that bends the camera's motion."""
-    frames, object_ = panned_square(2, 128, 92, 5)
+    """Catches: a thing that fills half of the frame and is taken for the ground."""
+    frames, square = panned_square(2, 256, 184, 10, 8)
     x = data.opponent(frames)
-    flow, camera = (data.grown(f, 128, 128) for f in data.dense_motion(x[:1], x[1:]))
-    inner = F.avg_pool2d(object_[:1].float(), 9, 1, 4)[0] == 1
-    assert object_[0].float().mean() > 0.5
+    flow, camera = data.dense_motion(x[:1], x[1:])
+    inner = F.avg_pool2d(square[:1].float(), 2)[0] == 1
     assert (camera[0] - torch.tensor([-4.0, 0.0]).view(2, 1, 1)).norm(dim=0).max() < 1.5
     assert (flow[0] - torch.tensor([5.0, 0.0]).view(2, 1, 1)).norm(dim=0)[inner].median() < 0.5
 
 
-def classic_labels(frames):
-    """One stretch, uint8 (t, H, W, 3) -> int64 ids (t, H, W), by the three functions of the classic method."""
-    choose, segment, track = data.method_of(data.LabelConfig())
-    where = choose(len(frames))
-    return track(frames, where, segment(frames[where]))
-
-
 def test_a_thing_that_moves_on_panned_ground_is_one_trajectory():
-    """Catches: motion compared before the camera's is taken out, things in pieces, ids that change from frame to frame; frames between the
-    segmented ones that lag; results that differ between two runs; frames without motion or alone that stop it all."""
-    frames, object_ = panned_square(20, 96, 34, 2, 3)
-    ids = classic_labels(frames)
-    assert ids.shape == object_.shape and ids.dtype == torch.int64 and ids.min() == 0 and len(ids.unique()) <= data.REGIONS
-    best, union = object_scores(ids, object_)
-    assert best > 0.85 and union > 0.85
-    for i in range(20):                                          # the same number in every frame, also in those that were not segmented
-        assert object_scores(torch.where(ids[i] == ids[object_].mode().values, 0, -1), object_[i])[0] > 0.75, i
-    assert torch.equal(classic_labels(frames), ids)
-    for odd in (frames[:1], frames[:1].expand(5, -1, -1, -1), torch.zeros(3, 40, 33, 3, dtype=torch.uint8), frames[:3, :32, :33]):
-        ids = classic_labels(odd)
-        assert ids.shape == odd.shape[:3] and ids.min() == 0 and len(ids.unique()) <= data.REGIONS
+    """Catches: motion that is compared before the camera's is taken out, things in pieces, ids that change
+    or lag in the frames that were not segmented, results that differ between two runs."""
+    frames, square = panned_square(20, 192, 68, 4, 6)
+    ids = data.classic_labels(frames)
+    assert ids.shape == square.shape and ids.dtype == torch.int64 and ids.min() >= 0
+    assert object_scores(ids, square)[0] > 0.8
+    thing = ids[square].mode().values
+    for i in range(20):
+        both, either = (ids[i] == thing) & square[i], (ids[i] == thing) | square[i]
+        assert both.sum() / either.sum() > 0.7, i
+    assert torch.equal(data.classic_labels(frames), ids)
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 96), (5, 96, 96), (3, 40, 33), (3, 32, 32)])
+def test_frames_without_motion_are_labelled(shape):
+    """Catches: a single frame, a still one, a black or a tiny one that stops the whole video."""
+    for frames in (torch.zeros(*shape, 3, dtype=torch.uint8), texture(*shape[1:])[None].expand(*shape, 3)):
+        ids = data.classic_labels(frames)
+        assert ids.shape == shape and ids.min() >= 0 and len(ids.unique()) <= 2 * data.REGIONS
 
 
 def test_superpixels_keep_to_colours():
-    """Catches: patches that cross an edge, numbers that are shared by two frames or lie far from their patch."""
-    frames = torch.full((2, 60, 90, 3), 40, dtype=torch.uint8)
-    frames[:, :, 37:] = torch.tensor([200, 60, 60], dtype=torch.uint8)
-    frames[1, 22:] = torch.tensor([30, 200, 90], dtype=torch.uint8)
-    owner, n = data.superpixels(data.opponent(frames))
-    assert n == 6 * 9 and owner[0].max() < n <= owner[1].min()
-    for i in range(2):
-        for p in owner[i].unique().tolist():
-            colours = frames[i][owner[i] == p].float()
-            assert (colours == colours.mode(0).values).all(1).float().mean() > 0.95
-            y, x = (owner[i] == p).nonzero(as_tuple=True)
-            assert y.max() - y.min() <= 30 and x.max() - x.min() <= 30       # three patches: it looks at the nine nearest
+    """Catches: patches that cross an edge, numbers that two frames share."""
+    x = torch.zeros(2, 3, 30, 45)
+    x[:, 0, :, 17:] = 1
+    x[1, 1, 11:] = 1
+    owner, per_frame = data.superpixels(x)
+    assert per_frame == 6 * 9 and owner[0].max() < per_frame <= owner[1].min()
+    for p in owner.unique().tolist():
+        colours = rearrange(x, "t c h w -> t h w c")[owner == p]
+        assert (colours == colours.mode(0).values).all(1).float().mean() > 0.95
 
 
-def test_edges_followers_and_pieces_are_naive():
-    """Catches: borders that are counted once too often or across frames, pieces that hang together by a side that is not there."""
-    rng = np.random.default_rng(0)
-    owner = torch.from_numpy(rng.integers(0, 5, (2, 6, 7))) + torch.tensor([0, 5]).view(2, 1, 1)
-    i, j, length = data.neighbours(owner, 10)
-    naive = {}
-    for t, y, x in itertools.product(range(2), range(6), range(7)):
-        for y2, x2 in ((y + 1, x), (y, x + 1)):
-            if y2 < 6 and x2 < 7 and owner[t, y, x] != owner[t, y2, x2]:
-                key = tuple(sorted((owner[t, y, x].item(), owner[t, y2, x2].item())))
-                naive[key] = naive.get(key, 0) + 1
-    assert dict(zip(zip(i.tolist(), j.tolist()), length.tolist())) == naive
-    flow = torch.zeros(1, 2, 6, 7)
-    flow[:, 0], flow[:, 1] = 2, -1
-    naive = {}
-    for y, x in itertools.product(range(6), range(7)):
-        if y >= 1 and x + 2 < 7:
-            key = owner[0, y, x].item(), owner[1, y - 1, x + 2].item()
-            naive[key] = naive.get(key, 0) + 1 / (owner[0] == owner[0, y, x]).sum().item()
-    i, j, share = data.followers(owner, flow, 10)
-    assert dict(zip(zip(i.tolist(), j.tolist()), share.tolist())) == pytest.approx(naive)
-    chosen = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1]).bool()
-    links = torch.tensor([[0, 1, 2, 5, 4, 7], [1, 2, 3, 4, 3, 6]])
-    assert data.pieces_of(chosen, links).tolist() == [0, 0, 2, 3, 3, 3, 6, 7]
-
-
-def test_two_kinds_is_the_best_cut():
-    """Catches: a threshold off by a bin or without the weights; a share of the variance above 1; values that are all the same."""
-    rng = torch.Generator().manual_seed(0)
-    for share in (0.1, 0.5, 0.9):
-        values = torch.where(torch.rand(400, generator=rng) < share, 0.2, 0.8) + 0.08 * torch.randn(400, generator=rng)
-        weight = torch.rand(400, generator=rng)
-
-        def explained(cut):
-            groups = [(values[m], weight[m]) for m in (values > cut, values <= cut)]
-            mean = (values * weight).sum() / weight.sum()
-            between = sum(w.sum() * ((v * w).sum() / w.sum().clamp(min=1e-9) - mean) ** 2 for v, w in groups)
-            return (between / (weight * (values - mean) ** 2).sum()).item()
-        cut, clear = data.two_kinds(values, weight)
-        best = max(explained(c) for c in values.sort().values[:-1])
-        assert explained(cut) > best - 0.01 and clear == pytest.approx(best, abs=0.02)
-    assert data.two_kinds(torch.full((9,), 0.3), torch.ones(9))[1] == 0
-
-
-def test_regions_are_merged_as_ward_would():
-    """Catches: regions of things that do not touch, more regions than asked for, mergers in an order that mixes what differs most."""
-    def greedily(points, weight, links, k):
-        groups = [{i} for i in range(len(points))]
-        def cost(a, b):
-            (wa, ca), (wb, cb) = ((weight[list(g)].sum(), (points[list(g)] * weight[list(g), None]).sum(0) / weight[list(g)].sum()) for g in (a, b))
-            return (wa * wb / (wa + wb) * ((ca - cb) ** 2).sum()).item()
-        while len(groups) > k:
-            near = [(a, b) for a, b in itertools.combinations(range(len(groups)), 2)
-                    if any((p in groups[a] and q in groups[b]) or (q in groups[a] and p in groups[b]) for p, q in links.T.tolist())]
-            near = near or list(itertools.combinations(range(len(groups)), 2))
-            a, b = min(near, key=lambda pair: cost(groups[pair[0]], groups[pair[1]]))
-            groups[a] |= groups.pop(b)
-        return {frozenset(g) for g in groups}
-    rng = torch.Generator().manual_seed(0)
-    number = torch.arange(35).view(5, 7)
-    links = torch.cat([torch.stack([number[:, 1:].flatten(), number[:, :-1].flatten()]), torch.stack([number[1:].flatten(), number[:-1].flatten()])], 1)
-    kind = (number % 7 // 3 + 3 * (number // 7 > 2)).flatten()   # six blocks; those of one colour do not touch
-    colour = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0, 1.0])[kind]
-    points, weight = colour[:, None] + 0.05 * torch.randn(35, 2, generator=rng), 0.5 + torch.rand(35, generator=rng)
-    islands = links[:, (links != 3).all(0)]
-    for edges, k in ((links, 6), (links, 4), (links, 1), (islands, 7), (islands, 2), (links[:, :0], 3)):
-        found = data.merged(points, weight, edges, k)
-        assert found.max() + 1 == k
-        groups = {frozenset((found == r).nonzero()[:, 0].tolist()) for r in range(k)}
-        assert groups == greedily(points, weight, edges, k)
-    assert len(data.merged(points, weight, links, 6).unique()) == 6 and (data.merged(points, weight, links, 50) == torch.arange(35)).all()
-
-
-def test_tidied_is_the_naive_majority():
-    """Catches: a filter that mixes frames, or makes up ids between two."""
-    ids = torch.from_numpy(np.random.default_rng(0).choice([0, 3, 9], (2, 7, 8), p=[0.6, 0.3, 0.1]))
-    found = data.tidied(ids, 1)
-    for t, y, x in itertools.product(range(2), range(7), range(8)):
-        around = ids[t, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2].flatten().tolist()
-        assert around.count(found[t, y, x].item()) == max(around.count(i) for i in (0, 3, 9))
+def test_connected_is_the_naive_flood():
+    """Catches: pieces that are joined over a gap, or that are cut where they bend or between frames."""
+    chosen = torch.from_numpy(np.random.default_rng(0).random((3, 12, 13)) < 0.12)
+    left, pieces = {tuple(p) for p in chosen.nonzero().tolist()}, set()
+    while left:
+        edge, piece = [left.pop()], set()
+        while edge:
+            t, y, x = p = edge.pop()
+            piece.add(p)
+            near = {(t + i, y + j, x + k) for i, j, k in itertools.product((-1, 0, 1), repeat=3)} & left
+            left -= near
+            edge += near
+        pieces.add(frozenset(piece))
+    ids = data.connected(chosen)
+    assert ((ids >= 0) == chosen).all() and len(pieces) > 5
+    assert {frozenset(map(tuple, (ids == i).nonzero().tolist())) for i in ids[chosen].unique()} == pieces
 
 
 def test_key_frames():
-    """Catches: a cut that is missed or seen twice, a slow fade or a noisy still picture that is cut to pieces, a stretch without its next key
-    frame, frames lost at a piece's border."""
+    """Catches: a cut that is missed or seen twice, a fade or noise that is cut to pieces, frames lost
+    between two."""
     rng = np.random.default_rng(0)
-    a, b = texture(48, 64, 0, 12).numpy().astype(float), 255 - texture(48, 64, 5, 12).numpy().astype(float) / 2
+    a = texture(48, 64, 0, 12).numpy().astype(float)
+    b = 255 - texture(48, 64, 5, 12).numpy() / 2
     still = np.stack([a + rng.normal(0, 4, a.shape) for _ in range(20)])
     cut = np.concatenate([still[:7], np.stack([b] * 9)])
     fade = np.stack([a + (b - a) * i / 59 for i in range(60)])
-    wild = np.stack([np.roll(a, 9 * i, 1) for i in range(12)])   # everything moves far, all the time: no cut among it
-    for film, longest, starts in ((still, 99, [0]), (cut, 99, [0, 7]), (fade, 99, [0]), (wild, 99, [0]), (cut, 5, [0, 5, 7, 12]), (still[:1], 1, [0])):
+    wild = np.stack([np.roll(a, 9 * i, 1) for i in range(12)])
+    cases = [(still, 99, [0]), (cut, 99, [0, 7]), (fade, 99, [0]), (wild, 99, [0]), (cut, 5, [0, 5, 7, 12])]
+    for film, longest, starts in cases:
         film = film.clip(0, 255).astype(np.uint8)
-        for size in (1, 3, 99):
-            found, at = list(data.stretches((film[i:i + size] for i in range(0, len(film), size)), longest)), []
-            for (frames, more), begin, end in zip(found, starts, [*starts[1:], len(film)], strict=True):
-                np.testing.assert_array_equal(frames, film[begin:end + more])
-                assert more == (end < len(film))
-    assert data.changes(*(np.full((9, 9, 3), c, np.uint8) for c in ((255, 0, 4), (255, 4, 0))))[0] < 1        # hues 359 and 1
-    votes = [data.is_key(*case) for case in ((30, 0.2, [30] * 8), (30, 0.0, [2] * 8), (20, 0.2, [2] * 8), (14, 0.2, [1] * 8), (30, 0.0, [29] * 8), (30, 0.1, []))]
-    assert votes == [True, True, True, False, False, False]      # by hand: two votes of three; nothing before, no second vote
-
-
-def test_hsv_is_the_usual_one():
-    """Catches: hue of another sextant, saturation of black."""
-    rgb = np.concatenate([np.random.default_rng(0).integers(0, 256, (60, 3)), [[0, 0, 0], [9, 9, 9], [255, 0, 0], [0, 255, 255]]]).astype(np.uint8)
-    for pixel, (h, s, v) in zip(rgb, data.hsv(rgb)):
-        expected = colorsys.rgb_to_hsv(*(pixel / 255))
-        assert (h / 180, s / 255, v / 255) == pytest.approx(expected, abs=1e-5)
+        found = list(data.stretches((film[i:i + 3] for i in range(0, len(film), 3)), longest))
+        for (frames, shared), begin, end in zip(found, starts, [*starts[1:], len(film)], strict=True):
+            np.testing.assert_array_equal(frames, film[begin:end + shared])
+            assert shared == (end < len(film))
 
 
 def test_links_are_naive():
-    """Catches: IoU of other pixels, two regions that go on as one, a link below one half, unlabelled pixels that are linked."""
-    rng = np.random.default_rng(0)
-    linked = 0
-    for _ in range(40):
+    """Catches: IoU of other pixels, two regions that go on as one, unlabelled pixels that are linked."""
+    rng, count = np.random.default_rng(0), 0
+    for noise in np.linspace(0.1, 0.5, 40):
         before = rng.integers(-1, 4, (6, 8))
-        after = np.where(rng.random((6, 8)) < rng.choice([0.1, 0.3, 0.5]), rng.integers(-1, 5, (6, 8)), (before + 2) % 5)
-        iou = {(q, p): ((before == p) & (after == q)).sum() / max(((before == p) | (after == q)).sum(), 1) for p in range(4) for q in range(5)}
-        expected = {q: p for (q, p), value in iou.items() if value > 0.5}            # above one half nothing can be claimed twice
-        found = data.linked(torch.from_numpy(before), torch.from_numpy(after))
-        assert expected.items() <= found.items() and all(iou[pair] >= 0.5 for pair in found.items()) and len(set(found.values())) == len(found)
-        linked += len(found)
-    assert linked > 40
-    halves = torch.tensor([[0, 0, 0, 0]]), torch.tensor([[1, 1, 2, 2]])              # IoU 0.5 with both: one of them goes on
-    assert len(data.linked(*halves)) == 1
+        after = np.where(rng.random((6, 8)) < noise, rng.integers(-1, 5, (6, 8)), (before + 2) % 5)
+        expected = {}
+        for p, q in itertools.product(range(4), range(5)):
+            if ((before == p) & (after == q)).sum() > ((before == p) | (after == q)).sum() / 2:
+                expected[q] = p
+        assert data.linked(torch.from_numpy(before), torch.from_numpy(after)) == expected
+        count += len(expected)
+    assert count > 40
+    assert data.linked(torch.tensor([[0, 0]]), torch.tensor([[1, 2]])) == {}
 
 
 def test_trajectories_go_on_through_key_frames():
-    """Catches: numbers that begin anew at each key frame, or that two things share; a key frame that is written twice; -1 that becomes an id."""
+    """Catches: numbers that begin anew at each key frame or that two things share, a key frame that is
+    written twice, -1 that becomes an id."""
     film = np.zeros((11, 8, 12, 3), np.uint8)
     for i in range(11):
         film[i, 2:6, i // 2:i // 2 + 4] = 200
         film[i, 6:, 8:] = 90 if i >= 5 else 0                    # comes in the second stretch
-
-    def segment(frames):                                         # background: none
-        light = frames[..., 0].long()
-        return torch.where(light == 200, 0, torch.where(light == 90, 1, -1))
-    method = (lambda t: torch.zeros(1, dtype=torch.int64)), segment, (lambda frames, where, ids: segment(frames))
-    ids = data.label_frames([film], method, 4)
-    np.testing.assert_array_equal(ids, segment(torch.from_numpy(film)))
     calls = []
 
-    def shuffled(frames):                                        # names 0 and 1 the other way round in every second stretch
-        calls.append(0)
-        return torch.where(segment(frames) >= 0, (segment(frames) + len(calls)) % 2, -1)
-
-    def track(frames, where, ids):
-        turned = int(ids[0][segment(frames[:1])[0] == 0][0])     # what the light square is called
-        return torch.where(segment(frames) >= 0, (segment(frames) + turned) % 2, -1)
-    ids, plain = data.label_frames([film], (method[0], shuffled, track), 4), segment(torch.from_numpy(film))
-    assert len(calls) == 3 and len(set(zip(ids.flatten().tolist(), plain.flatten().tolist()))) == 3 and set(ids.unique().tolist()) == {-1, 0, 1}
-    nothing = data.label_frames([film], (method[0], lambda f: torch.full(f.shape[:3], -1), lambda f, w, i: torch.full(f.shape[:3], -1)), 4)
+    def method(frames):                                          # calls them 3 and 5, in turn
+        light = frames[..., 0].long()
+        calls.append(len(frames))
+        names = [3, 5] if len(calls) % 2 else [5, 3]
+        return torch.where(light == 200, names[0], torch.where(light == 90, names[1], -1))
+    ids = data.label_frames([film], method, 4).numpy()
+    assert calls == [5, 5, 3]
+    np.testing.assert_array_equal(ids, np.where(film[..., 0] == 200, 0, np.where(film[..., 0] == 90, 1, -1)))
+    nothing = data.label_frames([film], lambda frames: torch.full(frames.shape[:3], -1), 4)
     assert (nothing == -1).all() and nothing.shape == (11, 8, 12)
 
 
-def test_labels_that_are_written_are_read_back(tmp_path):
-    """Catches: ids that wrap at 256, an id 0 that is lost, masks twice as large as they need to be, a graph of other frames."""
-    for count, dtype in ((3, np.uint8), (255, np.uint8), (256, np.uint16), (700, np.uint16)):
-        ids = np.arange(4 * 32 * 32).reshape(4, 32, 32) % (count + 1) - 1
-        ids[2][ids[2] == count - 1] = 0
-        assert data.write_labels(tmp_path / "a_mask.npz", tmp_path / "a_graph.npz", ids) == count
-        assert np.load(tmp_path / "a_mask.npz")["arr_0"].dtype == dtype and np.load(tmp_path / "a_graph.npz")["tensor"].dtype == np.int64
-        np.testing.assert_array_equal(data.load_labels(tmp_path / "a_mask.npz", tmp_path / "a_graph.npz", np.arange(4) / 4, 32), ids)
-    with pytest.raises(BadVideo, match="65536"):
-        data.write_labels(tmp_path / "b_mask.npz", tmp_path / "b_graph.npz", np.arange(65536).reshape(1, 256, 256))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_graph.npz", "a_mask.npz"]
+@pytest.mark.parametrize("count, dtype", [(3, np.uint8), (255, np.uint8), (256, np.uint16), (700, np.uint16)])
+def test_labels_as_they_are_written(count, dtype, tmp_path):
+    """Catches: ids that wrap at 256, an id 0 that is lost, a trajectory in frames that do not show it."""
+    ids = np.arange(4 * 32 * 32).reshape(4, 32, 32) % (count + 1) - 1
+    ids[2][ids[2] == count - 1] = 0
+    assert data.write_labels(tmp_path / "a_mask.npz", tmp_path / "a_graph.npz", ids) == count
+    mask, graph = arrays(tmp_path)["a_mask.npz"], arrays(tmp_path)["a_graph.npz"]
+    assert mask.dtype == dtype
+    np.testing.assert_array_equal(mask.astype(int) - 1, ids)
+    for m, t in itertools.product(range(0, count, 7), range(4)):
+        assert graph[m, t] == (m + 1 if (ids[t] == m).any() else 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # data.py label
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 LABEL = ["--image-size", 32, "--stretch", 8, "--workers", 0]
 
@@ -1956,171 +1556,147 @@ def wide(path, count=12):
 
 
 def arrays(folder):
-    return {p.name: np.load(p)[key] for kind, key in (("mask", "arr_0"), ("graph", "tensor")) for p in sorted(Path(folder).glob(f"**/*_{kind}.npz"))}
+    found = {}
+    for kind, key in (("mask", "arr_0"), ("graph", "tensor")):
+        for path in sorted(Path(folder).glob(f"**/*_{kind}.npz")):
+            found[path.name] = np.load(path)[key]
+    return found
 
 
 def test_label_a_folder(tmp_path, capsys):
-    """Catches: labels of other frames or another crop than the loader reads, files made twice or not again when damaged, captions and
-    pictures lost from the manifest, an unreadable file that stops it all or is not named."""
-    (tmp_path / "in" / "ü b").mkdir(parents=True)
-    folder = tmp_path / "in"
-    wide(folder / "a.mp4")
-    wide(folder / "ü b" / "c d.mp4", 9)
-    data.write_png(folder / "p.png", texture(40, 50).numpy())
-    (folder / "bad.mp4").write_text("no video")
-    rows = [{"video": "a.mp4", "caption": "a square", "label": "x"}, {"video": "ü b/c d.mp4", "caption": ["one", "two"]}, {"image": "p.png"},
-            {"video": "bad.mp4", "caption": "none"}, {"video": "a.mp4", "caption": "once more"}]
-    run(data.main, "label", manifest(folder / "m.json", rows), *LABEL)
-    out = capsys.readouterr()
-    assert "left out: " in out.err and "bad.mp4" in out.err and "4 files: 3 labelled, 0 had labels, 1 left out" in out.out
-    made = arrays(folder)
-    assert made["a_mask.npz"].shape == (12, 32, 53) and made["c d_mask.npz"].shape == (9, 32, 53) and made["p_mask.npz"].shape == (1, 32, 40)
-    assert all((mask > 0).all() for name, mask in made.items() if "mask" in name)
-    entries = data.read_manifest(folder / "labelled.json")
-    assert [e["caption"] for e in entries] == ["a square", ["one", "two"], None, "once more"] and entries[0]["label"] == "x" and entries[2]["image"]
-    batch = data.VideoBatches([entries[0]], 4, 32, 1, train=False)[0]
-    red = batch["video"][..., 0].float() - batch["video"][..., 1].float() > 90
-    assert not batch["bad"] and object_scores(batch["labels"][0], red[0])[1] > 0.45        # the labels lie on the pixels
-    ages = {p: p.stat().st_mtime_ns for p in folder.glob("**/*.npz")}
-    (folder / "a_graph.npz").unlink()
-    (folder / "p_mask.npz").write_bytes((folder / "p_mask.npz").read_bytes()[:50])
-    run(data.main, "label", folder / "m.json", *LABEL)
-    out = capsys.readouterr()                                    # ours are written last: a mask without its graph, or half of one, may be somebody's work
-    assert "0 labelled, 1 had labels, 3 left out" in out.out and out.err.count("a_mask.npz is there") == 1 and "p_mask.npz is there" in out.err
-    assert not (folder / "a_graph.npz").exists() and (folder / "a_mask.npz").stat().st_mtime_ns == ages[folder / "a_mask.npz"]
-    (folder / "a_mask.npz").unlink()
-    (folder / "p_mask.npz").unlink()
-    run(data.main, "label", folder / "m.json", *LABEL)
-    assert "2 labelled, 1 had labels, 1 left out" in capsys.readouterr().out
-    again = arrays(folder)
-    assert again.keys() == made.keys() and all((again[k] == made[k]).all() for k in made)
-    assert {p.name for p in ages if p.stat().st_mtime_ns == ages[p]} == {"c d_mask.npz", "c d_graph.npz"}
-    run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out", "--overwrite")                # a folder; labels elsewhere, its tree kept
-    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("**/*.npz")} == {
-        "a_mask.npz", "a_graph.npz", "ü b/c d_mask.npz", "ü b/c d_graph.npz"}
-    run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out2", "--overwrite")
-    for p in folder.glob("**/*.npz"):
-        p.unlink()
-    capsys.readouterr()
-    run(data.main, "label", folder, *LABEL, "--out", tmp_path / "out2")                             # what is there is found there
-    assert "0 labelled, 2 had labels, 1 left out" in capsys.readouterr().out
-    assert all(Path(e["path"]).exists() and e["mask"].startswith(str(tmp_path / "out")) for e in data.read_manifest(tmp_path / "out" / "labelled.json"))
-
-
-def test_labels_made_anew_never_stand_beside_old_ones(tmp_path, monkeypatch):
-    """Catches: a kill between the two files that leaves an old mask beside a new graph, which is taken for a pair for ever."""
-    write, paths = data.write_npz, (tmp_path / "a_mask.npz", tmp_path / "a_graph.npz")
-    data.write_labels(*paths, np.zeros((2, 4, 4), int))
-
-    def watched(path, key, array):
-        assert key == "tensor" or not path.exists()
-        write(path, key, array)
-        assert key == "arr_0" or not data.whole_labels(*map(str, paths))     # were it killed here
-    monkeypatch.setattr(data, "write_npz", watched)
-    data.write_labels(*paths, np.arange(32).reshape(2, 4, 4) // 16)
-    assert data.whole_labels(*map(str, paths)) and data.sidecars(*paths)[0].max() == 2
-
-
-def test_make_anew_leaves_nothing_of_the_old_world(tmp_path):
-    """Catches: clips of other settings, beyond the number asked for at first, that pass for the new ones later."""
-    flags = ["make", "--out", tmp_path / "w", "--image-size", 32, "--workers", 0]
-    run(data.main, *flags, "--frames", 2, "--clips", 3)
-    run(data.main, *flags, "--frames", 4, "--clips", 1, "--overwrite")
-    run(data.main, *flags, "--frames", 4, "--clips", 3)
-    assert [data.video_header(e["path"])[0] for e in data.read_manifest(tmp_path / "w")] == [4, 4, 4]
-
-
-def test_a_film_that_hangs_is_given_up(monkeypatch):
-    """Catches: labels, or a film shown whole, that wait for ever for a frame which never comes."""
-    @contextlib.contextmanager
-    def opened(path):
-        stream = types.SimpleNamespace(average_rate=10, guessed_rate=10, duration=None, time_base=1, start_time=0)
-        yield types.SimpleNamespace(streams=types.SimpleNamespace(video=[stream]), duration=0, decode=lambda _: (time.sleep(6) for _ in range(2)))
-    monkeypatch.setattr(data, "opened", opened)
-    monkeypatch.setattr(data, "FILE_SECONDS", 0.2)
-    with pytest.raises(BadVideo, match="slow.mp4: not decoded within 0.2 s"):
-        list(data.read_frames("slow.mp4", 16))
-
-
-def test_label_refuses(tmp_path, capsys):
-    """Catches: bad input that ends in a traceback or is found after the work; two videos that would overwrite one another's labels."""
+    """Catches: labels of another crop than the loader reads, files made twice, a bad file that stops the
+    others or is not named (one of two frame sizes ended in a traceback), labels of a kill in the middle
+    that pass for whole."""
+    (tmp_path / "ü b").mkdir()
+    wide(tmp_path / "a.mp4")
+    wide(tmp_path / "ü b" / "c d.mp4", 9)
+    data.write_png(tmp_path / "p.png", texture(40, 50).numpy())
     (tmp_path / "bad.mp4").write_text("no video")
-    for argv, words in ((["none"], "no such file"), ([tmp_path], "none of the 1 files"), ([tmp_path, "--method", "magic"], "--method magic"),
-                        ([tmp_path, "--method", "sam2"], "--sam2"), ([tmp_path, "--image-size", 3], "--image-size 3"), ([tmp_path, "--stretch", 0], "--stretch 0"),
-                        ([tmp_path, "--out", tmp_path / "bad.mp4" / "x"], "--out")):
-        assert words in refused(capsys, data.main, "label", *argv, "--workers", 0)
-    (tmp_path / "two").mkdir()
-    wide(tmp_path / "two" / "a.mp4", 3)
-    wide(tmp_path / "two" / "a.mkv", 3)
-    run(data.main, "label", tmp_path / "two", *LABEL)
+    small = encode(tmp_path / "small.ts", np.zeros((20, 32, 48, 3), np.uint8)).read_bytes()
+    large = encode(tmp_path / "large.ts", np.zeros((20, 48, 64, 3), np.uint8)).read_bytes()
+    (tmp_path / "two sizes.ts").write_bytes(small + large)
+    (tmp_path / "small.ts").unlink()
+    (tmp_path / "large.ts").unlink()
+    rows = [{"video": name} for name in ("a.mp4", "ü b/c d.mp4", "bad.mp4", "two sizes.ts")]
+    rows.append({"image": "p.png"})
+    run(data.main, "label", manifest(tmp_path / "m.json", rows), *LABEL)
     out = capsys.readouterr()
-    assert "1 labelled, 0 had labels, 1 left out" in out.out and "rename one" in out.err
+    assert "labelled 3 of 5 files" in out.out and "5/5" in out.err        # the bar is there on a pipe, too
+    lines = [line for line in out.err.splitlines() if "left out: " in line]
+    assert len(lines) == 2 and "Traceback" not in out.err
+    assert "bad.mp4" in lines[0] and "two sizes.ts" in lines[1]
+    made = arrays(tmp_path)
+    shapes = {name: array.shape for name, array in made.items() if "mask" in name}
+    assert shapes == {"a_mask.npz": (12, 32, 53), "c d_mask.npz": (9, 32, 53), "p_mask.npz": (1, 32, 40)}
+    entry = data.read_manifest(tmp_path / "m.json")[0]
+    video, times = data.decode(entry["path"], 4, 32)
+    labels = data.load_labels(entry["mask"], entry["graph"], times, 32, entry["path"])
+    red = video[..., 0].astype(int) - video[..., 1] > 90
+    assert object_scores(torch.from_numpy(labels), torch.from_numpy(red))[1] > 0.45
+    # the mask is written last: a kill before it leaves none, and the file is labelled again
+    (tmp_path / "a_mask.npz").unlink()
+    run(data.main, "label", tmp_path / "m.json", *LABEL)
+    again = arrays(tmp_path)
+    assert "labelled 1 of 3 files" in capsys.readouterr().out
+    assert all((again[name] == made[name]).all() for name in made)
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
-    """Catches: a mask without its graph, a file under another name, or a run that goes on where nothing more can be written."""
-    for name in "ab":
-        wide(tmp_path / f"{name}.mp4", 4)
-    save, calls = np.savez_compressed, []
+def test_a_full_disk_leaves_no_mask(tmp_path, capsys, monkeypatch):
+    """Catches: an old mask beside a new graph, which would pass for a pair, half of a file, or a
+    traceback."""
+    wide(tmp_path / "a.mp4", 4)
+    run(data.main, "label", tmp_path, *LABEL)
+    save = np.savez_compressed
 
     def full(file, **arrays):
-        calls.append(file)
-        if len(calls) == 4:                                      # the second video's second file
+        if "arr_0" in arrays:
             file.write(b"half")
             raise OSError(28, "No space left on device")
         save(file, **arrays)
     monkeypatch.setattr(np, "savez_compressed", full)
-    assert "No space left" in refused(capsys, data.main, "label", tmp_path, *LABEL)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a_graph.npz", "a_mask.npz", "b.mp4"]
-    monkeypatch.undo()
-    run(data.main, "label", tmp_path, *LABEL)
-    assert "1 labelled, 1 had labels" in capsys.readouterr().out and (tmp_path / "b_mask.npz").exists()
+    with pytest.raises(SystemExit):
+        run(data.main, "label", tmp_path, *LABEL, "--overwrite")
+    assert "error: " in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a_graph.npz"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds a process's children in /proc")
-def test_a_killed_worker_is_reported_and_a_killed_run_goes_on(tmp_path, capsys):
-    """Catches: a run that waits for ever for a worker that the system killed; workers that outlive their run; labels that differ after a kill."""
-    for name in "abcd":
-        wide(tmp_path / f"{name}.mp4", 16)
-    shutil.copytree(tmp_path, tmp_path / "undisturbed")
-    flags = [str(f) for f in (*LABEL[:4], "--workers", 1)]
-
-    def start():
-        return subprocess.Popen([sys.executable, str(HERE / "data.py"), "label", str(tmp_path / "clips"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def wait_for(condition):
-        deadline = time.time() + 60
-        while not condition() and time.time() < deadline:
-            time.sleep(0.005)
-        assert condition()
-
-    def children(pid):
-        found = [p for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
-        return [int(p) for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    (tmp_path / "clips").mkdir()
-    for name in "abcd":
-        (tmp_path / f"{name}.mp4").rename(tmp_path / "clips" / f"{name}.mp4")
-    process = start()
-    wait_for((tmp_path / "clips" / "a_mask.npz").exists)
-    for child in children(process.pid):                          # it is at the second file now
-        os.kill(child, signal.SIGKILL)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 2 and "error: a worker process died" in err and "Traceback" not in err, (out, err)
-    process = start()
-    wait_for(lambda: len(list((tmp_path / "clips").glob("*_mask.npz"))) == 3)
-    process.kill()
-    process.communicate(timeout=60)                              # its worker has these pipes, too
-    run(data.main, "label", tmp_path / "clips", *LABEL)
-    assert "had labels, 0 left out" in capsys.readouterr().out
-    run(data.main, "label", tmp_path / "undisturbed", *LABEL)
-    one, two = arrays(tmp_path / "clips"), arrays(tmp_path / "undisturbed")
-    assert one.keys() == two.keys() and len(one) == 8 and all((one[k] == two[k]).all() for k in one)
-    assert not list((tmp_path / "clips").glob(".*"))
+@pytest.mark.parametrize("flags, words", [
+    (["none"], "none: "), (["."], "no file could be labelled"), ([".", "--image-size", 3], "--image-size 3"),
+    ([".", "--stretch", 0], "--stretch 0"), (["two"], "rename one"), ([".", "--sam2", "none"], "--sam2")])
+def test_label_refuses(flags, words, tmp_path, capsys, monkeypatch):
+    """Catches: bad input that ends in a traceback; two videos that would overwrite one another's labels."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.mp4").write_text("no video")
+    if flags[0] == "two":
+        (tmp_path / "two").mkdir()
+        wide(tmp_path / "two" / "a.mp4", 3)
+        wide(tmp_path / "two" / "a.mkv", 3)
+    with pytest.raises(SystemExit) as stop:
+        run(data.main, "label", *flags, "--workers", 0)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("error: ") and words in last
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data.py label: SAM2
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# data.py label: DAVIS and SAM2
+# -----------------------------------------------------------------------------------------------------------
+
+def davis(folder, size=224):
+    """A folder in the layout of DAVIS -> (name, every frame uint8 (T, size, size, 3), object bool (T,
+    size, size))."""
+    for sequence in sorted(Path(folder, "JPEGImages", "480p").iterdir()):
+        frames, masks = [], []
+        for path in sorted(sequence.glob("*.jpg")):
+            frames.append(next(data.read_frames(path, size)))
+            with av.open(str(Path(folder, "Annotations", "480p", sequence.name, f"{path.stem}.png"))) as file:
+                frame = next(file.decode(video=0))
+            mask = frame.to_ndarray()[0] if frame.format.name == "pal8" else frame.to_ndarray(format="gray")
+            scale = min(mask.shape) / size
+            place = (np.arange(size) + 0.5 - size / 2) * scale
+            rows = (mask.shape[0] / 2 + place).astype(int)
+            masks.append(mask[rows[:, None], (mask.shape[1] / 2 + place).astype(int)] > 0)
+        yield sequence.name, torch.from_numpy(np.concatenate(frames)), torch.from_numpy(np.stack(masks))
+
+
+def grid(frames):
+    t, h, w, _ = frames.shape
+    return (torch.arange(h)[:, None] * 6 // h * 6 + torch.arange(w) * 6 // w).expand(t, h, w)
+
+
+def pixel_clusters(frames, k=36):
+    """k-means of the pixels' colour and place, in units of a frame's side."""
+    t, h, w, _ = frames.shape
+    place = (data.positions(h, w) / h).expand(t, 2, h, w)
+    points = torch.cat([rearrange(frames, "t h w c -> t c h w") / 255, place], 1)
+    points = rearrange(points, "t c h w -> (t h w) c")
+    first = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:k]]
+    return data.k_means(points, torch.ones(len(points)), first).view(t, h, w)
+
+
+@pytest.mark.skipif("DAVIS" not in os.environ, reason="needs DAVIS=FOLDER")
+def test_labels_on_davis():
+    """Catches: labels that are worse than they were. Made of the whole sequence, scored on eight frames of
+    it."""
+    scores, spent, count = {}, 0.0, 0
+    for name, frames, truth in davis(os.environ["DAVIS"]):
+        at = ((torch.arange(8) + 0.5) * len(frames) / 8).long()
+        began = time.process_time()
+        ids = data.label_frames([frames.numpy()], data.classic_labels, 48).long()
+        spent += time.process_time() - began
+        count += len(frames)
+        tubes = {"classic": ids[at], "k-means 36": pixel_clusters(frames[at]), "grid 6 x 6": grid(frames[at])}
+        for method, tube in tubes.items():
+            row = (*object_scores(tube, truth[at]), len(tube.unique()))
+            scores.setdefault(method, []).append(row)
+        # frames between the segmented ones show whether the tracking holds
+        scores.setdefault("classic, all frames", []).append((*object_scores(ids, truth), len(ids.unique())))
+        print("{:20s} {:.3f}  {:.3f}".format(name, *scores["classic"][-1]), flush=True)
+    print(f"{'':20s}  best  union  tubes   ({count / spent:.1f} frames a second of one core)")
+    for method, rows in scores.items():
+        print("{:20s} {:.3f}  {:.3f}  {:5.1f}".format(method, *np.mean(rows, 0)))
+    best, union, tubes = np.mean(scores["classic"], 0)
+    assert best >= 0.47 and union >= 0.61 and tubes <= 42 and count / spent >= 12
+
 
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
@@ -2148,94 +1724,94 @@ def permissive(monkeypatch):
         monkeypatch.setattr(data, name, value)
 
 
-def test_sam2_segments_like_the_published_implementation(sam2, monkeypatch):
-    """Catches: prompts in other coordinates or with rows and columns swapped, masks and their scores that are mixed up, small things under large ones."""
-    from transformers import Sam2Model
+def test_sam2_labels_like_the_published_implementation(sam2, monkeypatch):
+    """Catches: prompts in other coordinates, masks and scores that are mixed up, small things under large
+    ones, objects that swap their numbers, masks of another frame."""
+    from transformers import Sam2Model, Sam2VideoModel
+    from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
     permissive(monkeypatch)
-    segment, _ = data.sam2_method(str(sam2))
-    frame = texture(48, 72)
-    ids = segment(frame[None])
-    assert ids.shape == (1, 48, 72) and ids.dtype == torch.int64
-    model = Sam2Model.from_pretrained(sam2).eval()
-    pixels = F.interpolate(frame.permute(2, 0, 1)[None] / 255, size=(64, 64), mode="bilinear", antialias=True)
-    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    logits, scores = [], []
+    frames = torch.stack([texture(48, 72, i, 8) for i in range(4)])
+    ids = data.sam2_labels(str(sam2), frames)
+    assert ids.shape == (4, 48, 72) and ids.dtype == torch.int64
+    pixels = rearrange(frames, "t h w c -> t c h w") / 255
+    pixels = F.interpolate(pixels, size=(64, 64), mode="bilinear", antialias=True)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    pixels = (pixels - mean) / std
+    model, logits, scores = Sam2Model.from_pretrained(sam2).eval(), [], []
     with torch.no_grad():
-        for y, x in itertools.product(range(8, 64, 16), range(8, 64, 16)):           # one prompt at a time
-            out = model(pixel_values=pixels, input_points=torch.tensor([[[[float(x), float(y)]]]]), input_labels=torch.ones(1, 1, 1, dtype=torch.int64))
+        for x, y in itertools.product((8.0, 24.0, 40.0, 56.0), repeat=2):            # one prompt at a time
+            points = torch.tensor([[[[x, y]]]])
+            positive = torch.ones(1, 1, 1, dtype=torch.int64)
+            out = model(pixel_values=pixels[:1], input_points=points, input_labels=positive)
             logits.append(out.pred_masks[0, 0])
             scores.append(out.iou_scores[0, 0])
-    logits, scores = torch.cat(logits), torch.cat(scores)
-    kept = []
-    for i in scores.argsort(descending=True).tolist():
-        mask = logits[i] > 0
-        if mask.any() and all((mask & (logits[j] > 0)).sum() / (mask | (logits[j] > 0)).sum() <= 0.7 for j in kept):
-            kept.append(i)
-    masks = sorted((F.interpolate(logits[i][None, None], size=(48, 72), mode="bilinear")[0, 0] > 0 for i in kept), key=lambda m: -int(m.sum()))
-    painted = torch.full((48, 72), -1)
-    for number, mask in enumerate(masks):
-        painted[mask] = number
-    assert 2 < len(kept) < len(scores) and (ids[0] == painted).float().mean() > 0.98         # one prompt or 64 at a time: other rounding
+        logits, scores, kept = torch.cat(logits), torch.cat(scores), []
+        for i in scores.argsort(descending=True).tolist():
+            mask, others = logits[i] > 0, logits[kept] > 0
+            iou = (mask & others).sum((1, 2)) / (mask | others).sum((1, 2))
+            if mask.any() and (iou <= 0.7).all():
+                kept.append(i)
+        kept.sort(key=lambda i: int((logits[i] > 0).sum()))
+        video, tracks = Sam2VideoModel.from_pretrained(sam2).eval(), []
+        for i in kept:                                           # each object in a session of its own
+            session = Sam2VideoInferenceSession(pixels, 48, 72, dtype=torch.float32)
+            mask = F.interpolate(logits[i][None, None], size=(64, 64), mode="bilinear") > 0
+            session.add_mask_inputs(session.obj_id_to_idx(0), 0, mask.float())
+            session.obj_with_new_inputs = [0]
+            found = torch.cat([out.pred_masks for out in video.propagate_in_video_iterator(session, 0)])
+            tracks.append(F.interpolate(found, size=(48, 72), mode="bilinear")[:, 0])
+    value, owner = torch.stack(tracks).max(0)
+    expected = torch.where(value > 0, owner, -1)
+    assert 2 < len(kept) < len(scores) and len(expected.unique()) > 2
+    assert (ids == expected).float().mean() > 0.98               # one prompt or 64 at a time: other rounding
 
 
-def test_sam2_tracks_like_the_published_implementation(sam2):
-    """Catches: objects that swap their numbers, masks of another frame, a key frame that is not kept, -1 that becomes an object."""
-    from transformers import Sam2VideoModel
-    from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
-    _, track = data.sam2_method(str(sam2))
-    frames = torch.stack([texture(48, 72, i, 8) for i in range(4)])
-    key = torch.full((1, 48, 72), -1)
-    key[0, 4:30, 5:30], key[0, 20:44, 40:70], key[0, 30:44, 5:25] = 7, 2, 4
-    ids = track(frames, torch.zeros(1, dtype=torch.int64), key)
-    assert torch.equal(ids[:1], key) and set(ids.unique().tolist()) <= {-1, 2, 4, 7}
-    model, logits = Sam2VideoModel.from_pretrained(sam2).eval(), {}
-    for number in (2, 4, 7):                                     # each object in a session of its own
-        session = Sam2VideoInferenceSession(video=data.sam2_pixels(frames, model), video_height=48, video_width=72, dtype=torch.float32)
-        mask = F.interpolate((key[None] == number).float(), size=(64, 64), mode="bilinear", antialias=True) >= 0.5
-        session.add_mask_inputs(session.obj_id_to_idx(number), 0, mask.float())
-        session.obj_with_new_inputs = [number]
-        logits[number] = [F.interpolate(out.pred_masks, size=(48, 72), mode="bilinear")[0, 0] for out in model.propagate_in_video_iterator(session, 0)]
-    for i in range(1, 4):
-        value, at = torch.stack([logits[n][i] for n in (2, 4, 7)]).max(0)
-        assert (torch.where(value > 0, torch.tensor([2, 4, 7])[at], -1) == ids[i]).float().mean() > 0.98
-    assert len(ids[1:].unique()) > 1
-    nothing = torch.full((1, 48, 72), -1)
-    assert (track(frames, torch.zeros(1, dtype=torch.int64), nothing) == -1).all()
-
-
-def test_label_with_the_published_implementation_of_sam2(sam2, tmp_path, capsys, monkeypatch):
-    """Catches: a method that works by itself and not in the command; folders that are not whole and are loaded all the same."""
+def test_label_with_sam2(sam2, tmp_path, capsys, monkeypatch):
+    """Catches: a method that works by itself and not in the command; folders that are not whole, loaded
+    all the same."""
     permissive(monkeypatch)
     wide(tmp_path / "a.mp4", 6)
-    flags = [tmp_path, "--method", "sam2", "--sam2", sam2, "--image-size", 48, "--stretch", 4, "--workers", 0]
-    run(data.main, "label", *flags)
-    assert "1 labelled" in capsys.readouterr().out and arrays(tmp_path)["a_mask.npz"].shape == (6, 48, 80)
+    run(data.main, "label", tmp_path, "--sam2", sam2, "--image-size", 48, "--stretch", 4)
+    assert "1 of 1 files" in capsys.readouterr().out and arrays(tmp_path)["a_mask.npz"].shape == (6, 48, 80)
     broken = shutil.copytree(sam2, tmp_path / "broken")
-    weights = trajtok.read_weights(broken / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "memory_encoder" not in k}, broken / "model.safetensors", metadata={"format": "pt"})
-    for folder, words in ((broken, "memory_encoder"), (tmp_path / "none", "config.json")):
-        data.sam2_models.cache_clear()
-        assert words in refused(capsys, data.main, "label", tmp_path, "--method", "sam2", "--sam2", folder, "--overwrite", "--workers", 0)
+    weights = load_file(broken / "model.safetensors")
+    weights = {name: x for name, x in weights.items() if "memory_encoder" not in name}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    data.load_sam2.cache_clear()
+    with pytest.raises(SystemExit):                              # transformers' bars are on stderr, too
+        run(data.main, "label", tmp_path, "--sam2", broken, "--overwrite")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --sam2") and "memory_encoder" in last
 
 
 def test_sam2_without_its_package(tmp_path, capsys, monkeypatch):
     """Catches: a traceback, or a run that starts, where the optional package is missing."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    data.sam2_models.cache_clear()
+    data.load_sam2.cache_clear()
     wide(tmp_path / "a.mp4", 3)
-    assert "pip install transformers" in refused(capsys, data.main, "label", tmp_path, "--method", "sam2", "--sam2", tmp_path)
+    assert "pip install transformers" in refused(capsys, data.main, "label", tmp_path, "--sam2", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_distinct_masks_by_hand():
-    """Catches: unsure, unsteady, empty or double masks that are kept; the better of two that is dropped."""
-    logits = torch.full((6, 10, 10), -5.0)
-    logits[0, :5] = 5                                            # sure, steady
-    logits[1, :6] = 5                                            # IoU 5/6 with the first, but better
-    logits[2, 5:] = 5                                            # IoU 1/11 with the second
-    logits[3, :, :3] = 5                                         # not sure
-    logits[4, :, 5:], logits[4, :, 3:5] = 5, 0.5                 # not steady: 50 of 70 pixels
-    assert data.distinct_masks(logits, torch.tensor([0.9, 0.95, 0.85, 0.5, 0.99, 0.97])) == [1, 2]
+def test_make_anew_leaves_nothing_of_the_old_world(tmp_path):
+    """Catches: clips of other settings, beyond the number asked for at first, that pass for the new ones later."""
+    flags = ["make", "--out", tmp_path / "w", "--image-size", 32, "--workers", 0]
+    run(data.main, *flags, "--frames", 2, "--clips", 3)
+    run(data.main, *flags, "--frames", 4, "--clips", 1, "--overwrite")
+    run(data.main, *flags, "--frames", 4, "--clips", 3)
+    assert [data.video_header(e["path"])[0] for e in data.read_manifest(tmp_path / "w")] == [4, 4, 4]
+
+
+def test_a_film_that_hangs_is_given_up(monkeypatch):
+    """Catches: labels, or a film shown whole, that wait for ever for a frame which never comes."""
+    @contextlib.contextmanager
+    def opened(path):
+        stream = types.SimpleNamespace(average_rate=10, guessed_rate=10, duration=None, time_base=1, start_time=0)
+        yield types.SimpleNamespace(streams=types.SimpleNamespace(video=[stream]), duration=0, decode=lambda _: (time.sleep(6) for _ in range(2)))
+    monkeypatch.setattr(data, "opened", opened)
+    monkeypatch.setattr(data, "FILE_SECONDS", 0.2)
+    with pytest.raises(BadVideo, match="slow.mp4: not decoded within 0.2 s"):
+        list(data.read_frames("slow.mp4", 16))
 
 
 @pytest.fixture(autouse=True)
@@ -2940,17 +2516,17 @@ def close(mine, theirs, relative=1e-4):
     assert worst < relative, f"differs by {worst:.1e} of the largest value"
 
 
-@pytest.mark.parametrize("m, prefix, suffix", ((1, "", ".safetensors"), (2, "vision_encoder.traj_tokenizer.", ".pth"),
-                                               (4, "module.vision_encoder.traj_tokenizer.", ".pth")))
-def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix, suffix):
+@pytest.mark.parametrize("m, prefix", ((1, ""), (2, "vision_encoder.traj_tokenizer."),
+                                       (4, "module.vision_encoder.traj_tokenizer.")))
+def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     """Catches: a quirk of the release that is left out or switched on wrongly (residual, norms, the last two
     points, the scale's clamp), a key in the wrong place, a configuration read wrongly off the shapes."""
     weights = official_weights()
     if m == 4:
         weights["segmenter.log_scale"] = torch.tensor([30.0])   # clamped at 20
     stored = {prefix + name: value for name, value in weights.items()}
-    file = tmp_path / f"a{suffix}"
-    if suffix == ".pth":
+    file = tmp_path / ("a.pth" if prefix else "a.safetensors")
+    if prefix:
         torch.save({"model": stored | {"temp": torch.tensor(0.07)}, "meta": {"step": 3}}, file)
     else:
         save_file(stored, file)
@@ -2975,8 +2551,7 @@ class Evil:
 
 # files that are no whole checkpoint of the release, and words of the refusal
 DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code.pth": "no whole file",
-           "empty.pth": "no named weights", "nowhere.pth": "no such file",
-           "ours.safetensors": "not in the authors' layout", "freqs.safetensors": "number of heads",
+           "nowhere.pth": "no such file", "ours.safetensors": "not in the authors' layout",
            "lacking.safetensors": "(?=.*output_projector.bias)(?=.*log_scale)"}
 
 
@@ -2984,20 +2559,17 @@ DAMAGED = {"cut.pth": "no whole file", "cut.safetensors": "no whole file", "code
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, name):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run; more than one line."""
     weights, path = official_weights(), tmp_path / name
-    kind, suffix = name.split(".")
-    if kind == "ours":
-        weights = trajtok.TrajTok(TINY).state_dict()
-    if kind == "lacking":
+    if name.startswith("lacking"):
         del weights["output_projector.bias"]
         weights["segmenter.log_scale"] = torch.zeros(2)
-    if kind == "freqs":
-        weights = {key: value for key, value in weights.items() if "freqs" not in key}
-    if suffix == "safetensors":
-        save_file(weights, path)
-    elif kind != "nowhere":
-        torch.save({"cut": weights, "code": dict(weights, meta=Evil()), "empty": {}}[kind], path)
-    if kind == "cut":
+    if name.endswith("pth"):
+        torch.save(dict(weights, meta=Evil()) if "code" in name else weights, path)
+    else:
+        save_file(trajtok.TrajTok(TINY).state_dict() if "ours" in name else weights, path)
+    if name.startswith("cut"):
         path.write_bytes(path.read_bytes()[:-5000])
+    if name.startswith("nowhere"):
+        path.unlink()
     with pytest.raises(BadInput, match=DAMAGED[name]) as caught:
         trajtok.TrajTok.load_official(path)
     assert "\n" not in str(caught.value)
@@ -3063,342 +2635,6 @@ def test_convnext_is_the_published_implementation(tmp_path, kind):
     close(norm(mean)[..., 0, 0], published.pooler_output, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train_adapter.py: the backbones, and the layouts in which they are published
-# ---------------------------------------------------------------------------------------------------------------------
-
-# head widths that the rotary split does not divide evenly (64: 4 channels stay, 80: 2), sizes other than the published, and twice an eps that shows
-VJEPA = {64: train_adapter.BackboneConfig("vjepa2", 128, 2, 2, 512, 16, 2, 4, 48),
-         80: train_adapter.BackboneConfig("vjepa2", 160, 2, 2, 640, 16, 2, 6, 32, eps=0.1)}
-MAE = {64: train_adapter.BackboneConfig("videomae", 128, 2, 2, 192, 16, 2, 4, 32, eps=1e-12, pool_eps=1e-5, norm="none"),
-       88: train_adapter.BackboneConfig("videomae", 88, 2, 1, 96, 14, 2, 6, 42, eps=0.1, pool_eps=1e-5, norm="pooled"),
-       80: train_adapter.BackboneConfig("videomae", 160, 2, 2, 192, 8, 2, 2, 24, eps=0.1, pool_eps=1e-5, norm="tokens")}
-
-
-def wave(*shape, k=0):
-    """Numbers in [-1, 1] that anyone can make again, without a generator, and that have no short period: sin(0.7 i² + k)."""
-    return torch.sin(0.7 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2 + k).float().view(shape)
-
-
-def waving(cfg):
-    """A backbone with such weights, and a clip for it."""
-    net = train_adapter.new_backbone(cfg)
-    for k, (name, p) in enumerate(net.named_parameters()):
-        p.data = 0.2 * wave(*p.shape, k=k) + (name.endswith("weight") and "norm" in name)
-    return net.requires_grad_(False), wave(2, cfg.frames, 3, cfg.image_size, cfg.image_size, k=99)
-
-
-def on_the_hub(net):
-    """A backbone's weights under the hub's names, written from SPECS 4 the other way round than the code reads them."""
-    out, jepa = {}, net.cfg.kind == "vjepa2"
-    stem, block, last = ("encoder.embeddings.patch_embeddings.proj", "encoder.layer.{}.attention.{}", "encoder.layernorm") if jepa else (
-        "embeddings.patch_embeddings.projection", "encoder.layer.{}.attention.attention.{}", "layernorm")
-    mae = dict(norm1="layernorm_before", norm2="layernorm_after", fc1="intermediate.dense", fc2="output.dense", proj="attention.output.dense")
-    for key, value in net.state_dict().items():
-        part = key.split(".")
-        if part[0] != "blocks":
-            out[{"patch_embed": stem, "norm": last, "fc_norm": "fc_norm"}[part[0]] + "." + part[-1]] = value
-        elif part[3] == "qkv":
-            out |= {block.format(part[1], n) + "." + part[-1]: v.clone() for n, v in zip(("query", "key", "value"), value.chunk(3))}
-        elif part[3] in ("q_bias", "v_bias"):
-            out[block.format(part[1], dict(q_bias="query.bias", v_bias="value.bias")[part[3]])] = value
-        elif jepa:
-            out[f"encoder.layer.{part[1]}." + ".".join(part[2:]).replace("attn", "attention")] = value
-        else:
-            out[f"encoder.layer.{part[1]}.{mae[part[-2]]}.{part[-1]}"] = value
-    return out
-
-
-def published_model(cfg, kind="Model", **more):
-    """The published implementation in the shape of cfg, tiny beside it."""
-    transformers = pytest.importorskip("transformers", reason="the optional package transformers is not installed")
-    torch.manual_seed(0)
-    common = dict(hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads, patch_size=cfg.patch, tubelet_size=cfg.tubelet,
-                  layer_norm_eps=cfg.eps)
-    if cfg.kind == "vjepa2":
-        return transformers.VJEPA2Model(transformers.VJEPA2Config(**common, crop_size=cfg.image_size, frames_per_clip=cfg.frames, mlp_ratio=cfg.mlp / cfg.width,
-                                                                  pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1, **more)).eval()
-    config = transformers.VideoMAEConfig(**common, image_size=cfg.image_size, num_frames=cfg.frames, intermediate_size=cfg.mlp, decoder_hidden_size=24,
-                                         decoder_intermediate_size=24, decoder_num_attention_heads=2, decoder_num_hidden_layers=1, use_mean_pooling=cfg.norm != "tokens", **more)
-    return getattr(transformers, "VideoMAE" + kind)(config).eval()
-
-
-def shaken(model):
-    """Every weight moved: norms that are 1, biases that are 0, could be missing or mixed up and nobody would see it."""
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model.requires_grad_(False)
-
-
-@pytest.mark.parametrize("head", VJEPA)
-def test_vjepa2_is_the_published_implementation(tmp_path, head):
-    """Catches: a rotation that is right where the release's is not, channels or axes shared out differently, names remembered wrongly, a size
-    read from the wrong place, features after the predictor, positions that are those of another size."""
-    cfg = VJEPA[head]
-    theirs = shaken(published_model(cfg))
-    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1         # shards and their index
-    mine = train_adapter.load_backbone(tmp_path)
-    assert mine.cfg == cfg and isinstance(mine, train_adapter.VJEPA2) and mine.left_out.startswith("predictor (")
-    for size in (cfg.image_size, 80):
-        model = published_model(dataclasses.replace(cfg, image_size=size))
-        model.load_state_dict(theirs.state_dict())
-        for frames in (cfg.frames, 2):
-            x = torch.randn(2, frames, 3, size, size)
-            close(mine.features(x), model(x, skip_predictor=True).last_hidden_state)
-
-
-@pytest.mark.parametrize("head, kind", ((64, "Model"), (88, "ForVideoClassification"), (80, "ForPreTraining")))
-def test_videomae_is_the_published_implementation(tmp_path, head, kind):
-    """Catches: positions in another order, the last norm where there is none, the eps of the other release, the mean normed otherwise,
-    names remembered wrongly, a classifier or decoder that stops the encoder from loading."""
-    cfg = MAE[head]
-    theirs = shaken(published_model(cfg, kind))
-    theirs.save_pretrained(tmp_path)
-    mine = train_adapter.VideoMAE.from_pretrained(tmp_path)
-    assert mine.cfg == cfg
-    assert [w.split(" ")[0] for w in mine.left_out.split(", ") if w] == dict(Model=[], ForVideoClassification=["classifier"],
-                                                                           ForPreTraining=["decoder", "encoder_to_decoder", "mask_token"])[kind]
-    x = torch.randn(2, cfg.frames, 3, cfg.image_size, cfg.image_size)
-    z = mine.features(x)
-    close(z, getattr(theirs, "videomae", theirs)(x).last_hidden_state)
-    if kind == "ForVideoClassification":
-        close(theirs.classifier(mine.pool(z)), theirs(x).logits)
-        close(mine.pool(0.001 * z), theirs.fc_norm(0.001 * z.mean(1)))           # small: its eps shows
-
-
-# Numbers of the published implementation for the weights and the clip of `waving`: features [0, 0, :3] and [1, -1, :3], mean |feature|
-EXPECTED = {
-    ("vjepa2", 64): [-0.53427, 1.32241, 0.50350, 2.16953, -0.00380, 1.78117, 0.81989],
-    ("vjepa2", 80): [0.97862, -1.06785, -0.53146, 0.22633, 0.51635, 0.97030, 0.80764],
-    ("videomae", 64): [8.14542, 4.78715, -12.96603, 10.42636, 9.12931, -3.55290, 5.24711],
-    ("videomae", 88): [2.46041, -1.71957, 2.42645, 3.45315, 4.97952, 0.39379, 3.75938],
-    ("videomae", 80): [-0.31486, -0.38400, -0.76852, -0.12855, -0.33288, -1.07792, 0.80372],
-}
-
-
-@pytest.mark.parametrize("kind, head", [("vjepa2", h) for h in VJEPA] + [("videomae", h) for h in MAE])
-def test_features_are_the_published_numbers(kind, head):
-    """Catches, without the published implementation at hand: any change of what the backbones compute."""
-    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
-    z = net.features(x)
-    mine = [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()]
-    assert mine == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind, head", EXPECTED)
-def test_expected_numbers_are_those_of_the_published_implementation(kind, head):
-    """Catches: numbers above that our own code made."""
-    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
-    model = published_model(net.cfg)
-    lacking, unexpected = model.load_state_dict({k: v for k, v in on_the_hub(net).items() if "fc_norm" not in k}, strict=False)
-    assert not unexpected and all(k.startswith("predictor") for k in lacking)
-    z = model(x, skip_predictor=True).last_hidden_state if kind == "vjepa2" else model(x).last_hidden_state
-    assert [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()] == pytest.approx(EXPECTED[kind, head], rel=1e-5, abs=2e-5)
-
-
-def test_a_rotation_is_the_sum_over_axes_that_the_release_makes():
-    """Catches: t, h and w swapped on grids that are not square, angles of the wrong channel, channels that should stay and turn, an
-    angle in half precision."""
-    grid, c = (2, 3, 4), 16                                      # 16 channels: 4 for each axis, 4 stay
-    cos, sin = train_adapter.rotary_3d(grid, c)
-    x = wave(1, 1, 24, c)
-    out = train_adapter.turn(x, cos, sin)[0, 0]
-    for i, place in enumerate(itertools.product(*map(range, grid))):
-        for j in range(c):
-            partner = -x[0, 0, i, j + 1] if j % 2 == 0 else x[0, 0, i, j - 1]
-            angle = place[j // 4] * 1e4 ** (-(j % 4 % 2) / 2) if j < 12 else 0.0                     # [w0 w1 w0 w1], and pairs (0, 1), (2, 3)
-            assert out[i, j].item() == pytest.approx(x[0, 0, i, j].item() * math.cos(angle) + partner.item() * math.sin(angle), abs=1e-5)
-    half = x.bfloat16()                                          # rounded once, at the end
-    assert cos.dtype == sin.dtype == torch.float32 and torch.equal(train_adapter.turn(half, cos, sin), train_adapter.turn(half.float(), cos, sin).bfloat16())
-
-
-def test_tubelets_are_in_row_major_order():
-    """Catches: features whose order is not (t', h', w'), the order that masks are resized to; a cut that mixes neighbours."""
-    for net in (waving(VJEPA[64])[0], waving(MAE[64])[0]):
-        cfg, (t, h, w) = net.cfg, net.grid
-        black = torch.zeros(1, cfg.frames, 3, cfg.image_size, cfg.image_size)
-        for k, (i, j, l) in enumerate(itertools.product(range(t), range(h), range(w))):
-            x = black.clone()
-            x[0, i * 2 + 1, 1, j * 16 + 15, l * 16 + 15] = 1.0   # the last pixel of one tubelet
-            changed = (net.embed(x) != net.embed(black)).any(-1)[0]
-            assert changed.nonzero().flatten().tolist() == [k]
-    x = wave(1, 4, 3, 32, 48)
-    assert waving(VJEPA[64])[0].grid_of(x) == (2, 2, 3) and waving(VJEPA[64])[0].features(x).shape == (1, 12, 128)
-
-
-def test_bfloat16_features_are_close():
-    """Catches: a residual stream in half precision, in which autocast would leave it; an operation that autocast breaks."""
-    for cfg in (VJEPA[80], MAE[80]):
-        net, x = waving(cfg)
-        with torch.autocast("cpu", torch.bfloat16):
-            half = net.features(x)
-        assert half.dtype == torch.float32
-        close(half, net.features(x), 0.05)
-
-
-def test_videos_are_normalised_as_the_backbone_wants_them():
-    """Catches: ImageNet's numbers for a backbone that was trained with others, 0 .. 255 taken for 0 .. 1."""
-    net, _ = waving(dataclasses.replace(MAE[64], mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)))
-    video = (wave(2, 4, 32, 32, 3) * 127 + 128).to(torch.uint8)
-    x = torch.stack([(video[..., c] / 255 - m) / s for c, (m, s) in enumerate(zip((0.5, 0.4, 0.3), (0.25, 0.5, 0.2)))], 2)
-    close(net(video), net.features(x), 1e-5)
-    with pytest.raises(AssertionError, match="uint8"):
-        net(x)
-
-
-def test_published_backbones_have_their_sizes():
-    """Catches: a table with a wrong width, depth or head count; biases too many or too few; a file's shape that is read off its tensors wrongly."""
-    counts = {"vjepa2-l": 303_885_312, "vjepa2-h": 631_648_000, "vjepa2-g": 1_012_173_952, "vjepa2-g-384": 1_012_173_952,
-              "videomae2-b": 86_227_200, "videomae2-h": 631_607_040, "videomae2-g": 1_011_610_752, "nano": 842_112}
-    assert counts.keys() == train_adapter.BACKBONES.keys()
-    for name, cfg in train_adapter.BACKBONES.items():
-        with torch.device("meta"):
-            net = train_adapter.new_backbone(cfg)
-        d, m = cfg.width, cfg.mlp                                # a linear map of tubelets; attention, MLP, two norms a block; one norm at the end
-        block = 4 * d * d + (4 if cfg.kind == "vjepa2" else 3) * d + 2 * d * m + m + d + 4 * d
-        assert sum(p.numel() for p in net.parameters()) == counts[name] == 3 * cfg.tubelet * cfg.patch ** 2 * d + d + cfg.depth * block + 2 * d
-        read = train_adapter.shape_of(net.state_dict(), False, None, name)           # off the tensors alone: all but the size
-        assert train_adapter.BackboneConfig(**read | dict(norm=cfg.norm, image_size=cfg.image_size)) == cfg
-        assert cfg.width // cfg.heads == {"vjepa2-h": 80, "videomae2-h": 80, "videomae2-g": 88, "nano": 32}.get(name, 64)
-    assert {n: c.image_size for n, c in train_adapter.BACKBONES.items() if c.image_size not in (224, 256)} == {"vjepa2-g-384": 384, "nano": 64}
-
-
-def test_a_backbones_gflops_are_the_formulas():
-    """Catches: a patch embedding that is computed at every stride, attention in another form that costs more, products that nobody needs."""
-    for cfg in (VJEPA[64], MAE[80]):
-        net, x = waving(cfg)
-        n, d = math.prod(cfg.grid), cfg.width
-        products = n * 3 * cfg.tubelet * cfg.patch ** 2 * d + cfg.depth * (4 * n * d * d + 2 * n * n * d + 2 * n * d * cfg.mlp)
-        assert trajtok.count_gflops(lambda: net.features(x)) == pytest.approx(2 * len(x) * products / 1e9, rel=1e-9)
-
-
-def released(net, layout):
-    """A backbone's weights as the original releases pack them."""
-    own = {k: v.clone() for k, v in net.state_dict().items()}
-    under = lambda prefix: {prefix + k: v for k, v in own.items()}
-    other = {k: torch.zeros_like(v) for k, v in own.items()}
-    return {"plain": own, "jepa": {"encoder": {"module.backbone." + k: v for k, v in other.items()}, "target_encoder": under("module.backbone."),
-                                   "predictor": {"x": torch.zeros(1)}, "epoch": 3, "lr": 0.1},
-            "encoder only": {"encoder": under("module.backbone.")}, "module": {"module": own | {"head.weight": torch.zeros(3, 3), "head.bias": torch.zeros(3)}},
-            "pretraining": {"model": under("encoder.") | {"decoder.blocks.0.norm1.weight": torch.zeros(3), "encoder_to_decoder.weight": torch.zeros(3, 3),
-                                                         "mask_token": torch.zeros(1, 1, 3)}},
-            "authors' hub": under("model."), "hub": on_the_hub(net)}[layout]
-
-
-@pytest.mark.parametrize("layout, kind, suffix", (
-    ("plain", "vjepa2", "safetensors"), ("jepa", "vjepa2", "pt"), ("encoder only", "vjepa2", "pth"), ("hub", "vjepa2", "safetensors"), ("plain", "videomae", "pth"),
-    ("module", "videomae", "pth"), ("pretraining", "videomae", "pth"), ("authors' hub", "videomae", "safetensors"), ("hub", "videomae", "safetensors")))
-def test_every_published_backbone_layout_loads(tmp_path, layout, kind, suffix):
-    """Catches: a layout whose keys are renamed wrongly or in part, the student taken for its teacher, a shape read wrongly off the tensors,
-    a weight that is missing and nobody says so."""
-    hub = (kind, layout) == ("videomae", "hub")                  # the eps that each is published with
-    cfg = dataclasses.replace(VJEPA[64] if kind == "vjepa2" else MAE[80 if layout in ("pretraining", "hub") else 88], eps=1e-12 if hub else 1e-6, pool_eps=1e-5 if hub else 1e-6)
-    net, x = waving(cfg)
-    file, save = tmp_path / f"weights.{suffix}", save_file if suffix == "safetensors" else torch.save
-    load = lambda: train_adapter.load_backbone(file, heads=cfg.heads, image_size=cfg.image_size, frames=cfg.frames)
-    weights = released(net, layout)
-    save(weights, file)
-    loaded = load()
-    assert loaded.cfg == cfg
-    z = net.features(x)
-    assert torch.equal(loaded.features(x), z)
-    norm = (net.fc_norm.weight, net.fc_norm.bias) if cfg.norm == "pooled" else None
-    close(loaded.pool(z), z.mean(1) if norm is None else F.layer_norm(z.mean(1), (cfg.width,), *norm, 1e-6), 1e-6)
-    inner = next((weights[k] for k in train_adapter.WRAPPINGS if k in weights), weights)
-    del inner[next(k for k in inner if k.endswith(("mlp.fc2.weight", "1.output.dense.weight")) and ".1." in k)]
-    save(weights, file)
-    with pytest.raises(BadInput, match=r"missing blocks\.1\.mlp\.fc2\.weight"):
-        load()
-
-
-def test_a_saved_backbone_is_the_same_backbone(tmp_path):
-    """Catches: a self-pretrained backbone that cannot be loaded again, or only without the size that it was trained at."""
-    net, x = waving(dataclasses.replace(MAE[64], mean=(0.5, 0.5, 0.5), eps=1e-5))
-    net.save_pretrained(tmp_path / "saved")
-    for path in (tmp_path / "saved", tmp_path / "saved" / "model.safetensors"):
-        loaded = train_adapter.load_backbone(path)
-        assert loaded.cfg == net.cfg and torch.equal(loaded.features(x), net.features(x))
-
-
-def hub_folder(folder, net, config, **files):
-    """A folder as the hub serves it."""
-    folder.mkdir(parents=True)
-    save_file({k: v.clone() for k, v in on_the_hub(net).items()}, folder / "model.safetensors")
-    for name, content in dict(files, config=config).items():
-        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return folder
-
-
-TINY_JEPA = dict(model_type="vjepa2", hidden_size=128, num_hidden_layers=2, num_attention_heads=2, crop_size=48, frames_per_clip=4)
-TINY_MAE = dict(model_type="videomae", hidden_size=160, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192, image_size=24, num_frames=2, patch_size=8,
-                layer_norm_eps=0.1, use_mean_pooling=False)
-
-
-def test_a_folder_says_size_frames_and_pixels(tmp_path):
-    """Catches: defaults of this file where config.json is silent and the hub's apply, normalisation that is not the folder's, the authors' own
-    form of config.json, a g shape whose MLP is a ratio that no float holds."""
-    folder = hub_folder(tmp_path / "jepa", waving(VJEPA[64])[0], TINY_JEPA, video_preprocessor_config=dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.1, 0.2, 0.3]))
-    assert train_adapter.load_backbone(folder).cfg == dataclasses.replace(VJEPA[64], mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.3))
-    assert train_adapter.load_backbone(folder, image_size=80, frames=2).grid == (1, 5, 5)
-    folder = hub_folder(tmp_path / "mae", waving(MAE[80])[0], TINY_MAE, preprocessor_config=dict(image_mean=[0.4] * 3, image_std=[0.3] * 3, rescale_factor=1 / 255))
-    assert train_adapter.load_backbone(folder).cfg == dataclasses.replace(MAE[80], mean=(0.4,) * 3, std=(0.3,) * 3)
-    net, x = waving(dataclasses.replace(MAE[88], mlp=384, eps=1e-6, pool_eps=1e-6))
-    inside = dict(img_size=42, patch_size=14, in_chans=3, embed_dim=88, depth=2, num_heads=1, mlp_ratio=4.3637, qkv_bias=True, norm_layer="nn.LayerNorm",
-                  layer_norm_eps=1e-6, init_values=0.0, use_learnable_pos_emb=False, tubelet_size=2, use_mean_pooling=True, num_frames=6, cos_attn=False)
-    (tmp_path / "v2").mkdir()
-    save_file(released(net, "authors' hub"), tmp_path / "v2" / "model.safetensors")
-    (tmp_path / "v2" / "config.json").write_text(json.dumps(dict(model_type="VideoMAEv2_Base", model_config=inside)))
-    loaded = train_adapter.load_backbone(tmp_path / "v2")
-    assert loaded.cfg == net.cfg and torch.equal(loaded.features(x), net.features(x))
-    for family, shape in (("vjepa2", "vjepa2-l"), ("videomae", "videomae2-b"), ("VideoMAEv2", "videomae2-b")):       # a silent config.json: the hub's defaults
-        silent = train_adapter.hub_config(dict(model_type=family), "config.json")
-        norm = train_adapter.BACKBONES[shape].norm if family == "vjepa2" else None
-        assert silent == {k: v for k, v in dataclasses.asdict(train_adapter.BACKBONES[shape]).items() if k not in ("mean", "std")} | dict(
-            norm=norm, eps=1e-12 if family == "videomae" else 1e-6, pool_eps=1e-5 if family == "videomae" else 1e-6)
-
-
-def test_bad_backbones_are_refused(tmp_path):
-    """Catches: a traceback, a part of a model, or another model, where a person gave the wrong folder."""
-    jepa, mae = waving(VJEPA[64])[0], waving(MAE[80])[0]
-    folder = lambda name, config=TINY_JEPA, net=jepa, **files: hub_folder(tmp_path / name, net, config, **files)
-    (folder("no config") / "config.json").unlink()
-    (folder("no weights") / "model.safetensors").unlink()
-    half = folder("half") / "model.safetensors"
-    half.write_bytes(half.read_bytes()[:-1000])
-    for name, places in (("lacking shards", {"encoder.layernorm.weight": "model-2.safetensors"}), ("wrong shard", {"predictor.x": "model-1.safetensors"}), ("no map", [])):
-        (folder(name) / "model.safetensors").rename(tmp_path / name / "model-1.safetensors")
-        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=places)))
-    weights = on_the_hub(jepa)
-    save_file({k: v.clone() for k, v in weights.items() if "norm1" not in k} | {"encoder.more": torch.zeros(1), "encoder.layernorm.bias": torch.zeros(7)},
-              folder("other keys") / "model.safetensors")
-    save_file({k: v.clone() for k, v in weights.items()} | {"norm.weight": torch.zeros(128)}, folder("twice") / "model.safetensors")
-    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
-    save_file({k: v.clone() for k, v in jepa.state_dict().items()}, tmp_path / "heads.safetensors")
-    for path, words in ((folder("type", dict(TINY_JEPA, model_type="clip")), "type clip; vjepa2, videomae"), (folder("none", {}), "type None"),
-                        (folder("text", "no json"), "JSON"), (folder("list", "[]"), "JSON object"), (folder("heads", dict(TINY_JEPA, num_attention_heads=3)), "3 heads"),
-                        (folder("word", dict(TINY_JEPA, hidden_size="wide")), "config"), (folder("eps", dict(TINY_JEPA, layer_norm_eps=None)), "eps None"),
-                        (folder("bias", dict(TINY_JEPA, qkv_bias=False)), "qkv_bias False"), (folder("size", dict(TINY_JEPA, crop_size=50)), "50 px"),
-                        (folder("ours", dict(backbone=dict(witdh=3))), "witdh"), (folder("pixels", preprocessor_config=dict(image_mean=0.5)), "preprocessor"),
-                        (folder("grey", preprocessor_config=dict(image_mean=[0.5])), "three numbers"), (folder("raw", preprocessor_config=dict(do_rescale=False)), "divided by 255"),
-                        (folder("kind", TINY_MAE), "another model or size"), (folder("depth", dict(TINY_JEPA, num_hidden_layers=3)), "missing blocks.2.norm1.weight"),
-                        (tmp_path / "no config", "holds no config.json"), (tmp_path / "no weights", "model.safetensors"), (tmp_path / "half", "whole file"),
-                        (tmp_path / "lacking shards", "not beside it: model-2.safetensors"), (tmp_path / "wrong shard", "predictor.x in model-1"), (tmp_path / "no map", "no index"),
-                        (tmp_path / "twice", "twice"), (tmp_path / "other.safetensors", "fc.weight"), (tmp_path / "heads.safetensors", "how many heads"),
-                        (tmp_path / "nowhere", "no such file")):
-        with pytest.raises(BadInput, match=re.escape(words)) as caught:
-            train_adapter.load_backbone(path)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match=r"(?=.*missing blocks\.1\.norm1\.bias)(?=.*unexpected encoder\.more)(?=.*norm\.bias is \(7,\), not \(128,\))"):
-        train_adapter.load_backbone(tmp_path / "other keys")
-    with pytest.raises(BadInput, match="holds a videomae, not a vjepa2"):
-        train_adapter.VJEPA2.from_pretrained(folder("mae", TINY_MAE, mae))
-    for net, shape, words in ((jepa, (1, 3, 3, 48, 48), "tubelets of 2 frames"), (jepa, (1, 4, 3, 40, 48), "40 x 48 px"), (mae, (1, 4, 3, 24, 24), "2 frames of 24 px"),
-                              (jepa, (1, 0, 3, 48, 48), "0 frames")):
-        with pytest.raises(BadInput, match=words):
-            net.features(torch.zeros(shape))
-
-
 # -----------------------------------------------------------------------------------------------------------
 # trajtok.py: any length
 # -----------------------------------------------------------------------------------------------------------
@@ -3428,16 +2664,14 @@ def test_a_stream_is_one_pass(change, m):
 
 
 def test_windows_are_clips_of_their_own():
-    """Catches: windows that see each other, trajectories of two windows under one number, a short last one."""
+    """Catches: windows that see each other, trajectories of two windows under one number, a lost last one."""
     tokenizer = trajtok.TrajTok(TINY)
     video = random_video(11, 32, 32)
     windows = tokenizer.windows(video, 4, 2)
     for i in range(3):
         part, _ = tokenizer(video[None, 4 * i:4 * i + 4], 2)
-        mine = slice(12 * i, 12 * i + 12)
-        close(windows.z[:, mine], part.z)
-        assert torch.equal(windows.mask[:, mine], part.mask)
-        assert torch.equal(windows.trajectory[:, mine], part.trajectory + 6 * i)
+        part = part._replace(trajectory=part.trajectory + 6 * i)
+        nearly([x[:, 12 * i:12 * i + 12] for x in windows], list(part))
     for read in (tokenizer.stream, tokenizer.windows):
         with pytest.raises(BadInput, match="empty video"):
             read(video[:0])
@@ -3488,7 +2722,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 
 
 def test_loading_is_strict(tmp_path):
-    """Catches: keys that are skipped in silence; a configuration that another program wrote."""
+    """Catches: keys that are skipped in silence; a tokenizer inside another model that is not found."""
     tokenizer = trajtok.TrajTok(TINY)
     tokenizer.save_pretrained(tmp_path)
     state = tokenizer.state_dict()
@@ -3501,10 +2735,6 @@ def test_loading_is_strict(tmp_path):
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
     trajtok.write_weights(tmp_path / "model.safetensors", inside | {"other": torch.zeros(1)})
     trajtok.TrajTok.from_pretrained(tmp_path)
-    for content in ("{}", "[]", "not json", '{"trajtok": {"nonsense": 1}}'):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(BadInput):
-            trajtok.TrajTok.from_pretrained(tmp_path)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3635,7 +2865,7 @@ def test_strips_paint_like_trajectories_alike():
     assert len(np.unique(true.reshape(-1, 3), axis=0)) == 5
     margin = sheet[:60, :80].reshape(3, -1)
     assert ((margin == 40).sum(1) > 100).all()                  # each row has its name
-    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, np.full_like(truth, -1))):
+    for one, other in ((truth // 2, truth), (truth, truth // 2), (truth, truth - 1)):       # -1: unlabelled
         assert trajtok.filmstrip(video, {"found": one, "true": other}, 3, 1).dtype == np.uint8
 
 
@@ -3643,7 +2873,8 @@ def test_strips_paint_like_trajectories_alike():
 def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
     point or a constant, logarithmic axes that do not say so."""
-    panels = {"steep": {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}, "flat": {"": [(5, 2.0), (7, 2.0)]}}
+    steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
+    panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
     trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
     svg = xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
     text = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
@@ -3657,23 +2888,17 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes):
 
 
 def test_a_perfect_segmenter_has_perfect_scores():
-    """Catches: masks and labels compared on different grids or clips; grounds counted as objects."""
+    """Catches: masks and labels compared on different grids or clips."""
     dataset = data.WorldBatches(data.World(size=64, frames=2), 3, indices=range(data.TEST, data.TEST + 6))
-    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1, 0, 1))
+    labels = iter(data.finish(dataset[i], "cpu")["labels"] for i in (0, 1))
 
     class Oracle(nn.Module):
-        """Knows the labels, and has one query for each of them, or one for all grounds."""
         def forward(self, video):
-            ids = segmenter.labels_on_grid(next(labels), (2, 16, 16), 12)
-            if self.one_ground:
-                ids = ids.masked_fill(ids < data.MAX_GROUNDS, 0)
-            return segmenter.Segmentation(None, 9.0 * F.one_hot(ids, 12), ids, F.one_hot(ids, 12).any(1), (2, 16, 16))
+            of = F.one_hot(segmenter.labels_on_grid(next(labels), (2, 16, 16), 12), 12)
+            return segmenter.Segmentation(None, 9.0 * of, of.argmax(-1), of.any(1), (2, 16, 16))
 
-    oracle = Oracle()
-    for oracle.one_ground in (True, False):
-        result, pictures = trajtok.evaluate_segmenter(oracle, dataset, torch.device("cpu"))
-        assert result["object_iou"] == pytest.approx(1)
-        assert (result["veq"] == pytest.approx(1)) == (not oracle.one_ground)
+    result, pictures = trajtok.evaluate_segmenter(Oracle(), dataset, torch.device("cpu"))
+    assert [result[key] for key in ("veq", "stq", "object_iou")] == pytest.approx([1, 1, 1])
     assert len(pictures) == 6
     assert all((fine == true).mean() > 0.85 for _, fine, true in pictures)
 
@@ -3700,16 +2925,16 @@ def test_show(media, tokenizer_folder, tmp_path, capsys, clip, frames, rows):
     sheet = read_picture(tmp_path / f"{base}.png")
     assert (sheet.shape[0] // 224, sheet.shape[1] // 224) == (rows, frames)
     assert read_film(tmp_path / f"{base}.mp4").shape == (frames, 448, 224, 3)
-    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens of width 32", capsys.readouterr().out)
-    assert 1 <= int(told[1]) <= 6
-    assert int(told[2]) == 2 * int(told[1])
+    told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
+    assert 2 <= 2 * int(told[1]) == int(told[2]) <= 12
 
 
 @pytest.mark.parametrize("window", (0, 10))
 def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window):
     """Catches: frames that are left out or drawn twice, a film at another pace, counts of one piece."""
     clip = media / "clip2.mp4"
-    run(trajtok.main, "show", clip, "--weights", tokenizer_folder, "--frames", 0, "--window", window, "--out", tmp_path)
+    argv = ["show", clip, "--weights", tokenizer_folder, "--out", tmp_path, "--window", window]
+    run(trajtok.main, *argv, "--frames", 0)
     film = tmp_path / "clip2-trajectories.mp4"
     shown = read_film(film)[:, :224:7, ::7]
     assert numbers(shown) == list(range(30))
@@ -3723,20 +2948,12 @@ def test_show_of_a_whole_video(media, tokenizer_folder, tmp_path, capsys, window
     assert f"30 frames of 32 x 32 px -> {int(tokens.mask.sum())} trajectories" in capsys.readouterr().out
 
 
-def test_show_keeps_the_clips_pace(media, tokenizer_folder, tmp_path):
-    """Catches: a film that runs faster or slower than its clip (30 frames at 10 a second: three seconds)."""
-    run(trajtok.main, "show", media / "clip2.mp4", "--frames", 6, "--weights", tokenizer_folder, "--out", tmp_path)
-    with av.open(str(tmp_path / "clip2-trajectories.mp4")) as film:
-        assert float(film.streams.video[0].average_rate) == pytest.approx(2, abs=0.1)
-
-
 def test_pretrain_on_the_world_and_resume(tmp_path):
     """Catches: a command that does not run, files that are missing, a resumed run that is another one."""
     argv = ["pretrain", *SMALL, "--eval-clips", 4, "--out", tmp_path, "--name"]
     run(trajtok.main, *argv, "a", "--steps", 4)
     folder = tmp_path / "segmenter-a"
-    assert sorted(os.listdir(folder)) == ["config.json", "curves.svg", "log.jsonl", "model.safetensors", "result.json",
-                                          "state.pt", "trajectories.png"]
+    assert set(os.listdir(folder)) == FILES - {"found.png"}
     result = json.loads((folder / "result.json").read_text())
     assert all(0 <= result[key] <= 1 for key in ("veq", "stq", "object_iou"))
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
@@ -3770,36 +2987,38 @@ def test_pretrain_on_videos_and_pictures(tmp_path, capsys):
 
 
 def test_a_table_by_hand(tmp_path, capsys):
-    """Catches: a deviation of the wrong kind, differences to another row, a star for noise or for one seed."""
+    """Catches: a deviation of the wrong kind, differences to another row, a star for noise."""
     rows = []
-    for name, values in (("base", (0.1, 0.3)), ("better", (0.5, 0.7)), ("noise", (0.2, 0.4)), ("one", (None,))):
+    scores = dict(base=(0.1, 0.3), better=(0.5, 0.7), noise=(0.2, 0.4), one=(None,))
+    for name, values in scores.items():
         results = [dict(seed=i, r1=value, tokenizer="a") for i, value in enumerate(values)]
         rows.append(dict(name=name, flags="", results=results))
     run(trajtok.main, "table", manifest(tmp_path / "c.json", dict(rows=rows)))
     names, seeds, r1 = capsys.readouterr().out.splitlines()     # and no line of texts
     assert names.split() == ["base", "better", "noise", "one"]
     assert seeds.split() == ["seeds", "2", "2", "2", "1"]
-    assert re.split(r"  +", r1) == ["r1", "0.200 +-0.141", "0.600 +-0.141 (+0.400*)", "0.300 +-0.141 (+0.100 )", "-"]
+    assert r1.split("  ", 1)[1].split() == ("0.200 +-0.141 0.600 +-0.141 (+0.400*) "
+                                            "0.300 +-0.141 (+0.100 ) -").split()
 
 
 REFUSED = (
-    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table nowhere", "nowhere"),
-    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"), ("compare a: --script nothing.py", "failed"),
-    ("show", "clip"), ("show nothing.mp4", "no such file"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
-    ("show world --frames 0", "video files"), ("show CLIP --frames 200", "frames"), ("show CLIP --frames -1", "--frames -1"),
-    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights nowhere", "nowhere"),
-    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data NOMASKS", "mask"), ("pretrain --data no.json", "no.json"),
-    ("pretrain --batch 0", "--batch 0"), ("pretrain --lr nan", "--lr nan"), ("pretrain --size huge", "nano, tiny"),
-    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --num-queries 0", "--num-queries 0"),
-    ("pretrain --init nowhere", "nowhere"), ("pretrain --resume", "no run"), ("pretrain --device abacus", "abacus"))
+    ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --seeds x", "--seeds"),
+    ("compare a: --script no.py", "failed"), ("show", "clip"), ("show no.mp4", "no such file"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
+    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
+    ("pretrain --data no.json", "no.json"), ("pretrain --lr nan", "--lr nan"),
+    ("pretrain --image-size 33", "multiple of 32"), ("pretrain --init no", "no/model"),
+    ("pretrain --resume", "no run"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
 def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or several lines, for what a person is likely to get wrong."""
     monkeypatch.chdir(tmp_path)
-    no_masks = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
-    files = {"CLIP": media / "clip0.mp4", "TEXT": media / "text.mp4", "HALF": media / "half.mp4", "NOMASKS": no_masks}
+    bare = manifest(tmp_path / "m.json", [{"video": str(media / f"clip{i}.mp4")} for i in range(4)])
+    files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
     argv = [files.get(word, word) for word in argv.split()]
     defaults = {"show": ["--weights", tokenizer_folder], "pretrain": SMALL}
     if argv:
@@ -3814,8 +3033,8 @@ def test_bad_commands_are_refused(media, tokenizer_folder, tmp_path, capsys, mon
 def clip_model(**changes):
     """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
-    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1, text_width=32,
-                 embed=64, patch=8)
+    small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1,
+                 text_width=32, embed=64, patch=8)
     cfg = train_clip.ClipConfig(**small | changes)
     encoding = data.load_encoding("world")
     model = train_clip.build(cfg, encoding, torch.device("cpu"))
@@ -3842,13 +3061,13 @@ def test_tokens_that_are_not_real_are_not_read(name):
 
 
 def test_captions_are_read_whole_and_without_their_padding():
-    """Catches: a vector that depends on how far its caption was padded, or with what; words that are not read."""
+    """Catches: a vector that depends on how its caption was padded; words that are not read."""
     model, _, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     nearly(vectors.norm(dim=1), torch.ones(8))
-    nearly(model.embed_text(torch.where(mask, ids, 7), mask)[:, :40], vectors[:, :40])
-    nearly(model.embed_text(ids[:, :40], mask[:, :40]), vectors)
-    for place in (torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2):      # the first, and the last before the end
+    nearly(model.embed_text(torch.where(mask, ids, 7)[:, :40], mask[:, :40]), vectors)
+    first, last = torch.zeros(8, dtype=torch.int64), mask.sum(1) - 2        # before the end token
+    for place in (first, last):
         changed = ids.scatter(1, place[:, None], 65)
         assert ((model.embed_text(changed, mask) - vectors).abs().amax(1) > 1e-5).all()
 
@@ -3866,12 +3085,12 @@ def test_contrastive_loss_by_hand():
 
 @pytest.mark.parametrize("name", train_clip.TOKENIZERS)
 def test_every_tokenizer_learns_a_batch_by_heart(name):
-    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; logits
-    that are far too large before the first step; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, frames=4, width=64, layers=2)
+    """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; an
+    untrained loss that is no even guess; a parameter that is never used."""
+    model, cfg, batch = clip_model(tokenizer=name, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(55):
         optimizer.zero_grad()
         losses.append(train_clip.whole_step(model, batch, 1, cfg))
         optimizer.step()
@@ -3893,18 +3112,13 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 def test_patches_are_the_naive_tubelets():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
     model, _, batch = clip_model(tokenizer="vit3d", frames=6)
-    net = model.video.tokenizer
-    for t in (6, 5, 1):
-        steps = (t + 1) // 2
-        x = segmenter.normalise(batch.video[:2, :t])
-        z, mask, seg = net(batch.video[:2, :t])
-        assert mask is seg is None
-        assert z.shape == (2, 16 * steps, 32)
-        for b, step, i, j in ((0, 0, 0, 0), (1, steps - 1, 3, 1), (1, 0, 1, 3)):
-            last = min(2 * step + 1, t - 1)
-            patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
-            n = step * 16 + i * 4 + j
-            nearly(z[b, n], net.embed(patch.movedim(1, -1).flatten()) + net.position[0, n])
+    net, x = model.video.tokenizer, segmenter.normalise(batch.video[:, :5])
+    z = net(batch.video[:, :5])[0].unflatten(1, (3, 4, 4))
+    for b, step, i, j in ((0, 0, 0, 0), (1, 2, 3, 1), (1, 0, 1, 3)):
+        last = min(2 * step + 1, 4)
+        patch = x[b, [2 * step, last], :, 8 * i:8 * i + 8, 8 * j:8 * j + 8]
+        place = net.position[0, 16 * step + 4 * i + j]
+        nearly(z[b, step, i, j], net.embed(patch.movedim(1, -1).flatten()) + place)
 
 
 def test_vivit_is_the_naive_factorised_encoder():
@@ -3951,42 +3165,35 @@ def test_rlt_keeps_what_changes():
 
 
 def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points counted to another trajectory or frame, unlabelled points that speak, tokens that depend
-    on a trajectory's number. Oracle: loops over trajectories and frames."""
+    """Catches: points counted to another trajectory or frame; unlabelled points that are read. Oracle: loops
+    over trajectories and frames."""
     model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
-    net, video, labels = model.video.tokenizer.eval(), batch.video[:3], batch.labels[:3]
+    net, video, labels = model.video.tokenizer.eval(), batch.video[:2], batch.labels[:2]
     labels[0, :, :16] = -1
-    labels[2] = -1                                              # a clip without a trajectory
+    labels[1] = -1                                              # a clip without a trajectory
     z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(video)
-    t, h, w = grid
-    f = f.unflatten(1, grid)
-    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
-    assert not mask[2].any()
-    for b in range(2):
-        present = points[b].unique()
-        assert mask[b].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
-        k = int(present.max())
-        looks, places = [], []
-        for frame in range(t):
-            mine = points[b, frame] == k
-            if mine.any():
-                y, x = (mine.nonzero() + 0.5).mean(0)
-                where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
-                angle = (where[:, None] * net.waves).flatten()
-                places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
-                looks.append(f[b, frame][mine].mean(0))
-        seen = torch.ones(1, len(looks), dtype=torch.bool)
-        token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
-        nearly(z[b, k], net.out(token)[0], 1e-3)
-    # the same trajectories under other numbers
-    names = torch.randperm(int(labels.max()) + 1)
-    renamed = torch.where(labels >= 0, names[labels.clamp(min=0)], -1)
-    clip, number = mask.nonzero().T
-    nearly(net(video, 1, renamed)[0][clip, names[number]], z[clip, number], 1e-3)
+    (t, h, w), f = grid, f.unflatten(1, grid)[0]
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)[0]
+    present = points.unique()
+    assert not mask[1].any()
+    assert mask[0].nonzero()[:, 0].tolist() == present[present >= 0].tolist()
+    looks, places = [], []
+    for frame in range(t):
+        mine = points[frame] == present[-1]
+        if mine.any():
+            y, x = (mine.nonzero() + 0.5).mean(0)
+            where = torch.stack((x / w, y / h, torch.tensor((frame + 0.5) / t)))
+            angle = (where[:, None] * net.waves).flatten()
+            places.append(net.where(torch.cat((angle.sin(), angle.cos()))))
+            looks.append(f[frame][mine].mean(0))
+    seen = torch.ones(1, len(looks), dtype=torch.bool)
+    token = net.appearance(torch.stack(looks)[None], seen) + net.place(torch.stack(places)[None], seen)
+    nearly(z[0, present[-1]], net.out(token)[0], 1e-3)
 
 
-@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path", "recompute"))
+@pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
+                                  "recompute"))
 def test_ablation_flags_reach_the_tokenizer(flag):
     """Catches: a flag that is parsed and never used, or that the size's values overwrite."""
     for size, no in itertools.product(("nano", "large"), ("", "no-")):
@@ -4061,8 +3268,8 @@ def test_two_processes_take_one_step(tmp_path, micro_batch):
 # -----------------------------------------------------------------------------------------------------------
 
 def test_recalls_are_naive_ranks():
-    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers, or another
-    right one that counts as wrong; ties or NaN that pass for hits: a broken model must not score."""
+    """Catches: candidates and queries swapped, ranks that are one off; the worst of several answers; a right
+    one that counts as wrong; ties or NaN that pass for hits."""
     owner = torch.tensor([0] * 3 + [1] + [2] * 5 + [3] * 2 + list(range(4, 30)))
     right = owner[:, None] == torch.arange(30)                  # captions x clips
     similarity = (torch.randn(len(owner), 30) + right).round(decimals=1)        # with ties
@@ -4108,9 +3315,11 @@ def test_flops_of_every_tokenizer(capsys):
 # train_clip.py: whole runs
 # -----------------------------------------------------------------------------------------------------------
 
-RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion", "veq", "stq",
-          "live_tokens", "parameters", "gflops", "clips_per_second", "seconds", "peak_memory_gb", "seed", "tokenizer"}
-FILES = ["config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json", "state.pt"]
+RESULT = {"clips", "t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10", "appearance", "motion",
+          "veq", "stq", "live_tokens", "parameters", "gflops", "clips_per_second", "seconds",
+          "peak_memory_gb", "seed", "tokenizer"}
+FILES = {"config.json", "curves.svg", "found.png", "log.jsonl", "model.safetensors", "result.json",
+         "state.pt", "trajectories.png"}
 
 
 def read_result(folder):
@@ -4133,9 +3342,9 @@ def test_run_on_the_world(clip_run, tmp_path):
     assert result["clips"] == 8
     assert all(0 <= value <= 1 for key, value in result.items() if "2" in key)
     assert 1 <= result["live_tokens"] <= 24
-    assert sorted(os.listdir(clip_run)) == sorted([*FILES, "trajectories.png"])
+    assert set(os.listdir(clip_run)) == FILES
     assert [line["step"] for line in lines] == [0, 1]
-    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "clips_per_second", "memory_gb"} <= set(lines[0])
+    assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "memory_gb"} <= set(lines[0])
     config = json.loads((clip_run / "config.json").read_text())
     assert config["image_size"] == config["trajtok"]["image_size"] == config["trajtok"]["out_dim"] == 32
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
@@ -4189,8 +3398,7 @@ class Masks(KMeans):
 
 @pytest.mark.parametrize("name", ("KMeans", "Masks"))
 def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
-    """Catches: a fork that needs more than a class in a file: trained, saved, scored again; masks of one's own
-    that get no loss."""
+    """Catches: a fork that needs more than a class in a file; masks of one's own that get no loss."""
     (tmp_path / "mine.py").write_text(EXAMPLE)
     argv = [*CLIP, "--out", tmp_path, "--tokenizer"]
     run(train_clip.main, *argv, f"{tmp_path}/mine.py:{name}")
@@ -4205,12 +3413,11 @@ def test_a_tokenizer_of_ones_own(tmp_path, capsys, name):
 @pytest.fixture
 def captioned(media, tmp_path):
     """A manifest of clips with labels and several captions, one of them long; one file is damaged."""
-    rows = []
+    rows = [dict(video=str(media / "text.mp4"), caption="zebra " * 60, split="train")]
     for i in range(6):
         texts = [f"grey number {i}", f"a zebra counts to {i}"]
-        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}", split="val" if i < 2 else "train"))
-    rows[3]["caption"].append("zebra " * 60)
-    rows.append(dict(video=str(media / "text.mp4"), caption="none", label="kind 0", split="train"))
+        row = dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}")
+        rows.append(row | dict(split="val" if i < 2 else "train"))
     return manifest(tmp_path / "m.json", rows)
 
 
@@ -4220,37 +3427,34 @@ def test_run_on_captioned_videos(captioned, tmp_path, capsys):
     argv = [*CLIP, "--data", captioned, "--save-every", 1, "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
     told, folder = capsys.readouterr(), tmp_path / "clip-a"
-    assert "1 of " in told.out and "--text-length 48" in told.out
-    assert told.err.count("text.mp4") == 1
+    assert "1 of 9 captions" in told.out
+    assert told.err.count("text.mp4:") == 1
     result = read_result(folder)
-    assert (result["clips"], result["left_out"]) == (2, 1)
+    assert (result["clips"], result["left_out"], result["t2v_r5"]) == (2, 1, 1)
     assert result["motion"] is result["veq"] is None
     assert result["zero_shot"] in (0, 0.5, 1)
-    assert result["t2v_r5"] == 1
-    assert "focal" not in log(folder)[0] or log(folder)[0]["focal"] == 0
-    words = json.loads((folder / "config.json").read_text())["words"]
-    assert any("zebra" in word for word in words)
     # other captions would make another vocabulary
+    words = json.loads((folder / "config.json").read_text())["words"]
     captioned.write_text(captioned.read_text().replace("zebra", "heron"))
     for name, flags in (("a", ["--resume", "--steps", 5]), ("a", ["--eval-only"]), ("b", ["--init", folder])):
         run(train_clip.main, *argv, name, *flags)
         config = json.loads((tmp_path / f"clip-{name}" / "config.json").read_text())
         assert config["words"] == words
+    assert any("zebra" in word for word in words)
     assert [line["step"] for line in log(folder)] == list(range(5))
-    assert json.loads((folder / "config.json").read_text())["augment"] is True
 
 
 def test_a_mixture_of_made_and_real_clips(captioned, tmp_path, unscored):
     """Catches: a set of a mixture that is never drawn; a loss that breaks where a batch has no masks."""
-    run(train_clip.main, *CLIP, "--steps", 4, "--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix",
-        "--out", tmp_path)
+    argv = ["--data", f"{captioned},world", "--mix", "0.5,0.5", "--name", "mix", "--out", tmp_path]
+    run(train_clip.main, *CLIP, *argv, "--steps", 4)
     focal = [line["focal"] > 0 for line in log(tmp_path / "clip-mix")]
     assert sorted(focal) == [False, False, True, True]
 
 
 def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
-    """Catches: --init-segmenter that starts from new weights after all, --freeze-segmenter that lets them move,
-    or that freezes an encoder of random weights; --init that loads a part of a run."""
+    """Catches: --init-segmenter that starts from new weights after all; --freeze-segmenter that lets them
+    move, or freezes an encoder of random weights; --init that loads a part of a run."""
     argv = [*CLIP, "--out", tmp_path, "--init-segmenter", clip_run, "--warmup", 0, "--seed", 1, "--name"]
     run(train_clip.main, *argv, "frozen", "--freeze-segmenter")
     run(train_clip.main, *argv, "free")
@@ -4268,10 +3472,9 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     assert not torch.equal(frozen[name], torch.ones(96))
 
 
-def test_a_killed_run_resumes_exactly(tmp_path):
+def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
     """Catches: anything that --resume forgets: optimizer, draws, place in the data, log lines. Run a is never
-    stopped; run b is killed (no handler runs), scored as it is, and resumed: its weights are the same to the
-    last bit."""
+    stopped; run b is killed (no handler runs), scored as it is, and resumed: the same to the last bit."""
     argv = [*CLIP, "--steps", 14, "--save-every", 3, "--probe-clips", 8]
     run(train_clip.main, *argv, "--out", tmp_path / "a")
     argv += ["--out", tmp_path / "b"]
@@ -4287,7 +3490,9 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert 3 <= step < 14, "it was over before it was killed"
     run(train_clip.main, *argv, "--eval-only", "--tokens-per-trajectory", 4)
     assert read_result(b)["live_tokens"] >= 4
-    run(train_clip.main, "--resume", "--out", tmp_path / "b")   # the other flags are in config.json
+    # from the shell; the other flags are in config.json
+    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--resume", "--out", str(tmp_path / "b")])
+    train_clip.main()
     assert without_clock(log(b)) == without_clock(log(a))
     one, two = (torch.load(folder / "state.pt") for folder in (a, b))
     nearly(two["model"], one["model"], 0)
@@ -4304,7 +3509,7 @@ def test_a_resumed_run_keeps_its_size(tmp_path):
     argv = ["--name", "x", "--resume", "--steps", "7"]
     data.write_json(tmp_path / "config.json", dataclasses.asdict(saved) | {"a field of another version": 1})
     now = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
-    found = trajtok.resumed(now, tmp_path, train_clip.CLIP_SIZES, argv)
+    found = trajtok.resumed(now, tmp_path, argv)
     assert found == dataclasses.replace(saved, resume=True, steps=7)
 
 
@@ -4331,7 +3536,7 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
     compile_ = nn.Module.compile
     # traced, as a whole, and not translated to C++, which takes minutes
     how = dict(backend="eager", fullgraph=True)
-    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic=None: compile_(self, dynamic=dynamic, **how))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_(self, **given, **how))
     run(train_clip.main, *CLIP, flag, "--steps", 1, "--out", tmp_path)
     one, two = log(clip_run)[0], log(tmp_path / "clip-nano")[0]
     for key in ("contrastive", "focal", "dice", "gradient_norm"):
@@ -4340,8 +3545,8 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 
 def test_scores_along_the_way(tmp_path, monkeypatch):
-    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log does
-    not hold, or that are taken for steps of training."""
+    """Catches: --eval-every that looks at test clips, by which no recipe may be chosen; scores that the log
+    does not hold, or that are taken for steps of training."""
     seen, embed = [], train_clip.embed
 
     def watched(model, batches, *rest):
@@ -4350,12 +3555,9 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_clip, "embed", watched)
     run(train_clip.main, *CLIP, "--eval-every", 1, "--out", tmp_path)
-    lines = log(tmp_path / "clip-nano")
-    assert [("t2v_r5" in line, "contrastive" in line) for line in lines] == [(False, True), (True, False)] * 2
-    assert all(data.VALIDATION <= first < data.TEST for first in seen[:2])
-    assert seen[2] >= data.TEST
-    run(train_clip.main, *CLIP, "--eval-only", "--eval-split", "validation", "--out", tmp_path)
-    assert data.VALIDATION <= seen[5] < data.TEST
+    kinds = [("t2v_r5" in line, "contrastive" in line) for line in log(tmp_path / "clip-nano")]
+    assert kinds == [(False, True), (True, False)] * 2
+    assert [data.VALIDATION <= first < data.TEST for first in seen[:3]] == [True, True, False]
 
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
@@ -4398,31 +3600,33 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 # train_clip.py: bad input
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, words", (
-    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"), ("--lr nan", "--lr nan"),
-    ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"), ("--steps 0", "--steps 0"), ("--heads 3", "--heads 3"),
-    ("--workers -1", "--workers -1"), ("--num-queries 0", "--num-queries 0"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
+BAD_FLAGS = (
+    ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"),
+    ("--lr nan", "--lr nan"), ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"),
+    ("--heads 3", "--heads 3"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
-    ("--tokenizer rlt --no-detach", "--tokenizer rlt"), ("--tokenizer rlt --init-segmenter x", "--tokenizer rlt"),
-    ("--dice-weight -1", "--dice-weight -1"), ("--freeze-segmenter", "--init-segmenter"), ("--init-segmenter nowhere", "nowhere"),
-    ("--init nowhere", "nowhere"), ("--device abacus", "abacus"), ("--text nowhere", "nowhere"), ("--eval-split train", "--eval-split train"),
-    ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"), ("--data nothing.json", "nothing.json"),
-    ("--data EMPTY", "empty"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the"), ("--val nothing.json", "nothing.json"),
-    ("--mix 1,2", "--mix 1,2"), ("--out FILE", "--out"), ("--name nano", "--overwrite"),
-    ("--resume --name nano --size tiny", "another model or size"), ("--resume --name nano --width 64", "another model or size")))
+    ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
+    ("--init-segmenter no", "no/model"), ("--init no", "no/model"), ("--device abacus", "abacus"),
+    ("--text no", "--text no"), ("--max-objects 9", "8"), ("--resume", "no run"), ("--eval-only", "no run"),
+    ("--data no.json", "no.json"), ("--val no.json", "no.json"), ("--mix 1,2", "--mix 1,2"),
+    ("--data EMPTY", "no entries"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
+    ("--out FILE", "--out"), ("--name nano", "--overwrite"),
+    ("--resume --name nano --width 64", "another model or size"))
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, flags, words):
-    """Catches: a flag that is ignored, that ends in a traceback, or that is found wrong after the training."""
+    """Catches: a flag that is ignored, that ends in a traceback, or is found wrong after the training."""
     monkeypatch.chdir(tmp_path)
+    if "--name nano" in flags:                                  # a run that there is
+        shutil.copytree(clip_run, "out/clip-nano")
     silent = [{"video": str(media / f"clip{i}.mp4")} for i in range(4)]
     broken = [{"video": str(media / name), "caption": "x", "split": split}
               for name, split in (("clip0.mp4", "val"), ("text.mp4", "train"), ("half.mp4", "train"))]
-    files = {"EMPTY": manifest(tmp_path / "empty.json", []), "SILENT": manifest(tmp_path / "silent.json", silent),
-             "BROKEN": manifest(tmp_path / "broken.json", broken), "FILE": tmp_path / "silent.json"}
-    argv = [files.get(word, word) for word in flags.split()]
-    if "nano" in argv:                                          # a run that there is
-        shutil.copytree(clip_run, tmp_path / "out" / "clip-nano")
+    for name, rows in (("EMPTY", []), ("SILENT", silent), ("BROKEN", broken), ("FILE", [])):
+        manifest(tmp_path / f"{name}.json", rows)
+    argv = [f"{word}.json" if word.isupper() else word for word in flags.split()]
     assert words in refused(capsys, train_clip.main, *CLIP, *argv)
-    assert not (tmp_path / "out" / "clip-nano" / "result.json").exists() or "nano" in argv
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -5044,38 +4248,311 @@ def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch,
     assert not list(tmp_path.glob("out/vlm-*"))
 
 
+
+
 # -----------------------------------------------------------------------------------------------------------
-# train_adapter.py: heads, and masks on the backbone's grid
-# ---------------------------------------------------------------------------------------------------------------------
+# train_adapter.py: the backbones, and the layouts in which they are published
+# -----------------------------------------------------------------------------------------------------------
 
-HEADS = train_adapter.AdapterConfig(image_size=32, frames=2, width=32, heads=2, layers=1, probe_heads=2, decoder_width=32, decoder_layers=1, head_batch=8, feature_batch=8, epochs=3)
+# head widths that the rotary split does not divide evenly (64: 4 channels stay, 80: 2), sizes other than the
+# published ones, and twice an eps that shows
+VJEPA = {64: train_adapter.BackboneConfig("vjepa2", 128, 2, 2, 512, 16, 2, 4, 48),
+         80: train_adapter.BackboneConfig("vjepa2", 160, 2, 2, 640, 16, 2, 6, 32, eps=0.1)}
+MAE = {64: train_adapter.BackboneConfig("videomae", 128, 2, 2, 192, 16, 2, 4, 32, eps=1e-12, last_norm=False),
+       88: train_adapter.BackboneConfig("videomae", 88, 2, 1, 96, 14, 2, 6, 42, eps=0.1, last_norm=False),
+       80: train_adapter.BackboneConfig("videomae", 160, 2, 2, 192, 8, 2, 2, 24, eps=0.1)}
 
 
-def two_halves(count, seed=0):
-    """Features (count, 32, 16) and their masks: half the points hold +v, half -v, so that every clip's mean is 0. Class 1: each of the two trajectories
-    is all of one sign; class 0: each is half and half."""
+def backbone_of(cfg):
+    family = train_adapter.VJEPA2 if cfg.kind == "vjepa2" else train_adapter.VideoMAE
+    return family(cfg).requires_grad_(False)
+
+
+def wave(*shape, k=0):
+    """Numbers in [-1, 1] without a short period, which anyone can make again: sin(0.7 i² + k)."""
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(0.7 * i ** 2 + k).float().view(shape)
+
+
+def waving(cfg):
+    """A backbone with such weights, and a clip for it."""
+    net = backbone_of(cfg)
+    for k, (name, p) in enumerate(net.named_parameters()):
+        p.data = 0.2 * wave(*p.shape, k=k)
+        if name.endswith("weight") and "norm" in name:
+            p.data += 1
+    return net, wave(2, cfg.frames, 3, cfg.image_size, cfg.image_size, k=99)
+
+
+def on_the_hub(net):
+    """A backbone's weights under the hub's names, from ours, in the other direction than the code reads
+    them."""
+    jepa = net.cfg.kind == "vjepa2"
+    stem = "encoder.embeddings.patch_embeddings.proj" if jepa else "embeddings.patch_embeddings.projection"
+    names = {"patch_embed.proj": stem, "norm": "encoder.layernorm" if jepa else "layernorm"}
+    inside = {"attn.proj": "attention.proj"} if jepa else {
+        "attn.proj": "attention.output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    out = {}
+    for key, value in net.state_dict().items():
+        module, part = key.rsplit(".", 1)
+        if not module.startswith("blocks"):
+            out[f"{names[module]}.{part}"] = value
+            continue
+        _, i, module = module.split(".", 2)
+        if module != "attn.qkv":
+            out[f"encoder.layer.{i}.{inside.get(module, module)}.{part}"] = value
+            continue
+        for name, x in zip(("query", "key", "value"), value.chunk(3)):
+            if jepa or part == "weight" or name != "key":       # VideoMAE's keys have no bias
+                inner = "attention" if jepa else "attention.attention"
+                out[f"encoder.layer.{i}.{inner}.{name}.{part}"] = x.clone()
+    return out
+
+
+def published_model(cfg, kind="Model"):
+    """The published implementation in the shape of cfg."""
+    transformers = pytest.importorskip("transformers")
+    common = dict(hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
+                  patch_size=cfg.patch, tubelet_size=cfg.tubelet, layer_norm_eps=cfg.eps)
+    if cfg.kind == "vjepa2":
+        config = transformers.VJEPA2Config(
+            **common, crop_size=cfg.image_size, frames_per_clip=cfg.frames, mlp_ratio=cfg.mlp / cfg.width,
+            pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1)
+        return transformers.VJEPA2Model(config).eval()
+    config = transformers.VideoMAEConfig(
+        **common, image_size=cfg.image_size, num_frames=cfg.frames, intermediate_size=cfg.mlp,
+        use_mean_pooling=not cfg.last_norm, decoder_hidden_size=24, decoder_intermediate_size=24,
+        decoder_num_attention_heads=2, decoder_num_hidden_layers=1)
+    return getattr(transformers, "VideoMAE" + kind)(config).eval()
+
+
+def shaken(model):
+    """Every weight moved: a norm that is 1 or a bias that is 0 could be missing and nobody would see it."""
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("head", VJEPA)
+def test_vjepa2_is_the_published_implementation(tmp_path, head):
+    """Catches: a rotation that is right where the release's is not, axes shared out differently, wrong
+    names or sizes, positions that are those of another size of clip."""
+    cfg = VJEPA[head]
+    theirs = shaken(published_model(cfg))
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1        # in shards
+    mine = train_adapter.VJEPA2.from_pretrained(tmp_path)
+    assert mine.cfg == cfg and isinstance(mine, train_adapter.VJEPA2) and not mine.training
+    for size in (cfg.image_size, 80):
+        model = published_model(dataclasses.replace(cfg, image_size=size))
+        model.load_state_dict(theirs.state_dict())
+        for frames in (cfg.frames, 2):
+            x = torch.randn(2, frames, 3, size, size)
+            nearly(mine.features(x), model(x, skip_predictor=True).last_hidden_state)
+
+
+@pytest.mark.parametrize("head, kind", (
+    (64, "Model"), (88, "ForVideoClassification"), (80, "ForPreTraining")))
+def test_videomae_is_the_published_implementation(tmp_path, head, kind):
+    """Catches: positions in another order, a last norm where there is none, the authors' eps, wrong names, a
+    classifier or decoder that stops the encoder from loading."""
+    cfg = MAE[head]
+    theirs = shaken(published_model(cfg, kind))
+    theirs.save_pretrained(tmp_path)
+    mine = train_adapter.VideoMAE.from_pretrained(tmp_path)
+    assert mine.cfg == cfg
+    x = torch.randn(2, cfg.frames, 3, cfg.image_size, cfg.image_size)
+    nearly(mine.features(x), getattr(theirs, "videomae", theirs)(x).last_hidden_state)
+
+
+# Of the published implementation, for weights and clip of `waving`: see `numbers_of`
+EXPECTED = {
+    ("vjepa2", 64): [-0.53427, 1.32241, 0.50350, 2.16953, -0.00380, 1.78117, 0.81989],
+    ("vjepa2", 80): [0.97862, -1.06785, -0.53146, 0.22633, 0.51635, 0.97030, 0.80764],
+    ("videomae", 64): [-2.39943, 6.07668, 3.61750, -1.49376, 3.21983, 4.78695, 4.92233],
+    ("videomae", 88): [8.39580, -0.46065, 3.91521, -1.83116, 0.42200, -2.09002, 3.56179],
+    ("videomae", 80): [0.69635, -0.45268, -0.73594, 0.87359, 0.75776, 0.67514, 0.82382],
+}
+
+
+def numbers_of(z):
+    return [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()]
+
+
+@pytest.mark.parametrize("kind, head", EXPECTED)
+def test_features_are_the_published_numbers(kind, head):
+    """Catches, without the published implementation at hand: any change of what the backbones compute."""
+    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
+    assert numbers_of(net.features(x)) == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind, head", EXPECTED)
+def test_expected_numbers_are_those_of_the_published_implementation(kind, head):
+    """Catches: numbers above that our own code made."""
+    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
+    model = published_model(net.cfg)
+    lacking, unexpected = model.load_state_dict(on_the_hub(net), strict=False)
+    assert not unexpected and all(k.startswith("predictor") for k in lacking)
+    z = (model(x, skip_predictor=True) if kind == "vjepa2" else model(x)).last_hidden_state
+    assert numbers_of(z) == pytest.approx(EXPECTED[kind, head], rel=1e-5, abs=2e-5)
+
+
+def test_a_rotation_is_the_sum_over_axes_that_the_release_makes():
+    """Catches: t, h and w swapped on grids that are not square, angles of the wrong channel, channels that
+    should stay and turn, angles in half precision."""
+    grid, c = (2, 3, 4), 16                                     # 4 channels for each axis, 4 stay
+    cos, sin = train_adapter.rotary_3d(grid, c)
+    x = wave(1, 1, 24, c)
+    out = train_adapter.rotate(x, cos, sin)[0, 0]
+    for i, place in enumerate(itertools.product(*map(range, grid))):
+        for j in range(c):
+            partner = -x[0, 0, i, j + 1] if j % 2 == 0 else x[0, 0, i, j - 1]
+            # frequencies [w0 w1 w0 w1] on an axis, and yet pairs (0, 1), (2, 3)
+            angle = place[j // 4] * 1e4 ** (-(j % 2) / 2) if j < 12 else 0.0
+            wanted = x[0, 0, i, j] * math.cos(angle) + partner * math.sin(angle)
+            assert out[i, j].item() == pytest.approx(wanted.item(), abs=1e-5)
+    half = x.bfloat16()                                         # is rounded once, at the end
+    wanted = train_adapter.rotate(half.float(), cos, sin)
+    assert torch.equal(train_adapter.rotate(half, cos, sin), wanted.bfloat16())
+
+
+def test_tubelets_are_in_row_major_order():
+    """Catches: features whose order is not (t', h', w'), the order of the masks; a cut that mixes
+    neighbours."""
+    for net in (waving(VJEPA[64])[0], waving(MAE[64])[0]):
+        cfg = net.cfg
+        black = torch.zeros(1, cfg.frames, 3, cfg.image_size, cfg.image_size)
+        for k, (i, j, l) in enumerate(itertools.product(*map(range, cfg.grid))):
+            x = black.clone()
+            x[0, i * 2 + 1, 1, j * 16 + 15, l * 16 + 15] = 1.0  # the last pixel of one tubelet
+            changed = (net.tubes(x) != net.tubes(black)).any(-1)[0]
+            assert changed.nonzero().flatten().tolist() == [k]
+    # a convolution, as published, and a matrix product are the same
+    net, x = waving(VJEPA[64])
+    nearly(net.embed(net.tubes(x)), net.patch_embed["proj"](x.transpose(1, 2)).flatten(2).transpose(1, 2))
+
+
+def released(net, layout):
+    """A backbone's weights as the original releases pack them."""
+    own = {k: v.clone() for k, v in net.state_dict().items()}
+    for key in [k for k in own if k.endswith("qkv.bias") and net.cfg.kind == "videomae"]:
+        q, _, v = own.pop(key).chunk(3)
+        own[key.replace("qkv.bias", "q_bias")] = q.clone()
+        own[key.replace("qkv.bias", "v_bias")] = v.clone()
+    target = {"module.backbone." + k: v for k, v in own.items()}
+    student = {k: torch.zeros_like(v) for k, v in target.items()}
+    beside = ("decoder.blocks.0.norm1.weight", "encoder_to_decoder.weight", "mask_token", "head.weight")
+    beside = {name: torch.zeros(3) for name in (*beside, "fc_norm.weight")}
+    return {"plain": own, "student": dict(encoder=target), "hub": on_the_hub(net),
+            "jepa": dict(encoder=student, target_encoder=target, predictor={"x": torch.zeros(1)}, epoch=3),
+            "module": dict(module=own | beside),
+            "pretraining": dict(model={"encoder." + k: v for k, v in own.items()} | beside,
+                                args=argparse.Namespace(model="pretrain", lr=0.1)),
+            "authors' hub": {"model." + k: v for k, v in (own | beside).items()}}[layout]
+
+
+@pytest.mark.parametrize("layout, kind, suffix", (
+    ("plain", "vjepa2", "safetensors"), ("jepa", "vjepa2", "pt"), ("student", "vjepa2", "pth"),
+    ("hub", "vjepa2", "safetensors"), ("plain", "videomae", "pth"), ("module", "videomae", "pth"),
+    ("pretraining", "videomae", "pth"), ("authors' hub", "videomae", "safetensors"),
+    ("hub", "videomae", "safetensors")))
+def test_every_published_backbone_layout_loads(tmp_path, layout, kind, suffix):
+    """Catches: keys renamed wrongly or in part, the student taken for its teacher, a shape read wrongly off
+    the tensors, a command line beside the weights that stops them, a missing weight of which nobody says a
+    word."""
+    cfg = VJEPA[64] if kind == "vjepa2" else MAE[80 if layout in ("pretraining", "hub") else 88]
+    cfg = dataclasses.replace(cfg, eps=1e-12 if (kind, layout) == ("videomae", "hub") else 1e-6)
+    net, x = waving(cfg)
+    weights = released(net, layout)
+    save = save_file if suffix == "safetensors" else torch.save
+    save(weights, tmp_path / f"weights.{suffix}")
+    names = dict(num_attention_heads=cfg.heads, crop_size=cfg.image_size, frames_per_clip=cfg.frames)
+    if layout == "authors' hub":
+        names = dict(model_config=dict(num_heads=cfg.heads, img_size=cfg.image_size, num_frames=cfg.frames))
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    loaded = train_adapter.Backbone.from_pretrained(tmp_path / f"weights.{suffix}")
+    assert loaded.cfg == cfg
+    nearly(loaded.features(x), net.features(x))
+    inner = next((weights[k] for k in train_adapter.WRAPPERS if k in weights), weights)
+    del inner[next(k for k in inner if k.endswith(("1.mlp.fc2.weight", "1.output.dense.weight")))]
+    save(weights, tmp_path / f"weights.{suffix}")
+    with pytest.raises(BadInput, match=r"blocks\.1\.mlp\.fc2\.weight"):
+        train_adapter.Backbone.from_pretrained(tmp_path / f"weights.{suffix}")
+
+
+@pytest.mark.parametrize("kind, width, depth, heads, mlp, patch, millions", (
+    ("vjepa2", 1024, 24, 16, 4096, 16, 303.9), ("vjepa2", 1280, 32, 16, 5120, 16, 631.6),
+    ("vjepa2", 1408, 40, 22, 6144, 16, 1012.2), ("videomae", 768, 12, 12, 3072, 16, 86.2),
+    ("videomae", 1280, 32, 16, 5120, 16, 631.6), ("videomae", 1408, 40, 16, 6144, 14, 1011.7)))
+def test_published_backbones_have_their_sizes(kind, width, depth, heads, mlp, patch, millions):
+    """Catches: a wrong number of heads for a file without a config.json; linear maps with too many or too few
+    biases."""
+    frames, side = (64, 256) if kind == "vjepa2" else (16, 224)
+    cfg = train_adapter.BackboneConfig(kind, width, depth, heads, mlp, patch, frames=frames, image_size=side)
+    with torch.device("meta"):
+        net = backbone_of(cfg)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    weights = net.state_dict()
+    if kind == "videomae":
+        weights["blocks.0.attn.q_bias"] = None
+    assert train_adapter.backbone_config(Path("nowhere"), weights) == cfg
+
+
+@pytest.mark.parametrize("change, words", (
+    (dict(layout=[{"fc.weight": torch.zeros(2, 2)}]), "fc.weight"), (dict(config=None), "has width 128"),
+    (dict(config="no json"), "config.json"), (dict(cut=1000), "model.safetensors")))
+def test_bad_backbones_are_refused(tmp_path, change, words):
+    """Catches: a traceback, or part of a model, where a person gave the wrong folder."""
+    weights = change.get("layout", [on_the_hub(waving(VJEPA[64])[0])])[0]
+    save_file({k: v.clone() for k, v in weights.items()}, tmp_path / "model.safetensors")
+    if change.get("config", "") is not None:
+        (tmp_path / "config.json").write_text(change.get("config", '{"num_attention_heads": 2}'))
+    if "cut" in change:
+        whole = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(whole[:-change["cut"]])
+    with pytest.raises(BadInput, match=re.escape(words)):
+        train_adapter.Backbone.from_pretrained(tmp_path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# train_adapter.py: masks and heads
+# -----------------------------------------------------------------------------------------------------------
+
+HEADS = train_adapter.AdapterConfig(image_size=32, frames=2, width=32, heads=2, layers=1, batch=8)
+
+
+def new_head(row, dim, classes, num_queries, cfg=HEADS):
+    torch.manual_seed(0)
+    return train_adapter.HEADS[row](dim, classes, num_queries, cfg)
+
+
+def masks(ids, num_queries, grid=(2, 4, 4)):
+    return train_adapter.as_segmentation(20.0 * F.one_hot(ids, num_queries), grid)
+
+
+def two_halves(count, seed):
+    """Features (count, 32, 16), their masks and classes: half the points hold +v, half -v, so that every
+    clip's mean is 0. Class 1: each of two trajectories is all of one sign; class 0: each is half and
+    half."""
     rng = torch.Generator().manual_seed(seed)
-    v, y = torch.randn(16, generator=torch.Generator().manual_seed(9)), torch.arange(count) % 2
-    x, ids = torch.zeros(count, 32, 16), torch.zeros(count, 32, dtype=torch.int64)
+    v = torch.randn(16, generator=torch.Generator().manual_seed(9))
+    x, ids, y = torch.zeros(count, 32, 16), torch.zeros(count, 32, dtype=torch.int64), torch.arange(count) % 2
     for i in range(count):
+        order = torch.randperm(32, generator=rng)
         sign = torch.ones(32)
-        sign[torch.randperm(32, generator=rng)[:16]] = -1
-        if y[i]:
-            ids[i] = (sign > 0).long()
-        else:
-            for s in (-1, 1):                                    # eight of each sign to each trajectory
-                where = (sign == s).nonzero()[:, 0]
-                ids[i, where[torch.randperm(16, generator=rng)[:8]]] = 1
+        sign[order[:16]] = -1
+        ids[i, order[:16] if y[i] else order[8:24]] = 1
         x[i] = sign[:, None] * v
-    return x, train_adapter.as_segmentation(20.0 * F.one_hot(ids, 4), (2, 4, 4)), y
+    return x, masks(ids, 4), y
 
 
 def test_trajadapter_separates_what_the_mean_mixes():
-    """Catches: a TrajAdapter that pools over the wrong points, ignores its masks, or cannot learn; a linear probe that is more than a mean."""
-    (x, seg, y), (u, other, z) = two_halves(64), two_halves(64, seed=1)
-    for row, m in (("linear", None), ("trajadapter", 1), ("trajadapter", 4)):
-        torch.manual_seed(0)
-        head = train_adapter.new_head(row, 16, 2, 4, HEADS)
+    """Catches: a TrajAdapter that pools over the wrong points, ignores its masks, or cannot learn; a linear
+    probe that is more than a mean."""
+    (x, seg, y), (u, other, z) = two_halves(64, 0), two_halves(64, 1)
+    for row, m in (("linear", 1), ("trajadapter", 1), ("trajadapter", 4)):
+        head = new_head(row, 16, 2, 4)
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
         for _ in range(25):
             optimizer.zero_grad()
@@ -5086,221 +4563,154 @@ def test_trajadapter_separates_what_the_mean_mixes():
 
 
 def test_attentive_probe_is_the_published_one():
-    """Catches: a norm on the query, none on what is read, an output projection, a residual or a bias that is missing: against SPECS 4 in plain lines."""
-    torch.manual_seed(0)
-    probe, x = train_adapter.Attentive(16, 3, 0, 2), torch.randn(2, 5, 16)
+    """Catches: a norm on the query, none on what is read, an output projection, a missing residual or bias:
+    against plain lines."""
+    probe = new_head("attentive", 16, 3, 4, dataclasses.replace(HEADS, probe_layers=0))
+    x = torch.randn(2, 5, 16)
     p = {k: v.detach() for k, v in probe.named_parameters()}
-    norm = lambda z, name: (z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"]
-    linear = lambda z, name: z @ p[name + ".weight"].T + p[name + ".bias"]
+
+    def norm(z, name):
+        return F.layer_norm(z, (16,), p[name + ".weight"], p[name + ".bias"])
+
+    def linear(z, name):
+        return z @ p[name + ".weight"].T + p[name + ".bias"]
+
     for i in range(2):
-        query, kv = p["query"][0, 0], linear(norm(x[i], "norm1"), "kv")
-        q, k, v, y = linear(query, "q"), kv[:, :16], kv[:, 16:], query.clone()
+        y, kv = p["query"][0, 0].clone(), linear(norm(x[i], "norm1"), "kv")
+        q, k, v = linear(y, "q"), kv[:, :16], kv[:, 16:]
         for a in (slice(0, 8), slice(8, 16)):
             y[a] += (k[:, a] @ q[a] / math.sqrt(8)).softmax(0) @ v[:, a]
-        y = y + linear(F.gelu(linear(norm(y, "norm2"), "mlp.0")), "mlp.2")
-        assert torch.allclose(probe(x, None, None)[i], linear(y, "head"), atol=1e-5)
+        y = y + linear(F.gelu(linear(norm(y, "norm2"), "mlp.fc1")), "mlp.fc2")
+        nearly(probe(x, None, 1)[i], linear(y, "head"), 1e-5)
 
 
 def test_dead_trajectories_cost_nothing_and_change_nothing():
-    """Catches: dead trajectories that enter the transformer; a clip's scores that depend on how many trajectories its neighbours have."""
-    torch.manual_seed(0)
-    head, x = train_adapter.new_head("trajadapter", 16, 3, 6, HEADS).eval(), torch.randn(3, 32, 16)
+    """Catches: dead trajectories that enter the transformer; scores that depend on a clip's neighbours."""
+    head, x = new_head("trajadapter", 16, 3, 6), torch.randn(3, 32, 16)
     ids = torch.zeros(3, 32, dtype=torch.int64)
-    ids[1, 5:], ids[2, 10:20], ids[2, 20:] = 4, 2, 5             # 1, 2 and 3 are alive
-    seg, lengths = train_adapter.as_segmentation(20.0 * F.one_hot(ids, 6), (2, 4, 4)), []
+    ids[1, 5:], ids[2, 10:20], ids[2, 20:] = 4, 2, 5            # 1, 2 and 3 are alive
+    lengths = []
     head.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     for m in (1, 2, 4):
-        together = head(x, seg, m)
+        together = head(x, masks(ids, 6), m)
         for i in range(3):
-            alone = head(x[i:i + 1], train_adapter.as_segmentation(seg.logits[i:i + 1], seg.grid), m)
-            assert torch.allclose(together[i:i + 1], alone, atol=1e-5)
+            nearly(together[i:i + 1], head(x[i:i + 1], masks(ids[i:i + 1], 6), m), 1e-5)
     assert lengths == [1 + n * m for m in (1, 2, 4) for n in (3, 1, 2, 3)]
 
 
 def test_logits_are_resized_as_naive_interpolation():
-    """Catches: axes that change places, corners that are aligned, time that is left as it is, an argmax before the interpolation."""
+    """Catches: axes that change places, aligned corners, time left as it is, an argmax before the
+    interpolation."""
     grid, target = (4, 8, 8), (2, 5, 3)
     logits = torch.randn(2, 4 * 8 * 8, 3)
-
-    def weights(n, m):                                           # (m, n): what each new point takes of the old ones
-        w = torch.zeros(m, n)
-        for i in range(m):
-            at = min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
-            low = int(at)
-            w[i, low] += 1 - (at - low)
-            w[i, min(low + 1, n - 1)] += at - low
-        return w
     x = logits.view(2, *grid, 3)
     for axis, (n, m) in enumerate(zip(grid, target), 1):
-        x = torch.tensordot(weights(n, m), x, dims=([1], [axis])).movedim(0, axis)
+        w = torch.zeros(m, n)                                   # what each new point takes of the old ones
+        for i in range(m):
+            at = min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
+            w[i, int(at)] += 1 - (at - int(at))
+            w[i, min(int(at) + 1, n - 1)] += at - int(at)
+        x = torch.tensordot(w, x, dims=([1], [axis])).movedim(0, axis)
     found = train_adapter.resize_logits(logits, grid, target)
-    assert torch.allclose(found, x.reshape(2, -1, 3), atol=1e-5)
+    nearly(found, x.reshape(2, -1, 3), 1e-5)
     seg = train_adapter.as_segmentation(found, target)
-    assert torch.equal(seg.ids, found.argmax(-1)) and all(set(seg.ids[i].tolist()) == set(seg.alive[i].nonzero()[:, 0].tolist()) for i in range(2))
+    assert torch.equal(seg.ids, found.argmax(-1))
+    assert all(seg.alive[i].nonzero().flatten().tolist() == seg.ids[i].unique().tolist() for i in range(2))
 
 
-def test_true_masks_are_majorities_in_an_order_that_tells_nothing():
-    """Catches: true ids taken from one corner of a cell, true masks whose numbers tell who lies before whom, or that differ from time to time."""
-    labels = torch.randint(0, 12, (2, 4, 16, 16)).where(torch.rand(2, 4, 16, 16) < 0.5, 5)
-    ids = train_adapter.true_ids(labels, (2, 2, 2)).view(2, 2, 2, 2)
-    for b, t, h, w in itertools.product(range(2), repeat=4):
-        assert ids[b, t, h, w] == labels[b, 2 * t:2 * t + 2, 8 * h:8 * h + 8, 8 * w:8 * w + 8].flatten().bincount().argmax()
-    truth = torch.arange(12).repeat(2, 1)
-    one, again, other = (train_adapter.oracle(truth, index, (3, 2, 2)).ids for index in ([7, 8], [7, 8], [9, 7]))
-    assert torch.equal(one, again) and torch.equal(one[0], other[1]) and not torch.equal(one[0], one[1])
-    assert all(sorted(row.tolist()) == list(range(12)) for row in one)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # train_adapter.py: the VideoMAE that it pre-trains
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def masked_autoencoder():
     torch.manual_seed(0)
-    return train_adapter.MaskedAutoencoder(train_adapter.VideoMAE(dataclasses.replace(train_adapter.BACKBONES["nano"], image_size=64, frames=4)), 1, 32)
+    shape = dataclasses.replace(train_adapter.NANO, image_size=64, frames=4)
+    seen = train_adapter.tube_mask(4, shape.grid, np.random.default_rng(0))
+    return train_adapter.MaskedAutoencoder(shape, 1, 32), seen
 
 
-def test_ten_percent_of_the_tubes_stay():
-    """Catches: another share, a mask that changes from time step to time step, is alike for all clips, or repeats a cell; an encoder that sees hidden pixels."""
-    visible = train_adapter.tube_mask(50, 64, 0.9, np.random.default_rng(0))
-    assert visible.shape == (50, 6) and all(len(set(row)) == 6 for row in visible.tolist()) and len(set(map(tuple, visible.tolist()))) > 40
-    assert len(set(visible.flatten().tolist())) == 64            # every cell has its turn
-    model, rng = masked_autoencoder(), torch.Generator().manual_seed(0)
-    video = torch.randint(0, 256, (2, 4, 64, 64, 3), dtype=torch.uint8, generator=rng)
-    video[:, :, :, :32] = 90                                     # flat: a loss on all places, or on the visible ones, is another
-    loss, prediction, target, hidden = model(video, visible[:4])
-    assert prediction.shape == target.shape == (4, 2 * 64, 384) and hidden.shape == (4, 128)
-    assert torch.equal(hidden[:, :64], hidden[:, 64:]) and (~hidden).sum(1).tolist() == [12] * 4
-    assert torch.allclose(loss, (prediction - target)[hidden].square().mean())
-    # two masks of one clip, then two of the next; what is hidden is changed, and nothing that the decoder says changes
-    assert torch.equal(target[0], target[1]) and not torch.equal(target[1], target[2])
-    changed = model.encoder.tubes(video.movedim(-1, 2).float()).clone()
-    changed[0][hidden[0]] = 255 - changed[0][hidden[0]]
-    other = train_adapter.rearrange(changed, "b (t h w) (c u p q) -> b (t u) (h p) (w q) c", t=2, h=8, c=3, u=2, p=8).to(torch.uint8)
-    assert torch.equal(model(other, visible[:4])[1][0], prediction[0]) and not torch.equal(other, video)
-
-
-def test_an_untrained_videomae_predicts_means():
-    """Catches: targets that are not of mean 0 and deviation 1 (colours mixed, a tubelet's frames apart), a decoder that starts anywhere else than at the
-    mean, whose loss is 1; flat tubelets whose rounding errors become targets."""
-    model = masked_autoencoder()
+def test_ten_percent_of_the_tubes_are_seen():
+    """Catches: another share, a mask that changes in time, is alike for all clips or repeats a cell; an
+    encoder that sees hidden pixels; a loss on visible ones."""
+    model, seen = masked_autoencoder()
+    cells = seen.view(4, 2, 6)                                  # 6 of 64 cells, at 2 time steps
+    assert torch.equal(cells[:, 1], cells[:, 0] + 64) and all(len(set(row)) == 12 for row in seen.tolist())
+    assert len(set(map(tuple, seen.tolist()))) == 4
     video = torch.randint(0, 256, (4, 4, 64, 64, 3), dtype=torch.uint8)
-    video[..., 1] //= 4                                          # colours of different strength
-    visible = train_adapter.tube_mask(4, 64, 0.9, np.random.default_rng(0))
-    loss, _, target, _ = model(video, visible)
-    assert loss.item() == pytest.approx(1, abs=0.02)
-    cell = target[1, 64 + 9].view(3, 2, 8, 8)                    # second time step, second row and column
+    video[:, :, :, :32] = 90                                    # flat: the loss depends on which places count
+    loss, prediction, target, hidden = model(video, seen)
+    assert prediction.shape == target.shape == (4, 128, 384)
+    assert all(set((~hidden[i]).nonzero().flatten().tolist()) == set(seen[i].tolist()) for i in range(4))
+    nearly(loss, (prediction - target)[hidden].square().mean())
+    tubes = model.encoder.tubes(video.movedim(-1, 2).float())
+    tubes[hidden] = 255 - tubes[hidden]
+    other = rearrange(tubes, "b (t h w) (c u p q) -> b (t u) (h p) (w q) c", t=2, h=8, c=3, u=2, p=8)
+    assert torch.equal(model(other.to(torch.uint8), seen)[1], prediction) and not torch.equal(other, video)
+
+
+def test_videomae_predicts_normalised_pixels():
+    """Catches: targets that are not of mean 0 and deviation 1 (colours mixed, a tubelet's frames apart), a
+    decoder that starts elsewhere than at the mean; flat tubelets whose rounding errors become targets."""
+    model, seen = masked_autoencoder()
+    video = torch.randint(0, 256, (4, 4, 64, 64, 3), dtype=torch.uint8)
+    video[..., 1] //= 4                                         # colours of different strength
+    target = model(video, seen)[2]
+    cell = target[1, 64 + 9].view(3, 2, 8, 8)                   # second time step, second row and column
     pixels = segmenter.normalise(video)[1, 2:4, :, 8:16, 8:16].movedim(1, 0)
-    for c in range(3):
-        wanted = (pixels[c] - pixels[c].mean()) / (pixels[c].var(unbiased=False) + 1e-3).sqrt()
-        assert torch.allclose(cell[c], wanted, atol=1e-4)
+    for mine, x in zip(cell, pixels):
+        nearly(mine, (x - x.mean()) / (x.var(unbiased=False) + 1e-3).sqrt())
     flat = torch.full((1, 4, 64, 64, 3), 90, dtype=torch.uint8)
     flat[..., ::7, 0] += 1
-    assert model(flat, visible[:1])[2].abs().max() < 0.6
+    assert model(flat, seen[:1])[2].abs().max() < 0.6
 
 
 def test_videomae_learns_one_batch_by_heart():
-    """Catches: gradients that do not reach the encoder, or positions that decoder and encoder count differently."""
-    model = masked_autoencoder()
-    video = data.rasterise(data.stack(scripts(0, 4, data.World(64, 4))), 64)[0]
-    visible = train_adapter.tube_mask(4, 64, 0.9, np.random.default_rng(0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    """Catches: gradients that do not reach the encoder; positions that decoder and encoder count
+    differently."""
+    model, seen = masked_autoencoder()
+    smooth = F.interpolate(torch.rand(1, 3, 4, 6, 6), size=(4, 64, 64), mode="trilinear")
+    video = (255 * smooth).movedim(1, -1).to(torch.uint8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = model(video, visible)[0]
+        loss = model(video, seen[:1])[0]
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0], losses[::10]
+    assert losses[-1] < 0.4 * losses[0], losses[::10]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train_adapter.py: clips, views, features on disk
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# train_adapter.py: clips, features on disk, whole runs
+# -----------------------------------------------------------------------------------------------------------
 
-def frozen_pair(key="x"):
-    torch.manual_seed(0)
-    backbone = train_adapter.VideoMAE(dataclasses.replace(train_adapter.BACKBONES["nano"], image_size=32, frames=2, depth=1)).eval().requires_grad_(False)
-    return train_adapter.Frozen(backbone, segmenter.Segmenter(TINY).eval().requires_grad_(False), 32, key)
-
-
-TASKS = dict(colour=list(data.COLOURS), appearance=list(data.SHAPES), motion=list(data.MOTIONS))
-CPU = torch.device("cpu")
+ADAPTER = ["--image-size", 32, "--frames", 2, "--steps", 3, "--warmup", 1, "--batch", 8, "--clips", 36,
+           "--epochs", 2, "--width", 32, "--heads", 2, "--layers", 1, "--save-every", 2]
+TOKENS_OF = {"linear", "attentive", "trajadapter_x1", "trajadapter_x2", "trajadapter_x4"}
 
 
-def cache_of(folder, clips, frozen, cfg=HEADS):
-    truth = isinstance(clips, train_adapter.WorldClips)
-    return train_adapter.fill(folder, "train", clips, train_adapter.record_of(frozen, truth), frozen, CPU, cfg)
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapter")
+    run(train_adapter.main, *ADAPTER, "--out", out)
+    return out / "adapter-nano"
 
 
-def test_features_survive_the_disk(tmp_path):
-    """Catches: rows that change places, fields that overlap, features of other weights or clips that are taken for these; a file of another size than announced."""
-    frozen, clips = frozen_pair(), train_adapter.WorldClips(data.World(32, 2), 100, 21)
-    cached = cache_of(tmp_path, clips, frozen)
-    assert sorted(os.listdir(tmp_path)) == ["train.bin", "train.json"] and cached.kept == list(range(21)) and cached.views == 1
-    record = train_adapter.record_of(frozen, True)
-    assert os.path.getsize(tmp_path / "train.bin") == 21 * record.itemsize == 21 * 16 * (2 * 128 + 2 * 6 + 1)
-    some = [20, 3, 3, 11]
-    kept, fresh = (train_adapter.finish(c.get(some), frozen, CPU, HEADS) for c in (cached, clips))
-    for key in ("features", "logits"):
-        assert (kept[key] - fresh[key]).abs().max() <= fresh[key].abs().max() * 2 ** -11 and kept[key].dtype == torch.float32
-    assert torch.equal(kept["truth"], fresh["truth"]) and kept["index"] == fresh["index"] == some
-    assert all(torch.equal(kept["y"][kind], fresh["y"][kind]) for kind in TASKS)
-    made = os.stat(tmp_path / "train.bin").st_mtime_ns
-    assert cache_of(tmp_path, clips, frozen).y["motion"].tolist() == cached.y["motion"].tolist() and os.stat(tmp_path / "train.bin").st_mtime_ns == made
-    assert cache_of(tmp_path, clips, frozen._replace(key="y")).count == 21 and os.stat(tmp_path / "train.bin").st_mtime_ns != made
+def given(folder):
+    return "--backbone", folder / "videomae", "--segmenter", folder / "segmenter-nano"
 
 
-def test_features_of_other_inputs_are_other_features():
-    """Catches: a cache that is kept where the weights are the same, and frames, size, pixels, the segmenter's size or the precision are not."""
-    segmenter_, cfg = trajtok.TrajTok(TINY).segmenter, VJEPA[64]
-    nets = {change: train_adapter.new_backbone(dataclasses.replace(cfg, **dict([change]))) for change in (("frames", cfg.frames), ("frames", 8), ("image_size", 96), ("mean", (0.5, 0.5, 0.5)))}
-    for net in nets.values():
-        net.load_state_dict(nets["frames", cfg.frames].state_dict())
-    plain = nets["frames", cfg.frames]
-    keys = [train_adapter.frozen_key(net, segmenter_, 32, False) for net in nets.values()]
-    keys += [train_adapter.frozen_key(plain, segmenter_, 64, False), train_adapter.frozen_key(plain, segmenter_, 32, True)]
-    assert len(set(keys)) == 6 and keys[0] == train_adapter.frozen_key(plain, segmenter_, 32, False)
-    segmenter_.log_scale.data += 1
-    assert train_adapter.frozen_key(plain, segmenter_, 32, False) not in keys
-
-
-def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch, capsys):
-    """Catches: SIGTERM that loses features, a second start that computes them again or believes rows that were never written; a full disk that kills
-    without a word."""
-    frozen, clips, calls, look = frozen_pair(), train_adapter.WorldClips(data.World(32, 2), 100, 30), [], train_adapter.look
-
-    def counted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return look(*args)
-    monkeypatch.setattr(train_adapter, "look", counted)
-    with pytest.raises(SystemExit) as stop:
-        cache_of(tmp_path, clips, frozen)
-    assert stop.value.code == 143 and len(calls) == 2 and sorted(os.listdir(tmp_path)) == ["train.0of1.json", "train.part"]
-    assert "goes on at clip 16" in (cache_of(tmp_path, clips, frozen), capsys.readouterr().out)[1] and len(calls) == 4
-    (tmp_path / "b").mkdir()
-    assert (cache_of(tmp_path / "b", clips, frozen), (tmp_path / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes())[1]
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(BadInput, match="No space left"):
-        cache_of(tmp_path / "b", clips, frozen._replace(key="z"))
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(adapter_run, tmp_path, capsys, monkeypatch):
-    """Catches: hours of features that end in a full disk."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 ** 28 + 10_000))
-    monkeypatch.setattr(train_adapter, "look", None)
-    assert "--no-cache" in refused(capsys, train_adapter.main, *ADAPTER, *given(adapter_run), "--out", tmp_path)
-    assert "36 clips" not in capsys.readouterr().out and not list(tmp_path.glob("*/cache/*"))
+def numbered_entries(folder, paths):
+    """Entries whose label is their number."""
+    rows = [dict(video=str(path), label="a") for path in paths]
+    entries = data.read_manifest(manifest(folder / "m.json", rows))
+    return [entry | dict(label=i) for i, entry in enumerate(entries)]
 
 
 def striped(path, count=24):
-    """A wide clip (48 x 144) whose left, middle and right third are grey 40, 120 and 200; it gets lighter with time by one a frame."""
+    """A wide clip (48 x 144) whose left, middle and right third are grey 40, 120 and 200, plus one a
+    frame."""
     frames = np.zeros((count, 48, 144, 3), np.uint8)
     for i in range(count):
         for part, grey in enumerate((40, 120, 200)):
@@ -5309,325 +4719,142 @@ def striped(path, count=24):
 
 
 def test_views_are_the_segments_and_crops_asked_for(tmp_path):
-    """Catches: segments that all begin at one place or run past the end, crops that are all the middle, views of one clip mixed with another's."""
-    path = striped(tmp_path / "wide.mp4")
-    clips = train_adapter.EntryClips([entry(path)] * 2, torch.tensor([1, 0]), 4, 32, 2, 3, 3)
-    batch = clips.get([1, 0])
-    assert clips.views == 9 and batch["video"].shape == (18, 4, 32, 32, 3) and batch["y"]["label"].tolist() == [0, 1] and batch["index"] == [1, 0]
-    grey = batch["video"].float().mean((2, 3, 4)).view(2, 3, 3, 4)                                   # clip, segment, crop, frame
-    assert torch.equal(grey[0], grey[1])
-    for crop, wanted in enumerate((40, 120, 200)):
-        assert (grey[0, :, crop, 0] - torch.tensor([wanted, wanted + 8.5, wanted + 17])).abs().max() < 2.5           # 24 frames, 7 of them a clip
-        assert ((grey[0, :, crop, 3] - grey[0, :, crop, 0]) - 6).abs().max() < 2
-    alone = train_adapter.EntryClips([entry(path)], torch.tensor([1]), 4, 32, 2)
-    assert (alone.get([0])["video"].float().mean() - grey[0, 1, 1].mean()).abs() < 1                  # one view: the middle of both
-    drawn = [alone.get([0], (0, 7, epoch))["video"].float().mean().item() for epoch in range(4)]
-    assert len(set(drawn)) > 2 and drawn[0] == alone.get([0], (0, 7, 0))["video"].float().mean().item()
+    """Catches: segments that begin at one place or run past the end, crops that are all the middle, views
+    of one clip mixed with another's."""
+    entries = numbered_entries(tmp_path, [striped(tmp_path / f"wide{i}.mp4") for i in range(2)])
+    shape = train_adapter.BackboneConfig(frames=4, image_size=32)
+    batch = train_adapter.Views(entries, shape, dataclasses.replace(HEADS, stride=2), 3, 3)[0]
+    assert batch["video"].shape == (2, 9, 4, 32, 32, 3) and batch["label"] == [0, 1] and not batch["bad"]
+    greys = batch["video"].float().mean((3, 4, 5))              # (b, v, t)
+    wanted = [[grey + first + 2 * t for t in range(4)] for first in (0, 8.5, 17) for grey in (40, 120, 200)]
+    assert (greys - torch.tensor(wanted)).abs().max() < 3
 
 
-def test_probabilities_of_views_are_averaged():
-    """Catches: views that are counted as clips of their own, or of which the first, or the largest score, decides."""
-    class Views:
-        views, count = 3, 2
+def test_features_survive_the_disk(adapter_run, tmp_path):
+    """Catches: rows that change places, a damaged file that shifts the classes of those after it, half a
+    file taken for a whole one, features that are made again although they are there."""
+    backbone = train_adapter.Backbone.from_pretrained(adapter_run / "videomae")
+    net = trajtok.TrajTok.from_pretrained(adapter_run / "segmenter-nano").segmenter
+    paths = [numbered(tmp_path / f"{i}.mp4", 12 + i) for i in range(11)]
+    paths[4].write_text("no film")
+    clips = train_adapter.Views(numbered_entries(tmp_path, paths), backbone.cfg, HEADS, 2, 1)
+    damage = data.Damage()
+    args = (clips, 2, backbone, net, damage, HEADS, torch.device("cpu"))
+    features = train_adapter.extract(tmp_path / "f", *args)
+    assert list(damage.files) == [str(paths[4])] and features.classes.tolist() == [0, 1, 2, 3, *range(5, 11)]
+    x, seg, y = features.read(np.array([8, 1]), torch.device("cpu"))
+    assert y.tolist() == [9, 1]
+    video = torch.cat([clips.clip(i, None)["video"] for i in (9, 1)])
+    fresh, logits = train_adapter.look(backbone, net, video)
+    nearly(x, fresh, 2e-3)
+    nearly(seg.logits, logits, 2e-2)
+    made = (tmp_path / "f" / "features.npy").stat().st_mtime_ns
+    train_adapter.extract(tmp_path / "f", *args)
+    assert (tmp_path / "f" / "features.npy").stat().st_mtime_ns == made
+    (tmp_path / "f" / "classes.npy").unlink()                   # as a kill in the middle leaves it
+    assert np.array_equal(train_adapter.extract(tmp_path / "f", *args).features, features.features)
 
-        def get(self, positions, draw=None):
-            x = torch.tensor([[[9.0, 0]], [[0, 1]], [[0, 1.5]], [[0, 2.0]], [[3, 0]], [[0, 2.5]]])   # one view is very sure of class 0, two are a little of class 1
-            return dict(features=x.view(2, 3, 1, 2)[list(positions)].flatten(0, 1), logits=torch.zeros(3 * len(positions), 1, 1), truth=None, index=list(positions),
-                        y=dict(kind=torch.tensor([0, 1])[list(positions)]), bad=[])
 
-    class Same(nn.Module):
+def test_probabilities_are_means_over_views():
+    """Catches: views of one clip counted as clips of their own, means over the wrong ones, scores instead of
+    probabilities."""
+    class Scores(nn.Module):
         def forward(self, x, seg, m):
-            return x[:, 0]
-    frozen = types.SimpleNamespace(backbone=types.SimpleNamespace(grid=(1, 1, 1)))
-    setting = [train_adapter.Setting("linear", 1e-3, 0.0)]
-    for batch in (3, 8):
-        found = train_adapter.confusions([(0, None)], nn.ModuleList([Same()]), setting, Views(), [0, 1], frozen, dict(kind=["a", "b"]), CPU, dataclasses.replace(HEADS, head_batch=batch))
-        p = torch.tensor([[[9.0, 0], [0, 1], [0, 1.5]], [[0, 2.0], [3, 0], [0, 2.5]]]).softmax(-1).mean(1).argmax(-1)
-        wanted = torch.zeros(2, 2, dtype=torch.int64)
-        wanted[0, p[0]], wanted[1, p[1]] = 1, 1
-        assert p.tolist() == [1, 1] or p.tolist() == [0, 1]
-        assert torch.equal(found[0, None]["kind"], wanted)
+            return x[:, 0, :2]
+
+    x = np.zeros((3, 2, 4, 2), np.float16)                      # (clips, v, n, D)
+    x[0, :, 0] = [[9, 0], [0, 1]]                               # probabilities (1, 0) and (.27, .73): class 0
+    x[1, :, 0] = [[0, 20], [2, 0]]                              # (0, 1) and (.88, .12): class 1
+    x[2, :, 0] = [[40, 0], [0, 4]]
+    features = train_adapter.Features(x, np.zeros((3, 2, 4, 5), np.float16), np.array([0, 1, 1]), (1, 2, 2))
+    for batch in (2, 3, 8):
+        cfg = dataclasses.replace(HEADS, batch=batch)
+        found = train_adapter.accuracies({"linear-0": Scores()}, features, cfg, torch.device("cpu"))
+        assert found == {("linear-0", 1): pytest.approx(2 / 3)}
 
 
-def rows_of(labels, **more):
-    return [dict(path=f"{i}.mp4", image=False, label=label, caption=None) | {k: v[i] for k, v in more.items()} for i, label in enumerate(labels)]
-
-
-def test_splits(monkeypatch):
-    """Catches: a group, a video or a test set that is learnt from and tested on, an entry that falls out, a rule that is not the one written down."""
-    def split(rows, **flags):
-        monkeypatch.setattr(data, "read_manifest", lambda path: sets[path])
-        sets = dict(m=rows, v=rows_of("ab")) | dict(t=rows_of("ab"))
-        for name in "vt":
-            for e in sets[name]:
-                e["path"] = name + e["path"]
-        return train_adapter.splits(train_adapter.AdapterConfig(data="m", **flags))
-    entries, folds = split(rows_of("abcab" * 60))
-    assert len(folds) == 1 and sorted(sum(folds[0], [])) == list(range(300)) and 40 < len(folds[0][2]) < 80 and 12 < len(folds[0][1]) < 40
-    again = split(rows_of("abcab" * 60 + "ab"))[1]
-    assert set(folds[0][0]) <= set(again[0][0]) and set(folds[0][2]) <= set(again[0][2])             # a video stays on its side when others come
-    entries, folds = split(rows_of("ab" * 12, group=[str(i // 6) for i in range(24)]))
-    assert len(folds) == 4 and sorted(i for fold in folds for i in fold[2]) == list(range(24))
-    for fold in folds:
-        groups = [{entries[i]["group"] for i in some} for some in fold]
-        assert [len(g) for g in groups] == [2, 1, 1] and len(set.union(*groups)) == 4 and sorted(sum(fold, [])) == list(range(24))
-    entries, folds = split(rows_of("ab" * 60, group=[str(i // 4) for i in range(120)]))
-    assert len(folds) == 10 and all({entries[i]["group"] for i in fold[0]} & {entries[i]["group"] for i in fold[2]} == set() for fold in folds)
-    names = ["train"] * 30 + ["test"] * 4
-    entries, folds = split(rows_of("ab" * 17, split=names))
-    assert folds[0][2] == [30, 31, 32, 33] and folds[0][1] and set(folds[0][0]) | set(folds[0][1]) == set(range(30))
-    assert split(rows_of("ab" * 3, split=["train"] * 2 + ["valid"] * 2 + ["test"] * 2))[1] == [([0, 1], [2, 3], [4, 5])]
-    assert split(rows_of("ab" * 3), test="t", valid="v")[1] == [([0, 1, 2, 3, 4, 5], [6, 7], [8, 9])]
-    entries, folds = split(rows_of("ab" * 10), test="t")
-    assert [entries[i]["path"] for i in folds[0][2]] == ["t0.mp4", "t1.mp4"] and len(folds[0][1]) >= 1
-    entries, folds = split(rows_of("abc" * 10), labels="a,c")
-    assert {e["label"] for e in entries} == {"a", "c"} and len(entries) == 20
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train_adapter.py: training and whole runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-ADAPTER = ["--image-size", 32, "--frames", 2, "--steps", 3, "--batch", 4, "--warmup", 1, "--segmenter-steps", 2, "--train-clips", 24, "--valid-clips", 8, "--test-clips", 12,
-           "--epochs", 2, "--head-batch", 8, "--feature-batch", 8, "--width", 32, "--heads", 2, "--layers", 1, "--probe-heads", 2, "--decoder-width", 32, "--decoder-layers", 1]
-LINES = ["linear", "attentive", *(f"{row} x{m}" for row in ("trajadapter", "oracle") for m in (1, 2, 4))]
-
-
-def adapter(out, *argv):
-    """A run with its table in the same folder."""
-    return run(train_adapter.main, *ADAPTER, "--out", out, "--results", out, *argv)
-
-
-def given(folder):
-    return ["--backbone", folder / "videomae", "--tokenizer", folder / "segmenter-nano", "--size", "nano"]
-
-
-@pytest.fixture(scope="module")
-def adapter_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("adapter")
-    adapter(out, "--seeds", "0,1")
-    return out / "adapter-nano"
-
-
-def test_adapter_run_on_the_world(adapter_run):
-    """Catches: a command that does not run to its end, a table without a row, grid heads that are reported untested, files that are missing."""
+def test_adapter_on_the_world(adapter_run):
+    """Catches: a part of the run that leaves no file, a row that is not reported, a VideoMAE that loads at
+    another size."""
+    for name in ("config.json", "state.pt", "model.safetensors", "curves.svg", "segmenter-nano/state.pt"):
+        assert (adapter_run / name).stat().st_size
     result = json.loads((adapter_run / "result.json").read_text())
-    assert list(result["rows"]) == LINES and result["clips"] == dict(train=24, valid=8, test=12) and result["classes"] == TASKS
-    for name, line in result["rows"].items():
-        assert all(len(line["accuracy"][kind]) == 2 and all(0 <= a <= 1 for a in line["accuracy"][kind]) for kind in TASKS) and line["parameters"] > 0 < line["ms"]
-        assert all(np.sum(result["confusion"][name][kind]) == 2 * 12 for kind in TASKS)
-    assert result["object_iou"] > 0 and 1 <= result["live_trajectories"] <= 24 and set(result["seconds"]) == {"videomae", "segmenter", "features", "heads", "all"}
-    assert sorted(os.listdir(adapter_run)) == ["cache", "config.json", "confusion.png", "heads-0-0", "heads-0-1", "result.json", "segmenter-nano", "videomae"]
-    assert {"reconstruction.png", "curves.png", "model.safetensors", "log.jsonl"} <= set(os.listdir(adapter_run / "videomae"))
-    assert read_picture(adapter_run / "confusion.png").ndim == read_picture(adapter_run / "videomae" / "reconstruction.png").ndim == 3
-    first, second = (json.loads((adapter_run / f"heads-0-{seed}" / "result.json").read_text()) for seed in (0, 1))
-    assert len(first["settings"]) == 4 * 2 + 2 and len(second["settings"]) == 4 and first["chosen"] == second["chosen"]
-    for row, setting in first["chosen"].items():                 # the best on validation clips, in the mean
-        scores = {}
-        for v in first["valid"]:
-            if v["setting"][0] == row:
-                scores.setdefault(tuple(v["setting"]), []).append(v["colour"] + v["appearance"] + v["motion"])
-        assert np.mean(scores[tuple(setting)]) == max(map(np.mean, scores.values()))
-    table = json.loads((adapter_run.parent / "adapter-nano.json").read_text())
-    assert table["rows"] == result["rows"] and table["config"]["train_clips"] == 24
-    assert torch.equal(train_adapter.load_backbone(adapter_run / "videomae").positions, train_adapter.sinusoid(16, 128))
+    assert TOKENS_OF <= result.keys() and all(0 <= result[name] <= 1 for name in TOKENS_OF)
+    assert all(isinstance(value, (int, float)) for value in result.values())
+    assert result["clips"] == 12
+    lines = log(adapter_run)
+    assert [line["step"] for line in lines] == list(range(10))
+    assert {line["tokens"] for line in lines} <= {1, 2, 4}
+    assert train_adapter.Backbone.from_pretrained(adapter_run / "videomae").cfg.grid == (1, 4, 4)
 
 
-def test_a_grid_of_heads_is_each_head_alone(adapter_run, tmp_path, monkeypatch):
-    """Catches: heads that share weights, a learning rate, a gradient's norm or a random stream with their neighbours; a weight decay or a rate that is not used."""
-    cfg = dataclasses.replace(HEADS, out=str(tmp_path))
-    clips, frozen = train_adapter.WorldClips(data.World(32, 2), 100, 24), frozen_pair()
-    settings = [train_adapter.Setting(row, lr, decay) for row in train_adapter.ROWS for lr, decay in ((1e-3, 0.05), (1e-2, 0.05), (1e-2, 2.0))]
-    cached, args = cache_of(tmp_path, clips, frozen), (range(24), 3, tmp_path)
-    together = train_adapter.train_heads(settings, cached, *args, "all", frozen, TASKS, CPU, cfg)
-    states = [head.state_dict() for head in together]
-    for i in (0, 4, 8, 11):
-        alone = train_adapter.train_heads([settings[i]], cached, *args, f"one{i}", frozen, TASKS, CPU, cfg)[0].state_dict()
-        assert all(torch.equal(alone[k], states[i][k]) for k in alone), settings[i]
-    for row in range(4):
-        a, b, c = (torch.cat([v.flatten() for v in states[3 * row + j].values()]) for j in range(3))
-        assert not torch.equal(a, b) and not torch.equal(b, c)
-    losses = [[line["losses"][i] for line in log(tmp_path / "all")] for i in range(len(settings))]
-    assert losses[0][0] == losses[1][0] and np.mean(losses[1][-3:]) < losses[1][0]                    # they start alike, and learn
-    # features that are computed anew are those of the cache, to half precision
-    fresh = train_adapter.train_heads(settings[:1], clips, *args, "fresh", frozen, TASKS, CPU, cfg)[0].state_dict()
-    assert all(torch.allclose(fresh[k], states[0][k], atol=2e-3) for k in fresh)
+def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path, monkeypatch):
+    """Catches: a gradient norm shared by all heads, a learning rate given to another head."""
+    run(train_adapter.main, *ADAPTER, *given(adapter_run), "--out", tmp_path, "--rates", 1)
+    one, two = log(tmp_path / "adapter-nano"), log(adapter_run)
+    for a, b in zip(one, two, strict=True):
+        assert a == {key: b[key] for key in a}
 
 
-def test_a_head_that_diverges_is_not_chosen():
-    """Catches: a head of numbers that are not finite that wins because argmax says class 0, or one that ends the run of the others."""
-    settings = [train_adapter.Setting("linear", lr, 0.05) for lr in (1e-3, 1e-2, 1e-1)]
-    valid = {(0, None): dict(a=0.2, b=0.4), (1, None): dict(a=0.5, b=0.2)}
-    assert train_adapter.best_setting("linear", settings, valid) == settings[1]
-    with pytest.raises(BadInput, match="every linear head has diverged"):
-        train_adapter.best_setting("linear", settings, {})
-
-
-def test_a_linear_head_may_learn_faster():
-    """Catches: a linear probe that is compared half trained, rates that are tried twice, other rows whose grid grows."""
-    cfg = dataclasses.replace(train_adapter.AdapterConfig(), lrs="1e-3,1e-2", weight_decays="0.1")
-    found = train_adapter.settings_of(["linear", "attentive", "linear"], cfg.grid)
-    assert [tuple(s) for s in found] == [("linear", 1e-3, 0.1), ("linear", 1e-2, 0.1), ("linear", 0.1, 0.1), ("attentive", 1e-3, 0.1), ("attentive", 1e-2, 0.1)]
-
-
-def test_adapter_sigterm_and_resume(adapter_run, tmp_path, monkeypatch):
-    """Catches: a stop, in the pre-training or among the heads, after which --resume begins again, repeats a step or ends with other scores."""
-    def until(step, what):
+def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
+    """Catches: a stop, in the pre-training or among the heads, after which --resume repeats a step, begins
+    again or ends with other scores."""
+    def until(calls, *flags):
         rate, seen = train_adapter.learning_rate, []
 
-        def told(s, schedule):
-            if isinstance(schedule, train_adapter.Schedule) == (what == "heads") and s == step and not seen:
-                seen.append(1)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return rate(s, schedule)
-        monkeypatch.setattr(train_adapter, "learning_rate", told)
-        with pytest.raises(SystemExit) as stop:
-            adapter(tmp_path, "--seeds", "0,1", *more)
-        monkeypatch.setattr(train_adapter, "learning_rate", rate)
-        assert stop.value.code == 143
-    more = []
-    until(1, "videomae")
-    assert [line["step"] for line in log(tmp_path / "adapter-nano" / "videomae")] == [0, 1] and not (tmp_path / "adapter-nano" / "cache").exists()
-    more = ["--resume"]
-    until(3, "heads")
-    monkeypatch.setattr(train_adapter, "pretrain_videomae", None)            # done, and not done again
-    monkeypatch.setattr(trajtok, "pretrain", None)
-    adapter(tmp_path, "--seeds", "0,1", "--resume")
-    one, two = (json.loads((folder / "result.json").read_text()) for folder in (adapter_run, tmp_path / "adapter-nano"))
-    assert one["confusion"] == two["confusion"]
-    for name in ("videomae", "heads-0-0", "heads-0-1"):
-        a, b = (without_clock(log(folder / name)) for folder in (adapter_run, tmp_path / "adapter-nano"))
-        assert a == b, name
+        def stop(step, cfg):
+            seen.append(step)
+            if len(seen) == calls:
+                raise KeyboardInterrupt
+            return rate(step, cfg)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train_adapter, "learning_rate", stop)
+            run(train_adapter.main, *ADAPTER, "--out", tmp_path, *flags)
 
-
-def test_two_adapter_processes_are_one_with_twice_the_batch(adapter_run, tmp_path):
-    """Catches: clips that both processes see or neither, gradients that are not summed, losses that are means of uneven parts, confusions that are counted
-    once for each process, a cache with holes."""
-    def work(rank):
-        adapter(tmp_path, *given(adapter_run), "--seeds", 0, "--head-batch", 4, "--name", "two")
-    assert in_ranks(2, work, tmp_path) == [0, 0], (tmp_path / "rank1.txt").read_text() + (tmp_path / "rank0.txt").read_text()
-    adapter(tmp_path, *given(adapter_run), "--seeds", 0, "--name", "one")
-    one, two = (tmp_path / f"adapter-{name}" for name in ("one", "two"))
-    for a, b in zip(log(one / "heads-0-0"), log(two / "heads-0-0"), strict=True):
-        assert a["losses"] == pytest.approx(b["losses"], rel=1e-3) and a["clips"] == b["clips"] and a["tokens"] == b["tokens"]
-    for name in ("train", "test"):
-        assert (one / "cache" / f"{name}.bin").read_bytes() == (two / "cache" / f"{name}.bin").read_bytes()
-    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
-    assert all(np.sum(r["confusion"]["linear"]["motion"]) == 12 for r in results)
-
-
-def test_two_processes_pretrain_one_videomae(tmp_path):
-    """Catches: a gradient that is summed where it should be averaged, and processes that see the same clips under the same masks."""
-    def work(rank):
-        trajtok.meet(CPU)
-        cfg = dataclasses.replace(HEADS, steps=3, batch=4, warmup=1, out=str(tmp_path))
-        train_adapter.pretrain_videomae(cfg, tmp_path / "two", CPU)
-    assert in_ranks(2, work, tmp_path) == [0, 0], (tmp_path / "rank0.txt").read_text()
-    lines = log(tmp_path / "two" / "videomae")
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    # one process over both halves of the first step's clips, each under its own masks
-    torch.manual_seed(0)
-    model = train_adapter.MaskedAutoencoder(train_adapter.VideoMAE(dataclasses.replace(train_adapter.BACKBONES["nano"], image_size=32, frames=2)), 1, 32)
-    losses = []
-    for rank in (0, 1):
-        video = data.finish(data.WorldBatches(trajtok.world_of(HEADS), 4)[rank], CPU)["video"]
-        losses.append(model(video, train_adapter.tube_mask(8, 16, 0.9, np.random.default_rng((0, 8, rank))))[0])
-    (sum(losses) / 2).backward()
-    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    assert lines[0]["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4) and lines[0]["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    until(3)                                                    # in the VideoMAE, after a checkpoint
+    until(8, "--resume")
+    run(train_adapter.main, "--out", tmp_path, "--resume")
+    again = tmp_path / "adapter-nano"
+    for name in (".", "videomae"):
+        assert log(again / name) == log(adapter_run / name)
+    one, two = (json.loads((folder / "result.json").read_text()) for folder in (adapter_run, again))
+    assert {k: one[k] for k in TOKENS_OF} == {k: two[k] for k in TOKENS_OF}
 
 
 @pytest.fixture(scope="module")
 def labelled_films(tmp_path_factory):
-    """Twelve films of two classes, four people; one of them too short, one no film."""
+    """A manifest of films of two classes: of one split or the other; one of them is no film."""
     folder = tmp_path_factory.mktemp("films")
     rows = []
-    for i in range(12):
-        path = folder / f"film{i}.mp4"
-        striped(path, 3 if i == 4 else 16) if i % 2 else numbered(path, 3 if i == 4 else 16)
-        rows.append({"video": path.name, "label": ("striped" if i % 2 else "numbered"), "group": f"person{i // 3}"})
-    (folder / "film7.mp4").write_text("no film")
-    (folder / "manifest.json").write_text(json.dumps(rows))
-    return folder
+    for i in range(14):
+        path = (striped if i % 2 else numbered)(folder / f"film{i}.mp4", 16)
+        split = "test" if i > 9 else "train"
+        rows.append(dict(video=path.name, label=("numbered", "striped")[i % 2], split=split))
+    (folder / "film13.mp4").write_text("no film")
+    return manifest(folder / "manifest.json", rows)
 
 
-@pytest.mark.parametrize("cache", ("--cache", "--no-cache"))
-def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys, cache):
-    """Catches: a group that is learnt from and tested on, a film that is too short or damaged and stops the run or is not named, views that do not fit
-    their clips, a run without cache that reads one."""
-    flags = ["--frames", 2, "--stride", 2, "--segments", 2, "--crops", 3, "--seeds", 0, "--epochs", 1, cache]
-    assert train_adapter.EntryClips([entry(labelled_films / "film4.mp4")], torch.tensor([0]), 8, 32, 2).get([0])["bad"][0][1].startswith(f"{labelled_films}")
-    adapter(tmp_path, *given(adapter_run), "--data", labelled_films / "manifest.json", *flags)
-    told = capsys.readouterr()
-    folder = next(tmp_path.glob("adapter-nano-*/"))
-    result = json.loads((folder / "result.json").read_text())
-    assert result["folds"] == 4 and result["classes"] == dict(label=["numbered", "striped"]) and list(result["rows"]) == LINES[:5]
-    assert all(np.sum(c["label"]) == 11 for c in result["confusion"].values())                       # film7 alone: two frames can be had of a film of three
-    assert "film7.mp4" in told.err and (folder / "cache").exists() == (cache == "--cache")
-    if cache == "--cache":
-        assert "x 6 views" in told.out
+def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys):
+    """Catches: a film that is learnt from and tested on, a damaged one that stops the run or is not named,
+    labels that are not asked for, views that do not fit their clips."""
+    run(train_adapter.main, *ADAPTER, *given(adapter_run), "--data", labelled_films, "--segments", 2,
+        "--crops", 3, "--epochs", 1, "--out", tmp_path)
+    result = json.loads(next(tmp_path.glob("adapter-*/result.json")).read_text())
+    assert (result["clips"], result["left_out"]) == (3, 1)
+    assert "film13.mp4" in capsys.readouterr().err and TOKENS_OF <= result.keys()
+    assert next(tmp_path.glob("adapter-*/features/test-*/features.npy")).exists()
 
 
 @pytest.mark.parametrize("flags, words", (
-    (["--size", "huge"], "nano, full"), (["--rows", "linear,magic"], "magic"), (["--tokens", "3"], "--tokens 3"), (["--lrs", "fast"], "--lrs fast"), (["--lrs", "0"], "above 0"),
-    (["--weight-decays", "-1"], "--weight-decays"), (["--mask", 1], "--mask 1"), (["--seeds", "x"], "--seeds x"), (["--epochs", 0], "--epochs 0"), (["--heads", 3], "--heads 3"),
-    (["--data", "world", "--labels", "a"], "--labels"), (["--data", "nothing.csv"], "no such file"), (["--backbone", ""], "empty name"), (["--size", "full"], "--tokenizer"),
-    (["--backbone", "nowhere", "--tokenizer", "x"], "nowhere"), (["--tokenizer", "nowhere"], "nowhere"), (["--valid", "v", "--data", "m"], "--test"), (["--image-size", 33], "33"),
-    (["--probe-heads", 3], "--probe-heads 3"), (["--frames", 3], "3 frames"), (["--resume"], "no run"), (["--device", "abacus"], "abacus"), (["--segments", 0], "--segments 0"), (["--results", "/dev/null/x"], "--results")))
-def test_bad_adapter_flags_are_refused(tmp_path, capsys, monkeypatch, flags, words):
-    """Catches: a flag that is ignored, ends in a traceback, or is only found wrong when the pre-training is over."""
-    monkeypatch.chdir(tmp_path)
+    (["--size", "huge"], "nano, full"), (["--epochs", 0], "--epochs 0"), (["--data", "no.csv"], "no.csv"),
+    (["--backbone", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"), (["--resume"], "no run"),
+    (["--image-size", 33], "33"), (["--ask", "size"], "--ask size"),
+    (["--data", "FILMS", "--labels", "striped,odd"], "odd"),
+    (["--data", "FILMS", "--backbone", "MAE", "--frames", 4], "2 frames of 32 px")))
+def test_bad_adapter_flags(adapter_run, labelled_films, tmp_path, capsys, monkeypatch, flags, words):
+    """Catches: a flag that is ignored, ends in a traceback, or is found wrong only after minutes of
+    pre-training."""
     monkeypatch.setattr(train_adapter, "pretrain_videomae", None)
+    places = dict(FILMS=labelled_films, MAE=adapter_run / "videomae")
+    flags = [places.get(flag, flag) for flag in flags]
     assert words in refused(capsys, train_adapter.main, *ADAPTER, "--out", tmp_path / "out", *flags)
-    assert not list(tmp_path.glob("out/*/config.json"))          # else the mended command would find a run there already
-
-
-def test_bad_adapter_data_is_refused(adapter_run, labelled_films, tokenizer_folder, tmp_path, capsys):
-    """Catches: labels that no training clip has, one class alone, no label, a run on films of which none has enough frames; a backbone at a size that its
-    positions do not have; a file that is no tokenizer."""
-    def told(rows, *flags):
-        path = manifest(tmp_path / "m.json", [{"video": str(labelled_films / f"film{i}.mp4")} | more for i, more in rows])
-        return refused(capsys, train_adapter.main, *ADAPTER, *given(adapter_run), "--data", path, "--name", "m", "--out", tmp_path / "out", *flags)
-    label = lambda name, **more: dict(label=name, **more)
-    part = [(i, label("ab"[i % 2], split="train")) for i in (0, 1, 2, 3)] + [(6, label("a", split="test"))]
-    assert "one class alone, 'a'" in told([(i, label("a")) for i in range(5)])
-    assert "2 of 3 entries have no label" in told([(0, {}), (1, {}), (2, label("a"))])
-    assert "the first 'c'" in told([*part, (5, label("c", split="test"))])
-    assert "group g tested on" in told([(i, label("ab"[i % 2], group="ghi"[i // 2])) for i in range(6)] + [(6, label("odd", group="g"))])
-    assert "in two of the sets" in told([*part, (0, label("a", split="test"))])
-    assert "give every entry one" in told([*part, (5, label("b"))])
-    assert '"train", "valid" or "test"' in told([(0, label("a", split="later"))])
-    assert "no entry of" in told(part, "--labels", "a,z")
-    assert "takes 2 frames of 32 px" in told(part, "--frames", 4)
-    assert "layout" in told(part, "--tokenizer", adapter_run / "videomae" / "model.safetensors")
-    assert "no tokenizer" in told(part, "--tokenizer", adapter_run / "videomae")
-    assert "not one clip" in told([*part[:4], (7, label("a", split="test"))])
-    assert "two videos of a class" in told([part[0], part[1], part[4]])
-    with pytest.raises(BadInput, match="--frames 16"):
-        train_adapter.given_backbone(dataclasses.replace(HEADS, backbone=str(adapter_run / "videomae"), image_size=None, frames=16))
-
-
-def test_tokenizers_of_every_kind_serve(adapter_run, tokenizer_folder, tmp_path, capsys):
-    """Catches: masks of a segmenter of another size or of another K that are not brought to the backbone's grid; official checkpoints that are refused."""
-    out = tmp_path / "64"
-    out.mkdir()
-    config = json.loads((tokenizer_folder / "config.json").read_text())
-    config["tokenizer"]["image_size"] = 64
-    (out / "config.json").write_text(json.dumps(config))
-    shutil.copy(tokenizer_folder / "model.safetensors", out)
-    save_file({k: v.contiguous() for k, v in official_weights().items()}, tmp_path / "official.safetensors")
-    for name, path in (("own", tokenizer_folder), ("larger", out), ("official", tmp_path / "official.safetensors")):
-        adapter(tmp_path, *given(adapter_run), "--tokenizer", path, "--seeds", 0, "--rows", "trajadapter", "--epochs", 1, "--tokens", "1", "--name", name)
-        assert ("its own size" in capsys.readouterr().out) == (name != "own")
-        assert json.loads((tmp_path / f"adapter-{name}" / "result.json").read_text())["live_trajectories"] <= TINY.num_queries
-    torch.manual_seed(0)
-    segmenter_, size = train_adapter.given_segmenter(tokenizer_folder)
-    assert size == 32 and segmenter_.cfg.num_queries == TINY.num_queries
-
-
-@real
-def test_adapter_on_real_actions(adapter_run, tmp_path):
-    """Catches: what only real films have: odd sizes and rates, groups of uneven size, classes that a group lacks."""
-    adapter(tmp_path, *given(adapter_run), "--data", REAL / "actions" / "manifest.json", "--labels", "falling,walking,standing,sitting", "--seeds", 0, "--epochs", 1, "--workers", 1)
-    result = json.loads(next(tmp_path.glob("adapter-nano-*/result.json")).read_text())
-    assert result["folds"] == 4 and np.sum(result["confusion"]["linear"]["label"]) == 30

@@ -792,8 +792,10 @@ def train(cfg, folder):
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
         return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
-    shape = getattr(model.video.tokenizer, "cfg", None)         # of TrajTok: what from_pretrained reads
-    trajtok.open_run(folder, cfg, words=words, trajtok=dataclasses.asdict(shape) if shape else None)
+    # beside the flags: the words of the captions, and of TrajTok what from_pretrained reads
+    shape = getattr(model.video.tokenizer, "cfg", None)
+    more = dict(words=words, manifest=data.fingerprint(cfg.data, cfg.val))
+    trajtok.open_run(folder, cfg, trajtok=dataclasses.asdict(shape) if shape else None, **more)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
     log, damage, warned = trajtok.Log(folder, first), data.Damage(), False

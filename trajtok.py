@@ -728,19 +728,22 @@ def resumed(cfg, folder, argv):
 
 
 def open_run(folder, cfg, **more):
-    """Make the folder of a run and write its config.json; a run that is there already is not overwritten."""
+    """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there already
+    is not overwritten. manifest, in `more`: data.fingerprint of what it learns from, which a resumed run keeps."""
+    config = folder / "config.json"
     if ranks()[0]:
         return
-    if (folder / "config.json").exists() and not cfg.resume:
-        if not cfg.overwrite:
-            raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
-        for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors"):
-            (folder / name).unlink(missing_ok=True)
+    if config.exists() and not (cfg.resume or cfg.overwrite):
+        raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
+    if cfg.resume and read_json(config).get("manifest") != more.get("manifest"):
+        raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {cfg.out}: cannot make {folder} ({error.strerror})") from None
-    write_json(folder / "config.json", {**dataclasses.asdict(cfg), **more})
+    for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors") if cfg.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    write_json(config, {**dataclasses.asdict(cfg), **more})
 
 
 def save_checkpoint(folder, model, optimizer, step):
@@ -963,7 +966,8 @@ def pretrain(cfg):
     device = setup(cfg)
     train, held_out = data.open_data(cfg, "mask")
     folder = run_folder(cfg, "segmenter")
-    open_run(folder, cfg, trajtok=dataclasses.asdict(shape))
+    manifest = data.fingerprint(cfg.data, cfg.val)
+    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=manifest)
     tokenizer = TrajTok(shape).to(device)
     if cfg.init:
         load_weights(tokenizer.segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
