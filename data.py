@@ -24,6 +24,7 @@ Everything that is trained on comes through this file, in one form whatever its 
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
 import concurrent.futures
 import contextlib
@@ -1615,24 +1616,6 @@ def published_encoding(path):
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
     kind = Composing if composed else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def word_list(captions, most=16_000):
-    """The most frequent words of captions (stand-in, dropped at the merge)."""
-    counts = {}
-    for text in captions:
-        for word in re.findall(WORDS, text):
-            counts[word] = counts.get(word, 0) + 1
-    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
-
-
-def word_encoding(words):
-    """256 bytes and these words (stand-in, dropped at the merge)."""
-    import tiktoken
-    ranks = {bytes([i]): i for i in range(256)}
-    for word in words:
-        ranks.setdefault(word.encode(), len(ranks))
-    return tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
 
 
 def tokenize(encoding, texts, length):

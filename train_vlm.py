@@ -272,20 +272,16 @@ def load_tokenizer(name="world"):
     special token, whatever a text says."""
     if name != "world":
         return data.load_encoding(str(name))
-    import tiktoken
-    texts = ["user\nassistant\n" + DESCRIBE] * 1000
+    # a time stamp is one token: the digits of a window's stamp would outnumber its
+    # visual tokens
+    pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
+    texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
+    texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
     for clip in (data.script(i, story_world(32)) for i in range(1000)):
         texts.append(clip["caption"])
         for qa in clip["qa"]:
             texts += [qa["question"], *qa["options"]]
-    # a time stamp is one token: the digits of a window's stamp would outnumber its
-    # visual tokens
-    stamps = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    words = data.word_encoding(stamps + data.word_list(texts, 700))
-    ranked = words._mergeable_ranks
-    special = {token: len(ranked) + i for i, token in enumerate(SPECIAL)}
-    pattern = r"<[0-9.]+-[0-9.]+s>|" + words._pat_str
-    return tiktoken.Encoding("world", pat_str=pattern, mergeable_ranks=ranked, special_tokens=special)
+    return data.word_encoding(data.word_list(texts, 700, pattern), pattern, SPECIAL)
 
 
 def stamp(times):
