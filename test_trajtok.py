@@ -4039,12 +4039,12 @@ def test_one_batch_is_learnt_by_heart(name):
     the video: here the questions are alike, and only the trajectories tell them apart; an evaluation that does not
     find what was learnt."""
     cfg, model, batch, e = vlm_parts(name)
-    cfg = dataclasses.replace(cfg, steps=120, warmup=5, questions=1, lr=2.5)
+    cfg = dataclasses.replace(cfg, steps=200, warmup=5, questions=1, lr=2.5)
     batch["qa"] = [[talks[0] | dict(options=["moon", "star", "ring"])] for talks in batch["qa"]]
     seen, windows = train_vlm.perceive(batch, model, cfg, torch.device("cpu"))
     rows = train_vlm.lay_out(train_vlm.training_rows(batch, windows, e, cfg, 0), e, 200)
     optimizer = train_vlm.make_optimizer(model, cfg)
-    for step in range(120):
+    for step in range(200):
         train_vlm.set_rates(optimizer, step, cfg)
         optimizer.zero_grad()
         loss = model(*rows, seen).mean()

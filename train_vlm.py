@@ -1,22 +1,28 @@
-"""TrajVLM: a language model that reads trajectories (paper, "Setting 3"); PatchVLM reads pooled patches instead.
+"""TrajVLM: a language model that reads trajectories (paper, "Setting 3").
 
     video uint8 (b, T, H, W, 3) -> windows of 8 frames (v, t, H, W, 3)
-      segmenter, frozen -> the trajectory of each cell  ids (v, t, h, w), features (v, t, h, w, d)
-      connector, trajtok: one token for each live trajectory; patch: means over a grid of cells   (N, width)
-    text: of each window its time stamp and its visual tokens, then the question
+      segmenter, frozen -> the trajectory of each cell, ids (v, t, h, w),
+                           and features (v, t, h, w, d), or those of a vision tower
+      connector: trajtok, one token for each live trajectory    -> (N, width)
+                 patch, means over a grid of cells (PatchVLM)
+                 blind, no video
+    text: of each window its time stamp and its visual tokens; then the question
       -> decoder of Qwen3's shape -> the answer
 
     loss = -log p of the answers' tokens, and of nothing else
 
-    python train_vlm.py                                  # TrajVLM on made stories: two CPU cores, minutes
-    python train_vlm.py --connector patch                # PatchVLM; blind: the same decoder without video
-    python trajtok.py compare "trajtok: --connector trajtok" "patch: --connector patch" "blind: --connector blind" \\
+    python train_vlm.py                         # TrajVLM on made stories: two CPU cores, minutes
+    python train_vlm.py --connector patch       # PatchVLM
+    python trajtok.py compare "trajtok:" "patch: --connector patch" "blind: --connector blind" \\
            --script train_vlm.py --seeds 0 1 2 --json out/vlm.json
     python train_vlm.py ask clip.mp4 "What moves?" --model out/vlm-nano-trajtok
-    python train_vlm.py --size 4b --decoder FOLDER --vision FOLDER --tokenizer FOLDER --segmenter FOLDER \\
-           --data qa.jsonl --captions captions.jsonl     # published weights, all GPUs of this machine
 
-Writes out/vlm-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, curves.svg, accuracy.svg.
+    # published weights, on all GPUs of this machine
+    python train_vlm.py --size 4b --decoder FOLDER --vision FOLDER --tokenizer FOLDER \\
+           --segmenter FOLDER --data qa.jsonl --captions captions.jsonl
+
+Writes out/vlm-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, and pictures:
+curves.svg, the loss, and accuracy.svg, the accuracy by length of the clip.
 """
 from __future__ import annotations
 
@@ -54,7 +60,7 @@ from trajtok import TrajTokConfig, ranks
 @dataclass(frozen=True)
 class DecoderConfig:
     """The fields of a published config.json, by its names."""
-    vocab_size: int                     # rows of the embedding table, at least as many as the tokenizer has ids
+    vocab_size: int                     # at least as many as the tokenizer has ids
     hidden_size: int
     intermediate_size: int              # width inside the SwiGLU
     num_hidden_layers: int
@@ -77,7 +83,8 @@ DECODERS = {
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16 would round the squares."""
+    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16 would
+    round the squares."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -89,13 +96,15 @@ class RMSNorm(nn.Module):
 
 
 def rotate_halves(x, cos, sin):
-    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c); cos, sin (s, c/2), float32."""
+    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c); cos,
+    sin (s, c/2), float32."""
     one, two = x.float().chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; q and k are normed head by head before they are rotated."""
+    """Causal self-attention with grouped queries; q and k are normed head by head
+    before they are rotated."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -109,10 +118,8 @@ class Attention(nn.Module):
 
     def project(self, x, cos, sin):
         """x (b, s, w) -> q (b, heads, s, c), k and v (b, kv_heads, s, c)."""
-        c = self.head_dim
-        q = rearrange(self.q_proj(x), "b s (a c) -> b a s c", c=c)
-        k = rearrange(self.k_proj(x), "b s (a c) -> b a s c", c=c)
-        v = rearrange(self.v_proj(x), "b s (a c) -> b a s c", c=c)
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (rearrange(linear(x), "b s (a c) -> b a s c", c=self.head_dim) for linear in maps)
         q = rotate_halves(self.q_norm(q), cos, sin)
         k = rotate_halves(self.k_norm(k), cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
@@ -126,7 +133,8 @@ class Attention(nn.Module):
                 v = torch.cat((memory["v"], v), 2)
             memory.update(q=q, k=k, v=v)
         s, total = q.shape[2], k.shape[2]
-        # the queries are the last s of `total` positions; True = may be read: nothing later than the query
+        # the queries are the last s of `total` positions; True = may be read: nothing
+        # later than the query
         mask = None if s == total else torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
         # softmax over the keys
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -159,11 +167,14 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """forward(ids int64 (b, s), or embeddings (b, s, w)) -> logits (b, s, vocabulary)
-    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of targets,), row by row; -1 = none.
+    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of targets,),
+    row by row; -1 = none.
 
-    targets[i] is what position i predicts: ids shifted by one, by the caller. Rows are padded at the right:
-    attention is causal, so padding is read by padding alone, and needs no mask.
-    cache: what empty_cache() gave; ids then continue what was given before, and are added to it."""
+    targets[i] is what position i predicts: ids shifted by one, by the caller. Rows are
+    padded at the right: attention is causal, so padding is read by padding alone, and
+    needs no mask.
+    cache: what empty_cache() gave; ids then continue what was given before, and are
+    added to it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -171,10 +182,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = None
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), the ends of branches smaller with depth. The table likewise: tied logits start near 1.
+                # 1 / sqrt(fan in), the ends of branches smaller with depth. The table
+                # likewise: tied logits start near 1.
                 ends = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.num_hidden_layers if ends else 1)) ** -0.5)
 
@@ -187,13 +201,15 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
             return F.linear(x, head.weight)
-        # logits where there is a target alone: 151 936 of them a position are not made for nothing
+        # logits where there is a target alone: 151 936 of them a position are not made
+        # for nothing
         wanted = targets >= 0
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
     def rotary(self, length, cache, device):
-        """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16 holds no whole number above 256."""
+        """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16 holds
+        no whole number above 256."""
         first = cache[0]["k"].shape[2] if cache and cache[0] else 0
         positions = first + torch.arange(length, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
@@ -205,7 +221,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A published Qwen3: config.json and one or several files of weights -> Decoder in float32."""
+        """A published Qwen3: config.json and one or several files of weights -> Decoder
+        in float32."""
         return load_published(cls, DecoderConfig, [(r"model\.(.+)", r"\1")], folder, "qwen3")
 
 
@@ -214,14 +231,15 @@ class Decoder(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 def load_published(cls, config_cls, names, folder, *kinds):
-    """A folder from the hub, whose model_type is one of kinds -> the model. names: renaming rules of the weights."""
+    """A folder from the hub, whose model_type is one of kinds -> the model. names:
+    renaming rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
     if config.get("model_type") not in kinds:
         raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
     for part in ("vision_config", "rope_scaling", "rope_parameters"):
         config |= config.get(part) or {}
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
-        raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here; give a plain Qwen3")
+        raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here")
     try:
         fields = [field.name for field in dataclasses.fields(config_cls)]
         cfg = config_cls(**{name: config[name] for name in fields if name in config})
@@ -231,7 +249,8 @@ def load_published(cls, config_cls, names, folder, *kinds):
     # some folders of tied models hold the table twice
     if config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)
-    # to draw four billion random weights would take a minute: memory is reserved instead, and filled once
+    # to draw four billion random weights would take a minute: memory is reserved
+    # instead, and filled once
     with torch.device("meta"):
         model = cls(cfg)
     return trajtok.fit_weights(model.to_empty(device="cpu"), weights, folder)
@@ -248,23 +267,21 @@ FPS = 8.0                                                       # of made clips
 
 @functools.lru_cache(maxsize=None)
 def load_tokenizer(name="world"):
-    """-> a tiktoken Encoding with the special tokens above. name: a published Qwen3 folder, or `world`: the words
-    of made stories. Its encode_ordinary never makes a special token, whatever a text says."""
+    """-> a tiktoken Encoding with the special tokens above. name: a published Qwen3
+    folder, or `world`: the words of made stories. Its encode_ordinary never makes a
+    special token, whatever a text says."""
     if name != "world":
         return data.load_encoding(str(name))
-    import tiktoken
-    texts = ["user\nassistant\n" + DESCRIBE] * 1000
+    # a time stamp is one token: the digits of a window's stamp would outnumber its
+    # visual tokens
+    pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
+    texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
+    texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
     for clip in (data.script(i, story_world(32)) for i in range(1000)):
         texts.append(clip["caption"])
         for qa in clip["qa"]:
             texts += [qa["question"], *qa["options"]]
-    # a time stamp is one token: the digits of a window's stamp would outnumber its visual tokens
-    stamps = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    words = data.word_encoding(stamps + data.word_list(texts, 700))
-    vocabulary = words._mergeable_ranks
-    special = {token: len(vocabulary) + i for i, token in enumerate(SPECIAL)}
-    pattern = r"<[0-9.]+-[0-9.]+s>|" + words._pat_str
-    return tiktoken.Encoding("world", pat_str=pattern, mergeable_ranks=vocabulary, special_tokens=special)
+    return data.word_encoding(data.word_list(texts, 700, pattern), pattern, SPECIAL)
 
 
 def stamp(times):
@@ -273,11 +290,14 @@ def stamp(times):
 
 
 def chat(encoding, turns, windows=()):
-    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the token, the number of the visual
-    token that stands here instead (-1: none), and whether the assistant says it: what the loss is on.
+    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the token,
+    the number of the visual token that stands here instead (-1: none), and whether the
+    assistant says it: what the loss is on.
 
-    turns: dicts of question and answer; the answer of the last may be None: the text ends where it begins.
-    windows: (time stamp, numbers of its visual tokens), which stand before the first question."""
+    turns: dicts of question and answer; the answer of the last may be None: the text
+    ends where it begins.
+    windows: (time stamp, numbers of its visual tokens), which stand before the first
+    question."""
     encode, special = encoding.encode_ordinary, encoding.encode_single_token
     row = []
 
@@ -298,12 +318,11 @@ def chat(encoding, turns, windows=()):
 
 
 def lay_out(conversations, encoding, context, device="cpu"):
-    """What chat gave, one conversation a row, padded at the right -> ids; visual, -1 = a word; targets: what a
-    position predicts, -1 = nothing. Each int64 (b, s)."""
+    """What chat gave, one conversation a row, padded at the right -> ids; visual, -1 =
+    a word; targets: what a position predicts, -1 = nothing. Each int64 (b, s)."""
     length = max(len(row) for row in conversations)
     if length > context:
-        raise BadInput(f"a conversation of {length} tokens, visual ones included, and a context of {context}: "
-                       "give less --frames, or a shorter question")
+        raise BadInput(f"a conversation of {length} tokens, and a context of {context}: give less --frames")
     table = torch.tensor((encoding.encode_single_token(END), -1, 0)).repeat(len(conversations), length, 1)
     for own, row in zip(table, conversations):
         own[:len(row)] = torch.tensor(row)
@@ -315,8 +334,9 @@ def lay_out(conversations, encoding, context, device="cpu"):
 
 @torch.no_grad()
 def generate(decoder, x, cache, stop, known=None, most=64):
-    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each the most likely one; it ends
-    before a token of `stop`. known: ids below it alone (published tables have more rows than there are tokens).
+    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each
+    the most likely one; it ends before a token of `stop`. known: ids below it alone
+    (published tables have more rows than there are tokens).
     cache: an empty one, which fills."""
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
@@ -350,10 +370,12 @@ class VisionLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads, w = cfg.num_attention_heads, cfg.hidden_size
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(w, cfg.layer_norm_eps), nn.LayerNorm(w, cfg.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(w, cfg.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(w, cfg.layer_norm_eps)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(w, w) for name in names})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, cfg.intermediate_size), fc2=nn.Linear(cfg.intermediate_size, w)))
+        inner = cfg.intermediate_size
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, inner), fc2=nn.Linear(inner, w)))
 
     def forward(self, x):
         y, attention = self.layer_norm1(x), self.self_attn
@@ -366,7 +388,8 @@ class VisionLayer(nn.Module):
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
-# a published SigLIP2 also holds a text tower, a head that pools the patches, and the temperature of the two
+# a published SigLIP2 also holds a text tower, a head that pools the patches, and the
+# temperature of the two
 SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head\..+", None),
                 (r"vision_model\.(.+)", r"\1")]
 
@@ -374,9 +397,11 @@ SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head
 class SigLIP2(nn.Module):
     """The vision tower of SigLIP and SigLIP2 of fixed size.
 
-    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n = h·w patches row by row, after the last
-    norm as the hub's last_hidden_state; post_norm=False: before it.
-    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm, as the published TrajVLM reads."""
+    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n = h·w
+    patches row by row, after the last norm as the hub's last_hidden_state;
+    post_norm=False: before it.
+    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm, as
+    the published TrajVLM reads."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -421,10 +446,12 @@ def resize(video, size):
 # -----------------------------------------------------------------------------------------------------------
 
 class PlacedFeatures(nn.Module):
-    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes of frame, row and column.
+    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes of
+    frame, row and column.
 
-    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's normed features is nine
-    tenths as long as they are; beside it a decoder that trains for minutes does not see the colours."""
+    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's
+    normed features is nine tenths as long as they are; beside it a decoder that trains
+    for minutes does not see the colours."""
 
     def __init__(self, dim):
         super().__init__()
@@ -434,8 +461,9 @@ class PlacedFeatures(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features):
-        """Mean and deviation of each channel, of the first batch in all processes. A deviation is at least 0.1: a
-        batch that shows nothing must not make later features huge."""
+        """Mean and deviation of each channel, of the first batch in all processes. A
+        deviation is at least 0.1: a batch that shows nothing must not make later
+        features huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
         sums = trajtok.all_reduce([len(x), *x.sum(0).tolist(), *x.square().sum(0).tolist()], x.device)
         mean, square = (torch.tensor(sums[1:]) / sums[0]).chunk(2)
@@ -451,8 +479,9 @@ class PlacedFeatures(nn.Module):
 class Project(nn.Module):
     """SwiGLU from d to the decoder's width, + sines of the window's number in its clip.
 
-    The output starts as large as a row of the decoder's table of words: both enter the same stream. CHOICE: the
-    time stamp says the same in words, but reading it takes a layer of attention."""
+    The output starts as large as a row of the decoder's table of words: both enter the
+    same stream. CHOICE: the time stamp says the same in words, but reading it takes a
+    layer of attention."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -473,11 +502,13 @@ class Project(nn.Module):
 
 
 class TrajectoryConnector(nn.Module):
-    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w), window (v,): its number in its clip -> (N, width).
+    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w), window (v,): its number in
+    its clip -> (N, width).
 
-    Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
-    Perceiver under hard masks. CHOICE: a token starts at the mean under the hard mask: a soft mean would send
-    gradient into a segmenter that is frozen."""
+    Window after window, m tokens of each live trajectory, in order of their numbers.
+    PAPER: a depth-2 Perceiver under hard masks. CHOICE: a token starts at the mean
+    under the hard mask: a soft mean would send gradient into a segmenter that is
+    frozen."""
 
     def __init__(self, dim, shape, m, width):
         super().__init__()
@@ -496,7 +527,8 @@ class TrajectoryConnector(nn.Module):
         return self.m * self.alive(ids).sum(1)
 
     def owner(self, ids):
-        """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
+        """(v, t, h, w): which of all live trajectories, counted over the windows, each
+        cell belongs to."""
         alive = self.alive(ids)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
@@ -512,7 +544,8 @@ class TrajectoryConnector(nn.Module):
 
 
 class PatchConnector(nn.Module):
-    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t', h', w') -> (v t' h' w', width)."""
+    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t', h', w')
+    -> (v t' h' w', width)."""
     m = 1
 
     def __init__(self, dim, grid, width):
@@ -538,7 +571,8 @@ class PatchConnector(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 class VLM(nn.Module):
-    """Decoder, connector and segmenter (both None: blind), and vision (None: the segmenter's features)."""
+    """Decoder, connector and segmenter (both None: blind), and vision (None: the
+    segmenter's features)."""
 
     def __init__(self, decoder, connector=None, segmenter=None, vision=None):
         super().__init__()
@@ -546,7 +580,8 @@ class VLM(nn.Module):
         self.segmenter, self.vision = segmenter, vision
 
     def embed(self, ids, visual, seen):
-        """-> (b, s, w): words, and visual tokens where they belong. seen: what `perceive` gave."""
+        """-> (b, s, w): words, and visual tokens where they belong. seen: what
+        `perceive` gave."""
         x = self.decoder.embed_tokens(ids)
         if seen is None:
             return x
@@ -563,14 +598,16 @@ class VLM(nn.Module):
 
 
 def grid_side(segmenter, vision):
-    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's grid, as its 27 is half of 56."""
+    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's grid, as
+    its 27 is half of 56."""
     return vision.cfg.side if vision else segmenter.cfg.image_size // 8
 
 
 @torch.no_grad()
 def segment_windows(segmenter, video, side):
-    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids (v, t, h, w), h = w = side.
-    As published, logits are resized to the vision grid, and then the argmax is taken."""
+    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids
+    (v, t, h, w), h = w = side. As published, logits are resized to the vision grid, and
+    then the argmax is taken."""
     seg = segmenter(resize(video, segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
@@ -601,7 +638,8 @@ def assemble(cfg, decoder, segmenter, vision):
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """Trains a language model that reads a video through trajectories, through patches, or not at all."""
+    """Trains a language model that reads a video through trajectories, through patches,
+    or not at all."""
     size: str = "nano"                      # one of VLM_SIZES: nano, 0.6b, 1.7b, 4b
     connector: str = "trajtok"              # trajtok, patch, or blind (no video)
     data: str = "world"                     # made stories, or a manifest with `conversations` or `qa`
@@ -653,23 +691,26 @@ class VLMConfig:
         if self.data == "world" and (self.vision or self.frames < 8):
             raise BadInput("--data world: leave out --vision, and give at least --frames 8")
         if not self.segmenter and (self.size != "nano" or self.data != "world"):
-            raise BadInput("--segmenter: give the folder of `trajtok.py pretrain`, or the authors' checkpoint")
+            raise BadInput("--segmenter: give a folder of `trajtok.py pretrain`, or the authors' file")
         if self.size != "nano" and not (self.decoder and self.vision):
             raise BadInput(f"--size {self.size}: give --decoder and --vision, a published folder each")
 
 
-FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000, patch_frames=8,
-            patch_side=4, weight_decay=0.0, recompute=True)
+FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
+            patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
-# peak learning rates of connector, vision and decoder, on captions and on questions. PAPER: the published ones.
-# CHOICE: nano learns from random weights, and goes straight to the questions.
-PUBLISHED_RATES = (dict(connector=2e-4, vision=6e-6, decoder=2e-5), dict(connector=5e-6, vision=5e-6, decoder=1e-5))
+# peak learning rates of connector, vision and decoder, on captions and on questions.
+# PAPER: the published ones. CHOICE: nano learns from random weights, and goes straight
+# to the questions.
+PUBLISHED_RATES = (dict(connector=2e-4, vision=6e-6, decoder=2e-5),
+                   dict(connector=5e-6, vision=5e-6, decoder=1e-5))
 NANO_RATES = (dict(connector=2e-3, vision=0.0, decoder=2e-3),) * 2
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Clips and what is asked about them. A batch is a dict: caption and qa of each clip, times of its frames (seconds);
-# video (b, T, H, W, 3); or, of made stories, features and ids of their windows
+# Clips and what is asked about them. A batch is a dict: caption and qa of each clip,
+# times of its frames (seconds); video (b, T, H, W, 3); or, of made stories, features
+# and ids of their windows
 # -----------------------------------------------------------------------------------------------------------
 
 def story_world(frames, size=64):
@@ -683,7 +724,8 @@ def cut_windows(video, window):
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a dict for each. The segmenter is frozen: it sees them once, here."""
+    """Stories first .. first + count - 1 -> a dict for each. The segmenter is frozen:
+    it sees them once, here."""
     world = story_world(frames, segmenter.cfg.image_size if segmenter else 64)
     batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
     clips = []
@@ -711,11 +753,11 @@ def join_stories(clips, frames):
 
 
 class StoryBatches(Dataset):
-    """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and on are
-    those of one step, and of one length.
+    """Batch i for training: a length and some of its clips, drawn from (seed, step).
+    Batches step·world and on are those of one step, and of one length.
 
-    CHOICE: the shortest clips alone for the first two fifths: to find the right token among six is learnt in
-    minutes, among sixty not."""
+    CHOICE: the shortest clips alone for the first two fifths: to find the right token
+    among six is learnt in minutes, among sixty not."""
 
     def __init__(self, stories, cfg, world):
         self.stories, self.cfg, self.world = stories, cfg, world
@@ -730,7 +772,8 @@ class StoryBatches(Dataset):
 
 
 def open_stories(cfg, segmenter, world, device):
-    """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
+    """-> batches for training, held-out batches. Of stories n times as long there are 1
+    / sqrt(n) as many."""
     stories, held_out = {}, []
     for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
         count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
@@ -741,17 +784,23 @@ def open_stories(cfg, segmenter, world, device):
 
 
 def open_films(cfg, size, world):
-    """Manifests -> batches of captions (None: there are none), batches of questions, held-out batches."""
-    def batches(entries, train=True):
-        kinds = [[e for e in entries if e["image"] == image] for image in (False, True)]
-        kinds = [kind for kind in kinds if kind]
-        sets = [data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0) for kind in kinds]
-        return data.Mixed(sets, [len(kind) for kind in kinds], cfg.seed, world) if train else ConcatDataset(sets)
+    """Manifests -> batches of captions, batches of questions, held-out batches."""
+    def batches(some, train=True):
+        sets = []
+        for image in (False, True):
+            kind = [entry for entry in some if entry["image"] == image]
+            if kind:
+                sets.append(data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0))
+        if train:
+            return data.Mixed(sets, [one.files for one in sets], cfg.seed, world)
+        return ConcatDataset(sets)
 
-    entries = [e | dict(qa=[*e.get("qa", []), *e.get("conversations", [])]) for e in data.read_manifest(cfg.data)]
-    entries = [e for e in entries if e["qa"]]
+    entries = data.read_manifest(cfg.data)
+    for entry in entries:
+        entry["qa"] = entry.get("qa", []) + entry.get("conversations", [])
+    entries = [entry for entry in entries if entry["qa"]]
     if len(entries) < 2:
-        raise BadInput(f'{cfg.data}: {len(entries)} clips with questions; give rows with "conversations" or "qa"')
+        raise BadInput(f'{cfg.data}: give at least two clips with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
     # a caption may say what is asked about the same video later
@@ -759,9 +808,9 @@ def open_films(cfg, size, world):
     captioned = [e for e in data.read_manifest(cfg.captions or cfg.data) if e["caption"]]
     captioned = [e for e in captioned if os.path.realpath(e["path"]) not in held_out]
     if cfg.caption_steps and not captioned:
-        raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions MANIFEST, or --caption-steps 0")
-    print(f"{len(asked)} clips with questions to learn from, {len(test)} held out; {len(captioned)} with captions")
-    return batches(captioned) if captioned else None, batches(asked), batches(test, train=False)
+        raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
+    print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
+    return batches(captioned or asked), batches(asked), batches(test, train=False)
 
 
 def turns_of(talk):
@@ -770,7 +819,8 @@ def turns_of(talk):
 
 
 def add_options(entries):
-    """Give each last question that has no options its answer and three others to choose from, in a fixed order."""
+    """Give each last question that has no options its answer and three others to choose
+    from, in a fixed order."""
     turns = [turns_of(talk)[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
         others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
@@ -780,8 +830,8 @@ def add_options(entries):
 
 
 def perceive(batch, model, cfg, device):
-    """A batch -> what the model sees of its v windows (None: blind), and of each clip the windows as chat wants
-    them: time stamp and numbers of the visual tokens."""
+    """A batch -> what the model sees of its v windows (None: blind), and of each clip
+    the windows as chat wants them: time stamp and numbers of the visual tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
     seen = {}
@@ -811,7 +861,8 @@ def perceive(batch, model, cfg, device):
 # -----------------------------------------------------------------------------------------------------------
 
 def pretrain_segmenter(cfg):
-    """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
+    """The folder of the segmenter that --segmenter leaves out. All runs with the same
+    --out share it."""
     folder = Path(cfg.out) / f"segmenter-vlm-{cfg.segmenter_steps}"
     if not (folder / "result.json").exists():
         trajtok.pretrain(trajtok.PretrainConfig(
@@ -822,11 +873,12 @@ def pretrain_segmenter(cfg):
 
 
 def open_parts(cfg):
-    """-> tokenizer, decoder, segmenter and vision, the last two None where there is none."""
+    """-> tokenizer, decoder, segmenter and vision, the last two None where there is
+    none."""
     encoding = load_tokenizer(cfg.tokenizer or cfg.decoder or "world")
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
-        raise BadInput(f"--tokenizer: has {encoding.n_vocab} ids, the decoder's table {decoder.cfg.vocab_size} rows")
+        raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
     if cfg.connector == "blind":
         return encoding, decoder, None, None
     if Path(cfg.segmenter).is_file():
@@ -837,17 +889,20 @@ def open_parts(cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW; a group for each part and kind, since each part has its rate; weight decay on matrices alone."""
+    """AdamW; a group for each part and kind, since each part has its rate; weight decay
+    on matrices alone."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((name.split(".")[0], p.dim() > 1), []).append(p)
-    groups = [dict(params=ps, part=part, weight_decay=cfg.weight_decay * matrix) for (part, matrix), ps in groups.items()]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+            decay = cfg.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault((name.split(".")[0], decay), []).append(p)
+    groups = [dict(params=ps, part=part, weight_decay=decay) for (part, decay), ps in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def set_rates(optimizer, step, cfg):
-    """The learning rates of this step. Captions and questions each warm up, and end at 1 %."""
+    """The learning rates of this step. Captions and questions each warm up, and end at
+    1 %."""
     stage = int(step >= cfg.caption_steps)
     steps = cfg.steps if stage else cfg.caption_steps
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
@@ -858,8 +913,8 @@ def set_rates(optimizer, step, cfg):
 
 
 def training_rows(batch, windows, encoding, cfg, step):
-    """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has fewer. Of
-    which process a clip is does not matter."""
+    """cfg.questions conversations of each clip, drawn at random, again from the start
+    where a clip has fewer. Of which process a clip is does not matter."""
     rank, world = ranks()
     rows = []
     for i, own in enumerate(windows):
@@ -891,7 +946,7 @@ def train(cfg, folder):
     optimizer = make_optimizer(model, cfg)
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
-    print(f"{parameters / 1e6:.2f} M parameters, connector {cfg.connector}, on {device}")
+    print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
     batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
@@ -915,9 +970,10 @@ def train(cfg, folder):
         terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
         optimizer.step()
-        clips, seconds, mark = len(batch["qa"]) * world, time.time() - mark, time.time()
-        terms |= dict(lr=optimizer.param_groups[0]["lr"], clips=clips, seconds=seconds, clips_per_second=clips / seconds,
-                      visual_tokens=int((visual >= 0).sum()) / len(rows), memory_gb=trajtok.peak_memory_gb(device))
+        clips, seconds, mark = len(windows) * world, time.time() - mark, time.time()
+        terms |= dict(lr=optimizer.param_groups[0]["lr"], visual_tokens=int((visual >= 0).sum()) / len(rows),
+                      clips=clips, seconds=seconds, clips_per_second=clips / seconds,
+                      memory_gb=trajtok.peak_memory_gb(device))
         log(step=step, **terms)
         if step % 20 == 0 or step + 1 == steps:
             shown = [f"{key} {terms[key]:.3g}" for key in ("loss", "visual_tokens", "clips_per_second")]
@@ -936,8 +992,9 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """Each layer of decoder and vision is a unit: of those that do not compute just now a process holds its share.
-    The segmenter is small and runs outside of forward: every process keeps it whole."""
+    """Each layer of decoder and vision is a unit: of those that do not compute just now
+    a process holds its share. The segmenter is small and runs outside of forward: every
+    process keeps it whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
@@ -952,7 +1009,8 @@ def shard(model, device, cfg):
 
 
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. Shards are gathered, so that any number of processes can go on from the file."""
+    """As trajtok.save_checkpoint. Shards are gathered, so that any number of processes
+    can go on from the file."""
     if ranks()[1] == 1:
         return trajtok.save_checkpoint(folder, model, optimizer, step)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -979,11 +1037,13 @@ def restore(folder, model, optimizer):
 
 @torch.no_grad()
 def score(model, rows, seen, encoding, cfg, device):
-    """-log p of the answers in each conversation, summed over their tokens (list). About 32 000 tokens at once."""
+    """-log p of the answers in each conversation, summed over their tokens (list).
+    About 32 000 tokens at once."""
     costs = []
     at_once = max(1, 32_000 // max(len(row) for row in rows))
     for i in range(0, len(rows), at_once):
-        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.max_position_embeddings, device)
+        context = model.decoder.cfg.max_position_embeddings
+        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, context, device)
         with trajtok.precision(device, cfg.bf16):
             mean = model(ids, visual, targets, seen)
         costs += (mean * (targets >= 0).sum(1)).tolist()
@@ -991,7 +1051,8 @@ def score(model, rows, seen, encoding, cfg, device):
 
 
 def evaluate(model, held_out, encoding, cfg, device, damage):
-    """Each held-out question is answered by its most likely option -> a dict for each question."""
+    """Each held-out question is answered by its most likely option -> a dict for each
+    question."""
     model.eval()
     answers = []
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
@@ -1010,21 +1071,22 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
             options = turn["options"]
             own, costs = costs[:len(options)], costs[len(options):]
             right = options[own.index(min(own))] == turn["answer"]
-            answers.append(dict(type=turn.get("type", "question"), frames=frames, right=right, chance=1 / len(own)))
+            kind = turn.get("type", "question")
+            answers.append(dict(type=kind, frames=frames, accuracy=float(right), chance=1 / len(own)))
     return answers
 
 
 def accuracies(answers):
-    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict."""
-    groups = {"": answers}
+    """-> accuracy and chance of all questions, of each type and of each length, as one
+    flat dict."""
+    groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
-        groups.setdefault(f"_{answer['frames']}_frames", []).append(answer)
-    for answer in answers:
-        groups.setdefault(f"_{answer['type']}", []).append(answer)
+        for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
+            groups.setdefault(name, []).append(answer)
     result = {}
     for name, some in groups.items():
-        result[f"accuracy{name}"] = sum(answer["right"] for answer in some) / len(some)
-        result[f"chance{name}"] = sum(answer["chance"] for answer in some) / len(some)
+        for key in ("accuracy", "chance"):
+            result[key + name] = sum(answer[key] for answer in some) / len(some)
     return result
 
 
@@ -1032,52 +1094,51 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
     """Write result.json and pictures, and print what they say."""
     if not answers:
         raise BadInput(f"{cfg.data}: no held-out question can be asked; run `python data.py check` on it")
-    lines = log.lines()
-    seconds = sum(line["seconds"] for line in lines)
-    scores = accuracies(answers)
+    lines, scores = log.lines(), accuracies(answers)
+    seconds, clips = (sum(line[key] for line in lines) for key in ("seconds", "clips"))
     result = scores | dict(questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
-                           visual_tokens=float(np.mean([line["visual_tokens"] for line in lines])),
-                           clips_per_second=sum(line["clips"] for line in lines) / seconds,
-                           peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
-                           connector=cfg.connector)
+                           visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
+                           clips_per_second=clips / seconds, peak_memory_gb=trajtok.peak_memory_gb(device),
+                           left_out=len(damage.files), connector=cfg.connector)
     write_json(folder / "result.json", result)
     trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
     lengths = sorted({answer["frames"] for answer in answers})
-    curves = {name: [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths] for name in ("accuracy", "chance")}
+    curves = {}
+    for name in ("accuracy", "chance"):
+        curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
-    print(f"{len(answers)} held-out questions; {seconds:.0f} s of training, {len(damage.files)} files left out\n"
-          f"wrote {folder}/: model.safetensors, result.json, log.jsonl, curves.svg, accuracy.svg\n"
-          f'next: python train_vlm.py ask clip.mp4 "What moves?" --model {folder}')
+    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage.files)} files left out\n"
+          f"wrote {folder}/: model.safetensors, result.json, log.jsonl, curves.svg, accuracy.svg")
 
 
 # -----------------------------------------------------------------------------------------------------------
 # python train_vlm.py ask
 # -----------------------------------------------------------------------------------------------------------
 
-def open_model(folder):
-    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be there."""
+def open_model(folder, device="cpu"):
+    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names
+    must still be there."""
     saved = trajtok.read_json(Path(folder) / "config.json")
     if "connector" not in saved:
         raise BadInput(f"--model {folder}: not a run of train_vlm.py")
     cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
     encoding, *parts = open_parts(cfg)
-    return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval()
+    return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
 
 
-def clip_to_ask(path, frames, window, size):
+def clip_to_ask(path, cfg, size):
     """A video or a picture -> a batch of one clip, whose frames fill whole windows."""
     picture = Path(path).suffix.lower() in data.IMAGE_SUFFIXES
-    frames = 1 if picture else min(frames, len(data.frame_times(path)))
-    if frames > window:
-        frames -= frames % window
+    frames = 1 if picture else min(cfg.frames, len(data.frame_times(path)))
+    frames -= frames % cfg.window if frames > cfg.window else 0
     video, times = data.decode(path, frames, size)
     return dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
 
 
 def attended(cache):
-    """How much the newest position attends to all positions so far (s,): softmax weights, averaged over layers and
-    heads."""
+    """How much the newest position attends to all positions so far (s,): softmax
+    weights, averaged over layers and heads."""
     weights = []
     for memory in cache:
         q, k = memory["q"][0, :, -1:], memory["k"][0]
@@ -1089,20 +1150,19 @@ def attended(cache):
 
 @torch.no_grad()
 def ask(argv):
-    """Ask a trained model about a video: the answer is printed as it is made, and a picture shows what was read."""
+    """Ask a trained model about a video: the answer is printed as it is made, and a
+    picture shows what was read."""
     parser = argparse.ArgumentParser(prog="train_vlm.py ask", description=ask.__doc__)
     parser.add_argument("clip", help="a video or a picture")
     parser.add_argument("question", help='"What moves?"')
     parser.add_argument("--model", default="out/vlm-nano-trajtok", help="the folder of a run")
-    parser.add_argument("--frames", type=int, default=0, help="evenly from the clip; default: as in training")
     parser.add_argument("--out", default="out", help="folder for <clip>-attended.png")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
-    cfg, encoding, model = open_model(args.model)
-    model.to(device)
+    cfg, encoding, model = open_model(args.model, device)
     size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
-    batch = clip_to_ask(args.clip, args.frames or cfg.frames, cfg.window, size)
+    batch = clip_to_ask(args.clip, cfg, size)
     seen, windows = perceive(batch, model, cfg, device)
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
@@ -1113,7 +1173,8 @@ def ask(argv):
         print(encoding.decode([token]), end="", flush=True)
     weights.append(attended(cache)[:len(prompt)])
     visual = visual[0] >= 0
-    print(f"\n{batch['video'].shape[1]} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
+    frames = batch["video"].shape[1]
+    print(f"\n{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if seen is None:
         return
     # one weight for each trajectory or patch; those above the mean are painted
@@ -1132,7 +1193,7 @@ def ask(argv):
 
 @data.one_line_errors
 def main(argv=None):
-    argv = [str(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["ask"]:
         return ask(argv[1:])
     cfg = configure(VLMConfig, VLM_SIZES, argv)
