@@ -612,6 +612,8 @@ def staged(rng, world, looks, act):
         states[0, :2] = rng.uniform(LOW, HIGH, 2)
         if program not in SOLO:
             states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
+            if not inside(states[1]):
+                continue
         done = perform(rng, world, act, world.frames, *states[:2])
     # Who does nothing stays where it is.
     paths = np.repeat(states[:, None], world.frames, 1)
