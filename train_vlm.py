@@ -620,7 +620,7 @@ def segment_windows(segmenter, video, side):
 def assemble(cfg, decoder, segmenter, vision):
     """-> VLM with the connector that the configuration names."""
     decoder.recompute = cfg.recompute
-    if segmenter is None:
+    if cfg.connector == "blind":
         return VLM(decoder)
     segmenter.requires_grad_(False)
     width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
@@ -688,8 +688,8 @@ class VLMConfig:
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
             raise BadInput(f"--frames {self.frames}: give a multiple of --window {self.window}")
-        if self.data == "world" and (self.vision or self.frames < 8):
-            raise BadInput("--data world: leave out --vision, and give at least --frames 8")
+        if self.data == "world" and (self.vision or self.frames < 8 or 8 % self.window):
+            raise BadInput("--data world: no --vision, --frames 8 or more, and a --window that divides 8")
         if not self.segmenter and (self.size != "nano" or self.data != "world"):
             raise BadInput("--segmenter: give a folder of `trajtok.py pretrain`, or the authors' file")
         if self.size != "nano" and not (self.decoder and self.vision):
@@ -726,23 +726,19 @@ def cut_windows(video, window):
 def draw_stories(cfg, segmenter, frames, first, count, device):
     """Stories first .. first + count - 1 -> a dict for each. The segmenter is frozen:
     it sees them once, here."""
-    world = story_world(frames, segmenter.cfg.image_size if segmenter else 64)
+    world, clips = story_world(frames, segmenter.cfg.image_size), []
     batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
-    clips = []
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
-        batch = batches[i]
-        some = [dict(caption=caption, qa=qa) for caption, qa in zip(batch["caption"], batch["qa"])]
-        clips += some
-        if segmenter is None:
-            continue
-        video = cut_windows(data.finish(batch, device)["video"], cfg.window)
+        batch = data.finish(batches[i], device)
         with trajtok.precision(device, cfg.bf16):
+            video = cut_windows(batch["video"], cfg.window)
             features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
         # half precision and short numbers: thousands of windows are kept
-        features, ids = features.to("cpu", torch.float16), ids.to("cpu", torch.int16)
-        windows = len(ids) // len(some)
-        for clip, f, own in zip(some, features.split(windows), ids.split(windows)):
-            clip.update(features=f, ids=own)
+        windows = frames // cfg.window
+        features = features.to("cpu", torch.float16).split(windows)
+        ids = ids.to("cpu", torch.int16).split(windows)
+        for own in zip(batch["caption"], batch["qa"], features, ids):
+            clips.append(dict(zip(("caption", "qa", "features", "ids"), own)))
     return clips
 
 
@@ -873,14 +869,11 @@ def pretrain_segmenter(cfg):
 
 
 def open_parts(cfg):
-    """-> tokenizer, decoder, segmenter and vision, the last two None where there is
-    none."""
+    """-> tokenizer, decoder, segmenter, and vision (None: the segmenter's features)."""
     encoding = load_tokenizer(cfg.tokenizer or cfg.decoder or "world")
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
         raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
-    if cfg.connector == "blind":
-        return encoding, decoder, None, None
     if Path(cfg.segmenter).is_file():
         segmenter = trajtok.load_official_segmenter(cfg.segmenter)
     else:
@@ -931,7 +924,7 @@ def train(cfg, folder):
     device = trajtok.setup(cfg)
     rank, world = ranks()
     encoding, decoder, segmenter, vision = open_parts(cfg)
-    segmenter = segmenter and segmenter.to(device)
+    segmenter.to(device)
     if cfg.data == "world":
         questions, held_out = open_stories(cfg, segmenter, world, device)
         captions = questions
@@ -1037,16 +1030,14 @@ def restore(folder, model, optimizer):
 
 @torch.no_grad()
 def score(model, rows, seen, encoding, cfg, device):
-    """-log p of the answers in each conversation, summed over their tokens (list).
-    About 32 000 tokens at once."""
-    costs = []
-    at_once = max(1, 32_000 // max(len(row) for row in rows))
+    """-log p of the answers in each conversation, summed over their tokens -> a list. About
+    32 000 tokens go through the model at once."""
+    costs, at_once = [], max(1, 32_000 // max(len(row) for row in rows))
     for i in range(0, len(rows), at_once):
-        context = model.decoder.cfg.max_position_embeddings
-        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, context, device)
+        some = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.max_position_embeddings, device)
         with trajtok.precision(device, cfg.bf16):
-            mean = model(ids, visual, targets, seen)
-        costs += (mean * (targets >= 0).sum(1)).tolist()
+            mean = model(*some, seen)
+        costs += (mean * (some[2] >= 0).sum(1)).tolist()
     return costs
 
 
@@ -1127,15 +1118,6 @@ def open_model(folder, device="cpu"):
     return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
 
 
-def clip_to_ask(path, cfg, size):
-    """A video or a picture -> a batch of one clip, whose frames fill whole windows."""
-    picture = Path(path).suffix.lower() in data.IMAGE_SUFFIXES
-    frames = 1 if picture else min(cfg.frames, len(data.frame_times(path)))
-    frames -= frames % cfg.window if frames > cfg.window else 0
-    video, times = data.decode(path, frames, size)
-    return dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
-
-
 def attended(cache):
     """How much the newest position attends to all positions so far (s,): softmax
     weights, averaged over layers and heads."""
@@ -1161,8 +1143,13 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
+    # a picture, or frames that fill whole windows
+    picture = Path(args.clip).suffix.lower() in data.IMAGE_SUFFIXES
+    frames = 1 if picture else min(cfg.frames, len(data.frame_times(args.clip)))
+    frames -= frames % cfg.window if frames > cfg.window else 0
     size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
-    batch = clip_to_ask(args.clip, cfg, size)
+    video, times = data.decode(args.clip, frames, size)
+    batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
     seen, windows = perceive(batch, model, cfg, device)
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
@@ -1173,7 +1160,6 @@ def ask(argv):
         print(encoding.decode([token]), end="", flush=True)
     weights.append(attended(cache)[:len(prompt)])
     visual = visual[0] >= 0
-    frames = batch["video"].shape[1]
     print(f"\n{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if seen is None:
         return
@@ -1181,7 +1167,6 @@ def ask(argv):
     weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
     owner = model.connector.owner(seen["ids"]).flatten(0, 1)
     owner = torch.where((weight >= weight.mean())[owner], owner, -1)
-    video = batch["video"][0].numpy()
     owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
     path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1200,7 +1185,7 @@ def main(argv=None):
     folder = trajtok.run_folder(cfg, "vlm", f"-{cfg.connector}")
     if cfg.resume:
         cfg = trajtok.resumed(cfg, folder, argv)
-    if cfg.connector != "blind" and not cfg.segmenter:
+    if not cfg.segmenter:
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
     trajtok.launch(cfg)
     try:
