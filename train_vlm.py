@@ -689,7 +689,7 @@ class VLMConfig:
     caption_steps: int = 0                  # steps of the first stage
     steps: int = 480                        # steps of the second stage
     batch: int = 16                         # clips a step of each process
-    lr: float = 1.0                         # a factor of the size's rates, see RATES
+    lr: float = 1.0                         # a factor of the size's rates, see NANO_RATES
     warmup: int = 20                        # steps of linear warm-up in each stage; then a cosine to 1 %
     weight_decay: float = 0.02              # on matrices
     clip: float = 1.0                       # largest gradient norm
@@ -1185,8 +1185,8 @@ def attended(cache):
 
 @torch.no_grad()
 def ask(argv):
-    """Ask a trained model about a video: the answer is printed as it is made, and
-    a picture shows what was read."""
+    """Ask a trained model about a video. The answer is printed, and a picture shows what it
+    attended to."""
     parser = argparse.ArgumentParser(prog="train_vlm.py ask", description=ask.__doc__)
     parser.add_argument("clip", help="a video or a picture")
     parser.add_argument("question", help='"What moves?"')
@@ -1207,14 +1207,16 @@ def ask(argv):
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
-    cache, weights = model.decoder.empty_cache(), []
+    cache, weights, answer = model.decoder.empty_cache(), [], []
     # the newest position is the one that predicts the next token of the answer
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
         weights.append(attended(cache)[:len(prompt)])
-        print(encoding.decode([token]), end="", flush=True)
+        answer.append(token)
     weights.append(attended(cache)[:len(prompt)])
+    # not token by token: one may end within a character
+    print(encoding.decode(answer))
     visual = visual[0] >= 0
-    print(f"\n{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
+    print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if seen is None:
         return
     # one weight for each trajectory or patch; those above the mean are painted
