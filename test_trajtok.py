@@ -4231,7 +4231,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", (
     (["--connector", "qformer"], "--connector qformer"), (["--frames", 12], "a multiple of --window"),
-    (["--frames", 4], "at least --frames 8"), (["--steps", -1], "--steps -1"), (["--size", "8b"], "--size 8b"),
+    (["--frames", 4], "--frames 8 or more"), (["--steps", -1], "--steps -1"), (["--size", "8b"], "--size 8b"),
     (["--tokenizer", "nowhere"], "nowhere"), (["--decoder", "nowhere"], "nowhere"), (["--vision", "x"], "--vision"),
     (["--segmenter", "nowhere"], "nowhere"), (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"),
     (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"), (["--data", "x.json"], "--segmenter"),

@@ -83,8 +83,8 @@ DECODERS = {
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16 would
-    round the squares."""
+    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16
+    would round the squares."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -96,8 +96,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate_halves(x, cos, sin):
-    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c); cos,
-    sin (s, c/2), float32."""
+    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c);
+    cos, sin (s, c/2), float32."""
     one, two = x.float().chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
 
@@ -125,7 +125,8 @@ class Attention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def forward(self, x, cos, sin, memory=None):
-        """memory: a dict that keeps this layer's keys and values, for generation."""
+        """memory: a dict that keeps this layer's keys and values, for
+        generation."""
         q, k, v = self.project(x, cos, sin)
         if memory is not None:
             if memory:
@@ -133,8 +134,8 @@ class Attention(nn.Module):
                 v = torch.cat((memory["v"], v), 2)
             memory.update(q=q, k=k, v=v)
         s, total = q.shape[2], k.shape[2]
-        # the queries are the last s of `total` positions; True = may be read: nothing
-        # later than the query
+        # the queries are the last s of `total` positions; True = may be read:
+        # nothing later than the query
         mask = None if s == total else torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
         # softmax over the keys
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -142,6 +143,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): one half decides how much of the other
+    passes."""
+
     def __init__(self, width, mlp):
         super().__init__()
         self.gate_proj = nn.Linear(width, mlp, bias=False)
@@ -153,6 +157,9 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm: each branch reads a normed copy of the stream, and is added to
+    it."""
+
     def __init__(self, cfg):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -166,15 +173,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(ids int64 (b, s), or embeddings (b, s, w)) -> logits (b, s, vocabulary)
-    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of targets,),
-    row by row; -1 = none.
+    """forward(ids int64 (b, s), or embeddings (b, s, w)) -> logits (b, s,
+    vocabulary)
+    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of
+    targets,), row by row; -1 = none.
 
-    targets[i] is what position i predicts: ids shifted by one, by the caller. Rows are
-    padded at the right: attention is causal, so padding is read by padding alone, and
-    needs no mask.
-    cache: what empty_cache() gave; ids then continue what was given before, and are
-    added to it."""
+    targets[i] is what position i predicts: ids shifted by one, by the caller.
+    Rows are padded at the right: attention is causal, so padding is read by
+    padding alone, and needs no mask.
+    cache: what empty_cache() gave; ids then continue what was given before, and
+    are added to it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -187,8 +195,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), the ends of branches smaller with depth. The table
-                # likewise: tied logits start near 1.
+                # 1 / sqrt(fan in), the ends of branches smaller with depth. The
+                # table likewise: tied logits start near 1.
                 ends = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.num_hidden_layers if ends else 1)) ** -0.5)
 
@@ -201,15 +209,15 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
             return F.linear(x, head.weight)
-        # logits where there is a target alone: 151 936 of them a position are not made
-        # for nothing
+        # logits where there is a target alone: 151 936 of them a position are not
+        # made for nothing
         wanted = targets >= 0
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
     def rotary(self, length, cache, device):
-        """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16 holds
-        no whole number above 256."""
+        """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16
+        holds no whole number above 256."""
         first = cache[0]["k"].shape[2] if cache and cache[0] else 0
         positions = first + torch.arange(length, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
@@ -221,8 +229,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A published Qwen3: config.json and one or several files of weights -> Decoder
-        in float32."""
+        """A published Qwen3: config.json and one or several files of weights ->
+        Decoder in float32."""
         return load_published(cls, DecoderConfig, [(r"model\.(.+)", r"\1")], folder, "qwen3")
 
 
@@ -231,11 +239,13 @@ class Decoder(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 def load_published(cls, config_cls, names, folder, *kinds):
-    """A folder from the hub, whose model_type is one of kinds -> the model. names:
-    renaming rules of the weights."""
+    """A folder from the hub, whose model_type is one of kinds -> the model.
+    names: renaming rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
     if config.get("model_type") not in kinds:
         raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
+    # what we need stands at the top, or in one of these parts; the last two are
+    # the older and the newer way to write the same
     for part in ("vision_config", "rope_scaling", "rope_parameters"):
         config |= config.get(part) or {}
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
@@ -267,13 +277,13 @@ FPS = 8.0                                                       # of made clips
 
 @functools.lru_cache(maxsize=None)
 def load_tokenizer(name="world"):
-    """-> a tiktoken Encoding with the special tokens above. name: a published Qwen3
-    folder, or `world`: the words of made stories. Its encode_ordinary never makes a
-    special token, whatever a text says."""
+    """-> a tiktoken Encoding with the special tokens above. name: a published
+    Qwen3 folder, or `world`: the words of made stories. Its encode_ordinary never
+    makes a special token, whatever a text says."""
     if name != "world":
         return data.load_encoding(str(name))
-    # a time stamp is one token: the digits of a window's stamp would outnumber its
-    # visual tokens
+    # a time stamp is one token: the digits of a window's stamp would outnumber
+    # its visual tokens
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
     texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
     texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
@@ -285,25 +295,28 @@ def load_tokenizer(name="world"):
 
 
 def stamp(times):
-    """When the first and the last frame of a window are shown, in seconds, as text."""
+    """When the first and the last frame of a window are shown, in seconds, as
+    text."""
     return f"<{times[0]:.1f}-{times[-1]:.1f}s>"
 
 
 def chat(encoding, turns, windows=()):
-    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the token,
-    the number of the visual token that stands here instead (-1: none), and whether the
-    assistant says it: what the loss is on.
+    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the
+    token, the number of the visual token that stands here instead (-1: none), and
+    whether the assistant says it: what the loss is on.
 
-    turns: dicts of question and answer; the answer of the last may be None: the text
-    ends where it begins.
-    windows: (time stamp, numbers of its visual tokens), which stand before the first
-    question."""
+    turns: dicts of question and answer; the answer of the last may be None: the
+    text ends where it begins.
+    windows: (time stamp, numbers of its visual tokens), which stand before the
+    first question."""
     encode, special = encoding.encode_ordinary, encoding.encode_single_token
     row = []
 
     def add(ids, spoken=False):
         row.extend((token, -1, spoken) for token in ids)
 
+    # pieces are encoded one by one: what is asked is then exactly how what is
+    # learnt begins
     for turn in turns:
         add([special(TURN), *encode("user\n")])
         for mark, numbers in windows if turn is turns[0] else ():
@@ -318,8 +331,9 @@ def chat(encoding, turns, windows=()):
 
 
 def lay_out(conversations, encoding, context, device="cpu"):
-    """What chat gave, one conversation a row, padded at the right -> ids; visual, -1 =
-    a word; targets: what a position predicts, -1 = nothing. Each int64 (b, s)."""
+    """What chat gave, one conversation a row, padded at the right -> ids; visual,
+    -1 = a word; targets: what a position predicts, -1 = nothing. Each int64 (b,
+    s)."""
     length = max(len(row) for row in conversations)
     if length > context:
         raise BadInput(f"a conversation of {length} tokens, and a context of {context}: give less --frames")
@@ -334,15 +348,16 @@ def lay_out(conversations, encoding, context, device="cpu"):
 
 @torch.no_grad()
 def generate(decoder, x, cache, stop, known=None, most=64):
-    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each
-    the most likely one; it ends before a token of `stop`. known: ids below it alone
-    (published tables have more rows than there are tokens).
+    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer,
+    each the most likely one; it ends before a token of `stop`. known: ids below
+    it alone (published tables have more rows than there are tokens).
     cache: an empty one, which fills."""
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
             return
         yield token
+        # all earlier positions are in the cache: the new token alone goes in
         x = decoder.embed_tokens(torch.tensor([[token]], device=x.device))
 
 
@@ -367,6 +382,9 @@ class SigLIP2Config:
 
 
 class VisionLayer(nn.Module):
+    """Pre-norm: attention among all patches, then an MLP with the tanh form of
+    GELU."""
+
     def __init__(self, cfg):
         super().__init__()
         self.heads, w = cfg.num_attention_heads, cfg.hidden_size
@@ -388,8 +406,8 @@ class VisionLayer(nn.Module):
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
-# a published SigLIP2 also holds a text tower, a head that pools the patches, and the
-# temperature of the two
+# a published SigLIP2 also holds a text tower, a head that pools the patches, and
+# the temperature of the two
 SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head\..+", None),
                 (r"vision_model\.(.+)", r"\1")]
 
@@ -397,11 +415,11 @@ SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head
 class SigLIP2(nn.Module):
     """The vision tower of SigLIP and SigLIP2 of fixed size.
 
-    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n = h·w
-    patches row by row, after the last norm as the hub's last_hidden_state;
+    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n =
+    h·w patches row by row, after the last norm as the hub's last_hidden_state;
     post_norm=False: before it.
-    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm, as
-    the published TrajVLM reads."""
+    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm,
+    as the published TrajVLM reads."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -446,12 +464,12 @@ def resize(video, size):
 # -----------------------------------------------------------------------------------------------------------
 
 class PlacedFeatures(nn.Module):
-    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes of
-    frame, row and column.
+    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes
+    of frame, row and column.
 
-    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's
-    normed features is nine tenths as long as they are; beside it a decoder that trains
-    for minutes does not see the colours."""
+    CHOICE: of frozen features the mean is taken off. The mean of a nano
+    segmenter's normed features is nine tenths as long as they are; beside it a
+    decoder that trains for minutes does not see the colours."""
 
     def __init__(self, dim):
         super().__init__()
@@ -461,9 +479,9 @@ class PlacedFeatures(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features):
-        """Mean and deviation of each channel, of the first batch in all processes. A
-        deviation is at least 0.1: a batch that shows nothing must not make later
-        features huge."""
+        """Mean and deviation of each channel, of the first batch in all
+        processes. A deviation is at least 0.1: a batch that shows nothing must
+        not make later features huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
         sums = trajtok.all_reduce([len(x), *x.sum(0).tolist(), *x.square().sum(0).tolist()], x.device)
         mean, square = (torch.tensor(sums[1:]) / sums[0]).chunk(2)
@@ -477,11 +495,12 @@ class PlacedFeatures(nn.Module):
 
 
 class Project(nn.Module):
-    """SwiGLU from d to the decoder's width, + sines of the window's number in its clip.
+    """SwiGLU from d to the decoder's width, + sines of the window's number in its
+    clip.
 
-    The output starts as large as a row of the decoder's table of words: both enter the
-    same stream. CHOICE: the time stamp says the same in words, but reading it takes a
-    layer of attention."""
+    The output starts as large as a row of the decoder's table of words: both
+    enter the same stream. CHOICE: the time stamp says the same in words, but
+    reading it takes a layer of attention."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -502,13 +521,13 @@ class Project(nn.Module):
 
 
 class TrajectoryConnector(nn.Module):
-    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w), window (v,): its number in
-    its clip -> (N, width).
+    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w), window (v,): its
+    number in its clip -> (N, width).
 
-    Window after window, m tokens of each live trajectory, in order of their numbers.
-    PAPER: a depth-2 Perceiver under hard masks. CHOICE: a token starts at the mean
-    under the hard mask: a soft mean would send gradient into a segmenter that is
-    frozen."""
+    Window after window, m tokens of each live trajectory, in order of their
+    numbers. PAPER: a depth-2 Perceiver under hard masks. CHOICE: a token starts
+    at the mean under the hard mask: a soft mean would send gradient into a
+    segmenter that is frozen."""
 
     def __init__(self, dim, shape, m, width):
         super().__init__()
@@ -527,8 +546,8 @@ class TrajectoryConnector(nn.Module):
         return self.m * self.alive(ids).sum(1)
 
     def owner(self, ids):
-        """(v, t, h, w): which of all live trajectories, counted over the windows, each
-        cell belongs to."""
+        """(v, t, h, w): which of all live trajectories, counted over the windows,
+        each cell belongs to."""
         alive = self.alive(ids)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
@@ -544,8 +563,8 @@ class TrajectoryConnector(nn.Module):
 
 
 class PatchConnector(nn.Module):
-    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t', h', w')
-    -> (v t' h' w', width)."""
+    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t',
+    h', w') -> (v t' h' w', width)."""
     m = 1
 
     def __init__(self, dim, grid, width):
@@ -557,6 +576,8 @@ class PatchConnector(nn.Module):
         return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
 
     def owner(self, ids):
+        """(v, t, h, w): the token, counted over the windows, that each cell is
+        pooled into."""
         cells = torch.arange(float(len(ids) * math.prod(self.grid))).view(len(ids), 1, *self.grid)
         return F.interpolate(cells, size=ids.shape[1:])[:, 0].long().to(ids.device)
 
@@ -585,6 +606,8 @@ class VLM(nn.Module):
         x = self.decoder.embed_tokens(ids)
         if seen is None:
             return x
+        # only vision runs here, with gradient; the frozen segmenter ran in
+        # `perceive`
         features = self.vision(seen["video"]) if self.vision else seen["features"]
         tokens = self.connector(features, seen["ids"], seen["window"]).to(x.dtype)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
@@ -593,21 +616,22 @@ class VLM(nn.Module):
         """-> -log p of each answer's tokens, on average over them (b,)."""
         wanted = targets >= 0
         losses = self.decoder(self.embed(ids, visual, seen), targets)
+        # losses stand row by row: add up those of each row
         row = wanted.nonzero()[:, 0]
         return losses.new_zeros(len(ids)).index_add(0, row, losses) / wanted.sum(1)
 
 
 def grid_side(segmenter, vision):
-    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's grid, as
-    its 27 is half of 56."""
+    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's
+    grid, as its 27 is half of 56."""
     return vision.cfg.side if vision else segmenter.cfg.image_size // 8
 
 
 @torch.no_grad()
 def segment_windows(segmenter, video, side):
-    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids
-    (v, t, h, w), h = w = side. As published, logits are resized to the vision grid, and
-    then the argmax is taken."""
+    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d)
+    and ids (v, t, h, w), h = w = side. As published, logits are resized to the
+    vision grid, and then the argmax is taken."""
     seg = segmenter(resize(video, segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
@@ -620,7 +644,7 @@ def segment_windows(segmenter, video, side):
 def assemble(cfg, decoder, segmenter, vision):
     """-> VLM with the connector that the configuration names."""
     decoder.recompute = cfg.recompute
-    if segmenter is None:
+    if cfg.connector == "blind":
         return VLM(decoder)
     segmenter.requires_grad_(False)
     width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
@@ -638,8 +662,8 @@ def assemble(cfg, decoder, segmenter, vision):
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """Trains a language model that reads a video through trajectories, through patches,
-    or not at all."""
+    """Trains a language model that reads a video through trajectories, through
+    patches, or not at all."""
     size: str = "nano"                      # one of VLM_SIZES: nano, 0.6b, 1.7b, 4b
     connector: str = "trajtok"              # trajtok, patch, or blind (no video)
     data: str = "world"                     # made stories, or a manifest with `conversations` or `qa`
@@ -660,11 +684,12 @@ class VLMConfig:
     patch_side: int = 2                     # ... and along a side of the picture
     questions: int = 6                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
-    # the training: captions first, then questions; each part has a rate in either stage
+    # the training: captions first, then questions; each part has a rate in either
+    # stage
     caption_steps: int = 0                  # steps of the first stage
     steps: int = 480                        # steps of the second stage
     batch: int = 16                         # clips a step of each process
-    lr: float = 1.0                         # a factor of the size's rates, see RATES
+    lr: float = 1.0                         # a factor of the size's rates, see NANO_RATES
     warmup: int = 20                        # steps of linear warm-up in each stage; then a cosine to 1 %
     weight_decay: float = 0.02              # on matrices
     clip: float = 1.0                       # largest gradient norm
@@ -688,8 +713,8 @@ class VLMConfig:
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
             raise BadInput(f"--frames {self.frames}: give a multiple of --window {self.window}")
-        if self.data == "world" and (self.vision or self.frames < 8):
-            raise BadInput("--data world: leave out --vision, and give at least --frames 8")
+        if self.data == "world" and (self.vision or self.frames < 8 or 8 % self.window):
+            raise BadInput("--data world: no --vision, --frames 8 or more, and a --window that divides 8")
         if not self.segmenter and (self.size != "nano" or self.data != "world"):
             raise BadInput("--segmenter: give a folder of `trajtok.py pretrain`, or the authors' file")
         if self.size != "nano" and not (self.decoder and self.vision):
@@ -699,18 +724,18 @@ class VLMConfig:
 FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
             patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
-# peak learning rates of connector, vision and decoder, on captions and on questions.
-# PAPER: the published ones. CHOICE: nano learns from random weights, and goes straight
-# to the questions.
+# peak learning rates of connector, vision and decoder, on captions and on
+# questions. PAPER: the published ones. CHOICE: nano learns from random weights,
+# and goes straight to the questions.
 PUBLISHED_RATES = (dict(connector=2e-4, vision=6e-6, decoder=2e-5),
                    dict(connector=5e-6, vision=5e-6, decoder=1e-5))
 NANO_RATES = (dict(connector=2e-3, vision=0.0, decoder=2e-3),) * 2
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Clips and what is asked about them. A batch is a dict: caption and qa of each clip,
-# times of its frames (seconds); video (b, T, H, W, 3); or, of made stories, features
-# and ids of their windows
+# Clips and what is asked about them. A batch is a dict: caption and qa of each
+# clip, times of its frames (seconds); video (b, T, H, W, 3); or, of made stories,
+# features and ids of their windows
 # -----------------------------------------------------------------------------------------------------------
 
 def story_world(frames, size=64):
@@ -724,25 +749,23 @@ def cut_windows(video, window):
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a dict for each. The segmenter is frozen:
-    it sees them once, here."""
-    world = story_world(frames, segmenter.cfg.image_size if segmenter else 64)
+    """Stories first .. first + count - 1 -> a dict for each. The segmenter is
+    frozen: it sees them once, here."""
+    # at most 256 frames at once: the pixels of thousands of clips would not fit
+    # into memory
+    world, clips = story_world(frames, segmenter.cfg.image_size), []
     batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
-    clips = []
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
-        batch = batches[i]
-        some = [dict(caption=caption, qa=qa) for caption, qa in zip(batch["caption"], batch["qa"])]
-        clips += some
-        if segmenter is None:
-            continue
-        video = cut_windows(data.finish(batch, device)["video"], cfg.window)
+        batch = data.finish(batches[i], device)
         with trajtok.precision(device, cfg.bf16):
+            video = cut_windows(batch["video"], cfg.window)
             features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
         # half precision and short numbers: thousands of windows are kept
-        features, ids = features.to("cpu", torch.float16), ids.to("cpu", torch.int16)
-        windows = len(ids) // len(some)
-        for clip, f, own in zip(some, features.split(windows), ids.split(windows)):
-            clip.update(features=f, ids=own)
+        windows = frames // cfg.window
+        features = features.to("cpu", torch.float16).split(windows)
+        ids = ids.to("cpu", torch.int16).split(windows)
+        for own in zip(batch["caption"], batch["qa"], features, ids):
+            clips.append(dict(zip(("caption", "qa", "features", "ids"), own)))
     return clips
 
 
@@ -753,11 +776,11 @@ def join_stories(clips, frames):
 
 
 class StoryBatches(Dataset):
-    """Batch i for training: a length and some of its clips, drawn from (seed, step).
-    Batches step·world and on are those of one step, and of one length.
+    """Batch i for training: a length and some of its clips, drawn from (seed,
+    step). Batches step·world and on are those of one step, and of one length.
 
-    CHOICE: the shortest clips alone for the first two fifths: to find the right token
-    among six is learnt in minutes, among sixty not."""
+    CHOICE: the shortest clips alone for the first two fifths: to find the right
+    token among six is learnt in minutes, among sixty not."""
 
     def __init__(self, stories, cfg, world):
         self.stories, self.cfg, self.world = stories, cfg, world
@@ -772,9 +795,11 @@ class StoryBatches(Dataset):
 
 
 def open_stories(cfg, segmenter, world, device):
-    """-> batches for training, held-out batches. Of stories n times as long there are 1
-    / sqrt(n) as many."""
+    """-> batches for training, held-out batches. Of stories n times as long there
+    are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
+    # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part
+    # of another
     for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
         count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
         stories[frames] = draw_stories(cfg, segmenter, frames, data.TRAIN + 10_000_000 * place, count, device)
@@ -784,7 +809,8 @@ def open_stories(cfg, segmenter, world, device):
 
 
 def open_films(cfg, size, world):
-    """Manifests -> batches of captions, batches of questions, held-out batches."""
+    """Manifests -> batches of captions, batches of questions, held-out
+    batches."""
     def batches(some, train=True):
         sets = []
         for image in (False, True):
@@ -796,6 +822,8 @@ def open_films(cfg, size, world):
         return ConcatDataset(sets)
 
     entries = data.read_manifest(cfg.data)
+    # `qa` holds single questions, `conversations` lists of turns: both become
+    # talks
     for entry in entries:
         entry["qa"] = entry.get("qa", []) + entry.get("conversations", [])
     entries = [entry for entry in entries if entry["qa"]]
@@ -819,10 +847,12 @@ def turns_of(talk):
 
 
 def add_options(entries):
-    """Give each last question that has no options its answer and three others to choose
-    from, in a fixed order."""
+    """Give each last question that has no options its answer and three others to
+    choose from, in a fixed order."""
     turns = [turns_of(talk)[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
+        # answers to questions of the same type: others could be told apart
+        # without the video
         others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
         rng = np.random.default_rng(number)
         some = rng.permutation(sorted(others - {turn["answer"]}))[:3].tolist()
@@ -830,11 +860,13 @@ def add_options(entries):
 
 
 def perceive(batch, model, cfg, device):
-    """A batch -> what the model sees of its v windows (None: blind), and of each clip
-    the windows as chat wants them: time stamp and numbers of the visual tokens."""
+    """A batch -> what the model sees of its v windows (None: blind), and of each
+    clip the windows as chat wants them: time stamp and numbers of the visual
+    tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
     seen = {}
+    # real clips come as pixels; stories were segmented before the training
     if "video" in batch:
         seen["video"] = cut_windows(batch["video"], cfg.window).to(device)
         with trajtok.precision(device, cfg.bf16):
@@ -843,6 +875,8 @@ def perceive(batch, model, cfg, device):
     else:
         seen["features"] = torch.cat(batch["features"]).float().to(device)
         seen["ids"] = torch.cat(batch["ids"]).long().to(device)
+    # visual tokens are numbered over the whole batch, clip after clip and window
+    # after window
     windows, numbers, last = [], [], 0
     counts = iter(model.connector.counts(seen["ids"]).tolist())
     for times in batch["times"]:
@@ -861,8 +895,8 @@ def perceive(batch, model, cfg, device):
 # -----------------------------------------------------------------------------------------------------------
 
 def pretrain_segmenter(cfg):
-    """The folder of the segmenter that --segmenter leaves out. All runs with the same
-    --out share it."""
+    """The folder of the segmenter that --segmenter leaves out. All runs with the
+    same --out share it."""
     folder = Path(cfg.out) / f"segmenter-vlm-{cfg.segmenter_steps}"
     if not (folder / "result.json").exists():
         trajtok.pretrain(trajtok.PretrainConfig(
@@ -873,14 +907,12 @@ def pretrain_segmenter(cfg):
 
 
 def open_parts(cfg):
-    """-> tokenizer, decoder, segmenter and vision, the last two None where there is
-    none."""
+    """-> tokenizer, decoder, segmenter, and vision (None: the segmenter's
+    features)."""
     encoding = load_tokenizer(cfg.tokenizer or cfg.decoder or "world")
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
         raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
-    if cfg.connector == "blind":
-        return encoding, decoder, None, None
     if Path(cfg.segmenter).is_file():
         segmenter = trajtok.load_official_segmenter(cfg.segmenter)
     else:
@@ -889,10 +921,11 @@ def open_parts(cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW; a group for each part and kind, since each part has its rate; weight decay
-    on matrices alone."""
+    """AdamW; a group for each part and kind, since each part has its rate; weight
+    decay on matrices alone."""
     groups = {}
     for name, p in model.named_parameters():
+        # the segmenter is frozen
         if p.requires_grad:
             decay = cfg.weight_decay if p.dim() > 1 else 0.0
             groups.setdefault((name.split(".")[0], decay), []).append(p)
@@ -901,8 +934,9 @@ def make_optimizer(model, cfg):
 
 
 def set_rates(optimizer, step, cfg):
-    """The learning rates of this step. Captions and questions each warm up, and end at
-    1 %."""
+    """The learning rates of this step. Captions and questions each warm up, and
+    end at 1 %."""
+    # 0: captions, 1: questions
     stage = int(step >= cfg.caption_steps)
     steps = cfg.steps if stage else cfg.caption_steps
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
@@ -913,8 +947,8 @@ def set_rates(optimizer, step, cfg):
 
 
 def training_rows(batch, windows, encoding, cfg, step):
-    """cfg.questions conversations of each clip, drawn at random, again from the start
-    where a clip has fewer. Of which process a clip is does not matter."""
+    """cfg.questions conversations of each clip, drawn at random, again from the
+    start where a clip has fewer. Of which process a clip is does not matter."""
     rank, world = ranks()
     rows = []
     for i, own in enumerate(windows):
@@ -930,8 +964,9 @@ def training_rows(batch, windows, encoding, cfg, step):
 def train(cfg, folder):
     device = trajtok.setup(cfg)
     rank, world = ranks()
+    # 1. the parts, the clips, the model
     encoding, decoder, segmenter, vision = open_parts(cfg)
-    segmenter = segmenter and segmenter.to(device)
+    segmenter.to(device)
     if cfg.data == "world":
         questions, held_out = open_stories(cfg, segmenter, world, device)
         captions = questions
@@ -947,6 +982,7 @@ def train(cfg, folder):
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
     print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
+    # 2. batches of captions, then of questions, from the step on that was saved
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
     batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
@@ -955,21 +991,28 @@ def train(cfg, folder):
     for step, batch in enumerate(batches, first):
         damage.add(batch["bad"])
         set_rates(optimizer, step, cfg)
+        # 3. what is seen, and one conversation a row
         seen, windows = perceive(batch, model, cfg, device)
         rows = training_rows(batch, windows, encoding, cfg, step)
         ids, visual, targets = lay_out(rows, encoding, decoder.cfg.max_position_embeddings, device)
         if step == 0 and seen and not vision:
             model.connector.features.calibrate(seen["features"])
+        # 4. forward, backward, step
         model.train()
         optimizer.zero_grad()
         with trajtok.precision(device, cfg.bf16):
+            # every process has as many rows: the mean over processes is that of
+            # the whole batch
             loss = model(ids, visual, targets, seen).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        # of sharded gradients the norm is a sum over processes that is still to
+        # be made
         norm = norm.full_tensor() if world > 1 else norm
         terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
         optimizer.step()
+        # 5. the log, the checkpoint
         clips, seconds, mark = len(windows) * world, time.time() - mark, time.time()
         terms |= dict(lr=optimizer.param_groups[0]["lr"], visual_tokens=int((visual >= 0).sum()) / len(rows),
                       clips=clips, seconds=seconds, clips_per_second=clips / seconds,
@@ -992,9 +1035,9 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """Each layer of decoder and vision is a unit: of those that do not compute just now
-    a process holds its share. The segmenter is small and runs outside of forward: every
-    process keeps it whole."""
+    """Each layer of decoder and vision is a unit: of those that do not compute
+    just now a process holds its share. The segmenter is small and runs outside of
+    forward: every process keeps it whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
@@ -1004,13 +1047,14 @@ def shard(model, device, cfg):
     layers = [*model.decoder.layers, *(model.vision.encoder["layers"] if model.vision else ())]
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # what is ignored stays an ordinary parameter in every process
     whole = set(model.segmenter.parameters()) if model.segmenter else set()
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. Shards are gathered, so that any number of processes
-    can go on from the file."""
+    """As trajtok.save_checkpoint. Shards are gathered, so that any number of
+    processes can go on from the file."""
     if ranks()[1] == 1:
         return trajtok.save_checkpoint(folder, model, optimizer, step)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1037,22 +1081,20 @@ def restore(folder, model, optimizer):
 
 @torch.no_grad()
 def score(model, rows, seen, encoding, cfg, device):
-    """-log p of the answers in each conversation, summed over their tokens (list).
-    About 32 000 tokens at once."""
-    costs = []
-    at_once = max(1, 32_000 // max(len(row) for row in rows))
+    """-log p of the answers in each conversation, summed over their tokens -> a
+    list. About 32 000 tokens go through the model at once."""
+    costs, at_once = [], max(1, 32_000 // max(len(row) for row in rows))
     for i in range(0, len(rows), at_once):
-        context = model.decoder.cfg.max_position_embeddings
-        ids, visual, targets = lay_out(rows[i:i + at_once], encoding, context, device)
+        some = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.max_position_embeddings, device)
         with trajtok.precision(device, cfg.bf16):
-            mean = model(ids, visual, targets, seen)
-        costs += (mean * (targets >= 0).sum(1)).tolist()
+            mean = model(*some, seen)
+        costs += (mean * (some[2] >= 0).sum(1)).tolist()
     return costs
 
 
 def evaluate(model, held_out, encoding, cfg, device, damage):
-    """Each held-out question is answered by its most likely option -> a dict for each
-    question."""
+    """Each held-out question is answered by its most likely option -> a dict for
+    each question."""
     model.eval()
     answers = []
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
@@ -1061,6 +1103,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         if not batch["qa"]:                                     # no file of this batch could be read
             continue
         seen, windows = perceive(batch, model, cfg, device)
+        # a row for each option of each question
         rows, asked = [], []
         for talks, times, own in zip(batch["qa"], batch["times"], windows):
             for *before, turn in map(turns_of, talks):
@@ -1069,6 +1112,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         costs = score(model, rows, seen, encoding, cfg, device)
         for turn, frames in asked:
             options = turn["options"]
+            # the options' costs stand in the order of the questions
             own, costs = costs[:len(options)], costs[len(options):]
             right = options[own.index(min(own))] == turn["answer"]
             kind = turn.get("type", "question")
@@ -1077,8 +1121,8 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
 
 
 def accuracies(answers):
-    """-> accuracy and chance of all questions, of each type and of each length, as one
-    flat dict."""
+    """-> accuracy and chance of all questions, of each type and of each length,
+    as one flat dict."""
     groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
         for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
@@ -1117,23 +1161,14 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
 # -----------------------------------------------------------------------------------------------------------
 
 def open_model(folder, device="cpu"):
-    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names
-    must still be there."""
+    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it
+    names must still be there."""
     saved = trajtok.read_json(Path(folder) / "config.json")
     if "connector" not in saved:
         raise BadInput(f"--model {folder}: not a run of train_vlm.py")
     cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
     encoding, *parts = open_parts(cfg)
     return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
-
-
-def clip_to_ask(path, cfg, size):
-    """A video or a picture -> a batch of one clip, whose frames fill whole windows."""
-    picture = Path(path).suffix.lower() in data.IMAGE_SUFFIXES
-    frames = 1 if picture else min(cfg.frames, len(data.frame_times(path)))
-    frames -= frames % cfg.window if frames > cfg.window else 0
-    video, times = data.decode(path, frames, size)
-    return dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
 
 
 def attended(cache):
@@ -1150,8 +1185,8 @@ def attended(cache):
 
 @torch.no_grad()
 def ask(argv):
-    """Ask a trained model about a video: the answer is printed as it is made, and a
-    picture shows what was read."""
+    """Ask a trained model about a video. The answer is printed, and a picture shows what it
+    attended to."""
     parser = argparse.ArgumentParser(prog="train_vlm.py ask", description=ask.__doc__)
     parser.add_argument("clip", help="a video or a picture")
     parser.add_argument("question", help='"What moves?"')
@@ -1161,27 +1196,33 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
+    # a picture, or frames that fill whole windows
+    picture = Path(args.clip).suffix.lower() in data.IMAGE_SUFFIXES
+    frames = 1 if picture else min(cfg.frames, len(data.frame_times(args.clip)))
+    frames -= frames % cfg.window if frames > cfg.window else 0
     size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
-    batch = clip_to_ask(args.clip, cfg, size)
+    video, times = data.decode(args.clip, frames, size)
+    batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
     seen, windows = perceive(batch, model, cfg, device)
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
-    cache, weights = model.decoder.empty_cache(), []
+    cache, weights, answer = model.decoder.empty_cache(), [], []
+    # the newest position is the one that predicts the next token of the answer
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
         weights.append(attended(cache)[:len(prompt)])
-        print(encoding.decode([token]), end="", flush=True)
+        answer.append(token)
     weights.append(attended(cache)[:len(prompt)])
+    # not token by token: one may end within a character
+    print(encoding.decode(answer))
     visual = visual[0] >= 0
-    frames = batch["video"].shape[1]
-    print(f"\n{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
+    print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if seen is None:
         return
     # one weight for each trajectory or patch; those above the mean are painted
     weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
     owner = model.connector.owner(seen["ids"]).flatten(0, 1)
     owner = torch.where((weight >= weight.mean())[owner], owner, -1)
-    video = batch["video"][0].numpy()
     owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
     path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1200,8 +1241,9 @@ def main(argv=None):
     folder = trajtok.run_folder(cfg, "vlm", f"-{cfg.connector}")
     if cfg.resume:
         cfg = trajtok.resumed(cfg, folder, argv)
-    if cfg.connector != "blind" and not cfg.segmenter:
+    if not cfg.segmenter:
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
+    # the segmenter was pre-trained by one process; now several may begin
     trajtok.launch(cfg)
     try:
         train(cfg, folder)
