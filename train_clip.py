@@ -717,7 +717,7 @@ def evaluate(model, held_out, cfg, device, encoding):
         known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
         result["zero_shot"] = sum(known) / len(known)
     if hasattr(held_out, "world"):
-        result |= probe(model, clips, held_out.world, cfg, device) | (data.known_controls(held_out.world) or {})
+        result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
     masks = []
     if hasattr(model.video.tokenizer, "segmenter"):
         scores, masks = trajtok.evaluate_segmenter(model.video.tokenizer.segmenter, held_out, device)
