@@ -128,7 +128,7 @@ class ClipConfig:
         if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
             raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}, or FILE.py:CLASS")
         ablated = not (self.detach and self.hierarchical and self.hard_mask and self.mean_start)
-        if self.tokenizer in OTHERS and (ablated or self.init_segmenter):
+        if self.tokenizer in OTHERS and (ablated or self.places or self.path or self.init_segmenter):
             raise BadInput(f"--tokenizer {self.tokenizer}: has no segmenter to change or to load")
         if self.freeze_segmenter and not (self.init_segmenter or self.init):
             raise BadInput("--freeze-segmenter: would freeze random weights; give --init-segmenter RUN")
@@ -839,7 +839,8 @@ def train(cfg, folder):
             left = (time.time() - began) / (step + 1 - first) * (cfg.steps - 1 - step)
             keys = [key for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
             shown = "  ".join(f"{key} {terms[key]:.3f}" for key in keys)
-            print(f"step {step:5d}/{cfg.steps}  {shown}  {clips / seconds:.0f} clips/s  {left:.0f} s left", flush=True)
+            pace = f"{clips / seconds:.0f} clips/s  {left:.0f} s left"
+            print(f"step {step:5d}/{cfg.steps}  {shown}  {pace}", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             trajtok.save_checkpoint(folder, model, optimizer, step + 1)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
@@ -927,9 +928,10 @@ def report(result, folder):
     print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
           f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
           f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
-    print(f"wrote {folder}/: result.json; look at found.png (three captions and the clips that they find), "
-          "trajectories.png, curves.svg")
-    print(f"next: python trajtok.py show world --weights {folder}")
+    print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips that they find)")
+    if result["veq"] is not None:
+        print(f"and trajectories.png; next: python trajtok.py show world --weights {folder}")
+    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" --seeds 0 1 --json out/compare.json')
 
 
 # -----------------------------------------------------------------------------------------------------------

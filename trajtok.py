@@ -728,8 +728,9 @@ def resumed(cfg, folder, argv):
 
 
 def open_run(folder, cfg, **more):
-    """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there already
-    is not overwritten. manifest, in `more`: data.fingerprint of what it learns from, which a resumed run keeps."""
+    """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there
+    already is not overwritten. manifest, in `more`: data.fingerprint of what it learns from, which a resumed
+    run keeps."""
     config = folder / "config.json"
     if ranks()[0]:
         return
@@ -903,7 +904,7 @@ def aligned(lines):
 class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world`, or a manifest or folder with mask sidecars; several with commas
+    data: str = "world"                 # `world`, or a manifest or folder with masks; several with commas
     mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
     val: str | None = None              # a manifest of held-out clips; default: a part of --data
     name: str | None = None             # the run's folder is out/segmenter-<name>
@@ -1211,7 +1212,7 @@ def compare(argv):
     line of shell. The JSON: {command, hardware, rows: [{name, flags, results: [result.json of each
     seed]}]}."""
     parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
-    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='"detach: --no-detach"; "base:" has none')
+    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
     parser.add_argument("--json", default="out/compare.json", help="where results are kept")
