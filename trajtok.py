@@ -719,12 +719,19 @@ def run_folder(cfg, script, suffix=""):
 
 def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, and above it the flags that were given now."""
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{folder}: no run to go on with; leave --resume out to start one")
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
+    if "size" not in saved:
+        raise BadInput(f"{folder}: holds no run of a training script")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
+
+
+def make_folder(folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}); give another") from None
 
 
 def open_run(folder, cfg, **more):
@@ -736,12 +743,11 @@ def open_run(folder, cfg, **more):
         return
     if config.exists() and not (cfg.resume or cfg.overwrite):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
+    if cfg.resume and cfg.overwrite:
+        raise BadInput("--resume goes on with a run, --overwrite starts it again: give one of them")
     if cfg.resume and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make {folder} ({error.strerror})") from None
+    make_folder(folder)
     for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors") if cfg.overwrite else ():
         (folder / name).unlink(missing_ok=True)
     write_json(config, {**dataclasses.asdict(cfg), **more})
@@ -776,7 +782,14 @@ def load_checkpoint(folder, model, optimizer):
     except Exception as error:
         raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    # what the flags say now holds: learning rates and weight decay
+    groups = [{key: group[key] for key in ("scale", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise BadInput(f"{path}: other parameters were trained ({error}); resume with the flags of the run") from None
+    for group, flags in zip(optimizer.param_groups, groups):
+        group.update(flags)
     return state["step"]
 
 
@@ -1125,7 +1138,7 @@ def show(cfg):
         return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
 
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
-    base.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(base.parent)
     began = time.time()
     with film(f"{base}.mp4", rate) as add, torch.no_grad(), precision(device):
         painter = Painter(add, tokenizer.cfg.num_queries)
@@ -1137,6 +1150,7 @@ def show(cfg):
         else:
             tokens = tokenizer.stream(read, m, each=painter)
     video, ids = (np.stack(parts) for parts in zip(*painter.kept))
+    rows = {name: labels[::painter.every] for name, labels in rows.items()}
     sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
     write_png(f"{base}.png", sheet)
     trajectories = tokens.trajectory[tokens.mask].unique()
@@ -1154,7 +1168,9 @@ def summary(rows):
     """rows [{name, results: [result.json of each seed]}] -> lines of a table: a score a line, a row of the
     comparison a column: mean +- deviation over seeds; behind it the difference to the first row, and a star
     if it is larger than twice its standard error."""
-    scores = [k for k, x in rows[0]["results"][0].items() if isinstance(x, (int, float)) and k != "seed"]
+    scores = {}
+    for result in (result for row in rows for result in row["results"]):
+        scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for score in scores:
         cells, first = [score], None
@@ -1200,8 +1216,16 @@ def table(argv):
         if Path(name).is_dir():
             rows.append(dict(name=Path(name).name, results=[read_json(Path(name) / "result.json")]))
         else:
-            rows += read_json(name)["rows"]
+            rows += read_rows(name)
     print("\n".join(summary(rows)))
+
+
+def read_rows(path):
+    """The rows of a JSON that compare wrote."""
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(row.get("results") for row in rows):
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
+    return rows
 
 
 def compare(argv):
@@ -1219,8 +1243,8 @@ def compare(argv):
     parser.add_argument("--out", default="out", help="where the runs are kept")
     args = parser.parse_args(argv)
     path = Path(args.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_json(path)["rows"] if path.exists() else []
+    make_folder(path.parent)
+    rows = read_rows(path) if path.exists() else []
     for text in args.rows:
         name, colon, flags = (part.strip() for part in text.partition(":"))
         if not (name and colon):
@@ -1247,7 +1271,10 @@ def hardware():
 def train_row(args, name, flags, seed):
     """One row and seed -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
-    command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
+    try:
+        command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
+    except ValueError as error:
+        raise BadInput(f"compare {flags!r}: {error}") from None
     command += ["--name", name, "--out", args.out, "--overwrite"]
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
