@@ -718,7 +718,8 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
     labels = sorted({label for label in clips.get("label", []) if label})
     if labels:
         # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
-        classes = embed_texts(model, [cfg.prompt.replace("{}", label) for label in labels], cfg, device, encoding)
+        prompts = [cfg.prompt.replace("{}", label) for label in labels]
+        classes = embed_texts(model, prompts, cfg, device, encoding)
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
         known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
         result["zero_shot"] = sum(known) / len(known)
@@ -936,10 +937,10 @@ def report(result, folder):
     print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
           f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
           f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
-    print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips that they find)")
+    print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips they find)")
     if result["veq"] is not None:
         print(f"and trajectories.png; next: python trajtok.py show world --weights {folder}")
-    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" --seeds 0 1 --json out/compare.json')
+    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" --seeds 0 1')
 
 
 # -----------------------------------------------------------------------------------------------------------

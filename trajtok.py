@@ -787,7 +787,7 @@ def load_checkpoint(folder, model, optimizer):
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
-        raise BadInput(f"{path}: other parameters were trained ({error}); resume with the flags of the run") from None
+        raise BadInput(f"{path}: is of a run that trained other parameters ({error})") from None
     for group, flags in zip(optimizer.param_groups, groups):
         group.update(flags)
     return state["step"]
