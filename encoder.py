@@ -85,7 +85,7 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
 
 
 class TrajectoryAttention(CrossAttention):
-    """CrossAttention under the hard mask. Latents (b, K·m, d), points (b, n, d), ids (b, n) -> (b, K·m, d)."""
+    """CrossAttention under the hard mask: latents (b, K·m, d), points (b, n, d), ids (b, n) -> (b, K·m, d)"""
 
     def __init__(self, cfg):
         super().__init__(cfg)
