@@ -1506,6 +1506,9 @@ def pair(question, answer, source):
     if not is_text(question) or not is_text(answer):
         raise ValueError
     more = {key: source[key] for key in ("type", "options") if key in source}
+    options = more.get("options", [answer])
+    if not isinstance(options, list) or answer not in options or not all(map(is_text, options)):
+        raise ValueError
     return dict(question=question, answer=answer) | more
 
 
@@ -1987,9 +1990,13 @@ def usable_entries(name, need):
     if labels:
         print(f"{name}: of {len(labels)} clips the label is the caption")
     lacking = [entry["path"] for entry in entries if not entry[need]]
-    if lacking:
+    usable = [entry for entry in entries if entry[need]]
+    # a video that `label` could not label is left out; a caption was forgotten
+    if lacking and (need == "caption" or not usable):
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
-    return entries
+    if lacking:
+        print(f"{name}: {len(lacking)} of {len(entries)} files have no {need} and are left out")
+    return usable
 
 
 def read_shares(cfg, names):
@@ -2055,6 +2062,7 @@ def fingerprint(data, val=None):
     for name in sets_of(data) + ([val] if val else []):
         for entry in [] if name == "world" else read_manifest(name):
             told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
+            told += [entry.get("qa"), entry.get("conversations")]
             crc = zlib.crc32(json.dumps(told).encode(), crc)
     return f"{crc:08x}"
 

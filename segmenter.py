@@ -546,12 +546,3 @@ def best_overlaps(pred, gt, first=0):
         occurs = inter.any(1)
         best += iou[first:][occurs[first:]].amax(1).tolist()
     return best
-
-
-def grid_tubes(shape, rows, columns):
-    """A baseline beside segmentation scores: the frame cut into rows x columns cells, the same in all frames
-    of shape (b, t, H, W) -> int64 ids of that shape."""
-    h, w = shape[-2:]
-    y = torch.arange(h) * rows // h
-    x = torch.arange(w) * columns // w
-    return (y[:, None] * columns + x).expand(shape)

@@ -480,25 +480,6 @@ def test_impossible_worlds_are_refused(change):
         data.World(**change)
 
 
-def test_talks_are_read_and_written(tmp_path, capsys):
-    """Catches: rows in the form of LLaVA that lose a turn, keep the video's mark in the question, or are read although they are wrong; questions
-    that `make` writes and that are not those of the clips."""
-    turns = [{"from": "human", "value": "<video>\nWhat moves?", "type": "what"}, {"from": "gpt", "value": "a star"},
-             {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "left"}]
-    read, = data.read_manifest(manifest(tmp_path / "m.jsonl", [dict(video="a.mp4", conversations=turns)]))
-    assert read["talk"] == [dict(question="What moves?", answer="a star", type="what"), dict(question="Where?", answer="left")]
-    for wrong in (turns[:1], turns[1:], [], [turns[0] | dict(value="<video>\n"), turns[1]], "text", [turns[0], turns[1] | dict(value=3)]):
-        if wrong == []:
-            continue                                             # an empty list says nothing, like a key that is not there
-        with pytest.raises(BadInput, match="line 1.*conversations"):
-            data.read_manifest(manifest(tmp_path / "bad.jsonl", [dict(video="a.mp4", conversations=wrong)]))
-    run(data.main, "make", "--story", "--clips", 2, "--frames", 8, "--acts", 2, "--out", tmp_path / "made", "--workers", 0)
-    rows = data.read_manifest(tmp_path / "made" / "qa.jsonl")
-    world = data.World(64, 8, 4, shared_colours=False, acts=2, story=True)
-    assert [row["talk"][0] for row in rows] == [{k: qa[k] for k in ("question", "answer", "type", "options")} for i in range(2) for qa in data.script(i, world)["qa"]]
-    assert all(Path(row["path"]).exists() for row in rows)
-
-
 def test_world_batches():
     """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the order."""
     world = data.World(size=32, frames=2)
@@ -1792,27 +1773,6 @@ def test_sam2_without_its_package(tmp_path, capsys, monkeypatch):
     wide(tmp_path / "a.mp4", 3)
     assert "pip install transformers" in refused(capsys, data.main, "label", tmp_path, "--sam2", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
-
-
-def test_make_anew_leaves_nothing_of_the_old_world(tmp_path):
-    """Catches: clips of other settings, beyond the number asked for at first, that pass for the new ones later."""
-    flags = ["make", "--out", tmp_path / "w", "--image-size", 32, "--workers", 0]
-    run(data.main, *flags, "--frames", 2, "--clips", 3)
-    run(data.main, *flags, "--frames", 4, "--clips", 1, "--overwrite")
-    run(data.main, *flags, "--frames", 4, "--clips", 3)
-    assert [data.video_header(e["path"])[0] for e in data.read_manifest(tmp_path / "w")] == [4, 4, 4]
-
-
-def test_a_film_that_hangs_is_given_up(monkeypatch):
-    """Catches: labels, or a film shown whole, that wait for ever for a frame which never comes."""
-    @contextlib.contextmanager
-    def opened(path):
-        stream = types.SimpleNamespace(average_rate=10, guessed_rate=10, duration=None, time_base=1, start_time=0)
-        yield types.SimpleNamespace(streams=types.SimpleNamespace(video=[stream]), duration=0, decode=lambda _: (time.sleep(6) for _ in range(2)))
-    monkeypatch.setattr(data, "opened", opened)
-    monkeypatch.setattr(data, "FILE_SECONDS", 0.2)
-    with pytest.raises(BadVideo, match="slow.mp4: not decoded within 0.2 s"):
-        list(data.read_frames("slow.mp4", 16))
 
 
 @pytest.fixture(autouse=True)

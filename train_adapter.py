@@ -538,6 +538,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         trajtok.at_least(self, 1, "clips segments crops epochs rates steps batch save_every heads")
+        trajtok.at_least(self, 0, "lr head_lr warmup weight_decay workers seed stride")
         if self.ask not in ASKED:
             raise BadInput(f"--ask {self.ask}: one of {', '.join(ASKED)}")
 
@@ -588,10 +589,9 @@ class Views(data.VideoBatches):
         entry = self.entries[number]
         views = []
         for start in self.starts:
-            video = data.decode(entry["path"], self.frames, self.size, start, self.stride, whole=True)[0]
             for place in self.places:
-                y, x = (round(place * (side - self.size)) for side in video.shape[1:3])
-                views.append(torch.from_numpy(video[:, y:y + self.size, x:x + self.size]))
+                video = data.decode(entry["path"], self.frames, self.size, start, self.stride, place)[0]
+                views.append(torch.from_numpy(video))
         return dict(video=torch.stack(views), labels=torch.empty(0), label=entry["label"])
 
 

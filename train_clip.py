@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import sys
 import time
@@ -122,6 +121,7 @@ class ClipConfig:
         trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads")
         trajtok.at_least(self, 1, "text_layers text_width text_length embed patch learned_tokens num_queries")
         trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride workers")
+        trajtok.at_least(self, 1, "image_size frames max_objects")
         trajtok.at_least(self, 0, "processes eval_every segmentation_weight dice_weight rlt_threshold")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
@@ -576,12 +576,18 @@ class Batch(NamedTuple):
     mask: torch.Tensor              # bool (b, s), True = a real token
 
 
-def encode(model, batch, m, cfg):
-    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log."""
+def embed_pairs(model, batch, m, cfg):
+    """-> unit vectors of videos and texts (b, e), number of tokens (b,), Segmentation or None."""
     with trajtok.precision(batch.video.device, cfg.bf16):
         # two towers; nothing but the vectors connects them
         video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
         text = model.embed_text(batch.ids, batch.mask)
+    return video, text, count, seg
+
+
+def encode(model, batch, m, cfg):
+    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log."""
+    video, text, count, seg = embed_pairs(model, batch, m, cfg)
     terms, segmentation = dict(tokens=count.float().mean().item()), video.new_zeros(())
     if seg is not None:
         terms["live"] = seg.alive.sum(1).float().mean().item()
@@ -610,7 +616,7 @@ def micro_batch_step(model, batch, m, cfg):
     v + dt · t. Nothing in the model is random once m is drawn, so the second embedding equals the first."""
     parts = [Batch(*part) for part in zip(*(x.split(cfg.micro_batch) for x in batch))]
     with torch.no_grad():                                                               # 1
-        vectors = [encode(model, part, m, cfg)[:2] for part in parts]
+        vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
     video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))
     contrastive = model.contrastive(gather(video), gather(text))                        # 2
     contrastive.backward()
@@ -674,6 +680,8 @@ def embed(model, batches, cfg, device, what, damage=None):
         if damage is not None:
             damage.add(batch["bad"])
         batch = data.finish(batch, device)
+        if not len(batch["video"]):                             # none of its files can be used
+            continue
         with trajtok.precision(device, cfg.bf16):
             vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
@@ -773,8 +781,12 @@ def count_flops(cfg):
     lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
     for name in TOKENIZERS:
         cells = [name]
+        plain = dict(recompute=False)
+        if name in OTHERS:                                      # flags of trajvit2 are not for them
+            plain |= dict.fromkeys(("places", "path"), False)
+            plain |= dict.fromkeys(("detach", "hierarchical", "hard_mask", "mean_start"), True)
         for t in lengths:
-            one = dataclasses.replace(cfg, tokenizer=name, frames=t, recompute=False)
+            one = dataclasses.replace(cfg, tokenizer=name, frames=t, **plain)
             with torch.device("meta"):
                 video = VideoEncoder(tokenizer_class(name)(one), one)
                 pixels = torch.zeros(1, t, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)

@@ -26,7 +26,6 @@ curves.svg, the loss, and accuracy.svg, the accuracy by length of the clip.
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -707,8 +706,8 @@ class VLMConfig:
     eval_clips: int = 96                    # held-out made stories of each length
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "batch frames window questions clips eval_clips save_every segmenter_steps")
-        trajtok.at_least(self, 0, "caption_steps steps warmup lr weight_decay clip seed processes workers")
+        trajtok.at_least(self, 1, "steps batch frames window questions clips eval_clips save_every segmenter_steps")
+        trajtok.at_least(self, 0, "caption_steps warmup lr weight_decay clip seed processes workers")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
@@ -1187,7 +1186,7 @@ def attended(cache):
 def ask(argv):
     """Ask a trained model about a video. The answer is printed, and a picture shows what it
     attended to."""
-    parser = argparse.ArgumentParser(prog="train_vlm.py ask", description=ask.__doc__)
+    parser = data.OneLineParser(prog="train_vlm.py ask", description=ask.__doc__, allow_abbrev=False)
     parser.add_argument("clip", help="a video or a picture")
     parser.add_argument("question", help='"What moves?"')
     parser.add_argument("--model", default="out/vlm-nano-trajtok", help="the folder of a run")

@@ -580,7 +580,8 @@ def choose_device(name):
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
+    # on a build of torch without GPUs even the switch is missing
+    except (RuntimeError, AssertionError, AttributeError):
         raise BadInput(f"--device {name}: not available here; give cpu, or leave it out") from None
 
 
@@ -719,9 +720,10 @@ def run_folder(cfg, script, suffix=""):
 
 def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, and above it the flags that were given now."""
-    saved = read_json(folder / "config.json")
+    config = folder / "config.json"
+    saved = read_json(config) if config.exists() else {}
     if "size" not in saved:
-        raise BadInput(f"{folder}: holds no run of a training script")
+        raise BadInput(f"{folder}: no run to go on with, or to score; train one first")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
@@ -745,7 +747,7 @@ def open_run(folder, cfg, **more):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
     if cfg.resume and cfg.overwrite:
         raise BadInput("--resume goes on with a run, --overwrite starts it again: give one of them")
-    if cfg.resume and read_json(config).get("manifest") != more.get("manifest"):
+    if cfg.resume and config.exists() and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
     make_folder(folder)
     for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors") if cfg.overwrite else ():
@@ -783,7 +785,8 @@ def load_checkpoint(folder, model, optimizer):
         raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
     # what the flags say now holds: learning rates and weight decay
-    groups = [{key: group[key] for key in ("scale", "weight_decay")} for group in optimizer.param_groups]
+    kept = ("scale", "weight_decay")
+    groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
@@ -947,7 +950,7 @@ class PretrainConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        at_least(self, 1, "batch steps save_every eval_clips num_queries max_objects")
+        at_least(self, 1, "batch steps save_every eval_clips num_queries max_objects frames image_size")
         at_least(self, 0, "warmup workers weight_decay stride seed lr clip")
 
 
@@ -1038,6 +1041,8 @@ def evaluate_segmenter(segmenter, batches, device):
     rows, pictures = [], []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
+        if not len(batch["video"]):                             # none of its files can be used
+            continue
         # of made clips objects alone: the ids of grounds come first
         first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device):
@@ -1201,10 +1206,14 @@ def star(a, b):
 
 
 def read_json(path):
+    """A JSON object from a file -> dict."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds no JSON object")
+    return value
 
 
 def table(argv):
