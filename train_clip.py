@@ -25,6 +25,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -192,7 +193,8 @@ class Transformer(nn.Module):
     def __init__(self, layers, width, heads, recompute=False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.recompute = nn.LayerNorm(width), recompute
+        self.norm = nn.LayerNorm(width)
+        self.recompute = recompute
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
@@ -266,7 +268,8 @@ class ViT3D(Tokenizer):
         # of an odd number of frames, the last is taken twice; so is a picture
         if x.shape[1] % 2:
             x = torch.cat((x, x[:, -1:]), 1)
-        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=self.patch, q=self.patch)
+        p = self.patch
+        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=p, q=p)
 
     def forward(self, video, m=1, labels=None):
         x = self.embed(self.patches(video).flatten(4)).flatten(1, 3)         # (b, t' h w, width)
@@ -411,17 +414,22 @@ class TrajViT(Tokenizer):
         for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)):
             self.stages.append(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1)))
         # as in TrajTok: each scale to d channels, one LayerNorm, sum at the finest scale
-        self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
+        self.proj = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims)
+        self.ln = nn.LayerNorm(d)
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
-        self.appearance, self.place = Reader(d, depth, shape.heads), Reader(d, depth, shape.heads)
+        self.appearance = Reader(d, depth, shape.heads)
+        self.place = Reader(d, depth, shape.heads)
+        # 16 frequencies, of a sine and a cosine each, for x, y and time
         self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
-        self.where, self.out = nn.Linear(3 * 2 * 16, d), nn.Linear(d, cfg.width)
+        self.where = nn.Linear(3 * 2 * 16, d)
+        self.out = nn.Linear(d, cfg.width)
 
     def extract(self, video):
         """uint8 (b, t, H, W, 3) -> features (b, n, d), and their grid (t, h, w) of h = H/4, w = W/4."""
         b, t = video.shape[:2]
-        x, features = self.stem(normalise(video).flatten(0, 1)), 0
+        x = self.stem(normalise(video).flatten(0, 1))           # (b t, dims[0], H/4, W/4)
         size = x.shape[-2:]
+        features = 0
         for stage, proj in zip(self.stages, self.proj):
             x = stage(x)
             y = self.ln(proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -492,7 +500,9 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
-        self.tokenizer, self.pack = tokenizer, not cfg.compile
+        self.tokenizer = tokenizer
+        # torch.compile would compile the layers anew for each list of lengths
+        self.pack = not cfg.compile
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.transformer = Transformer(cfg.layers, cfg.width, cfg.heads, cfg.recompute)
 
@@ -704,10 +714,11 @@ def linear_probe(train, valid, test):
 
 @torch.no_grad()
 def embed(model, batches, cfg, device, what):
-    """All n clips of a dataset -> dict: vectors (n, e); features (n, w), the CLS; tokens (n,), counts; where
-    [(batch, row)]; and of what the batches tell of their clips captions, label, appearance, motion."""
+    """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
+    where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
     model.eval()
-    m, clips = cfg.tokens_per_trajectory, {}
+    m = cfg.tokens_per_trajectory
+    clips = {}
     loader = data.loader(batches, 0, len(batches), cfg.workers)
     for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
         batch = data.finish(batch, device)
@@ -715,7 +726,7 @@ def embed(model, batches, cfg, device, what):
             vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
         batch["where"] = [(i, j) for j in range(len(vectors))]
-        # real clips have no appearance and motion, made ones no label
+        # real clips have no appearance and motion
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
             clips.setdefault(key, []).extend(batch.get(key, []))
     for key, rows in clips.items():
@@ -759,8 +770,9 @@ def evaluate(model, held_out, cfg, device, encoding):
         # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
         classes = embed_texts(model, [cfg.prompt.format(label) for label in labels], cfg, device, encoding)
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
-        known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
-        result["zero_shot"] = sum(known) / len(known)
+        # over the clips that have a label
+        hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
+        result["zero_shot"] = sum(hits) / len(hits)
     # made clips alone: their generator knows what the subject is and how it moves
     if hasattr(held_out, "world"):
         result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
@@ -847,8 +859,10 @@ def train(cfg, folder):
     trajtok.open_run(folder, cfg, trajtok=dataclasses.asdict(shape) if shape else None, **more)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
-    log, damage, warned = trajtok.Log(folder, first), data.Damage(), False
-    clips, parameters = cfg.batch * world, sum(p.numel() for p in model.parameters())
+    log, damage = trajtok.Log(folder, first), data.Damage()
+    warned = False
+    clips = cfg.batch * world                                   # a step, of all processes
+    parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
           f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
@@ -877,10 +891,11 @@ def train(cfg, folder):
         optimizer.step()
         model.temperature.data.clamp_(0.001, 0.5)
         # 4. the log; from time to time a checkpoint, and scores on validation clips
+        # focal is exactly 0 only where not one point is labelled
         if not warned and terms.get("focal") == 0:
             warned = True
             print("no segmentation loss: no clip of this batch has masks")
-        # means over processes; they also make the slowest one count in the time
+        # means over processes. This waits for the slowest of them, so `seconds` is the time of all
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
         seconds, mark = time.time() - mark, time.time()
         terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
@@ -921,7 +936,7 @@ def choose_words(cfg, train_set, folder):
         return data.load_encoding(text), None
     captions = train_set.captions()
     source = folder if cfg.resume or cfg.eval_only else cfg.init
-    saved = trajtok.read_json(trajtok.Path(source) / "config.json") if source else {}
+    saved = trajtok.read_json(Path(source) / "config.json") if source else {}
     words = saved.get("words") or data.word_list(captions)
     encoding = data.word_encoding(words)
     too_long = sum(len(ids) >= cfg.text_length for ids in encoding.encode_ordinary_batch(captions))

@@ -156,8 +156,7 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of a video of any length, as forward would give them, in constant memory. -> Tokens, b =
-        1
+        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens
 
         frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces
         (a decoder). each(first frame, piece (1, t, H, W, 3), its Segmentation) is called once a piece.
@@ -593,7 +592,7 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        # TF32 for what is left in float32
+        # matrix products that stay in float32 may use TF32, which is several times faster
         torch.set_float32_matmul_precision("high")
     if name == "cpu":
         keep_memory()                                           # has to come before the first tensor
@@ -650,7 +649,7 @@ def all_reduce(values, device):
 def gather(x):
     """Rows of this process (n, ...) -> those of all, in the order of the processes. all_gather carries no
     gradient, so our own rows are put back. That is enough: every process computes the same loss from all
-    rows, so each has the whole gradient of its own, and sum_gradients adds up what they do to the weights."""
+    rows, so each gets the whole gradient of its own rows, and sum_gradients adds up the processes' shares."""
     rank, world = ranks()
     if world == 1:
         return x
@@ -828,11 +827,13 @@ class Log:
             replace(self.path, lambda beside: beside.write_text("".join(kept)))
 
     def __call__(self, **line):
+        # the first process writes for all
         if not ranks()[0]:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def lines(self):
+        """All lines so far -> list of dicts."""
         text = self.path.read_text() if self.path.exists() else ""
         # a kill may leave half a line at the end
         whole = text[:text.rfind("\n") + 1]
@@ -872,6 +873,7 @@ def filmstrip(video, rows, count=4, scale=2):
     for name, ids in rows.items():
         # + 1: tube_overlaps counts ids from 0 on, and -1 has to be one of them
         inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
+        # hungarian finds the cheapest pairs, so the cost is minus the IoU
         labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
         # one colour for each label of the last row, then one for each tube, in case it has no partner
         colours = palette(sum(inter.shape))
@@ -1016,17 +1018,19 @@ def pretrain(cfg):
     folder = run_folder(cfg, "segmenter")
     manifest = data.fingerprint(cfg.data, cfg.val)
     open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=manifest)
+    # a whole tokenizer is saved, so that `show` and train_clip.py can read it
     tokenizer = TrajTok(shape).to(device)
-    if cfg.init:
-        load_weights(tokenizer.segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     segmenter = tokenizer.segmenter
+    if cfg.init:
+        load_weights(segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     optimizer = make_optimizer(segmenter, cfg)
     # 0 without --resume: open_run has refused, or emptied, a folder that holds a run
     first = load_checkpoint(folder, tokenizer, optimizer)
     log, damage = Log(folder, first), data.Damage()
     for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
+        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = lr
         # 1. clips and their labels. A file that could not be used was replaced; it is named once
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
@@ -1051,7 +1055,7 @@ def pretrain(cfg):
         # 4. the log and the checkpoint. `live`: trajectories a clip that own a point. A few out of many
         # queries means that the queries have become alike
         live = seg.alive.float().sum(1).mean().item()
-        log(step=step, **terms, lr=learning_rate(step, cfg), live=live)
+        log(step=step, **terms, lr=lr, live=live)
         if step % 10 == 0 or step + 1 == cfg.steps:
             shown = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
             print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
@@ -1142,6 +1146,7 @@ class Painter:
         video = video[0].cpu().numpy()
         ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
         sheet = np.concatenate((video, paint(video, ids, self.colours)), 1)
+        # frames of 64 px are enlarged, or nobody could see a thing
         scale = max(1, 224 // video.shape[1])
         self.add(sheet.repeat(scale, 1).repeat(scale, 2))
         self.kept += [pair for i, pair in enumerate(zip(video, ids), first) if i % self.every == 0]
@@ -1161,7 +1166,7 @@ def show(cfg):
     m = tokenizer.cfg.check(cfg.tokens_per_trajectory)
     frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
     size = tokenizer.cfg.image_size
-    # 1. read the clip. frames 0: all frames of a video, which stays on disk and is read a piece at a time
+    # 1. the clip. frames 0: all frames of a video, which stays on disk and is read a piece at a time
     made = cfg.clip == "world"
     if made or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
         if not frames or cfg.window:
@@ -1183,7 +1188,7 @@ def show(cfg):
     else:
         rate = data.frame_rate(cfg.clip)
 
-    def read():                                                 # stream reads the video several times
+    def read():                                                 # a new iterator each time it is called
         return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
 
     # 2. tokens; the film is written while they are made
@@ -1229,6 +1234,7 @@ def summary(rows):
                 cells.append("-")
                 continue
             cell = f"{x.mean():.3f}"
+            # a single seed has no deviation
             if len(x) > 1:
                 cell += f" +-{x.std(ddof=1):.3f}"
             if first is None:
