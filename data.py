@@ -11,10 +11,11 @@ Everything that is trained on comes through this file, in one form whatever its 
    same clip on every machine.
 2. Real video.  `decode` reads T frames with PyAV, by seeking, straight to the size asked for; `load_labels`
    reads the masks that stand beside a video.
-3. Manifests.  `read_manifest` takes the JSON, CSV files and folders that people have; `split` holds out a part.
+3. Manifests.  `read_manifest` takes the JSON, CSV files and folders that people have; `split` holds out a
+   part.
 4. Text.  tiktoken encodings: words of captions, a tiktoken name, or a published tokenizer.json.
-5. Batches.  `open_data` is what a training calls. Batch i is a pure function of (seed, i), so a run's place in
-   its data is one number. Files that cannot be used are named, counted and replaced.
+5. Batches.  `open_data` is what a training calls. Batch i is a pure function of (seed, i), so a run's place
+   in its data is one number. Files that cannot be used are named, counted and replaced.
 6. Labels for video that has no masks.
 
     python data.py make --clips 1000 --out out/world    # made clips as files, with a manifest
@@ -231,6 +232,8 @@ def cores():
 
 def in_processes(work, jobs, workers):
     """An iterator over (job, work(job)), in order; in `workers` processes of their own (0: in this one)."""
+    if workers < 0:
+        raise BadInput(f"--workers {workers}: give a number from 0 on")
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
@@ -1553,9 +1556,9 @@ def split(entries):
     return train, test
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Text
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 4. Text
+# -----------------------------------------------------------------------------------------------------------
 
 WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
 # The split of GPT-2, as in tiktoken_ext/openai_public.py.
@@ -2579,9 +2582,9 @@ def inspect_entry(job):
         return str(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # python data.py label
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class LabelConfig:
@@ -2652,7 +2655,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Run from here, this file would be there twice, and a BadInput of the one would not be the other's: so the
-    # module runs that is imported by name. Its processes find their functions there, too.
+    # Run from here, this file would be there twice, and a BadInput of the one would not be the other's: so
+    # the module runs that is imported by name. Its processes find their functions there, too.
     import data
     data.main()

@@ -135,6 +135,8 @@ class ClipConfig:
             raise BadInput("--freeze-segmenter: would freeze random weights; give --init-segmenter RUN")
         if self.tokens_per_trajectory not in (1, 2, 4):
             raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: 1, 2 or 4")
+        if "{}" not in self.prompt:
+            raise BadInput(f"--prompt {self.prompt!r}: write {{}} where the name of the class goes")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
 
@@ -587,6 +589,8 @@ def build(cfg, encoding, device):
     they are, and the encoder and all behind it learn."""
     model = VideoCLIP(cfg, encoding.n_vocab)
     segmenter = getattr(model.video.tokenizer, "segmenter", None)
+    if segmenter is None and (cfg.init_segmenter or cfg.freeze_segmenter):
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: has no segmenter to load or to freeze")
     if cfg.init:
         trajtok.load_weights(model, cfg.init)
     if cfg.init_segmenter:
@@ -713,7 +717,7 @@ def linear_probe(train, valid, test):
 
 
 @torch.no_grad()
-def embed(model, batches, cfg, device, what):
+def embed(model, batches, cfg, device, what, damage=None):
     """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
     where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
     model.eval()
@@ -721,6 +725,8 @@ def embed(model, batches, cfg, device, what):
     clips = {}
     loader = data.loader(batches, 0, len(batches), cfg.workers)
     for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
+        if damage is not None:
+            damage.add(batch["bad"])
         batch = data.finish(batch, device)
         with trajtok.precision(device, cfg.bf16):
             vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
@@ -758,17 +764,18 @@ def retrieval(model, clips, cfg, device, encoding):
     return result, texts, right, similarity
 
 
-def evaluate(model, held_out, cfg, device, encoding):
+def evaluate(model, held_out, cfg, device, encoding, damage):
     """Retrieval, zero-shot classes, linear probes and segmentation scores on held-out clips -> dict of scores
     (None where the data has no labels for it, or the tokenizer no masks), picture of what captions find,
     pictures of trajectories."""
-    clips = embed(model, held_out, cfg, device, "held-out clips")
+    clips = embed(model, held_out, cfg, device, "held-out clips", damage)
     result, texts, right, similarity = retrieval(model, clips, cfg, device, encoding)
     result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
     labels = sorted({label for label in clips.get("label", []) if label})
     if labels:
         # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
-        classes = embed_texts(model, [cfg.prompt.format(label) for label in labels], cfg, device, encoding)
+        prompts = [cfg.prompt.replace("{}", label) for label in labels]
+        classes = embed_texts(model, prompts, cfg, device, encoding)
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
         # over the clips that have a label
         hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
@@ -848,6 +855,7 @@ def train(cfg, folder):
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
     encoding, words = choose_words(cfg, train_set, folder)
+    cfg = dataclasses.replace(cfg, text="captions" if words else cfg.text or "world")
     model = build(cfg, encoding, device)
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
@@ -897,7 +905,7 @@ def train(cfg, folder):
             print("no segmentation loss: no clip of this batch has masks")
         # means over processes. This waits for the slowest of them, so `seconds` is the time of all
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
-        seconds, mark = time.time() - mark, time.time()
+        seconds = time.time() - mark
         terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
                       clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
         log(step=step, **terms)
@@ -911,6 +919,7 @@ def train(cfg, folder):
             trajtok.save_checkpoint(folder, model, optimizer, step + 1)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
             validate(model, cfg, device, encoding, log, step)
+        mark = time.time()
     if rank == 0:
         finish(model, held_out, cfg, device, encoding, folder, log, damage)
 
@@ -957,7 +966,7 @@ def validate(model, cfg, device, encoding, log, step):
 def finish(model, held_out, cfg, device, encoding, folder, log, damage):
     """Score the held-out clips, write result.json and pictures, and print what they say."""
     lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
-    result, found, masks = evaluate(model, held_out, cfg, device, encoding)
+    result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
     # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
     batch = data.finish(held_out[0], device)
     video, labels = batch["video"][:8], batch["labels"][:8]
@@ -996,12 +1005,10 @@ def report(result, folder):
     print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
           f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
           f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
-    print(f"wrote {folder}/: result.json, curves.svg, found.png "
-          "(three captions and the clips that they find)")
+    print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips they find)")
     if result["veq"] is not None:
         print(f"and trajectories.png; next: python trajtok.py show world --weights {folder}")
-    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" '
-          "--seeds 0 1 --json out/compare.json")
+    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" --seeds 0 1')
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1017,7 +1024,8 @@ def main(argv=None):
     _, cfg = trajtok.sized(cfg, SIZES[cfg.size])                # fills in image_size, frames, num_queries
     if cfg.flops:
         return count_flops(cfg)
-    trajtok.launch(cfg)
+    if not cfg.eval_only:
+        trajtok.launch(cfg)
     try:
         train(cfg, folder)
     except torch.OutOfMemoryError as error:

@@ -753,12 +753,20 @@ def run_folder(cfg, script, suffix=""):
 def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, changed by the flags in argv. The saved values
     take the place of the size's in `configure`: defaults < saved values < flags."""
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{folder}: no run to go on with; leave --resume out to start one")
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
+    if "size" not in saved:
+        raise BadInput(f"{folder}: holds no run of a training script")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
+
+
+def make_folder(folder):
+    """mkdir -p, or one line that says why not."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}); give another") from None
 
 
 def open_run(folder, cfg, **more):
@@ -770,12 +778,11 @@ def open_run(folder, cfg, **more):
     config = folder / "config.json"
     if config.exists() and not (cfg.resume or cfg.overwrite):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
+    if cfg.resume and cfg.overwrite:
+        raise BadInput("--resume goes on with a run, --overwrite starts it again: give one of them")
     if cfg.resume and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make {folder} ({error.strerror})") from None
+    make_folder(folder)
     if cfg.overwrite:
         # or the new run would go on from the old state
         for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors"):
@@ -812,7 +819,14 @@ def load_checkpoint(folder, model, optimizer):
     except Exception as error:
         raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    # load_state_dict brings the saved run's weight decay and factors back: the flags given now come first
+    groups = [{key: group[key] for key in ("scale", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise BadInput(f"{path}: is of a run that trained other parameters ({error})") from None
+    for group, flags in zip(optimizer.param_groups, groups):
+        group.update(flags)
     return state["step"]
 
 
@@ -1193,7 +1207,7 @@ def show(cfg):
 
     # 2. tokens; the film is written while they are made
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
-    base.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(base.parent)
     began = time.time()
     with film(f"{base}.mp4", rate) as add, torch.no_grad(), precision(device):
         painter = Painter(add, tokenizer.cfg.num_queries)
@@ -1206,6 +1220,7 @@ def show(cfg):
             tokens = tokenizer.stream(read, m, each=painter)
     # 3. the picture, and what to say
     video, ids = (np.stack(parts) for parts in zip(*painter.kept))
+    rows = {name: labels[::painter.every] for name, labels in rows.items()}
     sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
     write_png(f"{base}.png", sheet)
     trajectories = tokens.trajectory[tokens.mask].unique()
@@ -1223,7 +1238,11 @@ def summary(rows):
     """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
     line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row,
     with a star if it is larger than twice its standard error."""
-    scores = [k for k, x in rows[0]["results"][0].items() if isinstance(x, (int, float)) and k != "seed"]
+    # a dict as an ordered set: the names of the scores of all rows, of which the first may lack some
+    scores = {}
+    for row in rows:
+        for result in row["results"]:
+            scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for score in scores:
         cells, first = [score], None
@@ -1274,8 +1293,16 @@ def table(argv):
         if Path(name).is_dir():
             rows.append(dict(name=Path(name).name, results=[read_json(Path(name) / "result.json")]))
         else:
-            rows += read_json(name)["rows"]
+            rows += read_rows(name)
     print("\n".join(summary(rows)))
+
+
+def read_rows(path):
+    """The rows of a JSON that compare wrote."""
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(row.get("results") for row in rows):
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
+    return rows
 
 
 def compare(argv):
@@ -1293,8 +1320,8 @@ def compare(argv):
     parser.add_argument("--out", default="out", help="where the runs are kept")
     args = parser.parse_args(argv)
     path = Path(args.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_json(path)["rows"] if path.exists() else []
+    make_folder(path.parent)
+    rows = read_rows(path) if path.exists() else []
     for text in args.rows:
         name, colon, flags = (part.strip() for part in text.partition(":"))
         if not (name and colon):
@@ -1324,7 +1351,10 @@ def hardware():
 def train_row(args, name, flags, seed):
     """Train one row with one seed, in a process of its own -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
-    command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
+    try:
+        command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
+    except ValueError as error:
+        raise BadInput(f"compare {flags!r}: {error}") from None
     command += ["--name", name, "--out", args.out, "--overwrite"]
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
