@@ -400,7 +400,6 @@ class TrajViT(Tokenizer):
       token = linear(appearance + place)
 
     CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker."""
-    given_masks = True
 
     def __init__(self, cfg):
         super().__init__()
