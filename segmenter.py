@@ -473,7 +473,9 @@ def labels_on_grid(labels, grid, k):
     points = points.long().flatten(1)
     count = int(points.max()) + 1
     if count > k:
-        area = one_hot(points, count).sum(1)                    # (b, labels)
+        # counted, not one_hot: the sidecars of a long film may hold thousands of labels
+        area = torch.zeros(len(points), count + 1, device=points.device)
+        area = area.scatter_add(1, points + 1, torch.ones_like(area[:, :1]).expand_as(points))[:, 1:]
         rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         rank = rank.masked_fill(rank >= k, -1)
         new = rank.gather(1, points.clamp(min=0))

@@ -652,14 +652,18 @@ def extract(folder, batches, views, backbone, segmenter, damage, cfg, device):
             damage.add(batch["bad"])
             video = data.finish(batch, device)["video"]
             if len(video):
+                # a clip may have two dozen views: never more than a batch at once
+                parts = []
                 with precision(device):
-                    found = look(backbone, segmenter, video.view(-1, *video.shape[-4:]))
-                for array, x in zip(arrays, found):
+                    for part in video.view(-1, *video.shape[-4:]).split(cfg.batch):
+                        parts.append(look(backbone, segmenter, part))
+                for array, x in zip(arrays, map(torch.cat, zip(*parts))):
                     array[len(classes):len(classes) + len(video)] = x.half().cpu().unflatten(0, (-1, views))
                 classes += torch.as_tensor(batch.get(cfg.ask, batch["label"])).tolist()
         if not classes:
             raise BadInput(f"--data {cfg.data}: no clip can be used")
-        np.save(done, classes)
+        with data.replacing(done) as beside, open(beside, "wb") as file:
+            np.save(file, classes)
     classes = np.load(done)
     return Features(*(array[:len(classes)] for array in arrays), classes, backbone.cfg.grid)
 
@@ -760,7 +764,7 @@ def train(cfg):
         raise BadInput(f"{cfg.backbone}: takes {own.frames} frames of {own.image_size} px only")
     clips, classes = made_clips(shape, cfg) if cfg.data == "world" else real_clips(shape, cfg)
     folder = trajtok.run_folder(cfg, "adapter")
-    open_run(folder, cfg)
+    open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     # what is not given is pre-trained
     if segmenter is None:
         segmenter = given_segmenter(trajtok.pretrain(trajtok.PretrainConfig(

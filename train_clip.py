@@ -24,6 +24,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -140,10 +141,11 @@ class ClipConfig:
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
 
 
-# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast: minutes of training
+# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. Minutes of training
 # are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold at most
-# four objects, no two of one colour: at 64 px eight are a few points each, and place is learnt later than
-# colour. base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
+# four objects, no two of one colour: at 64 px, eight are a few points each, and the segmenter learns to tell
+# things apart by place later than by colour.
+# base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
 FULL = dict(text_layers=12, text_width=768, embed=256, text_length=77, learned_tokens=16, batch=64,
             micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
@@ -171,14 +173,15 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask=None, lengths=None):
-        """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed: x (1, N, w) holds clip
-        after clip, of `lengths` positions."""
+        """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed, without padding:
+        x (1, N, w) holds the clips one after the other, and the list `lengths` says how long each is."""
         qkv = self.qkv(self.norm1(x))
         q, k, v = rearrange(qkv, "b s (three a c) -> three b a s c", three=3, a=self.heads)
-        # softmax over the keys; padding and dead trajectories are not read. Without a mask a GPU has a faster
-        # kernel
+        # softmax over the keys of the own clip: padding and dead trajectories are not read
         if lengths is None:
-            y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+            # None instead of a mask of True: a GPU has a faster kernel without a mask
+            keys = None if mask is None else mask[:, None, None]        # (b, 1, 1, s): same for all queries
+            y = F.scaled_dot_product_attention(q, k, v, keys)
         else:
             clips = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
             y = torch.cat([F.scaled_dot_product_attention(*clip) for clip in clips], 2)
@@ -187,30 +190,35 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Layers and a norm: x (b, s, w) -> (b, s, w). Positions are the caller's to add."""
+    """Layers and a norm: x (b, s, w) -> (b, s, w). The caller adds the positions."""
 
     def __init__(self, layers, width, heads, recompute=False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.recompute = nn.LayerNorm(width), recompute
+        self.norm = nn.LayerNorm(width)
+        self.recompute = recompute
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that
-                # all captions start with almost the same vector. The ends of branches shrink with depth.
-                ends = name.endswith(("proj.weight", "mlp.2.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * layers if ends else 1)) ** -0.5)
+                # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
+                # captions start with almost the same vector.
+                fan = p.shape[1]
+                # each layer adds two branches to x. As in GPT-2, their last maps start smaller, so that the
+                # sum of all 2 · layers branches is about as large as one
+                if name.endswith(("proj.weight", "mlp.2.weight")):
+                    fan *= 2 * layers
+                nn.init.normal_(p, std=fan ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, x, mask=None, lengths=None, begin=0, end=None):
-        """Layers begin .. end - 1. None: to the last, and the norm."""
+        """Layers begin .. end - 1; end=None: to the last one, and the norm behind it."""
         for layer in self.layers[begin:end]:
             x = recomputed(self.recompute, layer, x, mask, lengths)
         return self.norm(x) if end is None else x
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The tokenizers. Video transformer, text transformer, clips and schedule are the same; only this part differs
+# The tokenizers. Everything else is the same for all of them: transformers, clips, schedule
 # -----------------------------------------------------------------------------------------------------------
 
 class Tokenizer(nn.Module):
@@ -218,20 +226,24 @@ class Tokenizer(nn.Module):
 
         forward(video uint8 (b, t, H, W, 3), m, labels (b, t, H, W)) -> tokens (b, M, w), mask, seg
 
-    m: tokens a trajectory, if it has trajectories. labels: for tokenizers that are given masks, -1 = of no
-    trajectory. mask bool (b, M), True = a real token; None: all are. seg: a Segmentation, which gets the
-    segmentation loss, or None. A tokenizer that acts between the layers has a second method:
+    m: how many tokens a trajectory has; grids of patches ignore it. labels: -1 = of no trajectory; only a
+    tokenizer that is given its masks reads them. mask bool (b, M), True = a real token; None: all are. seg: a
+    Segmentation, which gets the segmentation loss, or None.
 
-        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w) after the layers, CLS
-        first"""
+    A tokenizer that changes the tokens between the layers has a second method, which calls the layers itself:
+
+        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w), CLS first"""
 
 
 class TrajViT2(TrajTok):
-    """The paper's: TrajTok, whose masks are learnt."""
+    """The paper's tokenizer, TrajTok. It is a TrajTok rather than holding one, so that its weights have the
+    names with which TrajTok.from_pretrained reads them."""
 
     def __init__(self, cfg):
-        switches = ("places", "path", "detach", "hierarchical", "hard_mask", "mean_start", "recompute")
-        same = {name: getattr(cfg, name) for name in ("image_size", "frames", "num_queries", *switches)}
+        # the flags that TrajTokConfig has under the same names
+        names = ("image_size", "frames", "num_queries", "places", "path", "detach", "hierarchical",
+                 "hard_mask", "mean_start", "recompute")
+        same = {name: getattr(cfg, name) for name in names}
         super().__init__(dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **same))
 
     def forward(self, video, m=1, labels=None):
@@ -248,31 +260,33 @@ class ViT3D(Tokenizer):
         if cfg.image_size % cfg.patch:
             raise BadInput(f"--patch {cfg.patch}: does not divide an image of {cfg.image_size} px")
         self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
-        self.steps = -(-cfg.frames // 2)                        # time steps, of two frames each
+        self.steps = math.ceil(cfg.frames / 2)                  # time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(1, self.steps * self.side ** 2, cfg.width))
 
     def patches(self, video):
-        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2): of an odd last
-        frame, or a picture, two."""
+        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2)."""
         x = normalise(video)
+        # of an odd number of frames, the last is taken twice; so is a picture
         if x.shape[1] % 2:
             x = torch.cat((x, x[:, -1:]), 1)
-        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=self.patch, q=self.patch)
+        p = self.patch
+        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=p, q=p)
 
     def forward(self, video, m=1, labels=None):
         x = self.embed(self.patches(video).flatten(4)).flatten(1, 3)         # (b, t' h w, width)
+        # a shorter clip uses the first positions, which are in the order (t', h, w)
         return x + self.position[:, :x.shape[1]], None, None
 
 
 class ViViT(ViT3D):
-    """Factorised encoder (ViViT's model 2, arXiv 2103.15691): the transformer sees each time step alone, with
-    a CLS of its own; a second, small one reads these CLSs in order. CHOICE: it has at most the published 4
-    layers, and never more than a third of the first's."""
+    """Factorised encoder (ViViT's model 2, arXiv 2103.15691). The transformer sees each time step alone, with
+    a CLS of its own; a second, small one reads these CLSs in order. CHOICE: the second has the published 4
+    layers, or a third of the first's where that is less."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        # shared by the time steps
+        # the first transformer does not know which time step it sees: positions are those in a frame
         self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))
         self.time = nn.Parameter(0.02 * torch.randn(1, 1 + self.steps, cfg.width))
         self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
@@ -285,14 +299,18 @@ class ViViT(ViT3D):
     def through(self, transformer, x):
         cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
         t = len(x) // len(cls)
-        x = transformer(torch.cat((cls.repeat_interleave(t, 0), x), 1))[:, 0]              # (b t, d)
+        # in space: a copy of CLS before the patches of each time step
+        x = torch.cat((cls.repeat_interleave(t, 0), x), 1)      # (b t, 1 + n, d)
+        x = transformer(x)[:, 0]                                # (b t, d): what each copy has read
+        # in time: CLS before the time steps of each clip
         x = torch.cat((cls, rearrange(x, "(b t) d -> b t d", t=t)), 1)
         return self.temporal(x + self.time[:, :t + 1])
 
 
 class TokenLearner(ViT3D):
-    """A ViT3D in which, two thirds of the way through, the patches of each time step become `learned_tokens`
-    weighted means of them, whose weights are computed from the patches (arXiv 2106.11297, version 1.1)."""
+    """A ViT3D in which, after two thirds of the layers, the patches of each time step are replaced by
+    `learned_tokens` weighted means of them. The weights are computed from the patches (arXiv 2106.11297,
+    version 1.1)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -313,14 +331,18 @@ class TokenLearner(ViT3D):
 
 
 class RLT(ViT3D):
-    """Run-length tokenization (arXiv 2411.05222): a ViT3D without the patches that did not change since the
-    time step before: mean |last frame of this one - first frame of the one before| of normalised pixels."""
+    """Run-length tokenization (arXiv 2411.05222): a ViT3D that drops the patches that did not change since
+    the time step before: those where, over normalised pixels,
+
+      mean |last frame of this time step - first frame of the one before| <= threshold"""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.threshold = cfg.rlt_threshold
 
-    def changed(self, x):                                       # -> bool (b, t', h, w), True = kept
+    def changed(self, x):
+        """Patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept."""
+        # the fifth axis holds a patch's two frames
         difference = x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]
         change = difference.abs().mean((-3, -2, -1)) > self.threshold
         return F.pad(change, (0, 0, 0, 0, 1, 0), value=True)    # the first time step is always kept
@@ -332,8 +354,8 @@ class RLT(ViT3D):
 
 
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut. BatchNorm sees the clips of its own micro-batch and
-    process."""
+    """ResNet's block: two 3 x 3 convolutions beside a shortcut. BatchNorm takes its statistics from one
+    process's micro-batch: with this tokenizer, micro-batches are not exactly the whole batch."""
 
     def __init__(self, before, dim, stride):
         super().__init__()
@@ -349,7 +371,7 @@ class ResBlock(nn.Module):
 
 
 class Reader(nn.Module):
-    """One learned latent reads what a trajectory is in each of its frames: cross-attention without MLPs."""
+    """One learned latent reads a trajectory's vectors, one from each frame: cross-attention without MLPs."""
 
     def __init__(self, dim, depth, heads):
         super().__init__()
@@ -364,44 +386,51 @@ class Reader(nn.Module):
         z = self.latent.expand(len(x), -1, -1)
         for norm_z, norm_x, attention in self.layers:
             y = norm_x(x)
-            # softmax over the frames in which the trajectory is seen
+            # softmax over the frames in which the trajectory is seen; key_padding_mask: True = not read
             z = z + attention(norm_z(z), y, y, key_padding_mask=~seen, need_weights=False)[0]
         return z[:, 0]
 
 
 class TrajViT(Tokenizer):
-    """TrajTok's predecessor (arXiv 2505.23617): trajectories are given, one token each. ResNet-18 -> features
-    of four scales -> their mean over a trajectory's points in each frame -> an appearance Perceiver over the
-    frames; its centres -> a position Perceiver; token = their sum. CHOICE: made clips give it the true
-    masks."""
-    given_masks = True
+    """TrajTok's predecessor (arXiv 2505.23617): trajectories are given by another model, one token each.
+
+      ResNet-18 -> features of four scales, summed as in TrajTok
+      appearance: mean of the features over the trajectory's points in each frame -> Reader over the frames
+      place:      mean (x, y, time) of these points, as sines and cosines           -> Reader over the frames
+      token = linear(appearance + place)
+
+    CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker."""
 
     def __init__(self, cfg):
         super().__init__()
         shape = SIZES[cfg.size]
         d = shape.dim
-        # ResNet-18's widths; smaller sizes have their own
+        # ResNet-18's widths, or in the smaller sizes those of TrajTok's backbone
         dims = (64, 128, 256, 512) if d >= 512 else shape.dims
-        self.most = cfg.num_queries                             # trajectories a clip at most: the largest
+        self.most = cfg.num_queries                             # of more trajectories the largest are kept
         stem = nn.Conv2d(3, dims[0], 7, 2, 3, bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        self.stages, before = nn.ModuleList(), dims[0]
-        for dim in dims:
-            first = ResBlock(before, dim, 1 if len(self.stages) == 0 else 2)
-            self.stages.append(nn.Sequential(first, ResBlock(dim, dim, 1)))
-            before = dim
+        # the stem has already divided the resolution by four: the first stage keeps it, each other halves it
+        self.stages = nn.ModuleList()
+        for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)):
+            self.stages.append(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1)))
         # as in TrajTok: each scale to d channels, one LayerNorm, sum at the finest scale
-        self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
+        self.proj = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims)
+        self.ln = nn.LayerNorm(d)
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
-        self.appearance, self.place = Reader(d, depth, shape.heads), Reader(d, depth, shape.heads)
+        self.appearance = Reader(d, depth, shape.heads)
+        self.place = Reader(d, depth, shape.heads)
+        # 16 frequencies, of a sine and a cosine each, for x, y and time
         self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
-        self.where, self.out = nn.Linear(3 * 2 * 16, d), nn.Linear(d, cfg.width)
+        self.where = nn.Linear(3 * 2 * 16, d)
+        self.out = nn.Linear(d, cfg.width)
 
     def extract(self, video):
-        """-> features (b, n, d) on the grid (t, h, w) of a quarter of the frame, and the grid."""
+        """uint8 (b, t, H, W, 3) -> features (b, n, d), and their grid (t, h, w) of h = H/4, w = W/4."""
         b, t = video.shape[:2]
-        x, features = self.stem(normalise(video).flatten(0, 1)), 0
+        x = self.stem(normalise(video).flatten(0, 1))           # (b t, dims[0], H/4, W/4)
         size = x.shape[-2:]
+        features = 0
         for stage, proj in zip(self.stages, self.proj):
             x = stage(x)
             y = self.ln(proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -412,35 +441,39 @@ class TrajViT(Tokenizer):
         f, (t, h, w) = self.extract(video)
         ids = labels_on_grid(labels, (t, h, w), self.most).to(f.device)      # (b, n), -1 = of no trajectory
         b, n, k = *ids.shape, self.most
-        # sums over the points of each (clip, trajectory, frame); points of no trajectory go to one cell
-        # behind
+        # 1. features and place of every point, and a 1 to count them
+        one = torch.ones(n, device=f.device)
+        axes = [(torch.arange(size, device=f.device) + 0.5) / size for size in (t, h, w)]
+        time, y, x = torch.cartesian_prod(*axes).unbind(-1)     # (n,), each in (0, 1)
+        places = torch.stack((x, y, time, one), -1).expand(b, -1, -1)
+        rows = torch.cat((f.float(), places), -1).flatten(0, 1)              # (b n, d + 4)
+        # 2. their sums over each (clip, trajectory, frame). Points of no trajectory go to one cell more,
+        # which is thrown away
         frame = torch.arange(n, device=f.device) // (h * w)
         clip = torch.arange(b, device=f.device)[:, None]
         cell = torch.where(ids < 0, b * k * t, (clip * k + ids) * t + frame).flatten()
-        one = torch.ones(n, device=f.device)
-        axes = [(torch.arange(size, device=f.device) + 0.5) / size for size in (t, h, w)]
-        time, y, x = torch.cartesian_prod(*axes).unbind(-1)
-        places = torch.stack((x, y, time, one), -1).expand(b, -1, -1)
-        rows = torch.cat((f.float(), places), -1).flatten(0, 1)              # (b n, d + 4)
         sums = torch.zeros(b * k * t + 1, rows.shape[1], device=f.device).index_add_(0, cell, rows)
         sums = sums[:-1].view(b * k, t, -1)
-        seen = sums[..., -1] > 0                                # (b k, t): is it in this frame?
-        alive = seen.any(1)
-        seen = seen | ~alive[:, None]                           # a softmax over no frame at all would be NaN
-        # features and centre (x, y, time) of each trajectory in each frame, (b k, t, d + 4)
-        mean = sums / sums[..., -1:].clamp(min=1)
-        angle = (mean[..., -4:-1, None] * self.waves).flatten(-2)
+        seen = sums[..., -1] > 0                                # (b k, t), True = has a point in this frame
+        alive = seen.any(1)                                     # (b k,), True = has a point at all
+        # a softmax over no frame would be NaN: a dead trajectory reads all frames, and is masked later
+        seen = seen | ~alive[:, None]
+        # 3. means, and from them the tokens
+        mean = sums / sums[..., -1:].clamp(min=1)               # (b k, t, d + 4)
+        appearance, centre = mean[..., :-4], mean[..., -4:-1]
+        angle = (centre[..., None] * self.waves).flatten(-2)    # (b k, t, 3 · 16)
         place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
-        z = self.out(self.appearance(mean[..., :-4], seen) + self.place(place, seen))
+        z = self.out(self.appearance(appearance, seen) + self.place(place, seen))
         return z.view(b, k, -1), alive.view(b, k), None
 
 
+# the tokenizers without a segmenter of their own
 OTHERS = {"trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
 TOKENIZERS = {"trajvit2": TrajViT2, **OTHERS}
 
 
 def tokenizer_class(name):
-    """--tokenizer: one of ours, or FILE.py:CLASS."""
+    """--tokenizer -> its class: one of ours, or FILE.py:CLASS, for which the file is imported."""
     if name in TOKENIZERS:
         return TOKENIZERS[name]
     file, _, wanted = name.rpartition(":")
@@ -458,16 +491,19 @@ def tokenizer_class(name):
 # -----------------------------------------------------------------------------------------------------------
 
 class VideoEncoder(nn.Module):
-    """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions of their
-    own: where and when one was is in its token. Patches get learned positions, in their tokenizer.
+    """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions here:
+    where and when one was has to be in its token. Patches get learned positions from their tokenizer.
 
-    Dead trajectories and dropped patches leave before the transformer. On a CPU real tokens are packed, clip
-    after clip, and each clip attends to itself (at nano with four tokens a trajectory twice as fast as
-    padding); elsewhere they only come first, and the batch is cut at the clip that has most."""
+    The transformer does not compute dead trajectories and dropped patches. On a CPU real tokens are packed:
+    one sequence holds all clips, each of which attends to itself (at nano, with four tokens a trajectory,
+    twice as fast as padding). On a GPU they are moved to the front of each clip and the batch is cut at the
+    clip that has most."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
-        self.tokenizer, self.pack = tokenizer, not cfg.compile
+        self.tokenizer = tokenizer
+        # torch.compile would compile the layers anew for each list of lengths
+        self.pack = not cfg.compile
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
         self.transformer = Transformer(cfg.layers, cfg.width, cfg.heads, cfg.recompute)
 
@@ -475,27 +511,29 @@ class VideoEncoder(nn.Module):
         """-> CLS (b, w), number of real tokens (b,), Segmentation or None."""
         z, mask, seg = self.tokenizer(video, m, labels)
         count = torch.full((len(z),), z.shape[1], device=z.device)
-        if z.device.type == "meta":                             # --flops: what is real is not known
+        # --flops: tensors on the meta device have no values, so which tokens are real is not known
+        if z.device.type == "meta":
             mask = None
         if mask is not None:
             count = mask.sum(1)
-            z, mask, _ = compact(Tokens(z, mask, mask))
+            z, mask, _ = compact(Tokens(z, mask, mask))         # the third field is not needed here
             mask = F.pad(mask, (1, 0), value=True)              # CLS is always real
         # PAPER: a CLS token in front; a plain ViT from here on
         x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
         if hasattr(self.tokenizer, "through"):
             return self.tokenizer.through(self.transformer, x)[:, 0], count, seg
         if mask is not None and self.pack and x.device.type == "cpu":
-            packed = self.transformer(x[mask][None], lengths=(count + 1).tolist())[0]
-            first = (count + 1).cumsum(0) - (count + 1)         # where each clip's CLS stands
+            lengths = count + 1
+            packed = self.transformer(x[mask][None], lengths=lengths.tolist())[0]        # (N, w)
+            first = lengths.cumsum(0) - lengths                 # where each clip, and so its CLS, begins
             return packed[first], count, seg
         return self.transformer(x, mask)[:, 0], count, seg
 
 
 class TextEncoder(nn.Module):
     """CHOICE (the paper does not say; the release takes BERT-base): a bidirectional transformer from scratch
-    with learned positions, read as the mean over the real tokens: from the first step on that tells captions
-    of different words apart."""
+    with learned positions. A caption's vector is the mean over its real tokens, which differs between
+    captions of different words from the first step on; a CLS would have to learn that first."""
 
     def __init__(self, vocabulary, cfg):
         super().__init__()
@@ -506,12 +544,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids, mask):                               # (b, s), True = a real token -> (b, w)
         x = self.transformer(self.embed(ids) + self.position[:, :ids.shape[1]], mask)
+        # the mean over real tokens: with padding in it, a vector would depend on the other captions' lengths
         return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 class VideoCLIP(nn.Module):
-    """Two towers that meet in one space: a clip and its caption shall have the same unit vector (CLIP, arXiv
-    2103.00020), here from scratch on both sides."""
+    """A video tower and a text tower, trained so that a clip and its caption have similar unit vectors (CLIP,
+    arXiv 2103.00020). Both are trained from scratch."""
 
     def __init__(self, cfg, vocabulary):
         super().__init__()
@@ -533,11 +572,11 @@ class VideoCLIP(nn.Module):
     def contrastive(self, video, text):
         """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; ln b before training.
 
-          L = -1/2b sum_i log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i]
+          L = -1/2b sum_i ( log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i] )
 
         The temperature tau starts at 0.07 and is learned; the loop clamps it to [0.001, 0.5] after each
         step."""
-        # softmax over the batch: each video chooses among all captions, each caption among all videos
+        # softmax over the batch: each video chooses among all captions (rows), each caption among all videos
         logits = video @ text.T / self.temperature
         target = torch.arange(len(video), device=video.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -545,8 +584,8 @@ class VideoCLIP(nn.Module):
 
 def build(cfg, encoding, device):
     """The model of a run, with the weights that it starts from: random ones, all those of another run
-    (--init), or its segmenter's alone (--init-segmenter). PAPER: where the segmenter is frozen, the encoder
-    and all behind it learn; z_init still sends a gradient to the masks, which nothing then moves."""
+    (--init), or its segmenter's alone (--init-segmenter). PAPER: with --freeze-segmenter the masks stay as
+    they are, and the encoder and all behind it learn."""
     model = VideoCLIP(cfg, encoding.n_vocab)
     segmenter = getattr(model.video.tokenizer, "segmenter", None)
     if segmenter is None and (cfg.init_segmenter or cfg.freeze_segmenter):
@@ -557,7 +596,8 @@ def build(cfg, encoding, device):
         trajtok.load_weights(segmenter, cfg.init_segmenter, "video.tokenizer.segmenter.", "segmenter.")
     if cfg.freeze_segmenter:
         segmenter.requires_grad_(False)
-    if cfg.compile:                                             # in place: names of weights stay as they are
+    # Module.compile() works in place; torch.compile(module) would put `_orig_mod.` before names of weights
+    if cfg.compile:
         model.video.tokenizer.compile()
         for layer in (*model.video.transformer.layers, *model.text.transformer.layers):
             # the number of tokens changes from step to step
@@ -579,20 +619,22 @@ class Batch(NamedTuple):
 def embed_pairs(model, batch, m, cfg):
     """-> unit vectors of videos and texts (b, e), number of tokens (b,), Segmentation or None."""
     with trajtok.precision(batch.video.device, cfg.bf16):
-        # two towers; nothing but the vectors connects them
         video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
         text = model.embed_text(batch.ids, batch.mask)
     return video, text, count, seg
 
 
 def encode(model, batch, m, cfg):
-    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log."""
+    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log.
+    The contrastive loss is the caller's: it needs the vectors of all micro-batches and processes."""
     video, text, count, seg = embed_pairs(model, batch, m, cfg)
-    terms, segmentation = dict(tokens=count.float().mean().item()), video.new_zeros(())
+    terms = dict(tokens=count.float().mean().item())
+    segmentation = video.new_zeros(())
     if seg is not None:
         terms["live"] = seg.alive.sum(1).float().mean().item()
-        focal, dice = segmentation_loss(seg, batch.labels)      # outside autocast: the matching counts points
-        # PAPER: Dice beside focal finds small things; 0.5 and 1 are the release's weights
+        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
+        focal, dice = segmentation_loss(seg, batch.labels)
+        # PAPER: Dice beside focal finds small things. 0.5 and 1 are the release's weights
         segmentation = cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
         terms |= dict(focal=focal.item(), dice=dice.item())
     return video, text, segmentation, terms
@@ -602,33 +644,39 @@ def whole_step(model, batch, m, cfg):
     """Gradients of one batch into p.grad -> terms of the loss. Other processes' clips are negatives."""
     video, text, segmentation, terms = encode(model, batch, m, cfg)
     contrastive = model.contrastive(gather(video), gather(text))
-    loss = contrastive + segmentation / ranks()[1]              # sums over processes: the mean of their means
-    # contrastive: InfoNCE, towards tokens that tell clips apart; segmentation: masks that follow things. The
-    # first reaches the masks as well, through z_init (encoder.py).
+    # train() sums gradients over processes. Each has the same contrastive loss, of all clips, but a gradient
+    # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
+    # sum has to be divided.
+    loss = contrastive + segmentation / ranks()[1]
+    # PAPER: both train the masks, segmentation directly and the contrastive loss through z_init (encoder.py)
     loss.backward()
     return dict(contrastive=contrastive.item(), **terms)
 
 
 def micro_batch_step(model, batch, m, cfg):
-    """The same, `cfg.micro_batch` clips at a time (GradCache, arXiv 2101.06983). InfoNCE needs the vectors of
-    the whole batch at once, but activations of a few clips only: (1) embed all without a graph; (2) take the
-    loss and its gradient in the vectors; (3) embed each part again and send that gradient back: d loss = dv ·
-    v + dt · t. Nothing in the model is random once m is drawn, so the second embedding equals the first."""
-    parts = [Batch(*part) for part in zip(*(x.split(cfg.micro_batch) for x in batch))]
-    with torch.no_grad():                                                               # 1
+    """The same gradients, with activations of only `cfg.micro_batch` clips in memory (GradCache, arXiv
+    2101.06983). InfoNCE couples all clips of a batch, but only through their vectors v and t. Nothing in the
+    model is random once m is drawn, so that embedding a clip twice gives the same vectors."""
+    size = cfg.micro_batch
+    parts = [Batch(*part) for part in zip(*(x.split(size) for x in batch))]
+    # 1. the vectors of all clips, without a graph
+    with torch.no_grad():
         vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
-    video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))
-    contrastive = model.contrastive(gather(video), gather(text))                        # 2
+    video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))          # leaves of the graph
+    # 2. the loss, and its gradients dv, dt by the vectors
+    contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
-    logged = []
-    gradients = zip(video.grad.split(cfg.micro_batch), text.grad.split(cfg.micro_batch))
-    for part, (dv, dt) in zip(parts, gradients):                                        # 3
+    # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
+    # has the same gradient by the weights as the contrastive loss
+    means = {}
+    for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
         v, t, segmentation, terms = encode(model, part, m, cfg)
         share = len(v) / len(video)
         part_loss = (dv * v).sum() + (dt * t).sum() + share * segmentation / ranks()[1]
         part_loss.backward()
-        logged.append({key: share * value for key, value in terms.items()})
-    return dict(contrastive=contrastive.item(), **{key: sum(one[key] for one in logged) for key in logged[0]})
+        for key, value in terms.items():
+            means[key] = means.get(key, 0) + share * value
+    return dict(contrastive=contrastive.item(), **means)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -637,44 +685,49 @@ def micro_batch_step(model, batch, m, cfg):
 
 def recalls(similarity, prefix, right):
     """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an
-    answer to that query. Rank = how many wrong candidates score at least as high as the best answer: ties
-    count against us, so that a constant output scores 0."""
+    answer to that query. Rank = how many wrong candidates score at least as high as the best answer. A tie
+    counts against the model: otherwise a constant output would score 1."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-    rank = (~(similarity < answer) & ~right).sum(1)             # NaN counts against us, too
+    # not (similarity >= answer), which is False for NaN: a model that outputs NaN would be perfect
+    rank = (~(similarity < answer) & ~right).sum(1)
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
 def linear_probe(train, valid, test):
-    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features;
-    its L2 penalty is the best of four on valid. Full-batch L-BFGS: no learning rate to tune."""
+    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features,
+    fitted on train. Of four L2 penalties the one that is best on valid is taken."""
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
     sets = [(((x - mean) / deviation).double(), y) for x, y in (train, valid, test)]
-    best = (-1.0, 0.0)
+    (x, y), *others = sets
+    classes = 1 + max(int(labels.max()) for _, labels in sets)
+    best = (-1.0, 0.0)                                          # accuracies on valid and on test
     for penalty in (1e-3, 1e-2, 1e-1, 1.0):
-        regression = nn.Linear(len(mean), 1 + max(int(y.max()) for _, y in sets)).double()
+        regression = nn.Linear(len(mean), classes).double()
         nn.init.zeros_(regression.weight)
+        # L-BFGS on all examples at once has no learning rate that would have to be tuned
         solver = torch.optim.LBFGS(regression.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
         def closure():
             solver.zero_grad()
-            loss = F.cross_entropy(regression(sets[0][0]), sets[0][1])
-            loss = loss + penalty * regression.weight.square().sum() / 2
+            loss = F.cross_entropy(regression(x), y) + penalty * regression.weight.square().sum() / 2
             loss.backward()
             return loss
 
         solver.step(closure)
         with torch.no_grad():
-            right = [(regression(x).argmax(1) == y).float().mean().item() for x, y in sets[1:]]
-        best = max(best, tuple(right), key=lambda pair: pair[0])
+            right = [(regression(x).argmax(1) == y).float().mean().item() for x, y in others]
+        if right[0] > best[0]:
+            best = right
     return best[1]
 
 
 @torch.no_grad()
 def embed(model, batches, cfg, device, what, damage=None):
-    """All clips of a dataset -> dict(vectors (n, e), features (n, w), tokens (n,), where: (batch, row) of
-    each clip, and what the batches say of them: captions, label, appearance, motion)."""
+    """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
+    where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
     model.eval()
-    m, clips = cfg.tokens_per_trajectory, {}
+    m = cfg.tokens_per_trajectory
+    clips = {}
     loader = data.loader(batches, 0, len(batches), cfg.workers)
     for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
         if damage is not None:
@@ -686,6 +739,7 @@ def embed(model, batches, cfg, device, what, damage=None):
             vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
         batch["where"] = [(i, j) for j in range(len(vectors))]
+        # real clips have no appearance and motion
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
             clips.setdefault(key, []).extend(batch.get(key, []))
     for key, rows in clips.items():
@@ -705,9 +759,9 @@ def embed_texts(model, texts, cfg, device, encoding):
 
 
 def retrieval(model, clips, cfg, device, encoding):
-    """Recalls both ways -> dict; texts; bool (texts, clips), True = an answer; similarity of the same shape.
-    Each caption of a clip is a query of its own; a text that several clips have is answered by any of
-    them."""
+    """Text-to-video and video-to-text retrieval -> dict of recalls; texts; right, bool (texts, clips), True =
+    the clip has this caption; similarity of the same shape. Each different caption is one query, and any of
+    the clips that have it is a right answer."""
     captions = clips["captions"]
     texts = sorted({text for own in captions for text in own})
     right = torch.tensor([[text in own for own in captions] for text in texts])
@@ -718,9 +772,12 @@ def retrieval(model, clips, cfg, device, encoding):
 
 
 def evaluate(model, held_out, cfg, device, encoding, damage):
-    """Retrieval, zero-shot classes, linear probes, segmentation scores on held-out clips -> dict (None: what
-    the data or the tokenizer cannot tell), picture of what captions find, pictures of trajectories."""
+    """Retrieval, zero-shot classes, linear probes and segmentation scores on held-out clips -> dict of scores
+    (None where the data has no labels for it, or the tokenizer no masks), picture of what captions find,
+    pictures of trajectories."""
     clips = embed(model, held_out, cfg, device, "held-out clips", damage)
+    if not len(clips.get("vectors", ())):
+        raise BadInput(f"--data {cfg.data}: not one held-out clip can be used")
     result, texts, right, similarity = retrieval(model, clips, cfg, device, encoding)
     result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
     labels = sorted({label for label in clips.get("label", []) if label})
@@ -729,8 +786,10 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
         prompts = [cfg.prompt.replace("{}", label) for label in labels]
         classes = embed_texts(model, prompts, cfg, device, encoding)
         guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
-        known = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
-        result["zero_shot"] = sum(known) / len(known)
+        # over the clips that have a label
+        hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
+        result["zero_shot"] = sum(hits) / len(hits)
+    # made clips alone: their generator knows what the subject is and how it moves
     if hasattr(held_out, "world"):
         result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
     masks = []
@@ -741,14 +800,13 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
 
 
 def probe(model, clips, world, cfg, device):
-    """Linear probes of the frozen CLS on made clips: the subject's shape and its motion. The probes learn
-    from clips far up the training range, where no training gets, and choose their penalty on validation
-    clips."""
+    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape and its motion."""
     sets = []
+    # train: numbers of training clips so high that no training reaches them; then valid
     for begin, count in ((500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1))):
         batches = data.WorldBatches(world, cfg.batch, indices=range(begin, begin + count))
         sets.append(embed(model, batches, cfg, device, "probe clips"))
-    sets.append(clips)
+    sets.append(clips)                                          # test
     scores = {}
     for key in ("appearance", "motion"):
         scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
@@ -756,8 +814,8 @@ def probe(model, clips, world, cfg, device):
 
 
 def found_clips(similarity, right, texts, clips, held_out):
-    """A picture: three captions, each with a frame of the three clips that it finds first; a green bar =
-    right."""
+    """A picture: three captions, and below each the three clips that it finds first, as three frames; the bar
+    under a clip is green if it has this caption, red if not."""
     sheet = []
     for query in np.linspace(0, len(texts) - 1, 3).astype(int):
         found = []
@@ -765,8 +823,10 @@ def found_clips(similarity, right, texts, clips, held_out):
             number, row = clips["where"][clip]
             video = data.finish(held_out[number], "cpu")["video"][row]
             frames = video[[0, len(video) // 2, -1]].transpose(0, 1).flatten(1, 2).numpy()     # (H, 3 W, 3)
-            frames = frames.repeat(max(1, 128 // len(frames)), 0).repeat(max(1, 128 // len(frames)), 1)
+            scale = max(1, 128 // len(frames))
+            frames = frames.repeat(scale, 0).repeat(scale, 1)
             frames[-6:] = (40, 170, 70) if right[query, clip] else (200, 60, 60)
+            # white gaps; the 30 rows above are for the caption
             found.append(np.pad(frames, ((30, 4), (4, 4), (0, 0)), constant_values=255))
         line = np.concatenate(found, 1)
         trajtok.write_text(line, texts[query], 10, 8)
@@ -775,8 +835,8 @@ def found_clips(similarity, right, texts, clips, held_out):
 
 
 def count_flops(cfg):
-    """--flops: a table of GFLOPs of embedding one clip, counted on the meta device. Upper bounds: no
-    trajectory is dead, no patch dropped."""
+    """--flops: a table of GFLOPs of embedding one clip. Counted on the meta device, where tensors have shapes
+    and no values, so nothing is computed. Upper bounds: no trajectory is dead, no patch dropped."""
     lengths = (8, 16, 32, 64, 128)
     lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
     for name in TOKENIZERS:
@@ -790,6 +850,7 @@ def count_flops(cfg):
             with torch.device("meta"):
                 video = VideoEncoder(tokenizer_class(name)(one), one)
                 pixels = torch.zeros(1, t, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+            # trajvit reads the number of labels off their values, so these lie on the CPU: vertical stripes
             labels = torch.arange(cfg.image_size).expand(1, t, cfg.image_size, -1)
             gflops = trajtok.count_gflops(lambda: video(pixels, cfg.tokens_per_trajectory, labels))
             cells.append(f"{gflops:.2f}")
@@ -802,7 +863,7 @@ def count_flops(cfg):
 # -----------------------------------------------------------------------------------------------------------
 
 def train(cfg, folder):
-    """One straight line: data, model, optimizer; then a step after the other; then the held-out clips."""
+    """Data, model and optimizer; the steps; then the scores on the held-out clips."""
     device = trajtok.setup(cfg)
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
@@ -812,14 +873,17 @@ def train(cfg, folder):
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
         return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
-    # beside the flags: the words of the captions, and of TrajTok what from_pretrained reads
+    # config.json holds more than the flags: the vocabulary, without which the text tower cannot be used, and
+    # the TrajTokConfig, which TrajTok.from_pretrained reads
     shape = getattr(model.video.tokenizer, "cfg", None)
     more = dict(words=words, manifest=data.fingerprint(cfg.data, cfg.val))
     trajtok.open_run(folder, cfg, trajtok=dataclasses.asdict(shape) if shape else None, **more)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
-    log, damage, warned = trajtok.Log(folder, first), data.Damage(), False
-    clips, parameters = cfg.batch * world, sum(p.numel() for p in model.parameters())
+    log, damage = trajtok.Log(folder, first), data.Damage()
+    warned = False
+    clips = cfg.batch * world                                   # a step, of all processes
+    parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
           f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
@@ -831,25 +895,28 @@ def train(cfg, folder):
         # 1. the batch. A file that could not be used was replaced in it; it is named once
         damage.add(batch["bad"])
         batch = prepare(batch, step * world + rank, encoding, cfg, device)
-        # 2. the gradients
-        # PAPER: 1, 2 or 4 tokens a trajectory, drawn anew at each step, the same for all clips and processes
+        # 2. the gradients. PAPER: 1, 2 or 4 tokens a trajectory, drawn at each step. The draw depends on the
+        # seed and the step alone, so it is the same in all processes, and after --resume
         m = int(np.random.default_rng((cfg.seed, step)).choice((1, 2, 4)))
         model.train()
         optimizer.zero_grad()
         take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
         terms = take_step(model, batch, m, cfg)
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
+        # every process had the whole gradient of the temperature, and their sum is `world` times too large
         if world > 1:
-            model.temperature.grad /= world                     # every process had the whole of it
+            model.temperature.grad /= world
         # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         trajtok.check_finite(terms, step)
         optimizer.step()
         model.temperature.data.clamp_(0.001, 0.5)
-        # 4. the log, and now and then a checkpoint and a look at validation clips
+        # 4. the log; from time to time a checkpoint, and scores on validation clips
+        # focal is exactly 0 only where not one point is labelled
         if not warned and terms.get("focal") == 0:
             warned = True
             print("no segmentation loss: no clip of this batch has masks")
+        # means over processes. This waits for the slowest of them, so `seconds` is the time of all
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
         seconds = time.time() - mark
         terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
@@ -875,21 +942,25 @@ def prepare(batch, number, encoding, cfg, device):
     batch = data.finish(batch, device)
     video, labels = batch["video"], batch["labels"]
     if cfg.augment:
-        # captions of made clips tell left from right: no flip
+        # captions of made clips, which the key "motion" marks, tell left from right: no flip
         video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6, flip="motion" not in batch)
+    if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
+        raise BadInput("--tokenizer trajvit: is given its trajectories, but no clip of this batch has masks")
     ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
     return Batch(video, labels, ids.to(device), mask.to(device))
 
 
 def choose_words(cfg, train_set, folder):
-    """--text -> the encoding of captions, and its words if they are the run's own. `captions`, the default
-    for real data: 256 bytes and the most frequent words of the training captions, kept in config.json."""
+    """--text -> the encoding of captions, and its words if they are the run's own, or None. `captions`, the
+    default for real data: 256 bytes and the most frequent words of the training captions. Words are numbered
+    in their order: a run that goes on, or starts from another's weights, has to take the words of that
+    run."""
     text = cfg.text or ("world" if cfg.data == "world" else "captions")
     if text != "captions":
         return data.load_encoding(text), None
     captions = train_set.captions()
     source = folder if cfg.resume or cfg.eval_only else cfg.init
-    saved = trajtok.read_json(trajtok.Path(source) / "config.json") if source else {}
+    saved = trajtok.read_json(Path(source) / "config.json") if source else {}
     words = saved.get("words") or data.word_list(captions)
     encoding = data.word_encoding(words)
     too_long = sum(len(ids) >= cfg.text_length for ids in encoding.encode_ordinary_batch(captions))
@@ -899,8 +970,8 @@ def choose_words(cfg, train_set, folder):
 
 
 def validate(model, cfg, device, encoding, log, step):
-    """--eval-every: retrieval on validation clips, or on the held-out clips of real data; a line of the
-    log."""
+    """--eval-every: retrieval on validation clips, or on the held-out clips of real data -> one line on the
+    terminal and one in the log."""
     _, held_out = data.open_data(dataclasses.replace(cfg, eval_split="validation"))
     result = retrieval(model, embed(model, held_out, cfg, device, "validation"), cfg, device, encoding)[0]
     log(step=step, **result)
@@ -909,10 +980,13 @@ def validate(model, cfg, device, encoding, log, step):
 
 def finish(model, held_out, cfg, device, encoding, folder, log, damage):
     """Score the held-out clips, write result.json and pictures, and print what they say."""
-    lines = [line for line in log.lines() if "contrastive" in line]
+    lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
     result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
-    # GFLOPs of the clips as they are: dead trajectories and dropped patches cost nothing
-    batch = data.finish(held_out[0], device)
+    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
+    for i in range(len(held_out)):
+        batch = data.finish(held_out[i], device)
+        if len(batch["video"]):                                 # one that can be used
+            break
     video, labels = batch["video"][:8], batch["labels"][:8]
     m = cfg.tokens_per_trajectory
     gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels)) / len(video)
@@ -928,9 +1002,9 @@ def finish(model, held_out, cfg, device, encoding, folder, log, damage):
 
 
 def report(result, folder):
-    """What the run scored, with chance beside it, and where to look next."""
+    """Print what the run scored, with chance beside it, and which command to try next."""
 
-    def percent(*keys):
+    def percent(*keys):                                         # None: not measured
         return "  ".join("    -" if result[key] is None else f"{100 * result[key]:5.1f} %" for key in keys)
 
     n = result["clips"]

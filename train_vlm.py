@@ -706,7 +706,8 @@ class VLMConfig:
     eval_clips: int = 96                    # held-out made stories of each length
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "steps batch frames window questions clips eval_clips save_every segmenter_steps")
+        trajtok.at_least(self, 1, "steps batch frames window questions clips eval_clips save_every")
+        trajtok.at_least(self, 1, "segmenter_steps patch_frames patch_side")
         trajtok.at_least(self, 0, "caption_steps warmup lr weight_decay clip seed processes workers")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
@@ -973,7 +974,7 @@ def train(cfg, folder):
         size = max(part.cfg.image_size for part in (segmenter, vision) if part)
         captions, questions, held_out = open_films(cfg, size, world)
     model = assemble(cfg, decoder, segmenter, vision).to(device)
-    trajtok.open_run(folder, cfg)
+    trajtok.open_run(folder, cfg, manifest=data.fingerprint(cfg.data, cfg.captions))
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
         shard(model, device, cfg)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
-from encoder import Path as TrajectoryPath
+from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
 from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
                        normalise, segmentation_loss, tube_overlaps, video_metrics)
@@ -82,12 +82,14 @@ class TrajTokConfig:
     hard_mask: bool = True          # False: tokens read all points instead of their own
     mean_start: bool = True         # False: a token starts at its learned code, without z_init
     # what the authors' checkpoints were trained with; load_official turns it on
-    normed_residual: bool = False
-    norm_media: bool = False
-    last_points: int = 0
+    normed_residual: bool = False   # latents = norm(latents) + attention, instead of latents + attention
+    norm_media: bool = False        # each layer normalises the points once more
+    last_points: int = 0            # so many points at the end of a clip are read by every token
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))  # JSON has lists only
+        # JSON turns tuples into lists, and a list would make a loaded configuration differ from the saved
+        # one. A frozen dataclass has no plain assignment.
+        object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "dims", tuple(self.dims))
         if self.image_size % 32 or self.image_size < 32:
             raise BadInput(f"image size {self.image_size}: give a multiple of 32, e.g. 224")
@@ -98,27 +100,26 @@ class TrajTokConfig:
 
     @property
     def choices(self):
-        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens."""
+        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens, which is a power of two."""
         return tuple(2 ** i for i in range(self.max_tokens.bit_length()))
 
     def check(self, m):
+        """m tokens per trajectory -> m. BadInput if that is none of the choices."""
         if m not in self.choices:
             raise BadInput(f"tokens per trajectory {m}: one of {', '.join(map(str, self.choices))}")
         return m
 
 
-# A size is what its machine trains in: nano in minutes on two cores, tiny in hours there, base and large on
-# cards of 80 GB. base and large differ in the width of their tokens, which is that of the transformer behind
+# nano trains in minutes on two cores and tiny in hours; base and large need a card of 80 GB. These two are
+# the defaults above and differ only in the width of their tokens, which is that of the transformer behind
 # them. The counts are parameters of segmenter and encoder together; a test counts them.
-TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
-FULL = dict(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, recompute=True, **TINY)
-NANO = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
-SMALL = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
+NANO_NET = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
+TINY_NET = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
 SIZES = {
-    "nano":  TrajTokConfig(64, 8, dim=96, num_queries=24, depth=1, heads=4, out_dim=128, **NANO),    # 1.4 M
-    "tiny":  TrajTokConfig(128, 8, dim=256, num_queries=32, depth=2, out_dim=256, **SMALL),          # 8.8 M
-    "base":  TrajTokConfig(out_dim=768, **FULL),                                                     # 46.2 M
-    "large": TrajTokConfig(out_dim=1024, **FULL),                                # 46.4 M: the paper's 46 M
+    "nano":  TrajTokConfig(64, 8, dim=96, num_queries=24, depth=1, heads=4, out_dim=128, **NANO_NET),  # 1.4 M
+    "tiny":  TrajTokConfig(128, 8, dim=256, num_queries=32, out_dim=256, **TINY_NET),            # 8.8 M
+    "base":  TrajTokConfig(out_dim=768, recompute=True),        # 46.2 M
+    "large": TrajTokConfig(out_dim=1024, recompute=True),       # 46.4 M: the paper's 46 M
 }
 
 
@@ -129,8 +130,8 @@ class TrajTok(nn.Module):
     backbone: a module of your own instead of the ConvNeXt, with `.dims`, the channels of its maps, and
     forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first; strides are read off the maps.
 
-    The gradient of a loss on the tokens reaches the masks through z_init, a mean of features under the soft
-    masks, and the features through that and through what the tokens read (encoder.py)."""
+    A loss on the tokens trains the masks too: its gradient reaches them through z_init, the mean of the
+    features under the soft masks. It reaches the features through z_init and through the attention."""
 
     def __init__(self, size="nano", backbone=None):
         super().__init__()
@@ -147,6 +148,7 @@ class TrajTok(nn.Module):
         -> Tokens: z (b, K·m, d'), mask (b, K·m), True = its trajectory owns a point, trajectory (b, K·m);
         Segmentation: F (b, n, d), logits (b, n, K), ids (b, n), alive (b, K), grid (t, h, w)."""
         m = tokens_per_trajectory
+        # train_clip.py gives m: it draws it from (seed, step), so that a resumed run repeats the same draws
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
         seg = self.segmenter(video)
@@ -154,46 +156,48 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of a video of any length, as forward would give them, in constant memory. -> Tokens, b =
-        1
+        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens
 
         frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces
-        (a decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece.
-        The features of a long video fit no memory, so the video is read again whenever something needs all
-        of it: to count its frames, once a layer of each Perceiver, and once for z_init."""
+        (a decoder). each(first frame, piece (1, t, H, W, 3), its Segmentation) is called once a piece.
+
+        The features of a long video fit no memory. So they are computed again whenever all of them are
+        needed: once to count the frames, once for each layer of each Perceiver, and once for z_init."""
         segmenter, encoder, cfg = self.segmenter, self.encoder, self.cfg
         m, device = cfg.check(tokens_per_trajectory), segmenter.latents.device
         source = pieces(frames, chunk)
-        count = sum(video.shape[1] for video in source())
-        if not count:
+        length = sum(video.shape[1] for video in source())
+        if not length:
             raise BadInput("an empty video: there is no frame to make tokens of")
 
-        # the three generators below are the forward pass so far, a piece at a time
-        def features():                                         # -> first frame, piece, F (1, n, d), grid
+        # Segmenter.segment and TrajectoryEncoder.forward follow, a piece at a time. Each nested function is a
+        # generator that decodes the video from its beginning when it is called.
+        def extract():                                          # -> first frame, piece, F (1, n, d), grid
             first = 0
             for video in source():
-                f, grid = segmenter.extract(normalise(video.to(device)))
-                yield first, video, f, grid
+                features, grid = segmenter.extract(normalise(video.to(device)))
+                yield first, video, features, grid
                 first += grid[0]
 
         def read_by_queries():
-            for first, _, f, (t, h, w) in features():
-                yield first * h * w, f, None
+            for first, _, features, (_, h, w) in extract():
+                yield first * h * w, features, None
 
+        # the K queries have read the whole video before the first point is given to one of them
         queries = perceive(segmenter.perceiver, segmenter.latents[None], read_by_queries)
 
-        def clusters():                                         # -> first frame, piece, Segmentation
-            for first, video, f, grid in features():
-                logits = segmenter.mask_logits(queries, f)
+        def segment():                                          # -> first frame, piece, Segmentation
+            for first, video, features, grid in extract():
+                logits = segmenter.mask_logits(queries, features)
                 ids = logits.argmax(-1)
                 alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-                yield first, video, Segmentation(f, logits, ids, alive, grid)
+                yield first, video, Segmentation(features, logits, ids, alive, grid)
 
-        # z_init is a mean over all points: sums of pieces add up
+        # z_init is a mean over all points: numerator and denominator are summed over the pieces
         total, weight, alive, path = 0.0, 0.0, False, []
-        for first, video, seg in clusters():
+        for first, video, seg in segment():
             soft = seg.logits.softmax(-1)                       # over the queries
-            points = encoder.add_places(seg.features, seg.grid, first, count)
+            points = encoder.add_places(seg.features, seg.grid, first, length)
             part, share = soft_sums(soft, points)
             total, weight, alive = total + part, weight + share, seg.alive | alive
             if cfg.path:
@@ -203,14 +207,14 @@ class TrajTok(nn.Module):
         latents = encoder.start(total, weight, torch.cat(path, 1) if path else None, m)
 
         def read_by_tokens():
-            for first, _, seg in clusters():
-                points = encoder.add_places(seg.features, seg.grid, first, count)
+            for first, _, seg in segment():
+                points = encoder.add_places(seg.features, seg.grid, first, length)
                 cells = seg.grid[1] * seg.grid[2]
                 number = first * cells + torch.arange(seg.ids.shape[1], device=device)
-                last = number >= count * cells - cfg.last_points
+                last = number >= length * cells - cfg.last_points       # (n,), True = every token reads it
                 yield first * cells, points, seg.ids.masked_fill(last, EVERYONE)
 
-        # under the hard mask a token sees the tokens of its own trajectory and the points that these own
+        # under the hard mask a token reads the tokens and the points of its own trajectory
         owner = torch.arange(cfg.num_queries, device=device).repeat_interleave(m)
         z = perceive(encoder.perceiver, latents, read_by_tokens, owner if cfg.hard_mask else None)
         return encoder.finish(z, alive)
@@ -222,6 +226,7 @@ class TrajTok(nn.Module):
         parts, first = [], 0
         for video in pieces(frames, window)():
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
+            # query k stands for another thing in every window: no number may occur in two of them
             offset = len(parts) * self.cfg.num_queries
             parts.append(tokens._replace(trajectory=tokens.trajectory + offset))
             if each:
@@ -229,9 +234,11 @@ class TrajTok(nn.Module):
             first += video.shape[1]
         if not parts:
             raise BadInput("an empty video: there is no frame to make tokens of")
+        # z, mask and trajectory: for each field, the windows one after the other
         return Tokens(*(torch.cat(field, 1) for field in zip(*parts)))
 
     def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which from_pretrained reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"trajtok": dataclasses.asdict(self.cfg)})
@@ -244,18 +251,19 @@ class TrajTok(nn.Module):
 
     @classmethod
     def load_official(cls, path, mean_start=True):
-        """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's. Its
-        configuration is read off names and shapes. mean_start: was it trained with z_init added to the
-        codes? The weights do not tell."""
+        """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's, in
+        eval mode. Its configuration is read off names and shapes. mean_start: was it trained with z_init
+        added to the codes? The weights do not tell."""
         marks = ("segmenter.log_scale", "latents", "output_projector.weight")
         weights = official_part(read_weights(path), marks, path)
         cfg, renamed = official_segmenter(under(weights, "segmenter."), path)
-        own = {k: v for k, v in weights.items() if not k.startswith("segmenter.")}
-        own = rename(own, [(r"traj_feature_updater\.(.+)", r"perceiver.\1")])
-        official_perceiver(own, path)
+        rules = [(r"segmenter\..+", None), (r"traj_feature_updater\.(.+)", r"perceiver.\1")]
+        encoder = rename(weights, rules)
+        # both Perceivers have one depth and number of heads; this call drops the rotary frequencies
+        official_perceiver(encoder, path)
         renamed = {f"segmenter.{k}": v for k, v in renamed.items()}
-        renamed |= {f"encoder.{k}": v for k, v in own.items()}
-        sizes = dict(max_tokens=own["latents"].shape[1], out_dim=len(own["output_projector.weight"]))
+        renamed |= {f"encoder.{k}": v for k, v in encoder.items()}
+        sizes = dict(max_tokens=encoder["latents"].shape[1], out_dim=len(encoder["output_projector.weight"]))
         cfg = dataclasses.replace(cfg, **sizes, last_points=2, mean_start=mean_start)
         return fit_weights(cls(cfg), renamed, path).eval()
 
@@ -264,27 +272,28 @@ class TrajTok(nn.Module):
 # Long video: a Perceiver that reads its points a piece at a time
 # -----------------------------------------------------------------------------------------------------------
 
-EVERYONE = -2                       # id of a point that every token may read (last_points); -1: of none
+# perceive() takes it for the trajectory of a point that every token may read (cfg.last_points)
+EVERYONE = -2
 
-
-# A softmax over all points of a film needs their scores at once only on paper. For scores s_j and values v_j,
-#
-#   y = sum_j exp(s_j - s_max) v_j / sum_j exp(s_j - s_max)
-#
-# both sums can be carried along; when a piece brings a larger s_max, what was summed is scaled down.
 
 class RunningSoftmax:
-    """y = softmax(s) v over pieces of s and v, exactly, as flash attention does it (arXiv 2205.14135)."""
+    """y = softmax(s) v over pieces of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
+    scores s_j and values v_j,
+
+      y = sum_j exp(s_j - s_max) v_j / sum_j exp(s_j - s_max)
+
+    so both sums can be carried from piece to piece. Where a piece brings a larger s_max, the sums so far are
+    multiplied by exp(old s_max - new s_max)."""
 
     def __init__(self):
         self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
 
     def add(self, s, v):                                        # scores (..., q, n), values (..., n, c)
         top = torch.maximum(self.top.to(s.device), s.amax(-1, keepdim=True))
-        old = (self.top.to(s.device) - top).exp()
+        rescale = (self.top.to(s.device) - top).exp()           # 0 at the first piece
         w = (s - top).exp()
-        self.norm = self.norm * old + w.sum(-1, keepdim=True)
-        self.total = self.total * old + w @ v
+        self.norm = self.norm * rescale + w.sum(-1, keepdim=True)
+        self.total = self.total * rescale + w @ v
         self.top = top
 
     def mean(self):
@@ -292,20 +301,23 @@ class RunningSoftmax:
 
 
 def perceive(perceiver, latents, chunks, owner=None):
-    """Perceiver.forward, where chunks() goes through (number of the first point, points (1, n, d), ids (1, n)
-    or None), once a layer. owner (s,): the trajectory of each latent, under the hard mask.
-    latents (1, s, d) -> (1, s, d)."""
+    """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
+
+    chunks() returns, once for each layer, a new iterator over (number of the first point, points (1, n, d),
+    ids (1, n) or None). owner (s,): the trajectory of each latent, under the hard mask; None: no mask."""
     for attention, mlp in perceiver.layers:
         x, softmax = perceiver.norm_lat(latents), None
         for first, points, ids in chunks():
+            # latents have the positions 0 .. s-1, so the first point of the video has s
             parts = attention.project(x, perceiver.norm_ctx(points), latents.shape[1] + first)
             q, k_own, v_own, k, v = (part.transpose(1, 2).float() for part in parts)
             q = q / math.sqrt(q.shape[-1])
             s_own, s = q @ k_own.mT, q @ k.mT                   # (1, a, s, s), (1, a, s, n)
-            if owner is not None:
+            if owner is not None:                               # masked_fill: True = may not be read
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
                 s = s.masked_fill((owner[:, None] != ids) & (ids != EVERYONE), -math.inf)
-            if softmax is None:                                 # the latents themselves come first
+            # project returns the latents' own keys with every chunk; they count once
+            if softmax is None:
                 softmax = RunningSoftmax()
                 softmax.add(s_own, v_own)
             softmax.add(s, v)
@@ -327,7 +339,7 @@ def pieces(frames, length):
         held = []
         for part in frames() if callable(frames) else [frames]:
             held.append(torch.as_tensor(part))
-            # the last piece waits for what comes
+            # the last piece may still be too short: it is held back until the next part, or the end
             *whole, last = torch.cat(held).split(length)
             held = [last]
             yield from (piece[None] for piece in whole)
@@ -352,15 +364,17 @@ def tokenizer_config(folder):
 
 
 def load_weights(module, folder, *prefixes):
-    """folder/model.safetensors into module, strictly; of the keys under the first prefix that there is, if
-    any."""
+    """folder/model.safetensors into module, strictly -> module. What train_clip.py wrote holds the tokenizer
+    among other weights, what `pretrain` wrote holds it alone: the weights under the first of the prefixes
+    that occurs are taken, or all of them if none does."""
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
-    parts = [under(weights, prefix) for prefix in prefixes]
-    return fit_weights(module, next(filter(None, parts), weights), path)
+    parts = [under(weights, prefix) for prefix in prefixes] + [weights]
+    return fit_weights(module, next(part for part in parts if part), path)
 
 
 def write_weights(path, state):
+    """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     replace(path, lambda beside: save_file(state, beside))
 
@@ -374,7 +388,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
     taken off, as is the `module.` that DistributedDataParallel puts before each name."""
     path = Path(path)
     if path.is_dir():
-        # one file, or the index of several
+        # large models come in several files, whose index says which weight is in which
         names = ("model.safetensors", "pytorch_model.bin")
         names += tuple(name + ".index.json" for name in names)
         path = next((path / name for name in names if (path / name).exists()), path / names[0])
@@ -387,10 +401,11 @@ def read_weights(path, wrappings=("model", "state_dict")):
             files = [path.parent / name for name in sorted(names)]
         for file in files:
             weights |= load_any(file)
-    # the two readers raise many types on a file that is not theirs
+    # the two readers raise exceptions of many types on a file that is not theirs
     except Exception as error:
         raise BadInput(f"{path}: no whole file of weights ({type(error).__name__}); fetch it again") from None
-    for name in (*wrappings, *wrappings):                       # one may stand inside the other
+    # twice, because one wrapping may stand inside another, in either order
+    for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
     weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
     if not weights:
@@ -399,16 +414,18 @@ def read_weights(path, wrappings=("model", "state_dict")):
 
 
 def load_any(file):
+    """One file -> what it holds: a dict of tensors, perhaps wrapped."""
     if file.suffix == ".safetensors":
         return load_file(file)
-    # the original VideoMAE release keeps its command line beside the weights
+    # the original VideoMAE release keeps its command line, an argparse.Namespace, beside the weights. With
+    # weights_only, torch refuses every class that is not named here: a pickle could run code.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def fit_weights(module, weights, where):
     """weights into module -> module. Strictly: a missing, an unexpected or a wrongly shaped tensor is
-    refused, or a model would train on, half of it random, and nobody would know."""
+    refused. Otherwise half of a model could stay random and nobody would notice."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -423,8 +440,8 @@ def under(weights, prefix):
 
 
 def rename(weights, rules):
-    """Rename keys. rules: (pattern, replacement) pairs, of which the first that fits a whole key is applied;
-    a replacement None drops the key; keys that no rule fits stay."""
+    """Rename keys. rules: pairs of a regular expression and its replacement. The first that matches a whole
+    key is applied; the replacement None drops the key. A key that no rule matches stays as it is."""
     renamed = {}
     for key, value in weights.items():
         for pattern, replacement in rules:
@@ -438,17 +455,18 @@ def rename(weights, rules):
 
 
 def count(weights, pattern):
-    """1 + the largest number that group 1 of the pattern takes among the keys; 0 if it fits none."""
+    """How many layers a checkpoint has: 1 + the largest number that group 1 of the pattern matches in any
+    key; 0 if it matches none."""
     found = [re.match(pattern, key) for key in weights]
     return max((int(one[1]) + 1 for one in found if one), default=0)
 
 
-# Four projects publish ConvNeXt (arXiv 2201.03545) under four sets of names, the same tensors in each.
-# published names of a ConvNeXt's weights -> ours, which are those of the original release
+# ConvNeXt (arXiv 2201.03545) is published in four layouts: the same tensors under other names. These rules
+# turn each into our names, which are those of the original release.
 CONVNEXT_NAMES = [
-    # original, and DINOv3's, which has the last norm twice
+    # DINOv3 in the original layout: holds the last norm twice, here and as `norm`
     (r"norms\.3\..+", None),
-    # classifiers on top
+    # the classifier on top, in any layout
     (r"(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
     # timm
     (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
@@ -457,14 +475,14 @@ CONVNEXT_NAMES = [
     (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
     (r"stages\.(\d)\.blocks\.(\d+)\.(gamma|norm\..+)", r"stages.\1.\2.\3"),
     (r"head\.norm\.(.+)", r"norm.\1"),
-    # hub, ConvNext
+    # the hub's ConvNext
     (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
     (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
     (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(.+)", r"stages.\1.\2.norm.\3"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:dwconv|pwconv[12])\..+)", r"stages.\1.\2.\3"),
-    # hub, DINOv3
+    # the hub's DINOv3
     (r"stages\.(\d)\.downsample_layers\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
     (r"stages\.(\d)\.layers\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
     (r"stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.(.+)", r"stages.\1.\2.dwconv.\3"),
@@ -475,13 +493,15 @@ CONVNEXT_NAMES = [
 
 
 def convnext_names(weights, where):
-    """Any published layout -> weights under our names, depths, dims; the last two read off names and
+    """Any published layout -> weights under our names; depths and dims, which are read off names and
     shapes."""
+    # a ConvNeXt inside a classifier, or inside another model, has one of these before each name
     for prefix in ("convnext.", "backbone.", "model."):
         if any(k.startswith(prefix) for k in weights):
             weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     weights = rename(weights, CONVNEXT_NAMES)
     depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
+    # the convolution comes first in the stem, and after a norm in the other three; len = output channels
     try:
         stems = [weights[f"downsample_layers.{i}.{min(i, 1)}.weight"] for i in range(4)]
     except KeyError as error:
@@ -495,20 +515,20 @@ def load_convnext(path):
     return fit_weights(ConvNeXt(depths, dims), weights, path)
 
 
-# the authors' names -> ours. Their low-resolution head is the one that makes tokens; a second head at the
-# frame's resolution serves the segmenter's training alone and is left out.
+# the authors' names -> ours. Their low-resolution head makes the masks that the tokens are built on. A second
+# one, at the frame's resolution, serves the training of the segmenter alone and is left out.
 SEGMENTER_NAMES = [
     (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
     (r"trajectory_perceiver\.latents", r"latents"),
     (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
     (r"(traj_seg_head|patch_decoder)_low_res\.(.+)", r"\1.\2"),
-    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),      # for the release's training only
+    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),
 ]
 
 
 def official_part(weights, marks, where):
-    """The keys under the prefix that holds all of `marks`, without it: a released checkpoint holds other
-    models beside the tokenizer."""
+    """A released checkpoint holds other models beside the tokenizer. -> The weights under the first prefix
+    that has all the names in `marks`, without that prefix."""
     for outer in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
         for prefix in (outer, outer + "segmenter."):
             if all(prefix + mark in weights for mark in marks):
@@ -518,8 +538,9 @@ def official_part(weights, marks, where):
 
 
 def official_perceiver(weights, where):
-    """-> depth, heads of one of the release's Perceivers. The rotary frequencies that it stores, one for
-    every four channels of a head, tell the heads; they are dropped from `weights`."""
+    """-> depth, heads of one of the release's Perceivers. Only the rotary frequencies that it stores tell the
+    number of heads: they are one for every four channels of a head, so heads = d / (4 · frequencies). We
+    compute them ourselves: they are dropped from `weights`, in place."""
     depth = count(weights, r"perceiver\.layers\.(\d+)\.")
     stored = [weights.pop(f"perceiver.layers.{i}.0.rotary_emb.freqs", None) for i in range(depth)]
     if not stored or any(freqs is None for freqs in stored):
@@ -536,7 +557,7 @@ def official_segmenter(weights, where):
     queries, dim = rest["latents"].shape
     cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims,
                         frames=8, normed_residual=True, norm_media=True)
-    return cfg, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}
+    return cfg, rest | {f"backbone.{k}": v for k, v in backbone.items()}
 
 
 def load_official_segmenter(path):
@@ -554,31 +575,33 @@ def setup(cfg):
     """-> torch.device. Joins the other processes if torchrun launched us, and seeds the weights."""
     device = choose_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # the first process may evaluate for long while the others wait
+        # the others wait while the first process evaluates: torch's ten minutes would be too short
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
         if dist.get_rank():
-            # the first process speaks for all; errors are heard from each
+            # only the first process prints; stderr stays open in all, so no error is lost
             sys.stdout = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     return device
 
 
 def choose_device(name):
-    """--device -> torch.device. Of several processes each has a GPU, or its share of the cores, of its
-    own."""
+    """--device -> torch.device. Where several processes train, each takes a GPU of its own, or its share of
+    the cores."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        # matrix products that stay in float32 may use TF32, which is several times faster
         torch.set_float32_matmul_precision("high")
     if name == "cpu":
-        keep_memory()                                           # before the first tensor
+        keep_memory()                                           # has to come before the first tensor
         share = data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(min(max(share, 1), 16))
     try:
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
+        # a device that does not work fails here, and not after the data is read
         return torch.zeros(1, device=name).device
     # on a build of torch without GPUs even the switch is missing
     except (RuntimeError, AssertionError, AttributeError):
@@ -586,11 +609,11 @@ def choose_device(name):
 
 
 def keep_memory():
-    """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and
-    given back, page by page, at each step. On two cores that made a nano step twice as fast. Linux with glibc
-    only. Tensors that begin at a page leave fewer holes in kept memory (THP_MEM_ALLOC_ENABLE, PyTorch's
-    switch)."""
+    """Tell the C library to keep freed memory. By default every large tensor is mapped from the system and
+    given back, page by page, at each step; a nano step on two cores then takes twice as long. Linux with
+    glibc only."""
     if sys.platform == "linux":
+        # PyTorch then starts large tensors at a page, which leaves fewer holes in the memory that is kept
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
@@ -599,7 +622,8 @@ def keep_memory():
 
 
 def launch(cfg):
-    """`python train_x.py` becomes several processes under torchrun: --processes, or one for each GPU."""
+    """`python train_x.py` becomes several processes under torchrun: --processes, or one for each GPU. Returns
+    if one process is enough, or in the processes that torchrun started; otherwise execvp never returns."""
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or gpus
     if processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -615,7 +639,7 @@ def ranks():
 
 
 def all_reduce(values, device):
-    """Numbers of this process -> their means over all processes."""
+    """A list of numbers of this process -> their means over all processes."""
     if ranks()[1] == 1:
         return values
     sums = torch.tensor(values, dtype=torch.float32, device=device)
@@ -624,8 +648,9 @@ def all_reduce(values, device):
 
 
 def gather(x):
-    """Rows of this process (n, ...) -> those of all, in the order of the processes. Gradient flows into our
-    own rows only: every process computes the same loss of all rows, so what reaches them is whole."""
+    """Rows of this process (n, ...) -> those of all, in the order of the processes. all_gather carries no
+    gradient, so our own rows are put back. That is enough: every process computes the same loss from all
+    rows, so each gets the whole gradient of its own rows, and sum_gradients adds up the processes' shares."""
     rank, world = ranks()
     if world == 1:
         return x
@@ -638,14 +663,18 @@ def gather(x):
 def sum_gradients(parameters):
     """p.grad becomes its sum over all processes. CHOICE: after the backward pass instead of
     DistributedDataParallel, which must know beforehand which parameters a step uses; here that changes."""
-    for p in parameters if ranks()[1] > 1 else []:
+    if ranks()[1] == 1:
+        return
+    for p in parameters:
+        # all processes have to call all_reduce for the same parameters, or they wait for each other
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         dist.all_reduce(p.grad)
 
 
 def precision(device, bf16=None):
-    """Autocast to bfloat16, by default on a GPU; float32 on a CPU, where it is emulated on most machines."""
+    """Autocast to bfloat16, by default on a GPU. Most CPUs emulate bfloat16 slowly: they stay with
+    float32."""
     enabled = device.type == "cuda" if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -661,11 +690,11 @@ def learning_rate(step, cfg):
 
 
 def make_optimizer(model, cfg, scales=None):
-    """AdamW. Weight decay is for matrices alone: pulled towards 0, norms, biases and scales would silence the
-    layers behind them.
-    scales {prefix of names:
-    factor}: these parameters learn at factor x the learning rate: the loop multiplies lr by
-    group["scale"]."""
+    """AdamW. Weight decay is for matrices alone: norms, biases and scales that are pulled towards 0 would
+    silence the layers behind them.
+
+    scales {prefix: factor}: parameters whose names begin with the prefix learn `factor` times as fast. AdamW
+    ignores group["scale"]: the training loop sets group["lr"] = lr · group["scale"] at each step."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -678,7 +707,8 @@ def make_optimizer(model, cfg, scales=None):
 
 
 def check_finite(terms, step):
-    """Before the optimizer's step, so that what is saved stays whole."""
+    """Refuse a loss or gradient that is NaN or infinite. Called before the optimizer's step: one such step
+    makes all weights NaN, and they would be saved."""
     for name, value in terms.items():
         if not math.isfinite(value):
             raise BadInput(f"step {step}: {name} is {value}; train again with a lower --lr")
@@ -693,11 +723,12 @@ def peak_memory_gb(device):
 
 
 def count_gflops(run):
-    """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. torch's counter does
-    not know the attention kernel of CPUs, and fails under no_grad."""
+    """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. Not to be called
+    under no_grad, where torch's counter fails."""
+    # the attention kernel of CPUs is missing in the counter's own table
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-    def attention(q, k, v, *_, **__):
+    def attention(q, k, v, *_, **__):                           # shapes, and options that change no count
         return sdpa_flop_count(q, k, v)
 
     with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
@@ -706,12 +737,14 @@ def count_gflops(run):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# A run: its folder. Every file is written beside and renamed into place
+# A run: its folder, checkpoint and log
 # -----------------------------------------------------------------------------------------------------------
 
 def run_folder(cfg, script, suffix=""):
-    """out/<script>-<name>; without --name the size, where own data came from, and `suffix`."""
+    """out/<script>-<name>. Without --name it is the size, the names of the data if they are one's own, and
+    `suffix`, e.g. out/clip-nano-pets-vit3d."""
     name = cfg.size
+    # most manifests are called manifest.json: their folder says more
     if cfg.data != "world":
         sets = [Path(one.strip()).resolve() for one in cfg.data.split(",")]
         name += "-" + "+".join(one.parent.name if one.stem == "manifest" else one.stem for one in sets)
@@ -719,7 +752,8 @@ def run_folder(cfg, script, suffix=""):
 
 
 def resumed(cfg, folder, argv):
-    """With --resume or --eval-only: the saved configuration, and above it the flags that were given now."""
+    """With --resume or --eval-only: the saved configuration, changed by the flags in argv. The saved values
+    take the place of the size's in `configure`: defaults < saved values < flags."""
     config = folder / "config.json"
     saved = read_json(config) if config.exists() else {}
     if "size" not in saved:
@@ -730,6 +764,7 @@ def resumed(cfg, folder, argv):
 
 
 def make_folder(folder):
+    """mkdir -p, or one line that says why not."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -738,11 +773,11 @@ def make_folder(folder):
 
 def open_run(folder, cfg, **more):
     """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there
-    already is not overwritten. manifest, in `more`: data.fingerprint of what it learns from, which a resumed
-    run keeps."""
-    config = folder / "config.json"
+    already is kept unless --overwrite is given. more["manifest"] is data.fingerprint of the training data: a
+    resumed run on other data would not continue the old one, and is refused."""
     if ranks()[0]:
         return
+    config = folder / "config.json"
     if config.exists() and not (cfg.resume or cfg.overwrite):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
     if cfg.resume and cfg.overwrite:
@@ -750,8 +785,10 @@ def open_run(folder, cfg, **more):
     if cfg.resume and config.exists() and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
     make_folder(folder)
-    for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors") if cfg.overwrite else ():
-        (folder / name).unlink(missing_ok=True)
+    if cfg.overwrite:
+        # or the new run would go on from the old state
+        for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
     write_json(config, {**dataclasses.asdict(cfg), **more})
 
 
@@ -759,16 +796,16 @@ def save_checkpoint(folder, model, optimizer, step):
     """The state before step number `step`, for --resume, and the weights, for everybody else.
 
     All that is random in a run is drawn from (seed, step), so model, optimizer and step are the whole state.
-    A kill leaves the old checkpoint or the new one, never half of one: files are written beside and
-    renamed."""
+    Files are written under another name and renamed: a kill leaves the old checkpoint or the new one, never
+    half of one."""
     if ranks()[0]:
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
     try:
         replace(folder / "state.pt", lambda beside: torch.save(state, beside))
         write_weights(folder / "model.safetensors", model.state_dict())
+    # what the two writers raise on a full disk
     except (RuntimeError, SafetensorError) as error:
-        # e.g. on a full disk
         raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
 
 
@@ -780,11 +817,11 @@ def load_checkpoint(folder, model, optimizer):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises many types on a file that is not its own
+    # torch.load raises exceptions of many types on a damaged file
     except Exception as error:
         raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
-    # what the flags say now holds: learning rates and weight decay
+    # load_state_dict brings the saved run's weight decay and factors back: the flags given now come first
     kept = ("scale", "weight_decay")
     groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     try:
@@ -807,11 +844,13 @@ class Log:
             replace(self.path, lambda beside: beside.write_text("".join(kept)))
 
     def __call__(self, **line):
+        # the first process writes for all
         if not ranks()[0]:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def lines(self):
+        """All lines so far -> list of dicts."""
         text = self.path.read_text() if self.path.exists() else ""
         # a kill may leave half a line at the end
         whole = text[:text.rfind("\n") + 1]
@@ -822,7 +861,7 @@ class Log:
 # Pictures
 # -----------------------------------------------------------------------------------------------------------
 
-# five rows of three pixels a letter, a row an octal digit
+# Letters of five rows and three columns. An octal digit is a row: its bit 4 is the left pixel, 1 the right.
 GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
     "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
     "55755 72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 "
@@ -830,30 +869,35 @@ GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
 
 
 def write_text(image, text, top, left, scale=2):
-    """Small capitals into image (H, W, 3), in place; what leaves the image is cut off."""
+    """Write into image uint8 (H, W, 3), in place, in capitals 5 · scale high; what leaves the image is cut
+    off. Drawn here so that pictures need no font and no plotting library."""
     for i, letter in enumerate(text.lower()):
-        for row, octal in enumerate(GLYPHS.get(letter, "00700")):
-            for column in range(3):
-                if int(octal) >> (2 - column) & 1:
-                    y, x = top + row * scale, left + (4 * i + column) * scale
+        for row, octal in enumerate(GLYPHS.get(letter, "00700")):       # a dash for an unknown letter
+            for column, bit in enumerate((4, 2, 1)):
+                if int(octal) & bit:
+                    y = top + row * scale
+                    x = left + (4 * i + column) * scale
                     image[y:y + scale, x:x + scale] = 40
 
 
 def filmstrip(video, rows, count=4, scale=2):
     """`count` frames of video (t, H, W, 3) in a row, and below them the same frames painted by each of rows
-    {name: ids (t, H, W)}, with the names at the left -> image. Trajectories take the colour of the one in the
-    last row that they overlap most, so that the eye can compare."""
+    {name: ids (t, H, W), -1 = none}, with the names at the left -> image. Ids are arbitrary, so trajectories
+    are matched with those of the last row, and partners have the same colour: the eye can compare."""
     some = np.linspace(0, len(video) - 1, count).round().astype(int)
     truth = list(rows.values())[-1]
     shown = {"frames": video[some]}
     for name, ids in rows.items():
-        # one more, so that unlabelled pixels, -1, are a tube as well
+        # + 1: tube_overlaps counts ids from 0 on, and -1 has to be one of them
         inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
+        # hungarian finds the cheapest pairs, so the cost is minus the IoU
         labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
+        # one colour for each label of the last row, then one for each tube, in case it has no partner
         colours = palette(sum(inter.shape))
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
         shown[name] = paint(video, ids, mine[1:])[some]
+    # each row of frames gets its name at the left, and white gaps
     lines = []
     for name, images in shown.items():
         images = images.repeat(scale, 1).repeat(scale, 2)
@@ -868,7 +912,7 @@ def plot(path, panels, x="step", log=False):
     """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, two panels a row.
     x: the name of the horizontal axis. log: both axes are logarithmic; all values must be above 0.
 
-    SVG because it is text: axes and letters are sharp at any size, and a figure can be read off the file."""
+    SVG is text: it needs no plotting library and is sharp at any size."""
     size = f'width="960" height="{300 * math.ceil(len(panels) / 2)}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     parts.append('<rect width="100%" height="100%" fill="white"/>')
@@ -879,15 +923,18 @@ def plot(path, panels, x="step", log=False):
 
 
 def panel(title, lines, x, log):
-    """One panel of a plot, 480 x 300; its axes run from (70, 250) to (370, 30)."""
-    points = {name: np.array(line, float) for name, line in lines.items()}
+    """One panel of a plot, 480 x 300 -> its SVG elements. In SVG y grows downwards: the axes run from
+    (70, 250) at the lower left to (370, 30) at the upper right."""
+    points = {name: np.array(line, float) for name, line in lines.items()}      # (points, 2): x, y
     if log:
         points = {name: np.log10(line) for name, line in points.items()}
-    low, high = np.concatenate(list(points.values())).min(0), np.concatenate(list(points.values())).max(0)
-    span = np.maximum(high - low, 1e-9)
+    corners = np.concatenate(list(points.values()))
+    low = corners.min(0)
+    span = np.maximum(corners.max(0) - low, 1e-9)
     yield f'<text x="70" y="20" font-weight="bold">{title}</text>'
     note = " (both axes are logarithmic)" if log else ""
     yield f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>'
+    # five grid lines each way, with the values that they stand for
     for share in np.linspace(0, 1, 5):
         right, up = 70 + 300 * share, 250 - 220 * share
         tick = 10 ** (low + share * span) if log else low + share * span
@@ -897,8 +944,8 @@ def panel(title, lines, x, log):
     for i, (name, line) in enumerate(points.items()):
         colour = "rgb({},{},{})".format(*palette(i + 1)[i])
         where = (line - low) / span * (300, -220) + (70, 250)
-        corners = " ".join(f"{right:.1f},{up:.1f}" for right, up in where)
-        yield f'<polyline points="{corners}" fill="none" stroke="{colour}"/>'
+        pixels = " ".join(f"{right:.1f},{up:.1f}" for right, up in where)
+        yield f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>'
         yield f'<text x="378" y="{44 + 16 * i}" fill="{colour}">{name}</text>'
 
 
@@ -955,9 +1002,10 @@ class PretrainConfig:
 
 
 def at_least(cfg, least, names):
-    """Refuse flags that are too small, or not a number."""
+    """Refuse flags, `names` in one text, that are below `least`, infinite or NaN. None is not refused."""
     for name in names.split():
         value = getattr(cfg, name)
+        # every comparison with NaN is False
         if not (value is None or least <= value < math.inf):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
 
@@ -969,59 +1017,65 @@ PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
 
 
 def sized(cfg, shape):
-    """A run's TrajTokConfig: `shape` with what the flags say; and the flags with what the size decides."""
+    """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
+    flags that were given, and the flags cfg, of which none is None any more."""
     names = ("image_size", "frames", "num_queries")
-    shape = dataclasses.replace(shape, **{k: getattr(cfg, k) for k in names if getattr(cfg, k) is not None})
-    return shape, dataclasses.replace(cfg, **{k: getattr(shape, k) for k in names})
+    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    shape = dataclasses.replace(shape, **given)
+    return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
 
 
 def pretrain(cfg):
     """Train the segmenter alone -> the folder of the run, which TrajTok.from_pretrained reads; the encoder in
-    it stays as it was drawn. PAPER: the segmenter is also trained jointly with the task, in train_clip.py;
-    alone it is what TrajAdapter and TrajVLM start from."""
+    it has random weights. PAPER: TrajAdapter and TrajVLM start from such a segmenter; TrajViT2 trains it
+    together with the task (train_clip.py)."""
     shape, cfg = sized(cfg, SIZES[cfg.size])
     device = setup(cfg)
-    train, held_out = data.open_data(cfg, "mask")
+    train_set, held_out = data.open_data(cfg, "mask")
     folder = run_folder(cfg, "segmenter")
     manifest = data.fingerprint(cfg.data, cfg.val)
     open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=manifest)
+    # a whole tokenizer is saved, so that `show` and train_clip.py can read it
     tokenizer = TrajTok(shape).to(device)
-    if cfg.init:
-        load_weights(tokenizer.segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     segmenter = tokenizer.segmenter
+    if cfg.init:
+        load_weights(segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     optimizer = make_optimizer(segmenter, cfg)
+    # 0 without --resume: open_run has refused, or emptied, a folder that holds a run
     first = load_checkpoint(folder, tokenizer, optimizer)
     log, damage = Log(folder, first), data.Damage()
-    for step, batch in enumerate(data.loader(train, first, cfg.steps, cfg.workers), first):
+    for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
+        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        # 1. clips and their labels
+            group["lr"] = lr
+        # 1. clips and their labels. A file that could not be used was replaced; it is named once
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
         video, labels = batch["video"], batch["labels"]
-        # made clips differ enough as they are
+        # made clips are never the same twice and need no augmentation; the key "motion" marks them
         if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
         # 2. the loss
-        segmenter.train()
         with precision(device):
             seg = segmenter(video)
+        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
         focal, dice = segmentation_loss(seg, labels)
         # 3. the step
         optimizer.zero_grad()
-        # the release's weights for the segmenter alone
+        # the weights with which the release trains the segmenter alone
         loss = focal + 2 * dice
         loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
         check_finite(terms, step)
         optimizer.step()
-        # 4. the log and the checkpoint. If few of many queries are alive, they collapse
+        # 4. the log and the checkpoint. `live`: trajectories a clip that own a point. A few out of many
+        # queries means that the queries have become alike
         live = seg.alive.float().sum(1).mean().item()
-        log(step=step, **terms, lr=learning_rate(step, cfg), live=live)
+        log(step=step, **terms, lr=lr, live=live)
         if step % 10 == 0 or step + 1 == cfg.steps:
-            terms = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
-            print(f"step {step:5d}/{cfg.steps}  {terms}", flush=True)
+            shown = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
+            print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device)
@@ -1034,27 +1088,30 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device):
-    """VEQ, STQ and the mean best IoU of the labelled objects on held-out clips. CHOICE: on the segmenter's
-    own grid, where its masks live (PAPER: "low-resolution output"). -> dict of means over clips, empty if
-    none is labelled; pictures [(video, found, true)]."""
+    """VEQ, STQ and the best IoU of each labelled object, on the clips that have labels. -> dict of means over
+    these clips, empty if there are none; pictures: [video, found, true] of the first six. CHOICE: scores on
+    the segmenter's own grid, at which it decides (PAPER: "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
         if not len(batch["video"]):                             # none of its files can be used
             continue
-        # of made clips objects alone: the ids of grounds come first
+        # object_iou of made clips leaves out the grounds, whose ids come first
         first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device):
             seg = segmenter(batch["video"])
+        # a million: every label counts here, while training keeps the K largest
         truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
-        found = seg.ids.unflatten(1, seg.grid).cpu()
-        fine = seg.masks(batch["labels"].shape[-2:]).cpu()
-        for j in (truth >= 0).flatten(1).any(1).nonzero()[:, 0].tolist():
+        found = seg.ids.unflatten(1, seg.grid).cpu()            # (b, t, h, w), as truth
+        fine = seg.masks(batch["labels"].shape[-2:]).cpu()      # (b, t, H, W), for the pictures
+        labelled = (truth >= 0).flatten(1).any(1)
+        for j in labelled.nonzero()[:, 0].tolist():
             scores = video_metrics(found[j:j + 1], truth[j:j + 1])
+            # NaN where only grounds are labelled; nanmean leaves such a clip out
             best = best_overlaps(found[j:j + 1], truth[j:j + 1], first) or [math.nan]
-            row = dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"])
-            rows.append(row | dict(live_trajectories=int(seg.alive[j].sum())))
+            rows.append(dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"],
+                             live_trajectories=int(seg.alive[j].sum())))
             if len(pictures) < 6:
                 clip = (batch["video"][j], fine[j], batch["labels"][j])
                 pictures.append([x.cpu().numpy() for x in clip])
@@ -1063,13 +1120,15 @@ def evaluate_segmenter(segmenter, batches, device):
 
 
 def save_pictures(folder, pictures, log, terms):
-    """trajectories.png: clips with their found and true trajectories, two side by side; curves.svg: the
-    log."""
+    """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
+    steps."""
     sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
+    # two side by side; of three or five the last has no partner and is left out
     pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
     if pairs:
         write_png(folder / "trajectories.png", np.concatenate(pairs))
     curves = {term: [(line["step"], line[term]) for line in log.lines() if term in line] for term in terms}
+    # each term has a panel of its own, and its only line needs no name
     plot(folder / "curves.svg", {term: {"": curve} for term, curve in curves.items() if curve})
 
 
@@ -1094,25 +1153,31 @@ class ShowConfig:
 
 
 class Painter:
-    """Writes a film of frames and trajectories as they come, and keeps 8 to 16 of them for a picture."""
+    """The `each` of TrajTok.stream and windows: adds every frame, with its trajectories below it, to a
+    film, and keeps a few frames, evenly spaced, for a picture."""
 
     def __init__(self, add, count):
-        self.add, self.colours, self.every, self.kept, self.frames = add, palette(count), 1, [], 0
+        self.add, self.colours = add, palette(count)
+        self.kept, self.every = [], 1                           # (frame, ids) of every `every`-th frame
+        self.frames = 0
 
-    def __call__(self, first, video, seg):                      # as TrajTok.stream calls its `each`
+    def __call__(self, first, video, seg):                      # video (1, t, H, W, 3), from frame `first` on
         video = video[0].cpu().numpy()
         ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
         sheet = np.concatenate((video, paint(video, ids, self.colours)), 1)
+        # frames of 64 px are enlarged, or nobody could see a thing
         scale = max(1, 224 // video.shape[1])
         self.add(sheet.repeat(scale, 1).repeat(scale, 2))
         self.kept += [pair for i, pair in enumerate(zip(video, ids), first) if i % self.every == 0]
-        while len(self.kept) > 16:                              # how many will come is not known
+        # how many frames will come is not known: when there are too many, every second one goes
+        while len(self.kept) > 16:
             self.kept = self.kept[::2]
             self.every *= 2
         self.frames += len(video)
 
 
 def show(cfg):
+    """Draw the trajectories of a clip into a film and a picture, and print how many tokens they make."""
     device = choose_device(cfg.device)
     released = Path(cfg.weights).is_file()
     tokenizer = TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)
@@ -1120,6 +1185,7 @@ def show(cfg):
     m = tokenizer.cfg.check(cfg.tokens_per_trajectory)
     frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
     size = tokenizer.cfg.image_size
+    # 1. the clip. frames 0: all frames of a video, which stays on disk and is read a piece at a time
     made = cfg.clip == "world"
     if made or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
         if not frames or cfg.window:
@@ -1127,7 +1193,8 @@ def show(cfg):
         frames = frames if made else 1
     elif frames and cfg.window:
         raise BadInput(f"--window {cfg.window}: goes with --frames 0")
-    rows, rate = {}, 4.0
+    rows = {}                                                   # of the picture, below the found trajectories
+    rate = 4.0                                                  # frames a second of the film
     if made:
         scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
         video, labels = data.rasterise(scripts, size)
@@ -1135,13 +1202,15 @@ def show(cfg):
     elif frames:
         video, times = data.decode(cfg.clip, frames, size)
         video = torch.from_numpy(video)[None]
+        # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
         rate = len(times) / (times[-1] + 0.25)
     else:
         rate = data.frame_rate(cfg.clip)
 
-    def read():
+    def read():                                                 # a new iterator each time it is called
         return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
 
+    # 2. tokens; the film is written while they are made
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
     make_folder(base.parent)
     began = time.time()
@@ -1154,6 +1223,7 @@ def show(cfg):
             tokens = tokenizer.windows(read, cfg.window, m, painter)
         else:
             tokens = tokenizer.stream(read, m, each=painter)
+    # 3. the picture, and what to say
     video, ids = (np.stack(parts) for parts in zip(*painter.kept))
     rows = {name: labels[::painter.every] for name, labels in rows.items()}
     sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
@@ -1170,33 +1240,39 @@ def show(cfg):
 # -----------------------------------------------------------------------------------------------------------
 
 def summary(rows):
-    """rows [{name, results: [result.json of each seed]}] -> lines of a table: a score a line, a row of the
-    comparison a column: mean +- deviation over seeds; behind it the difference to the first row, and a star
-    if it is larger than twice its standard error."""
+    """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
+    line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row,
+    with a star if it is larger than twice its standard error."""
+    # a dict as an ordered set: the names of the scores of all rows, of which the first may lack some
     scores = {}
-    for result in (result for row in rows for result in row["results"]):
-        scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
+    for row in rows:
+        for result in row["results"]:
+            scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for score in scores:
         cells, first = [score], None
         for row in rows:
+            # None: this row's tokenizer has no such score, e.g. no segmentation
             x = np.array([r[score] for r in row["results"] if r.get(score) is not None], float)
             if not len(x):
                 cells.append("-")
                 continue
             cell = f"{x.mean():.3f}"
+            # a single seed has no deviation
             if len(x) > 1:
                 cell += f" +-{x.std(ddof=1):.3f}"
-            if first is not None:
+            if first is None:
+                first = x
+            else:
                 cell += f" ({x.mean() - first.mean():+.3f}{star(x, first)})"
-            first = x if first is None else first
             cells.append(cell)
         lines.append(cells)
     return aligned(lines)
 
 
 def star(a, b):
-    """Is the difference of two means larger than twice its standard error? Of single seeds nothing is said.
+    """ "*" if the difference of two means is larger than twice its standard error, " " if not, "" if a single
+    seed leaves the error unknown. Scores of each seed (n_a,), (n_b,):
 
       |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)"""
     if min(len(a), len(b)) < 2:
@@ -1206,7 +1282,7 @@ def star(a, b):
 
 
 def read_json(path):
-    """A JSON object from a file -> dict."""
+    """A file that a person pointed to -> the JSON object in it, a dict."""
     try:
         value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -1258,6 +1334,7 @@ def compare(argv):
         name, colon, flags = (part.strip() for part in text.partition(":"))
         if not (name and colon):
             raise BadInput(f"compare {text!r}: write a row as NAME: FLAGS")
+        # a row that the JSON holds already gets the seeds that it lacks
         row = next((row for row in rows if row["name"] == name), None)
         if row is None:
             row = dict(name=name, flags=flags, results=[])
@@ -1267,18 +1344,20 @@ def compare(argv):
         for seed in args.seeds:
             if seed not in [result["seed"] for result in row["results"]]:
                 row["results"].append(train_row(args, name, flags, seed))
+                # after each training, so that an interrupted comparison loses one of them at most
                 command = shlex.join(["python", "trajtok.py", "compare", *argv])
                 write_json(path, dict(command=command, hardware=hardware(), rows=rows))
     print("\n".join(summary(rows)))
 
 
 def hardware():
+    """The machine in words, kept with results: clips/s say nothing without it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
 
 
 def train_row(args, name, flags, seed):
-    """One row and seed -> its result.json."""
+    """Train one row with one seed, in a process of its own -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
     try:
         command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
@@ -1295,6 +1374,7 @@ def train_row(args, name, flags, seed):
 # -----------------------------------------------------------------------------------------------------------
 
 def pretrain_command(argv):
+    """Flags -> a run of `pretrain`; with --resume they change the saved configuration."""
     cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
     if cfg.resume:
         cfg = resumed(cfg, run_folder(cfg, "segmenter"), argv)
