@@ -3396,8 +3396,10 @@ def test_run_on_captioned_videos(captioned, tmp_path, capsys):
     assert result["zero_shot"] in (0, 0.5, 1)
     # other captions would make another vocabulary
     words = json.loads((folder / "config.json").read_text())["words"]
+    run(train_clip.main, *argv, "a", "--resume", "--steps", 5)
     captioned.write_text(captioned.read_text().replace("zebra", "heron"))
-    for name, flags in (("a", ["--resume", "--steps", 5]), ("a", ["--eval-only"]), ("b", ["--init", folder])):
+    assert "has changed" in refused(capsys, train_clip.main, *argv, "a", "--resume", "--steps", 6)
+    for name, flags in (("a", ["--eval-only"]), ("b", ["--init", folder])):
         run(train_clip.main, *argv, name, *flags)
         config = json.loads((tmp_path / f"clip-{name}" / "config.json").read_text())
         assert config["words"] == words

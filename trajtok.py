@@ -768,7 +768,7 @@ def make_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}); give another") from None
+        raise BadInput(f"{folder}: cannot make this folder ({error.strerror}); give another --out") from None
 
 
 def open_run(folder, cfg, **more):
