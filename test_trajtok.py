@@ -19,6 +19,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -4850,3 +4851,79 @@ def test_bad_adapter_flags(adapter_run, labelled_films, tmp_path, capsys, monkey
     places = dict(FILMS=labelled_films, MAE=adapter_run / "videomae")
     flags = [places.get(flag, flag) for flag in flags]
     assert words in refused(capsys, train_adapter.main, *ADAPTER, "--out", tmp_path / "out", *flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+# ---------------------------------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+COMMANDS = {
+    "train_clip.py": (train_clip.ClipConfig, train_clip.CLIP_SIZES),
+    "train_adapter.py": (train_adapter.AdapterConfig, train_adapter.ADAPTER_SIZES),
+    "train_vlm.py": (train_vlm.VLMConfig, train_vlm.VLM_SIZES),
+    "trajtok.py pretrain": (trajtok.PretrainConfig, trajtok.PRETRAIN_SIZES),
+    "trajtok.py show": (trajtok.ShowConfig, None, "clip"),
+    "data.py make": (data.MakeConfig, None),
+    "data.py label": (data.LabelConfig, None, "source"),
+    "data.py check": (data.CheckConfig, None, "manifest"),
+}
+
+
+def readme_commands():
+    """Every command of the README that runs a script: [script, argument, ...]."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    lines = re.findall(r"`(python [^`]+)`", README)
+    for block in blocks.splitlines():
+        lines += block.split("&&")
+    for line in lines:
+        words = [word for word in shlex.split(line, comments=True) if word != "..."]
+        scripts_ = [i for i, word in enumerate(words) if word.endswith(".py")]
+        if scripts_:
+            yield words[scripts_[0]:]
+
+
+def parse(words):
+    """What the command's own parser makes of its flags; BadInput or SystemExit if there is one that it does not know."""
+    name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+    config, sizes, *positional = COMMANDS[name]
+    return data.configure(config, sizes, words[len(name.split()):], *positional)
+
+
+def test_the_readme_names_what_exists():
+    """Catches: a flag, command, file or function of the README that is gone or misspelt; a README too long to be read."""
+    seen = 0
+    for words in readme_commands():
+        seen += 1
+        if words[:2] == ["trajtok.py", "compare"]:
+            rows = [word.partition(":")[2] for word in words[2:] if ":" in word]
+            assert rows and set(words[2:]) >= {"--seeds", "--json"}
+            for flags in rows:
+                parse(["train_clip.py", *shlex.split(flags)])
+        elif words[:2] != ["train_vlm.py", "ask"]:
+            parse(words)
+    assert seen >= 15
+    known = {field.name for config, *_ in COMMANDS.values() for field in dataclasses.fields(config)}
+    for flag in re.findall(r"`--([a-z-]+)", README):
+        assert flag == "help" or flag.removeprefix("no-").replace("-", "_") in known, flag
+    for path in re.findall(r"\]\((?!https)([^)#]+)", README):
+        assert (HERE / path).exists(), path
+    assert hasattr(trajtok.TrajTok, "load_official") and hasattr(trajtok, "load_convnext")
+    words = [word for word in README.split() if re.search(r"\w", word)]
+    assert "@@" not in README and len(README.encode()) <= 15_000 and len(words) <= 2_000
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """Catches: an example that does not run as it stands; a tokenizer in a file of one's own that cannot be trained."""
+    decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(tmp_path)
+    run(train_clip.main, *CLIP, "--name", "nano")
+    run(data.main, "make", "--clips", 4, "--workers", 0)
+    names = {}
+    exec(decoding, names)
+    assert names["masks"].shape == (1, 8, 64, 64) and names["z"].shape[:2] == names["mask"].shape
+    exec(search, {})
+    assert capsys.readouterr().out.count("out/world/") >= 3
+    Path("mine.py").write_text(own)
+    run(train_clip.main, *CLIP, "--tokenizer", "mine.py:KMeans", "--name", "own")
+    assert json.loads(Path("out/clip-own/result.json").read_text())["clips"] == 8
