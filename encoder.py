@@ -85,7 +85,7 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
 
 
 class TrajectoryAttention(CrossAttention):
-    """CrossAttention under the hard mask. Latents (b, K·m, d), points (b, n, d), ids (b, n) -> (b, K·m, d)."""
+    """CrossAttention under the hard mask: latents (b, K·m, d), points (b, n, d), ids (b, n) -> (b, K·m, d)"""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -158,7 +158,7 @@ class Path(nn.Module):
         place = torch.cartesian_prod(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w))
         y, x = place.to(soft.device).unbind(-1)                 # (h·w,)
         frames = soft.float().unflatten(1, (t, h * w))
-        # products and means, not a matrix product: autocast would round it to bfloat16, and x² - x x is small
+        # products and means, no matrix product: autocast would round it to bfloat16, and x² - x x is small
         moments = []
         for term in (torch.ones_like(x), x, y, x * x, y * y, x * y):
             moments.append((frames * term[:, None]).mean(2))    # (b, t, K)

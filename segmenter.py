@@ -473,7 +473,9 @@ def labels_on_grid(labels, grid, k):
     points = points.long().flatten(1)
     count = int(points.max()) + 1
     if count > k:
-        area = one_hot(points, count).sum(1)                    # (b, labels)
+        # counted, not one_hot: the sidecars of a long film may hold thousands of labels
+        area = torch.zeros(len(points), count + 1, device=points.device)
+        area = area.scatter_add(1, points + 1, torch.ones_like(area[:, :1]).expand_as(points))[:, 1:]
         rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         rank = rank.masked_fill(rank >= k, -1)
         new = rank.gather(1, points.clamp(min=0))
@@ -546,12 +548,3 @@ def best_overlaps(pred, gt, first=0):
         occurs = inter.any(1)
         best += iou[first:][occurs[first:]].amax(1).tolist()
     return best
-
-
-def grid_tubes(shape, rows, columns):
-    """A baseline beside segmentation scores: the frame cut into rows x columns cells, the same in all frames
-    of shape (b, t, H, W) -> int64 ids of that shape."""
-    h, w = shape[-2:]
-    y = torch.arange(h) * rows // h
-    x = torch.arange(w) * columns // w
-    return (y[:, None] * columns + x).expand(shape)

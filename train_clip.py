@@ -1,177 +1,169 @@
-"""Video CLIP from scratch (paper, "Setting 1"): TrajViT2 on trajectory tokens, and every tokenizer that it is compared with.
+"""Video CLIP from scratch (paper, "Setting 1"): TrajViT2 on trajectory tokens, and the tokenizers beside it.
 
-    video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w), mask -> [CLS; tokens] -> transformer -> CLS (b, w) -> unit vector (b, e)
-    caption ids (b, s)                                               -> text transformer -> mean       -> unit vector (b, e)
+    video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w) -> [CLS; tokens] -> transformer -> (b, e)
+    caption ids (b, s) -> text transformer -> mean over the tokens                               -> (b, e)
 
-    loss = InfoNCE(video, text) + segmentation_weight (0.5 focal + dice)         PAPER: both are optimised jointly (trajvit2 alone has masks to learn)
+    loss = InfoNCE(video, text) + segmentation_weight · (0.5 focal + dice)       PAPER: optimised jointly
 
-    python train_clip.py                                         # TrajViT2, nano, on the procedural world: two CPU cores
-    python train_clip.py --tokenizer vit3d                       # another row: trajvit2, trajvit, vit3d, vivit, tokenlearner, rlt
-    python train_clip.py --data videos/manifest.json             # real, captioned video
-    python train_clip.py --segmentation-weight 0                 # the contrastive loss alone shapes the trajectories
-    python train_clip.py --init-tokenizer out/segmenter-nano --freeze-tokenizer
-    python train_clip.py --resume                                # goes on where a stopped run was saved, step for step
-    python train_clip.py --resume --tokens-per-trajectory 4      # a finished run is only evaluated again
-    python train_clip.py --size large                            # every GPU of this machine; several machines: torchrun --nnodes ... train_clip.py
+    python train_clip.py                             # TrajViT2, nano, on the procedural world: two CPU cores
+    python train_clip.py --tokenizer vit3d           # trajvit, vivit, tokenlearner, rlt or mine.py:Mine
+    python train_clip.py --data videos/manifest.json # captioned videos of your own
+    python train_clip.py --init-segmenter out/segmenter-nano --freeze-segmenter
+    python train_clip.py --resume                    # go on where a run was saved, step for step
+    python train_clip.py --eval-only --tokens-per-trajectory 4        # score what was saved
+    python train_clip.py --flops                     # GFLOPs of every tokenizer, counted
+    python train_clip.py --size large                # all GPUs of this machine; several machines: torchrun
 
-Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, trajectories.png, curves.png.
-A tokenizer of your own: one class with one forward (class Tokenizer) and one line in TOKENIZERS.
+Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json and pictures.
 """
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib.util
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, write_json
+import trajtok
+from data import BadInput, configure, write_json, write_png
 from encoder import Tokens, compact
-from segmenter import labels_on_grid, normalise, segmentation_loss
-from trajtok import (SIZES, Damage, Run, TrajTok, check_finite, check_flags, count_gflops, evaluate_segmenter, gather,
-                     launch, learning_rate, load_weights, make_optimizer, meet, open_data, peak_memory_gb, precision,
-                     ranks, run_name, save_pictures, setup, shard, sources, sum_gradients, tokenizer_config,
-                     total, world_of, write_weights)
+from segmenter import labels_on_grid, normalise, recomputed, segmentation_loss
+from trajtok import SIZES, TrajTok, gather, ranks
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Configuration
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Trains a video CLIP: TrajViT2 on trajectory tokens, with the segmentation loss beside the contrastive one, or one of its rivals."""
-    size: str = "nano"                          # one of SIZES: nano, tiny, base, large
-    data: str = "world"                         # `world` (procedural) or a manifest or CSV of captioned videos; several with commas
-    mix: str | None = None                      # shares of several sets, with commas: 0.5,0.5; default: equal
-    stride: int = 8                             # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
-    name: str | None = None                     # the run's folder is out/clip-<name>; default: the size, and of real data the folder's name
-    out: str = "out"                            # where runs are kept
-    # the model
-    tokenizer: str = "trajvit2"                 # one of TOKENIZERS: trajvit2, trajvit, vit3d, vivit, tokenlearner, rlt
-    image_size: int | None = None               # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None                   # frames of a clip; default: the size's
-    max_objects: int = 8                        # of the procedural world: 1 .. 8 objects in a clip
-    shared_colours: bool = True                 # may two objects of a made clip wear the same colour?
-    acts: int = 1                               # acts that a made clip's subject performs one after another, of at least 4 frames each
-    camera: bool = True                         # may the camera of a made clip pan and zoom?
-    light: bool = True                          # may a made clip get lighter or darker?
-    textures: str | None = None                 # a folder of your pictures or clips: made objects and grounds are painted with them
-    num_queries: int | None = None              # K, trajectories at most (trajvit2, trajvit); default: the size's
-    places: bool = False                        # trajvit2: points say where and when they are, which the paper leaves to rotary keys
-    path: bool = False                          # trajvit2: tokens know how their trajectory moved: its mask's centre, size and spread over time
-    detach: bool = True                         # trajvit2, ablation: --no-detach lets the Perceiver's gradient into the features
-    hierarchical: bool = True                   # trajvit2, ablation: --no-hierarchical uses the finest map of features alone
-    hard_mask: bool = True                      # trajvit2, ablation: with --no-hard-mask tokens read all points instead of their own
-    mean_start: bool = True                     # trajvit2, ablation: with --no-mean-start a token starts at its learned code, without z_init
-    patch: int = 16                             # pixels of a side of a patch (vit3d, vivit, tokenlearner, rlt); it spans two frames
-    learned_tokens: int = 8                     # tokenlearner: tokens a time step
-    rlt_threshold: float = 0.1                  # rlt: a patch that changed by less, in deviations of a pixel, is dropped
-    layers: int = 4                             # video transformer: layers, width, heads
-    width: int = 128                            # w
-    heads: int = 4                              # of both transformers
-    text_layers: int = 3                        # text transformer: layers, width
-    text_width: int = 128                       # width of the text transformer
-    embed: int = 128                            # e: width of the space that video and text share
-    text: str = "world"                         # `world` (a BPE learnt from made captions), a tiktoken name, a folder
-    text_length: int = 48                       # longest caption in tokens, the end token included
+    """Trains a video CLIP: TrajViT2 on trajectory tokens, or one of the tokenizers it is compared with."""
+    size: str = "nano"                      # one of SIZES: nano, tiny, base, large
+    data: str = "world"                     # `world`, or a manifest, CSV or folder; several with commas
+    mix: str | None = None                  # shares of several sets, with commas: 0.5,0.5; default: equal
+    val: str | None = None                  # a manifest of held-out clips; default: a part of --data
+    name: str | None = None                 # the run is out/clip-<name>; default: size, data, tokenizer
+    out: str = "out"                        # where runs are kept
+    # the clips
+    image_size: int | None = None           # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None               # frames of a clip; default: the size's
+    stride: int = 8                         # take every 1st .. stride-th frame; 0: spread over the video
+    max_objects: int = 8                    # of a made clip: 1 .. 8
+    shared_colours: bool = True             # may two objects of a made clip have the same colour?
+    augment: bool = False                   # the same random crop, flip, colours, blur for all frames
+    # the tokenizer
+    tokenizer: str = "trajvit2"             # or trajvit, vit3d, vivit, tokenlearner, rlt, FILE.py:CLASS
+    num_queries: int | None = None          # K, trajectories at most; default: the size's
+    places: bool = False                    # ours: points say where and when they are
+    path: bool = False                      # ours: tokens know how their trajectory moved
+    detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
+    hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
+    hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
+    mean_start: bool = True                 # ablation: --no-mean-start, tokens start without z_init
+    patch: int = 16                         # pixels of a side of a patch, which is two frames deep
+    learned_tokens: int = 8                 # tokenlearner: tokens a time step
+    rlt_threshold: float = 0.1              # rlt: patches that changed by less are dropped
+    # the two transformers
+    layers: int = 4                         # of the video transformer
+    width: int = 128                        # w
+    heads: int = 4                          # of both
+    text_layers: int = 3                    # of the text transformer
+    text_width: int = 128                   # its width
+    embed: int = 128                        # e: width of the space that video and text share
+    text: str | None = None                 # world, captions (their own words), a tiktoken name, a folder
+    text_length: int = 48                   # longest caption in tokens, the end token included
     # the loss
-    segmentation_weight: float = 1.0            # of (0.5 focal + dice_weight x dice); 0: no segmentation loss
-    dice_weight: float = 1.0                    # of Dice beside half the focal loss; ablation: 0
-    init_tokenizer: str | None = None           # start from the tokenizer of this folder (`trajtok.py pretrain` writes one)
-    freeze_tokenizer: bool = False              # leave the tokenizer as it starts
+    segmentation_weight: float = 1.0        # of (0.5 focal + dice_weight x dice); 0: none
+    dice_weight: float = 1.0                # ablation: 0
+    init: str | None = None                 # start from all weights of this run
+    init_segmenter: str | None = None       # start from the segmenter of this run, e.g. of `pretrain`
+    freeze_segmenter: bool = False          # leave that segmenter as it is
     # the training
-    batch: int = 32                             # clips a step of each process; each sees the captions of all others as negatives
-    micro_batch: int = 0                        # clips that go through the model at once; the loss still sees the whole batch; 0: all
-    steps: int = 400                            # steps
-    lr: float = 5e-4                            # peak learning rate
-    segmenter_lr: float = 1.0                   # the segmenter's learning rate, as a multiple of lr
-    warmup: int = 30                            # steps of linear warm-up; then a cosine to 1 %
-    weight_decay: float = 0.02                  # on matrices (SPECS 1)
-    clip: float = 5.0                           # largest gradient norm
-    augment: bool = False                       # the same random crop, flip, colours, blur for all frames of a clip
-    seed: int = 0                               # of weights, data order and augmentation
-    workers: int = 0                            # processes that make batches; 0: in the training process
-    save_every: int = 50                        # steps between checkpoints
+    batch: int = 32                         # clips a step of each process; all captions are negatives
+    micro_batch: int = 0                    # clips that go through the model at once; 0: all
+    steps: int = 400                        # steps
+    lr: float = 5e-4                        # peak learning rate
+    segmenter_lr: float = 1.0               # the segmenter's learning rate, as a multiple of lr
+    warmup: int = 30                        # steps of linear warm-up; then a cosine to 1 %
+    weight_decay: float = 0.02              # on matrices
+    clip: float = 5.0                       # largest gradient norm
+    seed: int = 0                           # of weights, data order and augmentation
+    save_every: int = 50                    # steps between checkpoints
+    resume: bool = False                    # go on with the run of this name
+    overwrite: bool = False                 # start again over a run of this name
     # how it is computed
-    device: str = "auto"                        # cpu, cuda, ...
-    processes: int = 0                          # training processes on this machine; 0: one for each GPU, without GPUs one
-    bf16: bool | None = None                    # matrix products in bfloat16; default: on a GPU
-    compile: bool = False                       # torch.compile the tokenizer and the transformers' layers
-    fused: bool | None = None                   # AdamW in one kernel; default: on a GPU
-    recompute: bool = False                     # keep no activations of tokenizer and layers: compute them again in the backward pass
+    device: str = "auto"                    # cpu, cuda, ...
+    processes: int = 0                      # on this machine; 0: one for each GPU
+    workers: int = 0                        # processes that make batches; 0: the training process
+    bf16: bool | None = None                # matrix products in bfloat16; default: on a GPU
+    compile: bool = False                   # torch.compile the tokenizer and the transformers' layers
+    recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
-    tokens_per_trajectory: int = 1              # 1, 2 or 4 at evaluation (training draws one of them at each step)
-    eval_split: str = "test"                    # of made clips: test, or validation to choose a recipe by
-    eval_clips: int = 256                       # held-out made clips, all captions distinct
-    probe_clips: int = 1024                     # made clips that the linear probes learn from
-    resume: bool = False                        # go on with the run of this name, exactly
-    overwrite: bool = False                     # start again over a run of this name
+    eval_every: int = 0                     # steps between scores on validation clips; 0: none
+    eval_only: bool = False                 # score the weights that a run saved
+    eval_split: str = "test"                # of made clips: test, or validation to choose a recipe by
+    eval_clips: int = 256                   # held-out made clips, all captions distinct
+    probe_clips: int = 1024                 # made clips that the linear probes learn from
+    tokens_per_trajectory: int = 1          # 1, 2 or 4 (training draws one of them at each step)
+    prompt: str = "a video of {}"           # zero-shot classes, where clips have labels
+    flops: bool = False                     # count GFLOPs at 8 .. 128 frames; nothing is run
 
     def __post_init__(self):
-        check_flags(self)
-        if self.tokenizer not in TOKENIZERS:
-            raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}")
-        for field in ("layers", "width", "heads", "text_layers", "text_width", "embed", "patch", "learned_tokens"):
-            if getattr(self, field) < 1:
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 1")
-        for field in ("micro_batch", "processes", "rlt_threshold", "dice_weight"):
-            if getattr(self, field) < 0:
-                raise BadInput(f"--{field.replace('_', '-')} {getattr(self, field)}: at least 0")
-        for width in (self.width, self.text_width):
-            if width % self.heads:
-                raise BadInput(f"a transformer of width {width} with {self.heads} heads: the width must be a multiple of the heads")
-        if self.num_queries is not None and self.num_queries < 1:
-            raise BadInput(f"--num-queries {self.num_queries}: at least 1")
-        if not 2 <= self.text_length <= 4096:
-            raise BadInput(f"--text-length {self.text_length}: 2 (a word and the end token) to 4096")
-        if self.freeze_tokenizer and not self.init_tokenizer:
-            raise BadInput("--freeze-tokenizer: freezes random weights unless --init-tokenizer FOLDER is given")
-        for field in ("places", "path", "detach", "hierarchical", "hard_mask", "mean_start"):
-            flag = field.replace("_", "-")
-            if self.tokenizer != "trajvit2" and getattr(self, field) != getattr(type(self), field):
-                raise BadInput(f"--{flag}, --no-{flag}: are of trajvit2; leave them out with --tokenizer {self.tokenizer}")
-        if self.init_tokenizer and self.tokenizer != "trajvit2":
-            raise BadInput(f"--init-tokenizer {self.init_tokenizer}: holds TrajTok's weights, which --tokenizer {self.tokenizer} has no use for")
+        trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads")
+        trajtok.at_least(self, 1, "text_layers text_width text_length embed patch learned_tokens num_queries")
+        trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride workers")
+        trajtok.at_least(self, 1, "image_size frames max_objects")
+        trajtok.at_least(self, 0, "processes eval_every segmentation_weight dice_weight rlt_threshold")
+        if self.width % self.heads or self.text_width % self.heads:
+            raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
+        if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
+            raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}, or FILE.py:CLASS")
+        ablated = not (self.detach and self.hierarchical and self.hard_mask and self.mean_start)
+        if self.tokenizer in OTHERS and (ablated or self.places or self.path or self.init_segmenter):
+            raise BadInput(f"--tokenizer {self.tokenizer}: has no segmenter to change or to load")
+        if self.freeze_segmenter and not (self.init_segmenter or self.init):
+            raise BadInput("--freeze-segmenter: would freeze random weights; give --init-segmenter RUN")
+        if self.tokens_per_trajectory not in (1, 2, 4):
+            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: 1, 2 or 4")
+        if "{}" not in self.prompt:
+            raise BadInput(f"--prompt {self.prompt!r}: write {{}} where the name of the class goes")
         if self.eval_split not in ("test", "validation"):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
-        if self.eval_split == "validation" and not {"world", "plain"} & set(self.data.split(",")):
-            raise BadInput(f"--eval-split validation: is of made clips; leave it out with --data {self.data}")
 
 
-# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. With the release's weight of 1 the
-# contrastive gradient, larger in the backbone, holds the masks back (dice after 60 steps 0.64; with 4 and 4x, 0.50), and
-# tokens are no better than their masks. Minutes of training need it, days do not.
-# Likewise its clips hold at most four objects, all of different colours: eight, at 64 pixels, are a few points each, and in
-# minutes it learns to tell things apart by colour, not yet by place: objects that shared theirs came out at an IoU of 0.39,
-# the others at 0.70. `--max-objects 8 --shared-colours` gives the whole world.
-#  size          video transformer                   text transformer                          training
+# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. Minutes of training
+# are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold at most
+# four objects, no two of one colour: at 64 px, eight are a few points each, and the segmenter learns to tell
+# things apart by place later than by colour.
+# base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
+FULL = dict(text_layers=12, text_width=768, embed=256, text_length=77, learned_tokens=16, batch=64,
+            micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
-    "nano":  dict(layers=4, width=128, heads=4,      text_layers=3, text_width=128, embed=128, batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
-                  max_objects=4, shared_colours=False, patch=8),
-    "tiny":  dict(layers=6, width=256, heads=8,      text_layers=4, text_width=256, embed=256, batch=64, steps=10_000, lr=5e-4, warmup=500),
-    "base":  dict(layers=12, width=768, heads=12, recompute=True,    text_layers=12, text_width=768, embed=256, batch=64, steps=100_000, lr=1e-4, warmup=5000, text_length=77, clip=10.0, learned_tokens=16),
-    "large": dict(layers=24, width=1024, heads=16, recompute=True,   text_layers=12, text_width=768, embed=256, batch=64, steps=200_000, lr=1e-4, warmup=10_000, text_length=77, clip=10.0, learned_tokens=16),
+    "nano": dict(size="nano", layers=4, width=128, heads=4, text_layers=3, text_width=128, embed=128, patch=8,
+                 batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
+                 max_objects=4, shared_colours=False),
+    "tiny": dict(size="tiny", layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256,
+                 batch=64, steps=10_000, lr=5e-4, warmup=500, save_every=500),
+    "base": dict(size="base", layers=12, width=768, heads=12, steps=100_000, warmup=5000, **FULL),
+    "large": dict(size="large", layers=24, width=1024, heads=16, steps=200_000, warmup=10_000, **FULL),
 }
-CLIP_SIZES = {name: {"size": name, **values} for name, values in CLIP_SIZES.items()}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: (1) self-attention among the real positions, (2) a GELU MLP of width 4w."""
+    """Pre-norm transformer layer: self-attention among the real positions, then a GELU MLP of width 4w."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -181,112 +173,155 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask=None, lengths=None):
-        """x (b, s, w); mask (b, s), True = a real position; None: all are. Or packed: x (1, N, w), clip after clip, of `lengths` positions."""
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b s (three a c) -> three b a s c", three=3, a=self.heads)
-        # softmax over the keys, padding and dead trajectories excluded: what a token reads from the others. Without a mask a GPU has a
-        # faster kernel, which rows that drop nothing must not be denied.
+        """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed, without padding:
+        x (1, N, w) holds the clips one after the other, and the list `lengths` says how long each is."""
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "b s (three a c) -> three b a s c", three=3, a=self.heads)
+        # softmax over the keys of the own clip: padding and dead trajectories are not read
         if lengths is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-        else:                                                    # each clip among itself
-            y = torch.cat([F.scaled_dot_product_attention(*clip) for clip in zip(*(z.split(lengths, 2) for z in (q, k, v)))], 2)
-        x = x + self.proj(rearrange(y, "b a s c -> b s (a c)"))                                      # 1
-        return x + self.mlp(self.norm2(x))                                                           # 2
+            # None instead of a mask of True: a GPU has a faster kernel without a mask
+            keys = None if mask is None else mask[:, None, None]        # (b, 1, 1, s): same for all queries
+            y = F.scaled_dot_product_attention(q, k, v, keys)
+        else:
+            clips = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+            y = torch.cat([F.scaled_dot_product_attention(*clip) for clip in clips], 2)
+        x = x + self.proj(rearrange(y, "b a s c -> b s (a c)"))
+        return x + self.mlp(self.norm2(x))
 
 
 class Transformer(nn.Module):
-    def __init__(self, layers, width, heads):
+    """Layers and a norm: x (b, s, w) -> (b, s, w). The caller adds the positions."""
+
+    def __init__(self, layers, width, heads, recompute=False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.recompute = nn.LayerNorm(width), False
+        self.norm = nn.LayerNorm(width)
+        self.recompute = recompute
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), not the customary 0.02: at width 128 that leaves attention so faint that every caption
-                # starts, and for long stays, almost the same vector. The ends of branches shrink with depth.
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 / (math.sqrt(2 * layers) if name.endswith(("proj.weight", "mlp.2.weight")) else 1))
+                # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
+                # captions start with almost the same vector.
+                fan = p.shape[1]
+                # each layer adds two branches to x. As in GPT-2, their last maps start smaller, so that the
+                # sum of all 2 · layers branches is about as large as one
+                if name.endswith(("proj.weight", "mlp.2.weight")):
+                    fan *= 2 * layers
+                nn.init.normal_(p, std=fan ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, x, mask=None, lengths=None, begin=0, end=None):
-        """Layers begin .. end - 1 (None: to the last, and the norm)."""
+        """Layers begin .. end - 1; end=None: to the last one, and the norm behind it."""
         for layer in self.layers[begin:end]:
-            x = checkpoint(layer, x, mask, lengths, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(x, mask, lengths)
+            x = recomputed(self.recompute, layer, x, mask, lengths)
         return self.norm(x) if end is None else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizers. Every row has the same video transformer, text tower, clips and schedule; only this part differs
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# The tokenizers. Everything else is the same for all of them: transformers, clips, schedule
+# -----------------------------------------------------------------------------------------------------------
 
 class Tokenizer(nn.Module):
-    """What a row of the comparison is. A class of your own needs one method:
+    """A tokenizer is a module built from the ClipConfig, with one method:
 
-        forward(video uint8 (b, t, H, W, 3)) -> tokens (b, m, w), mask (b, m) with True = a real token, or None: all are real
+        forward(video uint8 (b, t, H, W, 3), m, labels (b, t, H, W)) -> tokens (b, M, w), mask, seg
 
-    cfg is the whole ClipConfig, its image_size, frames and num_queries filled in. Tokens that are not real cost nothing: they leave
-    before the transformer. A tokenizer that acts between the layers has a second method, and its tokens are all real:
+    m: how many tokens a trajectory has; grids of patches ignore it. labels: -1 = of no trajectory; only a
+    tokenizer that is given its masks reads them. mask bool (b, M), True = a real token; None: all are. seg: a
+    Segmentation, which gets the segmentation loss, or None.
 
-        through(transformer, x (b, 1 + m, w): CLS and tokens) -> (b, 1 + any, w) after the layers, CLS first"""
-    given_masks = False                                          # True: forward(video, labels (b, t, H, W)), -1 = of no trajectory
+    A tokenizer that changes the tokens between the layers has a second method, which calls the layers itself:
+
+        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w), CLS first"""
+
+
+class TrajViT2(TrajTok):
+    """The paper's tokenizer, TrajTok. It is a TrajTok rather than holding one, so that its weights have the
+    names with which TrajTok.from_pretrained reads them."""
+
+    def __init__(self, cfg):
+        # the flags that TrajTokConfig has under the same names
+        names = ("image_size", "frames", "num_queries", "places", "path", "detach", "hierarchical",
+                 "hard_mask", "mean_start", "recompute")
+        same = {name: getattr(cfg, name) for name in names}
+        super().__init__(dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **same))
+
+    def forward(self, video, m=1, labels=None):
+        tokens, seg = super().forward(video, m)
+        return tokens.z, tokens.mask, seg
 
 
 class ViT3D(Tokenizer):
-    """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of them."""
+    """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of
+    them."""
 
     def __init__(self, cfg):
         super().__init__()
         if cfg.image_size % cfg.patch:
             raise BadInput(f"--patch {cfg.patch}: does not divide an image of {cfg.image_size} px")
         self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
+        self.steps = math.ceil(cfg.frames / 2)                  # time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
-        self.position = nn.Parameter(0.02 * torch.randn(1, -(-cfg.frames // 2) * self.side ** 2, cfg.width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.steps * self.side ** 2, cfg.width))
 
     def patches(self, video):
-        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2): of an odd last frame, or a picture, two."""
+        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2)."""
         x = normalise(video)
-        x = torch.cat((x, x[:, -1:]), 1) if x.shape[1] % 2 else x
-        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=self.patch, q=self.patch)
+        # of an odd number of frames, the last is taken twice; so is a picture
+        if x.shape[1] % 2:
+            x = torch.cat((x, x[:, -1:]), 1)
+        p = self.patch
+        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=p, q=p)
 
-    def forward(self, video):
-        x = self.embed(self.patches(video).flatten(4).flatten(1, 3))
-        return x + self.position[:, :x.shape[1]], None           # (b, t' h w, width)
+    def forward(self, video, m=1, labels=None):
+        x = self.embed(self.patches(video).flatten(4)).flatten(1, 3)         # (b, t' h w, width)
+        # a shorter clip uses the first positions, which are in the order (t', h, w)
+        return x + self.position[:, :x.shape[1]], None, None
 
 
 class ViViT(ViT3D):
-    """Factorised encoder (ViViT's model 2): the transformer sees each time step alone, with a CLS of its own; a second, small one reads
-    these CLSs in order. As published the second has 4 layers beside the first's 12 or 24; CHOICE: never more than a third of them."""
+    """Factorised encoder (ViViT's model 2, arXiv 2103.15691). The transformer sees each time step alone, with
+    a CLS of its own; a second, small one reads these CLSs in order. CHOICE: the second has the published 4
+    layers, or a third of the first's where that is less."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.position = nn.Parameter(self.position[:, :self.side ** 2].detach().clone())             # in space: shared by the time steps
-        self.time = nn.Parameter(0.02 * torch.randn(1, 1 + -(-cfg.frames // 2), cfg.width))
-        self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads)
+        # the first transformer does not know which time step it sees: positions are those in a frame
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))
+        self.time = nn.Parameter(0.02 * torch.randn(1, 1 + self.steps, cfg.width))
+        self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
 
-    def forward(self, video):
-        x = rearrange(self.embed(self.patches(video).flatten(4)), "b t h w d -> b t (h w) d")
-        return (x + self.position).flatten(1, 2), None
+    def forward(self, video, m=1, labels=None):
+        x = self.embed(self.patches(video).flatten(4))
+        x = rearrange(x, "b t h w d -> b t (h w) d") + self.position
+        return x.flatten(1, 2), None, None
 
     def through(self, transformer, x):
         cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
         t = len(x) // len(cls)
-        x = transformer(torch.cat((cls.repeat_interleave(t, 0), x), 1))[:, 0]                        # (b t, d): what each step has to say
+        # in space: a copy of CLS before the patches of each time step
+        x = torch.cat((cls.repeat_interleave(t, 0), x), 1)      # (b t, 1 + n, d)
+        x = transformer(x)[:, 0]                                # (b t, d): what each copy has read
+        # in time: CLS before the time steps of each clip
         x = torch.cat((cls, rearrange(x, "(b t) d -> b t d", t=t)), 1)
         return self.temporal(x + self.time[:, :t + 1])
 
 
 class TokenLearner(ViT3D):
-    """A ViT3D in which, two thirds of the way through (of 12 layers: before the ninth), the patches of each time step become
-    `learned_tokens`: weighted sums whose weights are computed from the patches. v1.1: LN -> Dense 64 -> GELU -> Dense S -> softmax over the
-    patches -> sum of the un-normed x (SPECS 3)."""
+    """A ViT3D in which, after two thirds of the layers, the patches of each time step are replaced by
+    `learned_tokens` weighted means of them. The weights are computed from the patches (arXiv 2106.11297,
+    version 1.1)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.at, w, s = 2 * cfg.layers // 3, cfg.width, cfg.learned_tokens
-        self.norm = nn.LayerNorm(w)
-        self.score = nn.Sequential(nn.Linear(w, 64), nn.GELU(), nn.Linear(64, s))
+        self.at = 2 * cfg.layers // 3
+        self.norm = nn.LayerNorm(cfg.width)
+        self.score = nn.Sequential(nn.Linear(cfg.width, 64), nn.GELU(), nn.Linear(64, cfg.learned_tokens))
 
-    def learn(self, x):                                          # (b t, h w, d) -> (b t, S, d)
-        s = self.score(self.norm(x)).transpose(1, 2).softmax(-1)             # over the patches of a time step: a token is a mean of them
-        return s.to(x.dtype) @ x
+    def learn(self, x):                                         # (b t, h w, d) -> (b t, S, d)
+        # softmax over the patches of a time step: a token is a mean of them
+        weights = self.score(self.norm(x)).transpose(1, 2).softmax(-1)
+        return weights.to(x.dtype) @ x
 
     def through(self, transformer, x):
         x = transformer(x, end=self.at)
@@ -296,589 +331,724 @@ class TokenLearner(ViT3D):
 
 
 class RLT(ViT3D):
-    """Run-length tokenization: a ViT3D without the patches that did not change since the time step before. Changed = the last frame of this
-    one against the first frame of the one before, mean of |difference| over the patch, normalised pixels, above the threshold (SPECS 3)."""
+    """Run-length tokenization (arXiv 2411.05222): a ViT3D that drops the patches that did not change since
+    the time step before: those where, over normalised pixels,
+
+      mean |last frame of this time step - first frame of the one before| <= threshold"""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.threshold = cfg.rlt_threshold
 
-    def changed(self, x):                                        # patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept
-        change = (x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]).abs().mean((-3, -2, -1)) > self.threshold
-        return F.pad(change, (0, 0, 0, 0, 1, 0), value=True)     # the first time step is always kept
+    def changed(self, x):
+        """Patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept."""
+        # the fifth axis holds a patch's two frames
+        difference = x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]
+        change = difference.abs().mean((-3, -2, -1)) > self.threshold
+        return F.pad(change, (0, 0, 0, 0, 1, 0), value=True)    # the first time step is always kept
 
-    def forward(self, video):
+    def forward(self, video, m=1, labels=None):
         x = self.patches(video)
-        kept = self.changed(x)
         z = self.embed(x.flatten(4)).flatten(1, 3)
-        return z + self.position[:, :z.shape[1]], kept.flatten(1)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """ResNet's own. In training a clip is seen beside the others of its (micro-)batch, on its own process; saved (by the first process) and evaluated, by
-    their running averages, alone. GroupNorm would spare us that, but statistics of one frame take away half of the distance between plain grounds of different
-    colours: with it the comparison's three seeds stood at R@5 21 +-15 % (results/remedies-nano.json), now at 76 +-4."""
-
-    def forward(self, x):
-        alone = self.training and x.shape[:1] + x.shape[2:] == (1, 1, 1)     # one number a channel: it has no variance
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps) if alone else super().forward(x)
+        return z + self.position[:, :z.shape[1]], self.changed(x).flatten(1), None
 
 
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
+    """ResNet's block: two 3 x 3 convolutions beside a shortcut. BatchNorm takes its statistics from one
+    process's micro-batch: with this tokenizer, micro-batches are not exactly the whole batch."""
 
     def __init__(self, before, dim, stride):
         super().__init__()
-        self.branch = nn.Sequential(nn.Conv2d(before, dim, 3, stride, 1, bias=False), BatchNorm(dim), nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1, bias=False), BatchNorm(dim))
-        self.shortcut = nn.Sequential() if stride == 1 and before == dim else nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), BatchNorm(dim))
+        first = nn.Conv2d(before, dim, 3, stride, 1, bias=False)
+        second = nn.Conv2d(dim, dim, 3, 1, 1, bias=False)
+        self.branch = nn.Sequential(first, nn.BatchNorm2d(dim), nn.ReLU(), second, nn.BatchNorm2d(dim))
+        self.shortcut = nn.Sequential()
+        if stride > 1 or before != dim:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), nn.BatchNorm2d(dim))
 
     def forward(self, x):
         return F.relu(self.branch(x) + self.shortcut(x))
 
 
 class Reader(nn.Module):
-    """One learned latent reads what a trajectory is in each of its frames: `depth` layers of cross-attention, no MLP (SPECS 2)."""
+    """One learned latent reads a trajectory's vectors, one from each frame: cross-attention without MLPs."""
 
     def __init__(self, dim, depth, heads):
         super().__init__()
         self.latent = nn.Parameter(dim ** -0.5 * torch.randn(1, 1, dim))
-        self.layers = nn.ModuleList(nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim), nn.MultiheadAttention(dim, heads, batch_first=True))) for _ in range(depth))
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+            self.layers.append(nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim), attention)))
 
-    def forward(self, x, seen):                                  # (s, t, d); seen (s, t), True = it is in this frame -> (s, d)
+    def forward(self, x, seen):
+        """x (s, t, d); seen bool (s, t), True = in this frame -> (s, d)."""
         z = self.latent.expand(len(x), -1, -1)
-        for norm_z, norm_x, attention in self.layers if len(x) else ():
+        for norm_z, norm_x, attention in self.layers:
             y = norm_x(x)
-            # softmax over the frames in which it is seen; every trajectory here is in one at least
+            # softmax over the frames in which the trajectory is seen; key_padding_mask: True = not read
             z = z + attention(norm_z(z), y, y, key_padding_mask=~seen, need_weights=False)[0]
         return z[:, 0]
 
 
 class TrajViT(Tokenizer):
-    """TrajTok's predecessor: trajectories are given (an external pipeline's masks: sidecars; of made clips the true ones, the best that a
-    pipeline could do), one token each. ResNet-18 -> features of four scales, as in TrajTok -> their mean over a trajectory's
-    points in each frame -> an appearance Perceiver over the frames; its centres -> a position Perceiver; token = their sum."""
-    given_masks = True
+    """TrajTok's predecessor (arXiv 2505.23617): trajectories are given by another model, one token each.
+
+      ResNet-18 -> features of four scales, summed as in TrajTok
+      appearance: mean of the features over the trajectory's points in each frame -> Reader over the frames
+      place:      mean (x, y, time) of these points, as sines and cosines           -> Reader over the frames
+      token = linear(appearance + place)
+
+    CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker."""
 
     def __init__(self, cfg):
         super().__init__()
         shape = SIZES[cfg.size]
-        d, dims = shape.dim, (64, 128, 256, 512) if shape.dim >= 512 else shape.dims                 # ResNet-18's widths; smaller sizes' own
-        self.most = cfg.num_queries                              # trajectories a clip at most: the largest
-        self.stem = nn.Sequential(nn.Conv2d(3, dims[0], 7, 2, 3, bias=False), BatchNorm(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        self.stages = nn.ModuleList(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1))
-                                    for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)))
-        self.proj, self.ln = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims), nn.LayerNorm(d)
-        depth = 4 if cfg.layers >= 24 else 2                     # SPECS 2: 4 for ViT-Large
-        self.appearance, self.place = Reader(d, depth, shape.heads), Reader(d, depth, shape.heads)
+        d = shape.dim
+        # ResNet-18's widths, or in the smaller sizes those of TrajTok's backbone
+        dims = (64, 128, 256, 512) if d >= 512 else shape.dims
+        self.most = cfg.num_queries                             # of more trajectories the largest are kept
+        stem = nn.Conv2d(3, dims[0], 7, 2, 3, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        # the stem has already divided the resolution by four: the first stage keeps it, each other halves it
+        self.stages = nn.ModuleList()
+        for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)):
+            self.stages.append(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1)))
+        # as in TrajTok: each scale to d channels, one LayerNorm, sum at the finest scale
+        self.proj = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims)
+        self.ln = nn.LayerNorm(d)
+        depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
+        self.appearance = Reader(d, depth, shape.heads)
+        self.place = Reader(d, depth, shape.heads)
+        # 16 frequencies, of a sine and a cosine each, for x, y and time
         self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
-        self.where, self.out = nn.Linear(3 * 2 * 16, d), nn.Linear(d, cfg.width)
+        self.where = nn.Linear(3 * 2 * 16, d)
+        self.out = nn.Linear(d, cfg.width)
 
     def extract(self, video):
-        """-> features (b, n, d) on a grid of a quarter of the frame, and the grid (t, h, w)."""
-        b, t, height, width, _ = video.shape
-        x, total, size = self.stem(normalise(video).flatten(0, 1)), 0, (height // 4, width // 4)
+        """uint8 (b, t, H, W, 3) -> features (b, n, d), and their grid (t, h, w) of h = H/4, w = W/4."""
+        b, t = video.shape[:2]
+        x = self.stem(normalise(video).flatten(0, 1))           # (b t, dims[0], H/4, W/4)
+        size = x.shape[-2:]
+        features = 0
         for stage, proj in zip(self.stages, self.proj):
             x = stage(x)
             y = self.ln(proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            total = total + (y if y.shape[-2:] == size else F.interpolate(y, size=size, mode="bilinear", align_corners=False))
-        return rearrange(total, "(b t) d h w -> b (t h w) d", b=b), (t, *size)
+            features = features + F.interpolate(y, size=size, mode="bilinear")
+        return rearrange(features, "(b t) d h w -> b (t h w) d", b=b), (t, *size)
 
-    def forward(self, video, labels):
+    def forward(self, video, m, labels):
         f, (t, h, w) = self.extract(video)
-        ids = labels_on_grid(labels, (t, h, w), self.most)       # (b, n), -1 = of no trajectory
-        b, n, m = *ids.shape, max(int(ids.max()) + 1, 1)
-        point = torch.arange(n, device=ids.device)
-        cell = ((torch.arange(b, device=ids.device)[:, None] * m + ids) * t + point // (h * w)).flatten()        # (clip, trajectory, frame)
-        cell = torch.where(ids.flatten() < 0, b * m * t, cell)   # the last cell is a bin
-        row = torch.stack(((point % w + 0.5) / w, (point // w % h + 0.5) / h, (point // (h * w) + 0.5) / t, torch.ones_like(point)), -1)   # x, y, time, 1
-        f = torch.cat((f.float(), row.expand(b, -1, -1)), -1).flatten(0, 1)
-        sums = torch.zeros(b * m * t + 1, f.shape[-1], device=f.device).index_add_(0, cell, f)[:-1].view(b * m, t, -1)
-        seen = sums[..., -1] > 0                                 # (b m, t): is it in this frame?
-        alive = seen.any(1)
-        mean, seen = (sums / sums[..., -1:].clamp(min=1))[alive], seen[alive]                        # (s, t, d + 4): trajectories that are there
-        angle = (mean[..., -4:-1, None] * self.waves).flatten(-2)
-        z = self.appearance(mean[..., :-4], seen) + self.place(self.where(torch.cat((angle.sin(), angle.cos()), -1)), seen)
-        z = self.out(z)
-        tokens = torch.zeros(b * m, z.shape[-1], dtype=z.dtype, device=z.device).index_copy(0, alive.nonzero()[:, 0], z)
-        return tokens.view(b, m, -1), alive.view(b, m)
+        ids = labels_on_grid(labels, (t, h, w), self.most).to(f.device)      # (b, n), -1 = of no trajectory
+        b, n, k = *ids.shape, self.most
+        # 1. features and place of every point, and a 1 to count them
+        one = torch.ones(n, device=f.device)
+        axes = [(torch.arange(size, device=f.device) + 0.5) / size for size in (t, h, w)]
+        time, y, x = torch.cartesian_prod(*axes).unbind(-1)     # (n,), each in (0, 1)
+        places = torch.stack((x, y, time, one), -1).expand(b, -1, -1)
+        rows = torch.cat((f.float(), places), -1).flatten(0, 1)              # (b n, d + 4)
+        # 2. their sums over each (clip, trajectory, frame). Points of no trajectory go to one cell more,
+        # which is thrown away
+        frame = torch.arange(n, device=f.device) // (h * w)
+        clip = torch.arange(b, device=f.device)[:, None]
+        cell = torch.where(ids < 0, b * k * t, (clip * k + ids) * t + frame).flatten()
+        sums = torch.zeros(b * k * t + 1, rows.shape[1], device=f.device).index_add_(0, cell, rows)
+        sums = sums[:-1].view(b * k, t, -1)
+        seen = sums[..., -1] > 0                                # (b k, t), True = has a point in this frame
+        alive = seen.any(1)                                     # (b k,), True = has a point at all
+        # a softmax over no frame would be NaN: a dead trajectory reads all frames, and is masked later
+        seen = seen | ~alive[:, None]
+        # 3. means, and from them the tokens
+        mean = sums / sums[..., -1:].clamp(min=1)               # (b k, t, d + 4)
+        appearance, centre = mean[..., :-4], mean[..., -4:-1]
+        angle = (centre[..., None] * self.waves).flatten(-2)    # (b k, t, 3 · 16)
+        place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
+        z = self.out(self.appearance(appearance, seen) + self.place(place, seen))
+        return z.view(b, k, -1), alive.view(b, k), None
 
 
-TOKENIZERS = {"trajvit2": TrajTok, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
+# the tokenizers without a segmenter of their own
+OTHERS = {"trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
+TOKENIZERS = {"trajvit2": TrajViT2, **OTHERS}
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def tokenizer_class(name):
+    """--tokenizer -> its class: one of ours, or FILE.py:CLASS, for which the file is imported."""
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]
+    file, _, wanted = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("own_tokenizer", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, wanted)
+    except (AttributeError, FileNotFoundError) as error:
+        raise BadInput(f"--tokenizer {name}: give FILE.py:CLASS ({error})") from None
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The model
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Encoded(NamedTuple):
-    """What the video side says of b clips."""
-    cls: torch.Tensor               # (b, w)
-    tokens: Tokens                  # what entered the transformer, real tokens first
-    seg: tuple | None               # trajvit2: the Segmentation
-    out: torch.Tensor               # (b, s, w): what left it, without CLS
-    mask: torch.Tensor | None       # bool (b, s), True = real, of `out`; None: all are
-
+# -----------------------------------------------------------------------------------------------------------
 
 class VideoEncoder(nn.Module):
-    """Tokenizer, then a transformer over [CLS; tokens]. A set has no order: trajectories get no positions of their own; where and
-    when one was is in its token, through the rotary keys of the encoder. Patches get learned positions, in their tokenizer.
+    """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions here:
+    where and when one was has to be in its token. Patches get learned positions from their tokenizer.
 
-    Dead trajectories and dropped patches cost nothing. CHOICE: on a CPU real tokens are packed, clip after clip, and each clip attends to
-    itself; elsewhere, and under torch.compile, they only come first, and the batch is cut at the clip that has most: one kernel a layer, not
-    one a clip. Measured on one CPU core, forward and backward of the transformer, padded / cut / packed: nano, 32 clips of 8 +- 2.5 trajectories
-    137 / 102 / 69 ms, with 4 tokens each 570 / 414 / 228; base, 8 clips 5.3 / 2.0 / 1.6 s; the patches that RLT keeps 1.9 / 1.9 / 1.3 s. (One
-    packed row under a block-diagonal mask: 10.6 s.) Both ask the device for numbers, once a step: a GPU waits for it, as it does anyway for
-    the matching of the segmentation loss."""
+    The transformer does not compute dead trajectories and dropped patches. On a CPU real tokens are packed:
+    one sequence holds all clips, each of which attends to itself (at nano, with four tokens a trajectory,
+    twice as fast as padding). On a GPU they are moved to the front of each clip and the batch is cut at the
+    clip that has most."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
         self.tokenizer = tokenizer
+        # torch.compile would compile the layers anew for each list of lengths
+        self.pack = not cfg.compile
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
-        self.transformer = Transformer(cfg.layers, cfg.width, cfg.heads)
-        self.compact, self.pack = True, True                     # False: all tokens stay, for tests and for counting the worst case
+        self.transformer = Transformer(cfg.layers, cfg.width, cfg.heads, cfg.recompute)
 
-    def tokenize(self, video, tokens_per_trajectory, labels):
-        """-> Tokens, their mask or None, Segmentation or None."""
-        run = functools.partial(checkpoint, self.tokenizer, use_reentrant=False) if self.transformer.recompute and torch.is_grad_enabled() else self.tokenizer
-        if isinstance(self.tokenizer, TrajTok):                  # the one whose masks are learnt, and which has 1, 2 or 4 tokens for each
-            tokens, seg = run(video, tokens_per_trajectory)
-            return tokens, tokens.mask, seg
-        z, mask = run(video, labels) if self.tokenizer.given_masks else run(video)
-        index = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
-        return Tokens(z, torch.ones_like(index, dtype=torch.bool) if mask is None else mask, index), mask, None
-
-    def forward(self, video, tokens_per_trajectory=None, labels=None):
-        """uint8 (b, t, H, W, 3), and labels (b, t, H, W) for those that are given masks -> Encoded."""
-        tokens, mask, seg = self.tokenize(video, tokens_per_trajectory, labels)
+    def forward(self, video, m=1, labels=None):
+        """-> CLS (b, w), number of real tokens (b,), Segmentation or None."""
+        z, mask, seg = self.tokenizer(video, m, labels)
+        count = torch.full((len(z),), z.shape[1], device=z.device)
+        # --flops: tensors on the meta device have no values, so which tokens are real is not known
+        if z.device.type == "meta":
+            mask = None
         if mask is not None:
-            tokens = compact(tokens) if self.compact else tokens
-            mask = F.pad(tokens.mask, (1, 0), value=True)        # CLS is always real
-        x = torch.cat((self.cls.expand(len(video), -1, -1), tokens.z), 1)                            # (b, 1 + m, w)
+            count = mask.sum(1)
+            z, mask, _ = compact(Tokens(z, mask, mask))         # the third field is not needed here
+            mask = F.pad(mask, (1, 0), value=True)              # CLS is always real
+        # PAPER: a CLS token in front; a plain ViT from here on
+        x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
         if hasattr(self.tokenizer, "through"):
-            x, mask = self.tokenizer.through(self.transformer, x), None
-        elif mask is not None and self.compact and self.pack and x.device.type == "cpu":
-            packed = self.transformer(x[mask][None], lengths=mask.sum(1).tolist())[0]
-            x = torch.zeros(x.shape, dtype=packed.dtype).masked_scatter(mask[..., None], packed)
-        else:
-            x = self.transformer(x, mask)
-        return Encoded(x[:, 0], tokens, seg, x[:, 1:], None if mask is None else mask[:, 1:])
+            return self.tokenizer.through(self.transformer, x)[:, 0], count, seg
+        if mask is not None and self.pack and x.device.type == "cpu":
+            lengths = count + 1
+            packed = self.transformer(x[mask][None], lengths=lengths.tolist())[0]        # (N, w)
+            first = lengths.cumsum(0) - lengths                 # where each clip, and so its CLS, begins
+            return packed[first], count, seg
+        return self.transformer(x, mask)[:, 0], count, seg
 
 
 class TextEncoder(nn.Module):
-    """CHOICE (the paper does not say; the release takes BERT-base): a from-scratch bidirectional transformer, learned
-    positions, read as the mean over the real tokens: from the first step on it tells captions of different words apart,
-    where a single end token must first learn to look at them."""
+    """CHOICE (the paper does not say; the release takes BERT-base): a bidirectional transformer from scratch
+    with learned positions. A caption's vector is the mean over its real tokens, which differs between
+    captions of different words from the first step on; a CLS would have to learn that first."""
 
     def __init__(self, vocabulary, cfg):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, cfg.text_width)
         self.position = nn.Parameter(0.02 * torch.randn(1, cfg.text_length, cfg.text_width))
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.transformer = Transformer(cfg.text_layers, cfg.text_width, cfg.heads)
+        self.transformer = Transformer(cfg.text_layers, cfg.text_width, cfg.heads, cfg.recompute)
 
-    def forward(self, ids, mask):                                # (b, s), True = a real token, the end token included
+    def forward(self, ids, mask):                               # (b, s), True = a real token -> (b, w)
         x = self.transformer(self.embed(ids) + self.position[:, :ids.shape[1]], mask)
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)                              # (b, w)
+        # the mean over real tokens: with padding in it, a vector would depend on the other captions' lengths
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 class VideoCLIP(nn.Module):
-    def __init__(self, tokenizer, vocabulary, cfg):
+    """A video tower and a text tower, trained so that a clip and its caption have similar unit vectors (CLIP,
+    arXiv 2103.00020). Both are trained from scratch."""
+
+    def __init__(self, cfg, vocabulary):
         super().__init__()
-        self.video, self.text = VideoEncoder(tokenizer, cfg), TextEncoder(vocabulary, cfg)
+        self.video = VideoEncoder(tokenizer_class(cfg.tokenizer)(cfg), cfg)
+        self.text = TextEncoder(vocabulary, cfg)
         self.video_proj = nn.Linear(cfg.width, cfg.embed, bias=False)
         self.text_proj = nn.Linear(cfg.text_width, cfg.embed, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
-    def embed_video(self, video, tokens_per_trajectory=None, labels=None):
-        """-> unit vectors (b, e), CLS (b, w), Tokens, Segmentation or None."""
-        encoded = self.video(video, tokens_per_trajectory, labels)
-        return self.project(encoded.cls), encoded.cls, encoded.tokens, encoded.seg
-
-    def project(self, cls):
-        return F.normalize(self.video_proj(cls).float(), dim=-1)
+    def embed_video(self, video, m=1, labels=None):
+        """-> unit vectors (b, e), CLS (b, w), number of tokens (b,), Segmentation or None."""
+        cls, count, seg = self.video(video, m, labels)
+        return F.normalize(self.video_proj(cls).float(), dim=-1), cls, count, seg
 
     def embed_text(self, ids, mask):
+        """-> unit vectors (b, e)."""
         return F.normalize(self.text_proj(self.text(ids, mask)).float(), dim=-1)
 
     def contrastive(self, video, text):
-        """InfoNCE both ways over a batch of b pairs: unit vectors (b, e) -> scalar. At initialisation ln b.
-        SPECS 2: the temperature starts at 0.07, is learned, and is clamped to [0.001, 0.5] (the loop clamps the
-        parameter too, after each step: left outside it would have no gradient, and could never come back)."""
-        # softmax over the batch: each video chooses among all captions, each caption among all videos
-        logits = video @ text.T / self.temperature.clamp(0.001, 0.5)
+        """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; ln b before training.
+
+          L = -1/2b sum_i ( log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i] )
+
+        The temperature tau starts at 0.07 and is learned; the loop clamps it to [0.001, 0.5] after each
+        step."""
+        # softmax over the batch: each video chooses among all captions (rows), each caption among all videos
+        logits = video @ text.T / self.temperature
         target = torch.arange(len(video), device=video.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def shape_of(cfg):
-    """The TrajTokConfig of a run: of --init-tokenizer, or the size's."""
-    overrides = {k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None}
-    overrides |= {k: getattr(cfg, k) for k in ("detach", "hierarchical", "hard_mask", "mean_start", "recompute")}
-    if not cfg.init_tokenizer:
-        return dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, places=cfg.places, path=cfg.path, **overrides)
-    shape = tokenizer_config(cfg.init_tokenizer)
-    if overrides.get("num_queries", shape.num_queries) != shape.num_queries:
-        raise BadInput(f"--num-queries {cfg.num_queries}: the tokenizer in {cfg.init_tokenizer} has {shape.num_queries}; leave the flag out")
-    if shape.out_dim != cfg.width:
-        raise BadInput(f"--init-tokenizer {cfg.init_tokenizer}: its tokens are {shape.out_dim} wide, the transformer of --size {cfg.size} {cfg.width}; "
-                       f"give the size that it was trained with, or --width {shape.out_dim}")
-    overrides.pop("num_queries", None)
-    return dataclasses.replace(shape, places=shape.places or cfg.places, path=shape.path or cfg.path, **overrides)
-
-
-def resolve(cfg):
-    """The configuration with what its size or its tokenizer decides filled in."""
-    shape = shape_of(cfg)
-    return dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries, places=shape.places, path=shape.path)
-
-
-def build(cfg, encoding):
-    """-> VideoCLIP, TrajTokConfig. The tokenizer from --init-tokenizer, or new, in the run's size."""
-    shape, cfg = shape_of(cfg), resolve(cfg)
-    if cfg.tokenizer == "trajvit2":
-        tokenizer = TrajTok(shape)
-        if cfg.init_tokenizer:                                   # one that was made without places gets new ones
-            saved = load_weights(TrajTok(tokenizer_config(cfg.init_tokenizer)), cfg.init_tokenizer, "video.tokenizer.").state_dict()
-            tokenizer.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k.startswith(("encoder.places.", "encoder.path."))} | saved)
-        shape.check(cfg.tokens_per_trajectory)           # refused now, not after the training
-    else:
-        tokenizer = TOKENIZERS[cfg.tokenizer](cfg)
-    if cfg.freeze_tokenizer:
-        tokenizer.requires_grad_(False)
-    model = VideoCLIP(tokenizer, encoding.n_vocab, cfg)
-    for transformer in (model.video.transformer, model.text.transformer):
-        transformer.recompute = cfg.recompute
-    if cfg.compile:                                              # in place: names of parameters and files stay as they are
-        model.video.pack = False                                 # lists of lengths would be compiled anew for each batch
-        tokenizer.compile()
+def build(cfg, encoding, device):
+    """The model of a run, with the weights that it starts from: random ones, all those of another run
+    (--init), or its segmenter's alone (--init-segmenter). PAPER: with --freeze-segmenter the masks stay as
+    they are, and the encoder and all behind it learn."""
+    model = VideoCLIP(cfg, encoding.n_vocab)
+    segmenter = getattr(model.video.tokenizer, "segmenter", None)
+    if segmenter is None and (cfg.init_segmenter or cfg.freeze_segmenter):
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: has no segmenter to load or to freeze")
+    if cfg.init:
+        trajtok.load_weights(model, cfg.init)
+    if cfg.init_segmenter:
+        trajtok.load_weights(segmenter, cfg.init_segmenter, "video.tokenizer.segmenter.", "segmenter.")
+    if cfg.freeze_segmenter:
+        segmenter.requires_grad_(False)
+    # Module.compile() works in place; torch.compile(module) would put `_orig_mod.` before names of weights
+    if cfg.compile:
+        model.video.tokenizer.compile()
         for layer in (*model.video.transformer.layers, *model.text.transformer.layers):
-            layer.compile(dynamic=True)                          # the number of tokens changes from step to step
-    return model, shape
+            # the number of tokens changes from step to step
+            layer.compile(dynamic=True)
+    return model.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step: the loss of all clips of all processes, a micro-batch at a time
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# One step
+# -----------------------------------------------------------------------------------------------------------
 
-def step_gradients(model, batch, clips, labelled, m, cfg, device):
-    """Gradients of one step's loss into p.grad -> dict of its terms, and of the counts for the log; all of them over all processes.
+class Batch(NamedTuple):
+    video: torch.Tensor             # uint8 (b, t, H, W, 3)
+    labels: torch.Tensor            # int64 (b, t, H, W), -1 = unlabelled
+    ids: torch.Tensor               # int64 (b, s): the caption
+    mask: torch.Tensor              # bool (b, s), True = a real token
 
-    The contrastive loss needs every clip's vector at once, the model's activations only a few clips' at a time:
-      1. embed all micro-batches, without keeping what a backward pass needs (with one micro-batch, keeping it),
-      2. gather the vectors of all processes, and take the loss and its gradient on the own vectors,
-      3. embed each micro-batch again, now with a graph, and send those gradients back through it, together with its segmentation loss.
-    Nothing in the model is random once m is drawn, and no layer but TrajViT's BatchNorm looks at a batch's statistics: gradients are those of the whole batch.
-    batch: dict(video, labels, ids, mask); clips, labelled: how many clips, and clips with labels, all processes have in this step."""
-    count, segmented = len(batch["video"]), cfg.tokenizer == "trajvit2" and cfg.segmentation_weight and not cfg.freeze_tokenizer
-    size = cfg.micro_batch or max(count, 1)
-    parts = [slice(i, i + size) for i in range(0, count, size)]
 
-    def forward(part):
-        with precision(device, cfg.bf16):
-            v, _, tokens, seg = model.embed_video(batch["video"][part], m, batch["labels"][part])    # tokens a trajectory: 1, 2 or 4
-            return v, model.embed_text(batch["ids"][part], batch["mask"][part]), tokens, seg
-    # 1
-    with torch.set_grad_enabled(len(parts) == 1):
-        kept = [forward(part) if len(parts) == 1 else forward(part)[:2] for part in parts]
-    empty = [torch.zeros(0, cfg.embed, device=device)]           # a process whose clips are all damaged still takes its part in the loss
-    vectors = [torch.cat([row[i].detach() for row in kept] or empty).requires_grad_() for i in (0, 1)]
-    # 2
-    contrastive = model.contrastive(*(gather(x) for x in vectors))
+def embed_pairs(model, batch, m, cfg):
+    """-> unit vectors of videos and texts (b, e), number of tokens (b,), Segmentation or None."""
+    with trajtok.precision(batch.video.device, cfg.bf16):
+        video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
+        text = model.embed_text(batch.ids, batch.mask)
+    return video, text, count, seg
+
+
+def encode(model, batch, m, cfg):
+    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log.
+    The contrastive loss is the caller's: it needs the vectors of all micro-batches and processes."""
+    video, text, count, seg = embed_pairs(model, batch, m, cfg)
+    terms = dict(tokens=count.float().mean().item())
+    segmentation = video.new_zeros(())
+    if seg is not None:
+        terms["live"] = seg.alive.sum(1).float().mean().item()
+        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
+        focal, dice = segmentation_loss(seg, batch.labels)
+        # PAPER: Dice beside focal finds small things. 0.5 and 1 are the release's weights
+        segmentation = cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
+        terms |= dict(focal=focal.item(), dice=dice.item())
+    return video, text, segmentation, terms
+
+
+def whole_step(model, batch, m, cfg):
+    """Gradients of one batch into p.grad -> terms of the loss. Other processes' clips are negatives."""
+    video, text, segmentation, terms = encode(model, batch, m, cfg)
+    contrastive = model.contrastive(gather(video), gather(text))
+    # train() sums gradients over processes. Each has the same contrastive loss, of all clips, but a gradient
+    # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
+    # sum has to be divided.
+    loss = contrastive + segmentation / ranks()[1]
+    # PAPER: both train the masks, segmentation directly and the contrastive loss through z_init (encoder.py)
+    loss.backward()
+    return dict(contrastive=contrastive.item(), **terms)
+
+
+def micro_batch_step(model, batch, m, cfg):
+    """The same gradients, with activations of only `cfg.micro_batch` clips in memory (GradCache, arXiv
+    2101.06983). InfoNCE couples all clips of a batch, but only through their vectors v and t. Nothing in the
+    model is random once m is drawn, so that embedding a clip twice gives the same vectors."""
+    size = cfg.micro_batch
+    parts = [Batch(*part) for part in zip(*(x.split(size) for x in batch))]
+    # 1. the vectors of all clips, without a graph
+    with torch.no_grad():
+        vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
+    video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))          # leaves of the graph
+    # 2. the loss, and its gradients dv, dt by the vectors
+    contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
-    if ranks()[1] > 1:
-        model.temperature.grad /= ranks()[1]                     # it has the whole gradient in each process, and they are summed
-    sums = dict(focal=0.0, dice=0.0, tokens=0.0, live=0.0)
-    for part in parts:
-        # 3
-        v, t, tokens, seg = kept.pop() if len(parts) == 1 else forward(part)
-        roots, grads = [v, t], [x.grad[part] for x in vectors]
-        if segmented and labelled and len(v):
-            focal, dice = segmentation_loss(seg, batch["labels"][part])      # outside autocast: the matching counts points
-            share = len(v) / clips                               # both are means over clips: the parts' shares add up to the whole batch's mean
-            roots.append(share * cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice))
-            grads.append(None)
-            sums["focal"] += share * focal.item()
-            sums["dice"] += share * dice.item()
-        torch.autograd.backward(roots, grads)
-        sums["tokens"] += tokens.mask.sum().item()
-        sums["live"] += seg.alive.sum().item() if seg is not None else 0.0
-    sum_gradients(p for p in model.parameters() if p.requires_grad)
-    sums = dict(zip(sums, total(list(sums.values()), device)))
-    terms = dict(contrastive=contrastive.item()) | ({k: sums[k] for k in ("focal", "dice")} if segmented and labelled else {})
-    loss = terms["contrastive"] + (cfg.segmentation_weight * (0.5 * terms["focal"] + cfg.dice_weight * terms["dice"]) if "focal" in terms else 0.0)
-    return terms | dict(loss=loss), sums["tokens"], sums["live"]
+    # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
+    # has the same gradient by the weights as the contrastive loss
+    means = {}
+    for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
+        v, t, segmentation, terms = encode(model, part, m, cfg)
+        share = len(v) / len(video)
+        part_loss = (dv * v).sum() + (dt * t).sum() + share * segmentation / ranks()[1]
+        part_loss.backward()
+        for key, value in terms.items():
+            means[key] = means.get(key, 0) + share * value
+    return dict(contrastive=contrastive.item(), **means)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def recalls(similarity, prefix, right=None):
-    """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an answer to that query; default:
-    the answer of query i is candidate i. Rank = how many wrong candidates score at least as high as the best answer (SPECS 2: the best
-    rank over several captions): ties count against us, so that a constant output scores 0, not 1."""
-    right = torch.eye(*similarity.shape, dtype=torch.bool) if right is None else right
+def recalls(similarity, prefix, right):
+    """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an
+    answer to that query. Rank = how many wrong candidates score at least as high as the best answer. A tie
+    counts against the model: otherwise a constant output would score 1."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+    # not (similarity >= answer), which is False for NaN: a model that outputs NaN would be perfect
     rank = (~(similarity < answer) & ~right).sum(1)
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
-def logistic(x, y, penalty, classes):
-    """Multinomial logistic regression of standardised features (n, w), L2 penalty -> scores(features) of the classes. Full-batch L-BFGS: no
-    learning rate to tune, the same answer every time."""
-    mean, std = x.mean(0), (x.std(0) if len(x) > 1 else torch.zeros(x.shape[1])) + 1e-6
-    x = (x.double() - mean) / std
-    w = torch.zeros(x.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")
+def linear_probe(train, valid, test):
+    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features,
+    fitted on train. Of four L2 penalties the one that is best on valid is taken."""
+    mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
+    sets = [(((x - mean) / deviation).double(), y) for x, y in (train, valid, test)]
+    (x, y), *others = sets
+    classes = 1 + max(int(labels.max()) for _, labels in sets)
+    best = (-1.0, 0.0)                                          # accuracies on valid and on test
+    for penalty in (1e-3, 1e-2, 1e-1, 1.0):
+        regression = nn.Linear(len(mean), classes).double()
+        nn.init.zeros_(regression.weight)
+        # L-BFGS on all examples at once has no learning rate that would have to be tuned
+        solver = torch.optim.LBFGS(regression.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
-    def closure():
-        solver.zero_grad()
-        loss = F.cross_entropy(x @ w[:-1] + w[-1], y) + penalty * w[:-1].square().sum() / 2
-        loss.backward()
-        return loss
-    solver.step(closure)
-    return lambda z: ((z.double() - mean) / std) @ w[:-1].detach() + w[-1].detach()
+        def closure():
+            solver.zero_grad()
+            loss = F.cross_entropy(regression(x), y) + penalty * regression.weight.square().sum() / 2
+            loss.backward()
+            return loss
 
-
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-
-
-def linear_probe(train, train_y, valid, valid_y, test, test_y):
-    """Accuracy on test of a logistic regression on frozen features (n, w), trained on train; its penalty is the best of four on valid."""
-    classes, best = int(torch.cat((train_y, valid_y, test_y)).max()) + 1, (-1.0, 0.0)
-    for penalty in PENALTIES:
-        scores = logistic(train, train_y, penalty, classes)
-        best = max(best, tuple((scores(x).argmax(1) == y).double().mean().item() for x, y in ((valid, valid_y), (test, test_y))), key=lambda s: s[0])
+        solver.step(closure)
+        with torch.no_grad():
+            right = [(regression(x).argmax(1) == y).float().mean().item() for x, y in others]
+        if right[0] > best[0]:
+            best = right
     return best[1]
 
 
-class Embedded(NamedTuple):
-    """What `embed` says of n clips."""
-    vectors: torch.Tensor           # (n, e) unit vectors
-    features: torch.Tensor          # (n, w): CLS
-    live: float                     # tokens a clip
-    batches: list                   # the rest of each batch: captions, classes, indices; no pixels
-    bad: list                       # files that could not be used
-
-
 @torch.no_grad()
-def embed(model, batches, count, cfg, device, what):
-    """Batches 0 .. count - 1 of a dataset -> Embedded, or None and the bad files."""
+def embed(model, batches, cfg, device, what, damage=None):
+    """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
+    where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
     model.eval()
-    vectors, features, live, kept, bad = [], [], [], [], []
-    for batch in tqdm(data.loader(batches, 0, count, cfg.workers), total=count, desc=what, leave=False, disable=None):
-        bad += batch["bad"]
+    m = cfg.tokens_per_trajectory
+    clips = {}
+    loader = data.loader(batches, 0, len(batches), cfg.workers)
+    for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
+        if damage is not None:
+            damage.add(batch["bad"])
         batch = data.finish(batch, device)
-        if batch["video"] is None:
+        if not len(batch["video"]):                             # none of its files can be used
             continue
-        video = batch.pop("video")
-        with precision(device, cfg.bf16):
-            encoded = model.video(video, cfg.tokens_per_trajectory, batch.pop("labels"))
-            vectors.append(model.project(encoded.cls).cpu())
-        features.append(encoded.cls.float().cpu())
-        live += encoded.tokens.mask.sum(1).tolist()
-        kept.append(batch)
-    if not vectors:
-        return None, bad
-    return Embedded(torch.cat(vectors), torch.cat(features), sum(live) / len(live), kept, bad), bad
+        with trajtok.precision(device, cfg.bf16):
+            vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
+        batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
+        batch["where"] = [(i, j) for j in range(len(vectors))]
+        # real clips have no appearance and motion
+        for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
+            clips.setdefault(key, []).extend(batch.get(key, []))
+    for key, rows in clips.items():
+        clips[key] = torch.stack(rows) if rows and torch.is_tensor(rows[0]) else rows
+    return clips
 
 
 @torch.no_grad()
 def embed_texts(model, texts, cfg, device, encoding):
     """Texts -> unit vectors (n, e)."""
-    with precision(device, cfg.bf16):
-        return torch.cat([model.embed_text(*(x.to(device) for x in data.tokenize(encoding, texts[i:i + 256], cfg.text_length))).cpu()
-                          for i in range(0, len(texts), 256)])
+    vectors = []
+    for i in range(0, len(texts), 256):
+        ids, mask = data.tokenize(encoding, texts[i:i + 256], cfg.text_length)
+        with trajtok.precision(device, cfg.bf16):
+            vectors.append(model.embed_text(ids.to(device), mask.to(device)).cpu())
+    return torch.cat(vectors)
 
 
-def captions_of(embedded):
-    """Of each embedded clip its captions, a list: a manifest may have several, of which `caption` is one (`captions`: all)."""
-    return [own for b in embedded.batches for own in b.get("captions") or [[c] for c in b["caption"]]]
-
-
-def retrieval(model, vectors, captions, cfg, device, encoding):
-    """Recalls both ways among n videos: unit vectors (n, e), captions: n lists of texts -> dict, and bool (texts, n), True = an answer. Several
-    captions of a video: each is a query of its own, and video -> text counts the best of them (SPECS 2). One text that several videos
-    have (a label spelt out) is one query, and any of these videos answers it: among equals there is no right one to find."""
+def retrieval(model, clips, cfg, device, encoding):
+    """Text-to-video and video-to-text retrieval -> dict of recalls; texts; right, bool (texts, clips), True =
+    the clip has this caption; similarity of the same shape. Each different caption is one query, and any of
+    the clips that have it is a right answer."""
+    captions = clips["captions"]
     texts = sorted({text for own in captions for text in own})
     right = torch.tensor([[text in own for own in captions] for text in texts])
-    text = embed_texts(model, texts, cfg, device, encoding)
-    return recalls(text @ vectors.T, "t2v", right) | recalls(vectors @ text.T, "v2t", right.T), right
+    similarity = embed_texts(model, texts, cfg, device, encoding) @ clips["vectors"].T
+    result = dict(clips=len(captions), live_tokens=clips["tokens"].float().mean().item())
+    result |= recalls(similarity, "t2v", right) | recalls(similarity.T, "v2t", right.T)
+    return result, texts, right, similarity
 
 
-def evaluate(model, test, test_batches, cfg, device, encoding):
-    """Retrieval and segmentation scores on held-out clips; on the procedural world also linear probes. -> dict, pictures, bad
-    files. What the data or the tokenizer cannot tell (classes, masks) is None."""
-    clips, bad = embed(model, test, test_batches, cfg, device, "held-out clips")
-    if clips is None:
-        raise BadInput(f"--data {cfg.data}: not one held-out clip can be read; the last: {bad[-1][1]}")
-    result = retrieval(model, clips.vectors, captions_of(clips), cfg, device, encoding)[0] | dict(clips=len(clips.vectors), live_tokens=clips.live)
-    result |= dict(appearance=None, motion=None)
-    if cfg.data in ("world", "plain"):
-        world, size = world_of(cfg), cfg.batch
-        # the probes' clips come from far up the training range, where the training itself never gets, and from validation
-        last = dict(test=data.TEST, validation=data.VALIDATION + 50_000_000)[cfg.eval_split]
-        sets = [(500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1)), (last, max(cfg.probe_clips // 2, 1))]
-        split = [embed(model, data.WorldBatches(world, size, begin), -(-n // size), cfg, device, "probe clips")[0] for begin, n in sets]
-        for kind in ("appearance", "motion"):
-            result[kind] = linear_probe(*(x for s in split for x in (s.features, torch.cat([b[kind] for b in s.batches]))))
-    if cfg.tokenizer != "trajvit2":
-        return result | dict(veq=None, stq=None), [], bad
-    scores, pictures, _ = evaluate_segmenter(model.video.tokenizer.segmenter, test, device, test_batches)
-    return result | scores, pictures, bad
+def evaluate(model, held_out, cfg, device, encoding, damage):
+    """Retrieval, zero-shot classes, linear probes and segmentation scores on held-out clips -> dict of scores
+    (None where the data has no labels for it, or the tokenizer no masks), picture of what captions find,
+    pictures of trajectories."""
+    clips = embed(model, held_out, cfg, device, "held-out clips", damage)
+    if not len(clips.get("vectors", ())):
+        raise BadInput(f"--data {cfg.data}: not one held-out clip can be used")
+    result, texts, right, similarity = retrieval(model, clips, cfg, device, encoding)
+    result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
+    labels = sorted({label for label in clips.get("label", []) if label})
+    if labels:
+        # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
+        prompts = [cfg.prompt.replace("{}", label) for label in labels]
+        classes = embed_texts(model, prompts, cfg, device, encoding)
+        guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
+        # over the clips that have a label
+        hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
+        result["zero_shot"] = sum(hits) / len(hits)
+    # made clips alone: their generator knows what the subject is and how it moves
+    if hasattr(held_out, "world"):
+        result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
+    masks = []
+    if hasattr(model.video.tokenizer, "segmenter"):
+        scores, masks = trajtok.evaluate_segmenter(model.video.tokenizer.segmenter, held_out, device)
+        result |= scores
+    return result, found_clips(similarity, right, texts, clips, held_out), masks
 
 
-def gflops(model, batch, cfg, limit=8):
-    """GFLOPs (2 per multiply-add) of embedding a clip, counted while it runs, one clip at a time: the mean over a batch's first ones."""
-    model.eval()
-    each = [count_gflops(lambda: model.embed_video(batch["video"][i:i + 1], cfg.tokens_per_trajectory, batch["labels"][i:i + 1]))
-            for i in range(min(limit, len(batch["video"])))]
-    return sum(each) / len(each)
+def probe(model, clips, world, cfg, device):
+    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape and its motion."""
+    sets = []
+    # train: numbers of training clips so high that no training reaches them; then valid
+    for begin, count in ((500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1))):
+        batches = data.WorldBatches(world, cfg.batch, indices=range(begin, begin + count))
+        sets.append(embed(model, batches, cfg, device, "probe clips"))
+    sets.append(clips)                                          # test
+    scores = {}
+    for key in ("appearance", "motion"):
+        scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
+    return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def found_clips(similarity, right, texts, clips, held_out):
+    """A picture: three captions, and below each the three clips that it finds first, as three frames; the bar
+    under a clip is green if it has this caption, red if not."""
+    sheet = []
+    for query in np.linspace(0, len(texts) - 1, 3).astype(int):
+        found = []
+        for clip in similarity[query].topk(min(3, similarity.shape[1])).indices.tolist():
+            number, row = clips["where"][clip]
+            video = data.finish(held_out[number], "cpu")["video"][row]
+            frames = video[[0, len(video) // 2, -1]].transpose(0, 1).flatten(1, 2).numpy()     # (H, 3 W, 3)
+            scale = max(1, 128 // len(frames))
+            frames = frames.repeat(scale, 0).repeat(scale, 1)
+            frames[-6:] = (40, 170, 70) if right[query, clip] else (200, 60, 60)
+            # white gaps; the 30 rows above are for the caption
+            found.append(np.pad(frames, ((30, 4), (4, 4), (0, 0)), constant_values=255))
+        line = np.concatenate(found, 1)
+        trajtok.write_text(line, texts[query], 10, 8)
+        sheet.append(line)
+    return np.concatenate(sheet)
+
+
+def count_flops(cfg):
+    """--flops: a table of GFLOPs of embedding one clip. Counted on the meta device, where tensors have shapes
+    and no values, so nothing is computed. Upper bounds: no trajectory is dead, no patch dropped."""
+    lengths = (8, 16, 32, 64, 128)
+    lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
+    for name in TOKENIZERS:
+        cells = [name]
+        plain = dict(recompute=False)
+        if name in OTHERS:                                      # flags of trajvit2 are not for them
+            plain |= dict.fromkeys(("places", "path"), False)
+            plain |= dict.fromkeys(("detach", "hierarchical", "hard_mask", "mean_start"), True)
+        for t in lengths:
+            one = dataclasses.replace(cfg, tokenizer=name, frames=t, **plain)
+            with torch.device("meta"):
+                video = VideoEncoder(tokenizer_class(name)(one), one)
+                pixels = torch.zeros(1, t, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+            # trajvit reads the number of labels off their values, so these lie on the CPU: vertical stripes
+            labels = torch.arange(cfg.image_size).expand(1, t, cfg.image_size, -1)
+            gflops = trajtok.count_gflops(lambda: video(pixels, cfg.tokens_per_trajectory, labels))
+            cells.append(f"{gflops:.2f}")
+        lines.append(cells)
+    print("\n".join(trajtok.aligned(lines)))
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The run
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
-def train(cfg):
-    encoding = data.load_encoding(cfg.text)
-    device = setup(cfg)
-    meet(device)
+def train(cfg, folder):
+    """Data, model and optimizer; the steps; then the scores on the held-out clips."""
+    device = trajtok.setup(cfg)
     rank, world = ranks()
-    model, shape = build(cfg, encoding)
-    cfg = resolve(cfg)
-    dataset, test, test_batches, files = open_data(cfg, "caption")
-    check_masks(cfg, dataset)
-    check_masks(cfg, test)
-    name = f"clip-{run_name(cfg)}" + (f"-{cfg.tokenizer}" if cfg.tokenizer != "trajvit2" and not cfg.name else "")
-    # config.json: of trajvit2 `tokenizer` holds the whole TrajTokConfig, which TrajTok.from_pretrained reads, else the name
-    run = Run(cfg, name, {"textures_crc": data.open_textures(cfg.textures)} | ({"tokenizer": dataclasses.asdict(shape)} if cfg.tokenizer == "trajvit2" else {}))
-    model.to(device)
-    optimizer = make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr}, cfg.fused)
-    start_step = run.restore(model, optimizer)
-    damage, parameters, clips_a_step = Damage(), sum(p.numel() for p in model.parameters()), cfg.batch * world
-    print(f"{parameters / 1e6:.2f} M parameters, {sum(p.numel() for p in model.video.tokenizer.parameters()) / 1e6:.2f} M of them the tokenizer ({cfg.tokenizer}); "
-          f"{device.type}; an untrained contrastive loss is ln {clips_a_step} = {math.log(clips_a_step):.2f}")
-    if world > 1 or cfg.micro_batch:
-        print(f"{world} process(es) x {cfg.batch} clips a step, {cfg.micro_batch or cfg.batch} at a time; each clip sees the captions of all {clips_a_step} as negatives")
-    began, mark, told = time.time(), time.time(), False
-    batches = data.loader(shard(dataset), start_step, cfg.steps, cfg.workers)
-    for step, batch in zip(range(start_step, cfg.steps), batches):
-        # 1. the learning rate
-        lr = learning_rate(step, cfg)
+    train_set, held_out = data.open_data(cfg, "caption", world)
+    encoding, words = choose_words(cfg, train_set, folder)
+    cfg = dataclasses.replace(cfg, text="captions" if words else cfg.text or "world")
+    model = build(cfg, encoding, device)
+    if cfg.eval_only:
+        trajtok.load_weights(model, folder)
+        return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
+    # config.json holds more than the flags: the vocabulary, without which the text tower cannot be used, and
+    # the TrajTokConfig, which TrajTok.from_pretrained reads
+    shape = getattr(model.video.tokenizer, "cfg", None)
+    more = dict(words=words, manifest=data.fingerprint(cfg.data, cfg.val))
+    trajtok.open_run(folder, cfg, trajtok=dataclasses.asdict(shape) if shape else None, **more)
+    optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
+    first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
+    log, damage = trajtok.Log(folder, first), data.Damage()
+    warned = False
+    clips = cfg.batch * world                                   # a step, of all processes
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
+          f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
+    began = mark = time.time()
+    loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, world)
+    for step, batch in enumerate(loader, first):
+        lr = trajtok.learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        # 2. the batch: clips, captions, and labels where there are any
-        damage.add(batch["bad"], files or math.inf)
-        batch, labelled = data.finish(batch, device), 0
-        if batch["video"] is None:                               # every file of it was damaged
-            batch |= dict(video=torch.zeros(0, 1, 32, 32, 3, dtype=torch.uint8, device=device), labels=torch.zeros(0, 1, 32, 32, dtype=torch.int64, device=device))
-        elif cfg.augment:                                        # before the labels are counted: a crop cuts some away
-            # no flip of made clips: their captions tell left from right
-            batch["video"], batch["labels"] = data.augment(batch["video"], batch["labels"], (step * world + rank) + cfg.seed * 10 ** 6, flip="motion" not in batch)
-        if len(batch["video"]) and cfg.tokenizer == "trajvit2":
-            labelled = int((batch["labels"] >= 0).flatten(1).any(1).sum())
-        clips, labelled = total([len(batch["video"]), labelled], device)
-        if not clips:
-            continue
-        batch["ids"], batch["mask"] = (x.to(device) for x in data.tokenize(encoding, batch["caption"], cfg.text_length))
-        wait = time.time() - mark
-        # 3. forward and backward: the loss, term by term. Tokens a trajectory are drawn anew in each step, the same for all clips
+        # 1. the batch. A file that could not be used was replaced in it; it is named once
+        damage.add(batch["bad"])
+        batch = prepare(batch, step * world + rank, encoding, cfg, device)
+        # 2. the gradients. PAPER: 1, 2 or 4 tokens a trajectory, drawn at each step. The draw depends on the
+        # seed and the step alone, so it is the same in all processes, and after --resume
+        m = int(np.random.default_rng((cfg.seed, step)).choice((1, 2, 4)))
         model.train()
-        choices = shape.choices
-        m = choices[int(torch.randint(len(choices), ()))] if cfg.tokenizer == "trajvit2" else None
         optimizer.zero_grad()
-        values, tokens, live = step_gradients(model, batch, clips, labelled, m, cfg, device)
-        if "focal" not in values and cfg.tokenizer == "trajvit2" and not told:
-            told = True
-            print("no segmentation loss: " + ("--segmentation-weight 0" if not cfg.segmentation_weight else
-                                              "--freeze-tokenizer" if cfg.freeze_tokenizer else "no clip of this batch has mask sidecars"))
-        # 4. clip, step
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        values |= dict(gradient_norm=norm.item())
-        check_finite(values, step)                               # before the step: what is saved stays whole
+        take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
+        terms = take_step(model, batch, m, cfg)
+        trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
+        # every process had the whole gradient of the temperature, and their sum is `world` times too large
+        if world > 1:
+            model.temperature.grad /= world
+        # 3. the step
+        terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        trajtok.check_finite(terms, step)
         optimizer.step()
-        with torch.no_grad():
-            model.temperature.clamp_(0.001, 0.5)
-        # 5. the log: one line a step
-        now, live, tokens = time.time(), live / clips, tokens / clips
-        run.record(dict(step=step, **values, segmentation="focal" in values, lr=lr, temperature=model.temperature.item(), live_trajectories=live, tokens=tokens,
-                        clips=int(clips), seconds=now - mark, clips_per_second=clips / (now - mark), data_wait=wait, memory_gb=peak_memory_gb(device)))
-        if step % 10 == 0 or step == cfg.steps - 1:
-            print(f"step {step:5d}/{cfg.steps}  " + "  ".join(f"{k} {values[k]:.3f}" for k in ("contrastive", "focal", "dice") if k in values)
-                  + (f"  live {live:.1f}/{cfg.num_queries}" if cfg.tokenizer == "trajvit2" else f"  tokens {tokens:.1f}")
-                  + f"  {clips / (now - mark):.0f} clips/s  {now - began:.0f} s", flush=True)
-        mark = now
-        # 6. the checkpoint
-        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
-            run.save(model, optimizer, step + 1)
-    if world > 1:
-        dist.barrier()                                           # nobody leaves while another still waits for it
-        dist.destroy_process_group()
-    if rank:
-        return                                                   # the rest is for one
-    if not run.history():
-        raise BadInput(f"--data {cfg.data}: not one of the clips that {cfg.steps} steps drew can be used; the first: {next(iter(damage.files.values()), '-')}")
-    seconds, clips = (sum(line[key] for line in run.history()) for key in ("seconds", "clips"))      # of all parts of a resumed run
-    began = time.time()
-    write_weights(run.folder / "model.safetensors", model.state_dict())
-    result, pictures, bad = evaluate(model, test, test_batches, cfg, device, encoding)
-    damage.add(bad, math.inf)
-    first = next(b for b in (data.finish(test[i], device) for i in range(test_batches)) if b["video"] is not None)
-    result |= dict(parameters=parameters, gflops=gflops(model, first, cfg), clips_per_second=clips / max(seconds, 1e-9), seconds=seconds,
-                   evaluation_seconds=time.time() - began, peak_memory_gb=peak_memory_gb(device), left_out=len(damage.files))
-    write_json(run.folder / "result.json", result)
-    save_pictures(run, pictures, ("contrastive", "focal", "dice", "live_trajectories" if cfg.tokenizer == "trajvit2" else "tokens"))
-    report(result, run.folder, cfg.textures is not None, cfg.eval_split)
+        model.temperature.data.clamp_(0.001, 0.5)
+        # 4. the log; from time to time a checkpoint, and scores on validation clips
+        # focal is exactly 0 only where not one point is labelled
+        if not warned and terms.get("focal") == 0:
+            warned = True
+            print("no segmentation loss: no clip of this batch has masks")
+        # means over processes. This waits for the slowest of them, so `seconds` is the time of all
+        terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
+        seconds = time.time() - mark
+        terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
+                      clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
+        log(step=step, **terms)
+        if step % 10 == 0 or step + 1 == cfg.steps:
+            left = (time.time() - began) / (step + 1 - first) * (cfg.steps - 1 - step)
+            keys = [key for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
+            shown = "  ".join(f"{key} {terms[key]:.3f}" for key in keys)
+            pace = f"{clips / seconds:.0f} clips/s  {left:.0f} s left"
+            print(f"step {step:5d}/{cfg.steps}  {shown}  {pace}", flush=True)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            trajtok.save_checkpoint(folder, model, optimizer, step + 1)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
+            validate(model, cfg, device, encoding, log, step)
+        mark = time.time()
+    if rank == 0:
+        finish(model, held_out, cfg, device, encoding, folder, log, damage)
 
 
-def gets_masks(cfg):
-    """Is the tokenizer given its trajectories?"""
-    return cfg.tokenizer != "trajvit2" and TOKENIZERS[cfg.tokenizer].given_masks
+def prepare(batch, number, encoding, cfg, device):
+    """A batch as data.py makes it -> Batch on the device, augmented if asked for."""
+    batch = data.finish(batch, device)
+    video, labels = batch["video"], batch["labels"]
+    if cfg.augment:
+        # captions of made clips, which the key "motion" marks, tell left from right: no flip
+        video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6, flip="motion" not in batch)
+    if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
+        raise BadInput("--tokenizer trajvit: is given its trajectories, but no clip of this batch has masks")
+    ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
+    return Batch(video, labels, ids.to(device), mask.to(device))
 
 
-def check_masks(cfg, dataset):
-    """A tokenizer that is given its masks cannot do without: refused before anything is written."""
-    sets = getattr(dataset, "datasets", [dataset])               # of a mixture: each set, the held-out ones as Subsets
-    entries = [e for one in sets for e in getattr(getattr(one, "dataset", one), "entries", [])]
-    without = [e["path"] for e in entries if not (e["mask"] and e["graph"])]
-    if gets_masks(cfg) and without:
-        raise BadInput(f"--tokenizer {cfg.tokenizer}: is given its trajectories, but {len(without)} of {len(entries)} files have no `_mask.npz` and `_graph.npz`, "
-                       f"the first {without[0]}; make them, or take another tokenizer")
+def choose_words(cfg, train_set, folder):
+    """--text -> the encoding of captions, and its words if they are the run's own, or None. `captions`, the
+    default for real data: 256 bytes and the most frequent words of the training captions. Words are numbered
+    in their order: a run that goes on, or starts from another's weights, has to take the words of that
+    run."""
+    text = cfg.text or ("world" if cfg.data == "world" else "captions")
+    if text != "captions":
+        return data.load_encoding(text), None
+    captions = train_set.captions()
+    source = folder if cfg.resume or cfg.eval_only else cfg.init
+    saved = trajtok.read_json(Path(source) / "config.json") if source else {}
+    words = saved.get("words") or data.word_list(captions)
+    encoding = data.word_encoding(words)
+    too_long = sum(len(ids) >= cfg.text_length for ids in encoding.encode_ordinary_batch(captions))
+    if too_long:
+        print(f"{too_long} of {len(captions)} captions are cut: longer than --text-length {cfg.text_length}")
+    return encoding, words
 
 
-def report(result, folder, skinned=False, split="test"):
-    def cell(key, percent=True):
-        return "-" if result[key] is None else f"{100 * result[key]:.1f} %" if percent else f"{result[key]:.1f}"
-    n, left_out = result["clips"], result["left_out"]
-    print(f"\n{n} {'held-out' if split == 'test' else split} clips, chance R@1 {100 / n:.1f} %, R@5 {min(500 / n, 100):.1f} %" + (f"; {left_out} files left out" if left_out else ""))
-    for way, name in (("t2v", "text -> video"), ("v2t", "video -> text")):
-        print(f"  {name}   " + "   ".join(f"R@{k} {cell(f'{way}_r{k}')}" for k in (1, 5, 10)))
-    if result["appearance"] is not None:
-        # in a skinned world one class, the irregular outlines, is the likely guess
-        chance = max(1 / len(data.SHAPES), data.SKINNED_CLIPS * data.IRREGULAR * skinned)
-        print(f"  linear probes   appearance {cell('appearance')} (chance {100 * chance:.0f} %)   motion {cell('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
+def validate(model, cfg, device, encoding, log, step):
+    """--eval-every: retrieval on validation clips, or on the held-out clips of real data -> one line on the
+    terminal and one in the log."""
+    _, held_out = data.open_data(dataclasses.replace(cfg, eval_split="validation"))
+    result = retrieval(model, embed(model, held_out, cfg, device, "validation"), cfg, device, encoding)[0]
+    log(step=step, **result)
+    print(f"step {step:5d} validation ", *(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
+
+
+def finish(model, held_out, cfg, device, encoding, folder, log, damage):
+    """Score the held-out clips, write result.json and pictures, and print what they say."""
+    lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
+    result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
+    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
+    for i in range(len(held_out)):
+        batch = data.finish(held_out[i], device)
+        if len(batch["video"]):                                 # one that can be used
+            break
+    video, labels = batch["video"][:8], batch["labels"][:8]
+    m = cfg.tokens_per_trajectory
+    gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels)) / len(video)
+    seconds = sum(line["seconds"] for line in lines)
+    result |= dict(parameters=sum(p.numel() for p in model.parameters()), gflops=gflops, seconds=seconds,
+                   clips_per_second=sum(line["clips"] for line in lines) / max(seconds, 1e-9),
+                   peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
+                   seed=cfg.seed, tokenizer=cfg.tokenizer)
+    write_json(folder / "result.json", result)
+    write_png(folder / "found.png", found)
+    trajtok.save_pictures(folder, masks, log, ("contrastive", "focal", "dice", "tokens"))
+    report(result, folder)
+
+
+def report(result, folder):
+    """Print what the run scored, with chance beside it, and which command to try next."""
+
+    def percent(*keys):                                         # None: not measured
+        return "  ".join("    -" if result[key] is None else f"{100 * result[key]:5.1f} %" for key in keys)
+
+    n = result["clips"]
+    print(f"\n{n} held-out clips                    R@1      R@5      R@10")
+    for way, name in (("t2v", "caption finds its clip"), ("v2t", "clip finds its caption")):
+        print(f"  {name:30s}  {percent(f'{way}_r1', f'{way}_r5', f'{way}_r10')}")
+    print(f"  {'chance':30s}  " + "  ".join(f"{min(100 * k / n, 100):5.1f} %" for k in (1, 5, 10)))
+    if result["zero_shot"] is not None:
+        print(f"  zero-shot classes {percent('zero_shot')}")
+    if result["motion"] is not None:
+        print(f"  linear probes: shape {percent('appearance')} (chance {100 / len(data.SHAPES):.0f} %), "
+              f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
     if result["veq"] is not None:
-        print(f"  trajectories    objects' best IoU {cell('object_iou')} (at full resolution {cell('object_iou_pixels')})   VEQ {cell('veq')}   STQ {cell('stq')}   ({cell('live_trajectories', False)} live)")
-        print(f"  a grid instead  objects' best IoU {cell('grid_object_iou')}   VEQ {cell('grid_veq')}   STQ {cell('grid_stq')}   ({cell('grid_cells', False)} cells)")
-    print(f"  {result['live_tokens']:.1f} tokens a clip, {result['parameters'] / 1e6:.2f} M parameters, {result['gflops']:.2f} GFLOPs a clip, "
-          f"{result['clips_per_second']:.0f} clips/s in training, {result['seconds']:.0f} s + {result['evaluation_seconds']:.0f} s evaluation, {result['peak_memory_gb']:.1f} GB")
-    print(f"wrote {folder}/: model.safetensors, result.json, log.jsonl, " + ("trajectories.png, " if result["veq"] is not None else "") + "curves.png")
+        print(f"  trajectories: best IoU of objects {percent('object_iou')}, "
+              f"VEQ {percent('veq')}, STQ {percent('stq')}")
+    print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
+          f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
+          f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
+    print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips they find)")
+    if result["veq"] is not None:
+        print(f"and trajectories.png; next: python trajtok.py show world --weights {folder}")
+    print('or: python trajtok.py compare "trajvit2:" "vit3d: --tokenizer vit3d" --seeds 0 1')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @data.one_line_errors
 def main(argv=None):
-    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
     cfg = configure(ClipConfig, CLIP_SIZES, argv)
-    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
-    processes = cfg.processes or max(gpus, 1)
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        for name in sources(cfg)[0]:                             # told once, here, not by each process
-            if name not in ("world", "plain"):
-                data.read_manifest(name)
-        return launch(__file__, argv, processes)
-    train(cfg)
+    suffix = "" if cfg.tokenizer == "trajvit2" else f"-{cfg.tokenizer.rpartition(':')[2]}"
+    folder = trajtok.run_folder(cfg, "clip", suffix)
+    if cfg.resume or cfg.eval_only:
+        cfg = trajtok.resumed(cfg, folder, argv)
+    _, cfg = trajtok.sized(cfg, SIZES[cfg.size])                # fills in image_size, frames, num_queries
+    if cfg.flops:
+        return count_flops(cfg)
+    if not cfg.eval_only:
+        trajtok.launch(cfg)
+    try:
+        train(cfg, folder)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"out of memory ({reason}): give a smaller --micro-batch, and --recompute") from None
 
 
 if __name__ == "__main__":

@@ -1,39 +1,37 @@
-"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, files and commands; and what every run shares.
+"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, weights and long video; and the run.
 
-    video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d'), mask
+    video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d')
 
     tokenizer = TrajTok("nano")                                  # or TrajTok(TrajTokConfig(...)), or
     tokenizer = TrajTok.from_pretrained("out/clip-nano")         # what train_clip.py or `pretrain` wrote
     tokenizer = TrajTok.load_official("trajvit2.pth")            # what the authors released
     tokens, segmentation = tokenizer(video, tokens_per_trajectory=2)
-    tokens = tokenizer.stream(frames)                            # a video of any length
+    tokens = tokenizer.stream(frames)                            # a video of any length, in constant memory
 
-    python trajtok.py pretrain                                   # the segmenter alone, on the procedural world
-    python trajtok.py pretrain --data manifest.json              # ... on real video with `_mask.npz` / `_graph.npz` sidecars
-    python trajtok.py show clip.mp4                              # an MP4 and a PNG: frames above, trajectories below
-    python trajtok.py show world                                 # the same on a made clip, the true trajectories below
-    python trajtok.py show film.mp4 --frames 0                   # every frame, at any length, in memory that does not grow
+    python trajtok.py pretrain                                   # the segmenter alone
+    python trajtok.py show clip.mp4                              # draw the trajectories of a video
+    python trajtok.py show film.mp4 --frames 0                   # every frame of it
+    python trajtok.py table out/clip-a out/clip-b                # results side by side
+    python trajtok.py compare "base:" "no detach: --no-detach" --script train_clip.py --seeds 0 1 --json FILE
 
-The second half of the file is what the training scripts have in common: a dataclass becomes flags, devices, the learning
-rate's schedule, several processes, checkpoints that survive a kill at any moment, the log, and pictures.
+The second half is what the three training scripts share: devices, processes, checkpoints, the log, plots.
 """
 from __future__ import annotations
 
-import contextlib
-import copy
+import argparse
 import ctypes
 import dataclasses
 import datetime
 import json
 import math
 import os
+import platform
 import re
-import signal
+import resource
+import shlex
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,16 +39,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import data
 from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
-from encoder import Path as TrajectoryPath
+from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
-from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, grid_tubes, hungarian, labels_on_grid,
+from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
                        normalise, segmentation_loss, tube_overlaps, video_metrics)
 
 # -----------------------------------------------------------------------------------------------------------
@@ -59,8 +58,9 @@ from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, grid_tu
 
 @dataclass(frozen=True)
 class TrajTokConfig:
-    """The one configuration of segmenter and encoder; the defaults are the paper's. image_size and frames are what the
-    tokenizer is trained on: clips of other lengths, and of other sizes that are multiples of 32, go through as well."""
+    """The one configuration of segmenter and encoder; the defaults are the paper's. image_size and frames are
+    what the tokenizer is trained on: clips of other lengths, and of other sizes that are multiples of 32,
+    go through as well."""
     image_size: int = 224
     frames: int = 16
     dim: int = 512                  # d: width of features, queries and tokens inside
@@ -82,53 +82,56 @@ class TrajTokConfig:
     hard_mask: bool = True          # False: tokens read all points instead of their own
     mean_start: bool = True         # False: a token starts at its learned code, without z_init
     # what the authors' checkpoints were trained with; load_official turns it on
-    normed_residual: bool = False
-    norm_media: bool = False
-    last_points: int = 0
+    normed_residual: bool = False   # latents = norm(latents) + attention, instead of latents + attention
+    norm_media: bool = False        # each layer normalises the points once more
+    last_points: int = 0            # so many points at the end of a clip are read by every token
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))  # JSON has lists only
+        # JSON turns tuples into lists, and a list would make a loaded configuration differ from the saved
+        # one. A frozen dataclass has no plain assignment.
+        object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "dims", tuple(self.dims))
-        numbers = (self.frames, self.dim, self.num_queries, self.depth, self.heads, self.out_dim, *self.depths, *self.dims)
-        if not all(isinstance(n, int) and n >= 1 for n in numbers) or len(self.depths) != len(self.dims):
-            raise BadInput(f"{self}: whole numbers from 1 on are needed, and as many depths as dims")
-        if not isinstance(self.image_size, int) or self.image_size % 32 or not 32 <= self.image_size <= 8192:
-            raise BadInput(f"image size {self.image_size}: a multiple of 32, from 32 to 8192 px, e.g. 224")
+        if self.image_size % 32 or self.image_size < 32:
+            raise BadInput(f"image size {self.image_size}: give a multiple of 32, e.g. 224")
         if self.dim % self.heads or self.dim % 8:
-            raise BadInput(f"dim {self.dim} with {self.heads} heads: dim must be a multiple of the heads and of 8")
-        if not 1 < self.scale <= 20 or self.last_points < 0:
-            raise BadInput(f"scale {self.scale}, last_points {self.last_points}: a scale above 1, at most 20; points from 0 on")
-        if not isinstance(self.max_tokens, int) or self.max_tokens not in (1, 2, 4, 8, 16):
-            raise BadInput(f"max_tokens {self.max_tokens}: a power of two (the paper: 4)")
+            raise BadInput(f"dim {self.dim}: must be a multiple of 8 and of the {self.heads} heads")
+        if self.max_tokens not in (1, 2, 4, 8, 16):
+            raise BadInput(f"max_tokens {self.max_tokens}: must be a power of two (the paper: 4)")
 
     @property
     def choices(self):
-        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens."""
+        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens, which is a power of two."""
         return tuple(2 ** i for i in range(self.max_tokens.bit_length()))
 
     def check(self, m):
+        """m tokens per trajectory -> m. BadInput if that is none of the choices."""
         if m not in self.choices:
             raise BadInput(f"tokens per trajectory {m}: one of {', '.join(map(str, self.choices))}")
         return m
 
 
-TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+# nano trains in minutes on two cores and tiny in hours; base and large need a card of 80 GB. These two are
+# the defaults above and differ only in the width of their tokens, which is that of the transformer behind
+# them. The counts are parameters of segmenter and encoder together; a test counts them.
+NANO_NET = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
+TINY_NET = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
 SIZES = {
-    "nano":  TrajTokConfig(image_size=64, frames=8, dim=96, num_queries=24, depth=1, heads=4, out_dim=128,
-                           depths=(1, 1, 2, 1), dims=(32, 64, 128, 256)),                     # 1.4 M parameters
-    "tiny":  TrajTokConfig(image_size=128, frames=8, dim=256, num_queries=32, depth=2, heads=8, out_dim=256,
-                           depths=(2, 2, 4, 2), dims=(48, 96, 192, 384)),                     # 8.8 M
-    "base":  TrajTokConfig(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, out_dim=768,
-                           recompute=True, **TINY),                                           # 46.2 M
-    "large": TrajTokConfig(image_size=224, frames=16, dim=512, num_queries=128, depth=2, heads=8, out_dim=1024,
-                           recompute=True, **TINY),                                           # 46.4 M: the paper's 46 M
+    "nano":  TrajTokConfig(64, 8, dim=96, num_queries=24, depth=1, heads=4, out_dim=128, **NANO_NET),  # 1.4 M
+    "tiny":  TrajTokConfig(128, 8, dim=256, num_queries=32, out_dim=256, **TINY_NET),            # 8.8 M
+    "base":  TrajTokConfig(out_dim=768, recompute=True),        # 46.2 M
+    "large": TrajTokConfig(out_dim=1024, recompute=True),       # 46.4 M: the paper's 46 M
 }
 
 
 class TrajTok(nn.Module):
     """The tokenizer: video uint8 (b, t, H, W, 3) -> Tokens, Segmentation.
 
-    size: a name from SIZES or a TrajTokConfig. backbone: a module of your own instead of the ConvNeXt (segmenter.py)."""
+    size: a name from SIZES or a TrajTokConfig.
+    backbone: a module of your own instead of the ConvNeXt, with `.dims`, the channels of its maps, and
+    forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first; strides are read off the maps.
+
+    A loss on the tokens trains the masks too: its gradient reaches them through z_init, the mean of the
+    features under the soft masks. It reaches the features through z_init and through the attention."""
 
     def __init__(self, size="nano", backbone=None):
         super().__init__()
@@ -139,8 +142,13 @@ class TrajTok(nn.Module):
         self.encoder = TrajectoryEncoder(self.cfg)
 
     def forward(self, video, tokens_per_trajectory=None):
-        """tokens_per_trajectory: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka), else 1."""
+        """tokens_per_trajectory m: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka
+        representations, arXiv 2205.13147), else 1.
+
+        -> Tokens: z (b, K·m, d'), mask (b, K·m), True = its trajectory owns a point, trajectory (b, K·m);
+        Segmentation: F (b, n, d), logits (b, n, K), ids (b, n), alive (b, K), grid (t, h, w)."""
         m = tokens_per_trajectory
+        # train_clip.py gives m: it draws it from (seed, step), so that a resumed run repeats the same draws
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
         seg = self.segmenter(video)
@@ -148,44 +156,49 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of a video of any length, as forward would give them, in memory that does not grow with it.
+        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens
 
-        frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces in order (a
-        decoder). each(first frame, piece (1, c, H, W, 3), its Segmentation) is called once a piece. -> Tokens, b = 1.
-        The features of a long video fit no memory. So the video is gone through again whenever something has to wait for
-        all of it: once a layer of each Perceiver, and once for z_init. Time for memory."""
+        frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces
+        (a decoder). each(first frame, piece (1, t, H, W, 3), its Segmentation) is called once a piece.
+
+        The features of a long video fit no memory. So they are computed again whenever all of them are
+        needed: once to count the frames, once for each layer of each Perceiver, and once for z_init."""
         segmenter, encoder, cfg = self.segmenter, self.encoder, self.cfg
         m, device = cfg.check(tokens_per_trajectory), segmenter.latents.device
-        source, count = pieces(frames, chunk), 0                # count: frames in all, known after the first pass
+        source = pieces(frames, chunk)
+        length = sum(video.shape[1] for video in source())
+        if not length:
+            raise BadInput("an empty video: there is no frame to make tokens of")
 
-        def features():                                         # -> first frame, piece, F (1, n, d), grid
+        # Segmenter.segment and TrajectoryEncoder.forward follow, a piece at a time. Each nested function is a
+        # generator that decodes the video from its beginning when it is called.
+        def extract():                                          # -> first frame, piece, F (1, n, d), grid
             first = 0
             for video in source():
-                f, grid = segmenter.extract(normalise(video.to(device)))
-                yield first, video, f, grid
+                features, grid = segmenter.extract(normalise(video.to(device)))
+                yield first, video, features, grid
                 first += grid[0]
 
         def read_by_queries():
-            nonlocal count
-            for first, _, f, (t, h, w) in features():
-                count = first + t
-                yield first * h * w, f, None
+            for first, _, features, (_, h, w) in extract():
+                yield first * h * w, features, None
 
+        # the K queries have read the whole video before the first point is given to one of them
         queries = perceive(segmenter.perceiver, segmenter.latents[None], read_by_queries)
-        if not count:
-            raise BadInput("an empty video: not one frame to make tokens of")
 
-        def clusters():                                         # -> first frame, piece, Segmentation
-            for first, video, f, grid in features():
-                logits = segmenter.mask_logits(queries, f)
+        def segment():                                          # -> first frame, piece, Segmentation
+            for first, video, features, grid in extract():
+                logits = segmenter.mask_logits(queries, features)
                 ids = logits.argmax(-1)
                 alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-                yield first, video, Segmentation(f, logits, ids, alive, grid)
+                yield first, video, Segmentation(features, logits, ids, alive, grid)
 
+        # z_init is a mean over all points: numerator and denominator are summed over the pieces
         total, weight, alive, path = 0.0, 0.0, False, []
-        for first, video, seg in clusters():
+        for first, video, seg in segment():
             soft = seg.logits.softmax(-1)                       # over the queries
-            part, share = soft_sums(soft, encoder.add_places(seg.features, seg.grid, first, count))
+            points = encoder.add_places(seg.features, seg.grid, first, length)
+            part, share = soft_sums(soft, points)
             total, weight, alive = total + part, weight + share, seg.alive | alive
             if cfg.path:
                 path.append(TrajectoryPath.sums(soft, seg.grid))
@@ -194,90 +207,93 @@ class TrajTok(nn.Module):
         latents = encoder.start(total, weight, torch.cat(path, 1) if path else None, m)
 
         def read_by_tokens():
-            for first, _, seg in clusters():
-                points = encoder.add_places(seg.features, seg.grid, first, count)
+            for first, _, seg in segment():
+                points = encoder.add_places(seg.features, seg.grid, first, length)
                 cells = seg.grid[1] * seg.grid[2]
                 number = first * cells + torch.arange(seg.ids.shape[1], device=device)
-                everyone = number >= count * cells - cfg.last_points
-                yield first * cells, points, seg.ids.masked_fill(everyone, EVERYONE)
+                last = number >= length * cells - cfg.last_points       # (n,), True = every token reads it
+                yield first * cells, points, seg.ids.masked_fill(last, EVERYONE)
 
+        # under the hard mask a token reads the tokens and the points of its own trajectory
         owner = torch.arange(cfg.num_queries, device=device).repeat_interleave(m)
         z = perceive(encoder.perceiver, latents, read_by_tokens, owner if cfg.hard_mask else None)
         return encoder.finish(z, alive)
 
     @torch.no_grad()
     def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
-        """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a window, so their
-        number grows with the video. -> Tokens, b = 1; trajectory k of window i is number i·K + k."""
+        """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a
+        window. -> Tokens, b = 1; trajectory k of window i is number i·K + k."""
         parts, first = [], 0
         for video in pieces(frames, window)():
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
-            parts.append(tokens._replace(trajectory=tokens.trajectory + len(parts) * self.cfg.num_queries))
+            # query k stands for another thing in every window: no number may occur in two of them
+            offset = len(parts) * self.cfg.num_queries
+            parts.append(tokens._replace(trajectory=tokens.trajectory + offset))
             if each:
                 each(first, video, seg)
             first += video.shape[1]
         if not parts:
-            raise BadInput("an empty video: not one frame to make tokens of")
-        return Tokens(*(torch.cat(x, 1) for x in zip(*parts)))
+            raise BadInput("an empty video: there is no frame to make tokens of")
+        # z, mask and trajectory: for each field, the windows one after the other
+        return Tokens(*(torch.cat(field, 1) for field in zip(*parts)))
 
     def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which from_pretrained reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"tokenizer": dataclasses.asdict(self.cfg)})
+        write_json(folder / "config.json", {"trajtok": dataclasses.asdict(self.cfg)})
         write_weights(folder / "model.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A folder that save_pretrained, `pretrain` or train_clip.py wrote (of the last, the tokenizer) -> in eval mode."""
-        return load_weights(cls(tokenizer_config(folder)), folder, "tokenizer.").eval()
+        """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> the tokenizer, in eval mode."""
+        return load_weights(cls(tokenizer_config(folder)), folder, "video.tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
-        """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's. Its configuration
-        is read off names and shapes. mean_start: was it trained with z_init added to the codes? The weights do not tell."""
-        weights = official_part(read_weights(path), ("segmenter.log_scale", "latents", "traj_feature_updater.norm_lat.weight"), path)
-        shape, inside = official_segmenter({k.removeprefix("segmenter."): v for k, v in weights.items() if k.startswith("segmenter.")}, path)
-        own = rename({k: v for k, v in weights.items() if not k.startswith("segmenter.")}, [(r"traj_feature_updater\.(.+)", r"perceiver.\1")])
-        depth, heads = official_perceiver(own, "perceiver.", path)
-        if (depth, heads) != (shape.depth, shape.heads) or own["latents"].dim() != 3 or "output_projector.weight" not in own or own["output_projector.weight"].dim() != 2:
-            raise BadInput(f"{path}: an encoder of {depth} layers, {heads} heads and codes {tuple(own['latents'].shape)} beside a segmenter of "
-                           f"{shape.depth} layers and {shape.heads} heads; expected the same, codes (K, n, d), and an output_projector")
-        cfg = dataclasses.replace(shape, max_tokens=own["latents"].shape[1], out_dim=len(own["output_projector.weight"]), last_points=2, mean_start=mean_start)
-        return fit_weights(cls(cfg), {f"segmenter.{k}": v for k, v in inside.items()} | {f"encoder.{k}": v for k, v in own.items()}, path).eval()
-
-
-def load_official_segmenter(path):
-    """The Segmenter of a checkpoint that the authors released, .pth or safetensors: alone or inside TrajViT2's."""
-    cfg, weights = official_segmenter(official_part(read_weights(path), ("log_scale", "trajectory_perceiver.latents"), path), path)
-    return fit_weights(Segmenter(cfg), weights, path).eval()
-
-
-def load_convnext(path):
-    """A published ConvNeXt: the original's file, DINOv3's, timm's, or a hub folder. Depths and widths are read off it."""
-    weights, depths, dims = convnext_names(read_weights(path), path)
-    return fit_weights(ConvNeXt(depths, dims), weights, path)
+        """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's, in
+        eval mode. Its configuration is read off names and shapes. mean_start: was it trained with z_init
+        added to the codes? The weights do not tell."""
+        marks = ("segmenter.log_scale", "latents", "output_projector.weight")
+        weights = official_part(read_weights(path), marks, path)
+        cfg, renamed = official_segmenter(under(weights, "segmenter."), path)
+        rules = [(r"segmenter\..+", None), (r"traj_feature_updater\.(.+)", r"perceiver.\1")]
+        encoder = rename(weights, rules)
+        # both Perceivers have one depth and number of heads; this call drops the rotary frequencies
+        official_perceiver(encoder, path)
+        renamed = {f"segmenter.{k}": v for k, v in renamed.items()}
+        renamed |= {f"encoder.{k}": v for k, v in encoder.items()}
+        sizes = dict(max_tokens=encoder["latents"].shape[1], out_dim=len(encoder["output_projector.weight"]))
+        cfg = dataclasses.replace(cfg, **sizes, last_points=2, mean_start=mean_start)
+        return fit_weights(cls(cfg), renamed, path).eval()
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Long video: a Perceiver that reads its points a piece at a time
 # -----------------------------------------------------------------------------------------------------------
 
-EVERYONE = -2                       # id of a point that every token may read (last_points); -1 would be: none
+# perceive() takes it for the trajectory of a point that every token may read (cfg.last_points)
+EVERYONE = -2
 
 
 class RunningSoftmax:
-    """sum_j softmax(s)_j v_j over pieces of j, exactly, as flash attention does it (arXiv 2205.14135): weights are taken
-    relative to the largest score so far, and what was summed before is scaled down when a larger one comes."""
+    """y = softmax(s) v over pieces of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
+    scores s_j and values v_j,
+
+      y = sum_j exp(s_j - s_max) v_j / sum_j exp(s_j - s_max)
+
+    so both sums can be carried from piece to piece. Where a piece brings a larger s_max, the sums so far are
+    multiplied by exp(old s_max - new s_max)."""
 
     def __init__(self):
         self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
 
     def add(self, s, v):                                        # scores (..., q, n), values (..., n, c)
         top = torch.maximum(self.top.to(s.device), s.amax(-1, keepdim=True))
-        old = (self.top.to(s.device) - top).exp()
+        rescale = (self.top.to(s.device) - top).exp()           # 0 at the first piece
         w = (s - top).exp()
-        self.norm = self.norm * old + w.sum(-1, keepdim=True)
-        self.total = self.total * old + w @ v
+        self.norm = self.norm * rescale + w.sum(-1, keepdim=True)
+        self.total = self.total * rescale + w @ v
         self.top = top
 
     def mean(self):
@@ -285,24 +301,26 @@ class RunningSoftmax:
 
 
 def perceive(perceiver, latents, chunks, owner=None):
-    """Perceiver.forward, where chunks() goes through (number of the first point, points (1, n, d), ids (1, n) or None), once
-    a layer. owner (s,): the trajectory of each latent, under the hard mask. latents (1, s, d) -> (1, s, d)."""
+    """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
+
+    chunks() returns, once for each layer, a new iterator over (number of the first point, points (1, n, d),
+    ids (1, n) or None). owner (s,): the trajectory of each latent, under the hard mask; None: no mask."""
     for attention, mlp in perceiver.layers:
         x, softmax = perceiver.norm_lat(latents), None
         for first, points, ids in chunks():
+            # latents have the positions 0 .. s-1, so the first point of the video has s
             parts = attention.project(x, perceiver.norm_ctx(points), latents.shape[1] + first)
             q, k_own, v_own, k, v = (part.transpose(1, 2).float() for part in parts)
             q = q / math.sqrt(q.shape[-1])
             s_own, s = q @ k_own.mT, q @ k.mT                   # (1, a, s, s), (1, a, s, n)
-            if owner is not None:
+            if owner is not None:                               # masked_fill: True = may not be read
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
                 s = s.masked_fill((owner[:, None] != ids) & (ids != EVERYONE), -math.inf)
-            if softmax is None:                                 # the latents themselves come first
+            # project returns the latents' own keys with every chunk; they count once
+            if softmax is None:
                 softmax = RunningSoftmax()
                 softmax.add(s_own, v_own)
             softmax.add(s, v)
-        if softmax is None:
-            return latents                                      # an empty video
         y = rearrange(softmax.mean(), "b a s c -> b s (a c)").to(latents.dtype)
         latents = (x if perceiver.normed_residual else latents) + attention.to_out(y)
         latents = latents + mlp(latents)
@@ -310,138 +328,145 @@ def perceive(perceiver, latents, chunks, owner=None):
 
 
 def pieces(frames, length):
-    """A video, or a callable that returns an iterator over parts of one -> a callable that returns an iterator over pieces of
-    `length` frames, uint8 (1, c, H, W, 3); the last may be shorter."""
+    """Cut a video into pieces of `length` frames.
+
+    frames: uint8 (t, H, W, 3), or a callable that returns an iterator over parts of any length.
+    -> a callable that returns an iterator over uint8 (1, length, H, W, 3); the last piece may be shorter."""
     if length < 1:
-        raise BadInput(f"pieces of {length} frames: at least 1")
+        raise BadInput(f"pieces of {length} frames: give at least 1")
 
     def cut():
-        held, have = [], 0                                       # parts that wait to fill a piece
+        held = []
         for part in frames() if callable(frames) else [frames]:
-            begin = 0
-            while begin < len(part):
-                held.append(torch.as_tensor(part[begin:begin + length - have]))
-                begin, have = begin + len(held[-1]), have + len(held[-1])
-                if have == length:
-                    yield torch.cat(held)[None]
-                    held, have = [], 0
-        if held:
-            yield torch.cat(held)[None]
+            held.append(torch.as_tensor(part))
+            # the last piece may still be too short: it is held back until the next part, or the end
+            *whole, last = torch.cat(held).split(length)
+            held = [last]
+            yield from (piece[None] for piece in whole)
+        if held and len(held[0]):
+            yield held[0][None]
+
     return cut
 
 
+# -----------------------------------------------------------------------------------------------------------
+# Weights: our own folders, and what others published
+# -----------------------------------------------------------------------------------------------------------
+
 def tokenizer_config(folder):
-    """The TrajTokConfig that stands in a folder's config.json."""
+    """The TrajTokConfig in a folder's config.json."""
     path = Path(folder) / "config.json"
     try:
-        return TrajTokConfig(**json.loads(path.read_text())["tokenizer"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{folder}: holds no config.json; give a folder that `python trajtok.py pretrain` or `python train_clip.py` wrote") from None
-    except BadInput:
-        raise
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise BadInput(f"{path}: no tokenizer's configuration ({type(error).__name__}: {error})") from None
+        values = json.loads(path.read_text())
+        return TrajTokConfig(**values.get("trajtok", values.get("tokenizer")))
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: no tokenizer's configuration ({error}); give the folder of a run") from None
 
 
-def load_weights(module, folder, prefix=""):
-    """folder/model.safetensors into module, strictly. If any key begins with prefix, those are taken, without it."""
+def load_weights(module, folder, *prefixes):
+    """folder/model.safetensors into module, strictly -> module. What train_clip.py wrote holds the tokenizer
+    among other weights, what `pretrain` wrote holds it alone: the weights under the first of the prefixes
+    that occurs are taken, or all of them if none does."""
     path = Path(folder) / "model.safetensors"
-    if not path.exists():
-        raise BadInput(f"{path}: no such file; is the run finished?")
     weights = read_weights(path)
-    for begin in (prefix, "video." + prefix) if prefix else ():   # train_clip.py keeps its tokenizer under `video.`
-        if any(key.startswith(begin) for key in weights):
-            weights = {key[len(begin):]: value for key, value in weights.items() if key.startswith(begin)}
-    return fit_weights(module, weights, path)
+    parts = [under(weights, prefix) for prefix in prefixes] + [weights]
+    return fit_weights(module, next(part for part in parts if part), path)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Weights that others published
-# -----------------------------------------------------------------------------------------------------------
-
-KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)      # numbers; the last two: counters
+def write_weights(path, state):
+    """A state dict -> a .safetensors file, renamed into place."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    replace(path, lambda beside: save_file(state, beside))
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
-    """A .safetensors file, a torch checkpoint (.pth, .pt, .bin: weights only, its pickle may hold no code), or a folder with
-    model.safetensors or pytorch_model.bin, or either's .index.json and the shards that it names -> {name: tensor}, on the CPU.
-    Wrappings, {"model": ...}, {"state_dict": ...}, are taken off, of several in one file the first, and `module.`. Half a file, no
-    weights, or weights that are not finite numbers: BadInput."""
+    """Weights that somebody wrote -> {name: tensor} on the CPU.
+
+    path: a .safetensors file; a torch checkpoint (.pth, .pt, .bin), of which only tensors are loaded, no
+    code; or a folder as a model hub serves it, with one of these files or with an index of several.
+    wrappings: keys under which a checkpoint may hold its weights, {"model": {...}, "epoch": 3}; they are
+    taken off, as is the `module.` that DistributedDataParallel puts before each name."""
     path = Path(path)
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    file = next((path / n for n in names if (path / n).exists()), None) if path.is_dir() else path
-    if file is None or not file.exists():
-        raise BadInput(f"{path}: " + ("holds neither model.safetensors nor pytorch_model.bin, nor the index of their shards" if path.is_dir() else "no such file or folder; check the path"))
-    if file.name.endswith(".index.json"):
-        return read_shards(file)
+    if path.is_dir():
+        # large models come in several files, whose index says which weight is in which
+        names = ("model.safetensors", "pytorch_model.bin")
+        names += tuple(name + ".index.json" for name in names)
+        path = next((path / name for name in names if (path / name).exists()), path / names[0])
+    if not path.exists():
+        raise BadInput(f"{path}: no such file of weights; check the path, or let the run save first")
+    weights, files = {}, [path]
     try:
-        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:                                   # torch.load raises many types on a file that is not its own
-        raise BadInput(f"{file}: not a whole file of weights ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}); fetch it again") from None
-    while isinstance(weights, dict) and (inner := next((weights[k] for k in wrappings if isinstance(weights.get(k), dict)), None)):
-        weights = inner
-    if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights) or not any(torch.is_tensor(v) for v in weights.values()):
-        raise BadInput(f"{file}: holds no named weights; expected a state dict")
-    weights = {k.removeprefix("module."): v for k, v in weights.items() if torch.is_tensor(v)}
-    odd = [f"{k} ({v.dtype}, {v.layout})" for k, v in weights.items() if v.layout != torch.strided or v.is_meta or v.dtype not in KINDS]
-    if odd:
-        raise BadInput(f"{file}: tensors of a kind that is not read here: {', '.join(odd)}; save them as float32")
-    broken = [k for k, v in weights.items() if not v.isfinite().all()]
-    if broken:
-        raise BadInput(f"{file}: weights that are NaN or infinite: {', '.join(broken)}; fetch or train it again")
+        if path.suffix == ".json":
+            names = set(json.loads(path.read_text())["weight_map"].values())
+            files = [path.parent / name for name in sorted(names)]
+        for file in files:
+            weights |= load_any(file)
+    # the two readers raise exceptions of many types on a file that is not theirs
+    except Exception as error:
+        raise BadInput(f"{path}: no whole file of weights ({type(error).__name__}); fetch it again") from None
+    # twice, because one wrapping may stand inside another, in either order
+    for name in (*wrappings, *wrappings):
+        weights = weights[name] if isinstance(weights.get(name), dict) else weights
+    weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
+    if not weights:
+        raise BadInput(f"{path}: holds no named weights; a state dict was expected")
     return weights
 
 
-def read_shards(index):
-    """A hub's index of shards (JSON) -> the weights of all the files that it names; each must be there and hold what the index says."""
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(places.values()))
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise BadInput(f"{index}: no index of shards ({type(error).__name__}: {error}); fetch it again") from None
-    if lacking := [f for f in files if not (index.parent / f).is_file()]:
-        raise BadInput(f"{index}: names shards that are not beside it: {', '.join(lacking)}; fetch them too")
-    shards = {f: read_weights(index.parent / f) for f in files}
-    if lacking := [f"{k} in {f}" for k, f in places.items() if k not in shards[f]]:
-        raise BadInput(f"{index}: weights that are not where it says: {', '.join(lacking)}; fetch the folder again")
-    return {k: v for shard in shards.values() for k, v in shard.items()}
+def load_any(file):
+    """One file -> what it holds: a dict of tensors, perhaps wrapped."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    # the original VideoMAE release keeps its command line, an argparse.Namespace, beside the weights. With
+    # weights_only, torch refuses every class that is not named here: a pickle could run code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def fit_weights(module, weights, where):
-    """weights into module, strictly: missing, unexpected and wrongly shaped keys are all listed, and refused: BadInput."""
-    own = module.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
-    wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in weights and own[k].shape != weights[k].shape]
-    wrong += [f"{k} holds {weights[k].dtype}" for k in own if k in weights and own[k].is_floating_point() != weights[k].is_floating_point()]
-    if wrong:
-        raise BadInput(f"{where}: weights of another model or size ({len(wrong)} keys: {'; '.join(wrong)})")
-    module.load_state_dict(weights)
+    """weights into module -> module. Strictly: a missing, an unexpected or a wrongly shaped tensor is
+    refused. Otherwise half of a model could stay random and nobody would notice."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise BadInput(f"{where}: weights of another model or size: {reason}") from None
     return module
 
 
+def under(weights, prefix):
+    """The weights whose names begin with prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
 def rename(weights, rules):
-    """Each key by the first rule (pattern, replacement) that fits its whole; a replacement None drops it. Others stay as they are."""
+    """Rename keys. rules: pairs of a regular expression and its replacement. The first that matches a whole
+    key is applied; the replacement None drops the key. A key that no rule matches stays as it is."""
     renamed = {}
     for key, value in weights.items():
         for pattern, replacement in rules:
-            if match_ := re.fullmatch(pattern, key):
-                key = None if replacement is None else match_.expand(replacement)
+            found = re.fullmatch(pattern, key)
+            if found:
+                key = found.expand(replacement) if replacement else None
                 break
-        if key is not None:
+        if key:
             renamed[key] = value
     return renamed
 
 
 def count(weights, pattern):
-    """1 + the largest number that group 1 of the pattern takes among the keys; 0 if it fits none."""
-    return 1 + max((int(m[1]) for key in weights if (m := re.match(pattern, key))), default=-1)
+    """How many layers a checkpoint has: 1 + the largest number that group 1 of the pattern matches in any
+    key; 0 if it matches none."""
+    found = [re.match(pattern, key) for key in weights]
+    return max((int(one[1]) + 1 for one in found if one), default=0)
 
 
-# published names of a ConvNeXt's weights -> ours, which are those of the original release
+# ConvNeXt (arXiv 2201.03545) is published in four layouts: the same tensors under other names. These rules
+# turn each into our names, which are those of the original release.
 CONVNEXT_NAMES = [
-    # original, and DINOv3's, which has the last norm twice
+    # DINOv3 in the original layout: holds the last norm twice, here and as `norm`
     (r"norms\.3\..+", None),
-    # classifiers on top
+    # the classifier on top, in any layout
     (r"(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
     # timm
     (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
@@ -450,14 +475,14 @@ CONVNEXT_NAMES = [
     (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
     (r"stages\.(\d)\.blocks\.(\d+)\.(gamma|norm\..+)", r"stages.\1.\2.\3"),
     (r"head\.norm\.(.+)", r"norm.\1"),
-    # hub, ConvNext
+    # the hub's ConvNext
     (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
     (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
     (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(.+)", r"stages.\1.\2.norm.\3"),
     (r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:dwconv|pwconv[12])\..+)", r"stages.\1.\2.\3"),
-    # hub, DINOv3
+    # the hub's DINOv3
     (r"stages\.(\d)\.downsample_layers\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
     (r"stages\.(\d)\.layers\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
     (r"stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.(.+)", r"stages.\1.\2.dwconv.\3"),
@@ -468,886 +493,902 @@ CONVNEXT_NAMES = [
 
 
 def convnext_names(weights, where):
-    """Any published layout -> (weights under our names, depths, dims), the last two read off names and shapes."""
+    """Any published layout -> weights under our names; depths and dims, which are read off names and
+    shapes."""
+    # a ConvNeXt inside a classifier, or inside another model, has one of these before each name
     for prefix in ("convnext.", "backbone.", "model."):
-        if all(k.startswith(prefix) or k.startswith(("head.", "classifier.")) for k in weights):
+        if any(k.startswith(prefix) for k in weights):
             weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     weights = rename(weights, CONVNEXT_NAMES)
     depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
-    stems = [weights.get(f"downsample_layers.{i}.{int(i > 0)}.weight") for i in range(4)]
-    if 0 in depths or any(s is None or s.dim() != 4 for s in stems):
-        raise BadInput(f"{where}: not a ConvNeXt in a layout that is known (original, DINOv3, timm, hub); its keys: {', '.join(list(weights)[:4])} ...")
-    return weights, depths, tuple(len(s) for s in stems)
+    # the convolution comes first in the stem, and after a norm in the other three; len = output channels
+    try:
+        stems = [weights[f"downsample_layers.{i}.{min(i, 1)}.weight"] for i in range(4)]
+    except KeyError as error:
+        raise BadInput(f"{where}: no ConvNeXt in a layout that is known: it has no {error}") from None
+    return weights, depths, tuple(len(stem) for stem in stems)
 
 
+def load_convnext(path):
+    """A published ConvNeXt: the original's file, DINOv3's, timm's, or a hub folder."""
+    weights, depths, dims = convnext_names(read_weights(path), path)
+    return fit_weights(ConvNeXt(depths, dims), weights, path)
 
-# the authors' names -> ours
+
+# the authors' names -> ours. Their low-resolution head makes the masks that the tokens are built on. A second
+# one, at the frame's resolution, serves the training of the segmenter alone and is left out.
 SEGMENTER_NAMES = [
     (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
     (r"trajectory_perceiver\.latents", r"latents"),
     (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
     (r"(traj_seg_head|patch_decoder)_low_res\.(.+)", r"\1.\2"),
-    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),     # for the release's training only
+    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),
 ]
 
 
 def official_part(weights, marks, where):
-    """The keys under the prefix that holds all of `marks`, without it. A segmenter's checkpoint says
-    `vision_encoder.`, TrajViT2's `vision_encoder.traj_tokenizer.`; beside that prefix stand other models, which are left alone."""
-    for prefix in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
-        for inner in ("", "segmenter."):
-            if all(prefix + inner + mark in weights for mark in marks):
-                return {k.removeprefix(prefix + inner): v for k, v in weights.items() if k.startswith(prefix + inner)}
-    raise BadInput(f"{where}: not in the authors' layout: no {' and '.join(marks)} under any known prefix; its keys: {', '.join(list(weights)[:4])} ... "
-                   "(folders that these scripts wrote: from_pretrained)")
+    """A released checkpoint holds other models beside the tokenizer. -> The weights under the first prefix
+    that has all the names in `marks`, without that prefix."""
+    for outer in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
+        for prefix in (outer, outer + "segmenter."):
+            if all(prefix + mark in weights for mark in marks):
+                return under(weights, prefix)
+    raise BadInput(f"{where}: not in the authors' layout: no {' and '.join(marks)} under a known prefix; "
+                   "folders that these scripts wrote load with from_pretrained")
 
 
-def official_perceiver(weights, begin, where):
-    """Names of one of the release's Perceivers under `begin` -> (depth, heads). The stored rotary frequencies tell the heads, are
-    compared with theta^(-2i/r), and dropped from `weights`."""
-    depth, dim = count(weights, rf"{begin}layers\.(\d+)\."), weights[begin + "norm_lat.weight"].numel()
-    heads = set()
-    for i in range(depth):
-        stored = weights.pop(f"{begin}layers.{i}.0.rotary_emb.freqs", None)
-        if stored is None:
-            raise BadInput(f"{where}: missing {begin}layers.{i}.0.rotary_emb.freqs, which tells the number of heads")
-        turns = 2 * stored.numel()                               # channels of a head that turn: half of them
-        heads.add(dim // (2 * turns) if turns and dim % (2 * turns) == 0 else 0)
-        wanted = 1e4 ** (-torch.arange(0, turns, 2) / max(turns, 1))
-        if 0 in heads or len(heads) > 1 or not torch.allclose(stored.float().flatten(), wanted, rtol=5e-3):          # rtol: bfloat16 rounds by 0.4 %
-            raise BadInput(f"{where}: {begin}layers.{i}.0.rotary_emb.freqs {tuple(stored.shape)} are not the frequencies 1e4^(-2i/r) of heads of one width")
-    if not heads:
-        raise BadInput(f"{where}: {begin}layers: not one layer")
-    return depth, heads.pop()
+def official_perceiver(weights, where):
+    """-> depth, heads of one of the release's Perceivers. Only the rotary frequencies that it stores tell the
+    number of heads: they are one for every four channels of a head, so heads = d / (4 · frequencies). We
+    compute them ourselves: they are dropped from `weights`, in place."""
+    depth = count(weights, r"perceiver\.layers\.(\d+)\.")
+    stored = [weights.pop(f"perceiver.layers.{i}.0.rotary_emb.freqs", None) for i in range(depth)]
+    if not stored or any(freqs is None for freqs in stored):
+        raise BadInput(f"{where}: no perceiver.layers.*.rotary_emb.freqs, which tell the number of heads")
+    return depth, weights["perceiver.norm_lat.weight"].numel() // (4 * stored[0].numel())
 
 
 def official_segmenter(weights, where):
-    """The release's segmenter -> (TrajTokConfig read off names and shapes, weights under our names)."""
-    backbone = {k.removeprefix("patch_encoder.backbone."): v for k, v in weights.items() if k.startswith("patch_encoder.backbone.")}
-    backbone, depths, dims = convnext_names(backbone, where)
-    rest = rename({k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}, SEGMENTER_NAMES)
-    for key, axes in (("latents", 2), ("perceiver.norm_lat.weight", 1)):
-        if key not in rest or rest[key].dim() != axes:
-            raise BadInput(f"{where}: {key} " + (f"is {tuple(rest[key].shape)}, not of {axes} dimensions" if key in rest else "is missing"))
-    depth, heads = official_perceiver(rest, "perceiver.", where)
+    """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names."""
+    backbone, depths, dims = convnext_names(under(weights, "patch_encoder.backbone."), where)
+    rest = {k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}
+    rest = rename(rest, SEGMENTER_NAMES)
+    depth, heads = official_perceiver(rest, where)
     queries, dim = rest["latents"].shape
-    cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims, frames=8, normed_residual=True, norm_media=True)
-    return cfg, {**{f"backbone.{k}": v for k, v in backbone.items()}, **rest}
+    cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims,
+                        frames=8, normed_residual=True, norm_media=True)
+    return cfg, rest | {f"backbone.{k}": v for k, v in backbone.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every run shares: configuration
-# ---------------------------------------------------------------------------------------------------------------------
+def load_official_segmenter(path):
+    """The Segmenter of a checkpoint that the authors released: alone, or inside TrajViT2's."""
+    marks = ("log_scale", "trajectory_perceiver.latents")
+    cfg, weights = official_segmenter(official_part(read_weights(path), marks, path), path)
+    return fit_weights(Segmenter(cfg), weights, path).eval()
 
-def check_flags(cfg):
-    """What every training asks of its numbers: refused before anything is written."""
-    for field in dataclasses.fields(cfg):
-        name, value, flag = field.name, getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{flag} {value}: give a finite number")
-        if name in ("lr", "clip") and value <= 0:
-            raise BadInput(f"{flag} {value}: give a number above 0")
-        if name in ("warmup", "workers", "weight_decay", "segmentation_weight", "segmenter_lr", "stride") and value < 0:
-            raise BadInput(f"{flag} {value}: at least 0")
-        if name in ("batch", "steps", "save_every", "eval_clips", "probe_clips") and value < 1:
-            raise BadInput(f"{flag} {value}: at least 1")
-    if not 0 <= cfg.seed < 2 ** 32:
-        raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
-    sources(cfg)                                                 # refuses a --mix that does not fit --data
-    if cfg.textures is not None and "world" not in sources(cfg)[0]:
-        raise BadInput(f"--textures {cfg.textures}: paints the procedural world, but --data is {cfg.data}; leave one of the two out")
 
+# -----------------------------------------------------------------------------------------------------------
+# A run: device, processes, optimizer
+# -----------------------------------------------------------------------------------------------------------
 
 def setup(cfg):
-    """-> torch.device. Seeds, and on a CPU keeps to the cores there are, and to the memory it once had."""
-    if not 0 <= cfg.seed < 2 ** 32:
-        raise BadInput(f"--seed {cfg.seed}: 0 to {2 ** 32 - 1}")
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:            # one of several processes: each has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.split(":")[0] == "cpu":
-        keep_memory()                                            # before the first tensor
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {cfg.device}: not available here; give cpu, or leave it out") from None
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16), 1))
-    else:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    """-> torch.device. Joins the other processes if torchrun launched us, and seeds the weights."""
+    device = choose_device(cfg.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # the others wait while the first process evaluates: torch's ten minutes would be too short
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        if dist.get_rank():
+            # only the first process prints; stderr stays open in all, so no error is lost
+            sys.stdout = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     return device
 
 
+def choose_device(name):
+    """--device -> torch.device. Where several processes train, each takes a GPU of its own, or its share of
+    the cores."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        # matrix products that stay in float32 may use TF32, which is several times faster
+        torch.set_float32_matmul_precision("high")
+    if name == "cpu":
+        keep_memory()                                           # has to come before the first tensor
+        share = data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(min(max(share, 1), 16))
+    try:
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+        # a device that does not work fails here, and not after the data is read
+        return torch.zeros(1, device=name).device
+    # on a build of torch without GPUs even the switch is missing
+    except (RuntimeError, AssertionError, AttributeError):
+        raise BadInput(f"--device {name}: not available here; give cpu, or leave it out") from None
+
+
 def keep_memory():
-    """Tell the C library to keep freed memory: by default every large tensor is mapped from the system and given back, page
-    by page, at each step. On two CPU cores that made a nano step twice as fast. Linux; elsewhere nothing.
-    Kept memory gets holes, which the next large tensor may not fit into. Tensors that begin at a page of memory, and huge pages where there
-    are any, leave fewer."""
+    """Tell the C library to keep freed memory. By default every large tensor is mapped from the system and
+    given back, page by page, at each step; a nano step on two cores then takes twice as long. Linux with
+    glibc only."""
     if sys.platform == "linux":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")       # PyTorch's own switch, read when the first tensor is made
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)    # glibc's; musl has none
+        # PyTorch then starts large tensors at a page, which leaves fewer holes in the memory that is kept
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
-            mallopt(-3, 1 << 30)                                 # M_MMAP_THRESHOLD: below 1 GiB, take memory from the heap
-            mallopt(-1, -1)                                      # M_TRIM_THRESHOLD: never give the heap's end back
+            mallopt(-3, 1 << 30)                                # M_MMAP_THRESHOLD: below 1 GiB, use the heap
+            mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never shrink the heap
 
 
-def precision(device, bf16=None):
-    """Autocast to bfloat16, by default on a GPU; float32 on a CPU, where bf16 is emulated on most machines."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if bf16 is None else bf16)
+def launch(cfg):
+    """`python train_x.py` becomes several processes under torchrun: --processes, or one for each GPU. Returns
+    if one process is enough, or in the processes that torchrun started; otherwise execvp never returns."""
+    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    processes = cfg.processes or gpus
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        os.execvp(sys.executable, [*torchrun, f"--nproc-per-node={processes}", *sys.argv])
 
-
-def learning_rate(step, cfg):
-    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def make_optimizer(model, cfg, scales=None, fused=None):
-    """AdamW (fused: one kernel for all parameters; by default on a GPU); weight decay on matrices only: on norms, biases and scales it
-    would pull towards a silent network.
-    scales {prefix of names: factor}: parameters that learn at factor x the learning rate; the loop multiplies lr by group["scale"]."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
-            groups.setdefault((p.dim() > 1, scale), []).append(p)
-    groups = [dict(params=ps, scale=scale, weight_decay=cfg.weight_decay if matrix else 0.0) for (matrix, scale), ps in groups.items()]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=groups[0]["params"][0].device.type == "cuda" or None if fused is None else fused)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every run shares: several processes
-# ---------------------------------------------------------------------------------------------------------------------
 
 def ranks():
-    """-> (the number of this process, how many train together)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    """-> the number of this process, how many train together."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
-def meet(device):
-    """Under torch.distributed.run: joins the other processes. What is asked of all (a step's totals, gradients) ends with an error if one
-    of them has been away for ten minutes; on one machine torch.distributed.run sees a death at once, and ends the rest."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")                   # one voice is enough; errors are heard from all
-
-
-def shard(dataset):
-    """This process's part of a dataset: every world-th batch; of a mixture, of each of its sets, so that a step's batches are all of one set."""
-    if not isinstance(dataset, data.Mixed):
-        return data.Shard(dataset, *ranks())
-    part = copy.copy(dataset)
-    part.datasets = [shard(one) for one in dataset.datasets]
-    return part
-
-
-def total(values, device):
-    """Numbers of this process -> their sums over all processes."""
+def all_reduce(values, device):
+    """A list of numbers of this process -> their means over all processes."""
     if ranks()[1] == 1:
         return values
-    sums = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float32, device=device)
     dist.all_reduce(sums)
-    return sums.tolist()
+    return (sums / ranks()[1]).tolist()
 
 
 def gather(x):
-    """Rows (n, ...) of every process, whose n may differ -> the rows of all, in the order of the processes. Gradient flows into this
-    process's own rows only. Every process computes the same loss of all rows, so what reaches the own ones is whole."""
+    """Rows of this process (n, ...) -> those of all, in the order of the processes. all_gather carries no
+    gradient, so our own rows are put back. That is enough: every process computes the same loss from all
+    rows, so each gets the whole gradient of its own rows, and sum_gradients adds up the processes' shares."""
     rank, world = ranks()
     if world == 1:
         return x
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    counts = [int(c) for c in counts]
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[:len(x)] = x.detach()
-    rows = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(rows, padded)
-    return torch.cat([x if r == rank else rows[r][:n] for r, n in enumerate(counts)])
+    rows = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[rank] = x
+    return torch.cat(rows)
 
 
-def sum_gradients(parameters, bucket=2 ** 25):
-    """p.grad becomes its sum over all processes. CHOICE: after the backward pass, in blocks of `bucket` numbers, and not by
-    DistributedDataParallel, which would overlap the two: it wants to know beforehand which parameters a step uses, and here that changes
-    from step to step (pictures without labels, one micro-batch after another). A parameter that no process used keeps no gradient,
-    as in a single process."""
+def sum_gradients(parameters):
+    """p.grad becomes its sum over all processes. CHOICE: after the backward pass instead of
+    DistributedDataParallel, which must know beforehand which parameters a step uses; here that changes."""
     if ranks()[1] == 1:
         return
-    parameters = list(parameters)
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    grads, held = [], 0
-    for p, u in zip(parameters, used.tolist()):
-        if u:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            grads.append(p.grad)
-            held += p.numel()
-        if grads and (held >= bucket or p is parameters[-1]):
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(part.view_as(g))
-            grads, held = [], 0
+    for p in parameters:
+        # all processes have to call all_reduce for the same parameters, or they wait for each other
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
 
 
-def start(command):
-    """Run a command to its end -> its exit code. SIGTERM is passed on, and then the answer is 143 (128 + SIGTERM) whatever it says."""
-    told, child = [], subprocess.Popen([str(part) for part in command])
-
-    def pass_on(*_):
-        told.append(True)
-        child.terminate()
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        code = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 143 if told else code
+def precision(device, bf16=None):
+    """Autocast to bfloat16, by default on a GPU. Most CPUs emulate bfloat16 slowly: they stay with
+    float32."""
+    enabled = device.type == "cuda" if bf16 is None else bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def launch(script, argv, processes):
-    """The same command again in several processes on this machine, under torch.distributed.run. Returns when all are done."""
-    code = start([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script, *argv])
-    if code == 143:
-        raise SystemExit(143)
-    if code:
-        raise BadInput(f"one of the {processes} processes ended (its own message stands above), and all were ended; "
-                       "if it had saved something, that is whole: --resume goes on from it")
+def learning_rate(step, cfg):
+    """Linear warm-up over cfg.warmup steps, then a cosine down to 1 % of cfg.lr at the last step:
+
+      lr (step + 1) / warmup,      then      lr (0.01 + 0.99 (1 + cos(pi progress)) / 2)"""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = min((step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1), 1)
+    return cfg.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-@contextlib.contextmanager
-def sigterm():
-    """`with sigterm() as asked`: SIGTERM does not end the process; asked() tells whether it came. For loops that save and end themselves."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def make_optimizer(model, cfg, scales=None):
+    """AdamW. Weight decay is for matrices alone: norms, biases and scales that are pulled towards 0 would
+    silence the layers behind them.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every run shares: files. All are written beside and renamed into place
-# ---------------------------------------------------------------------------------------------------------------------
-
-def flags(cfg, sizes, without=()):
-    """A configuration -> the command line that gives it; sizes: the script's table."""
-    defaults, argv = type(cfg)(**sizes[cfg.size]), ["--size", cfg.size]
-    for field in dataclasses.fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if value != getattr(defaults, field.name) and field.name not in ("size", *without):
-            argv += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
-    return argv
-
-
-def results_folder(path):
-    """--results, made before the work that ends there."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--results {path}: cannot make this folder ({error.strerror}); give another") from None
-
-
-def spread_of(values):
-    """Of each seed -> mean +- deviation, as text; "-" of none."""
-    return "-" if not len(values) else f"{np.mean(values):.1f}" + (f" +-{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def aligned(lines):
-    """Lines of cells -> lines of text: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in lines]
-
-
-def write_weights(path, state):
-    replace(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, p))
-
-
-def run_name(cfg):
-    """The name given, or the size; of real data also where it came from, so that runs on several sets stand side by side."""
-    def short(name):
-        source = Path(name).resolve()
-        return name if name in ("world", "plain") else source.parent.name if source.stem == "manifest" else source.stem
-    return cfg.name or (cfg.size if cfg.data == "world" else f"{cfg.size}-{'+'.join(map(short, sources(cfg)[0]))}")
-
-
-class Run:
-    """The folder of a run: config.json, log.jsonl, state.pt, and what the script adds.
-    state.pt alone is what --resume reads: weights, optimizer, RNG and step in one file, so that one rename makes a
-    checkpoint and no kill can leave two halves of different age."""
-
-    # what may differ when a run is resumed: where it runs, and how it is evaluated at the end
-    VOLATILE = {"resume", "overwrite", "workers", "device", "save_every", "out", "tokens_per_trajectory", "eval_clips", "probe_clips",
-                "results", "processes", "seeds", "labels", "cache_dir"}
-
-    def __init__(self, cfg, name, extra=None, told=True):
-        self.folder, self.cfg, self.start = Path(cfg.out) / name, cfg, 0
-        self.state, self.log = self.folder / "state.pt", self.folder / "log.jsonl"
-        if ranks()[0]:
-            return                                               # of several processes the first alone writes; `restore` waits for it
-        values = {**dataclasses.asdict(cfg), **(extra or {})}
-        config = self.folder / "config.json"
-        if cfg.resume and config.exists():
-            try:
-                old = json.loads(config.read_text())
-            except ValueError:
-                raise BadInput(f"{config}: damaged; --overwrite starts the run again") from None
-            if differ := self.differences({f.name: f.default for f in dataclasses.fields(cfg)} | old, values):       # a flag that is newer than the run
-                raise BadInput(f"--resume: {self.folder} was made with {differ}; give the same flags, or another --name")
-        elif cfg.resume:
-            raise BadInput(f"--resume: no run in {self.folder}; leave --resume out to start one")
-        elif config.exists() and not cfg.overwrite:
-            raise BadInput(f"{self.folder} holds a run already; --resume goes on with it, --overwrite starts it again, --name makes another")
-        else:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"--out {cfg.out}: cannot make the folder {self.folder} ({error.strerror}); give another") from None
-            for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors", "trajectories.png", "curves.png"):
-                (self.folder / name).unlink(missing_ok=True)     # nothing of an older run stays beside the new one's
-        for stale in self.folder.glob(".*.[0-9]*"):              # what a kill in the middle of `replace` left
-            stale.unlink(missing_ok=True)
-        if told:
-            print(" ".join(f"{k}={v}" for k, v in values.items() if v is not None and not isinstance(v, dict)))
-        write_json(config, values)
-
-    @classmethod
-    def differences(cls, old, values):
-        """What a saved configuration and another disagree on, of what a run may not change: text, empty if nothing."""
-        new = json.loads(json.dumps(values))
-        differ = [k for k in new if k not in cls.VOLATILE and old.get(k) != new[k]]
-        differ = [k for k in differ if not isinstance(new[k], dict)] or differ
-        return ", ".join(f"{k} {old.get(k)!r} (now {new[k]!r})" for k in differ[:4])
-
-    def restore(self, model, optimizer):
-        """Load state.pt if there is one; drop the log lines after it. -> the step to begin with. Of several processes each calls it, and
-        sees the same files (several machines: a shared file system)."""
-        rank, world = ranks()
-        if world > 1:
-            dist.barrier()                                       # the first has looked at the folder, and may go on
-        if self.cfg.resume and self.state.exists():
-            try:
-                state = torch.load(self.state, map_location="cpu", weights_only=True)
-            except Exception as error:                           # torch.load raises many types on a file that is not its own
-                raise BadInput(f"{self.state}: not a whole checkpoint ({type(error).__name__}); remove it to start again") from None
-            if len(state["rng"]) != world:                       # each step's clips are those of all processes: another number, other steps
-                raise BadInput(f"--resume: {self.state} was made by {len(state['rng'])} process(es), now there are {world}; start as many")
-            fit_weights(model, state["model"], self.state)      # an older version's are refused, not a traceback
-            optimizer.load_state_dict(state["optimizer"])
-            rng, cuda_rng = state["rng"][rank]
-            torch.set_rng_state(rng)
-            if cuda_rng is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(cuda_rng)
-            self.start = state["step"]
-            print(f"resumed at step {self.start}")
-        elif self.cfg.resume:
-            print("no checkpoint was saved yet: starting at step 0")
-        return self.begin(self.start)
-
-    def begin(self, start):
-        """Drop the log's lines from step `start` on, and go on writing after them. -> start"""
-        self.start = start
-        if not ranks()[0]:
-            kept = self.log.read_text().splitlines(True) if start else []
-            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] < start]
-            replace(self.log, lambda p: p.write_text("".join(kept)))
-            self.stream = open(self.log, "a")
-        return start
-
-    def save(self, model, optimizer, step):
-        """The checkpoint before step number `step`, with the random state of every process (all call it, the first writes)."""
-        rank, world = ranks()
-        rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-        rngs = [rng]
-        if world > 1:
-            rngs = [None] * world
-            dist.all_gather_object(rngs, rng)
-        if not rank:
-            replace(self.state, lambda p: torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rng=rngs), p))
-
-    def record(self, line):
-        if not ranks()[0]:
-            self.stream.write(json.dumps(line) + "\n")
-            self.stream.flush()
-
-    def history(self):
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+    scales {prefix: factor}: parameters whose names begin with the prefix learn `factor` times as fast. AdamW
+    ignores group["scale"]: the training loop sets group["lr"] = lr · group["scale"] at each step."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            factors = [factor for prefix, factor in (scales or {}).items() if name.startswith(prefix)]
+            scale = factors[0] if factors else 1.0
+            decay = cfg.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(p)
+    groups = [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=p.is_cuda)
 
 
 def check_finite(terms, step):
+    """Refuse a loss or gradient that is NaN or infinite. Called before the optimizer's step: one such step
+    makes all weights NaN, and they would be saved."""
     for name, value in terms.items():
         if not math.isfinite(value):
-            raise BadInput(f"step {step}: {name} is {value}; start again with a lower --lr (under another --name; the last checkpoint is whole)")
+            raise BadInput(f"step {step}: {name} is {value}; train again with a lower --lr")
 
 
 def peak_memory_gb(device):
-    """Peak memory: of the device on a GPU, else resident memory of this process."""
+    """Peak memory: allocated on a GPU, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    if sys.platform == "linux":                                  # ru_maxrss would begin with what the parent process held
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20     # bytes or kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def count_gflops(run):
-    """GFLOPs of run(): its matrix products, convolutions and attention, 2 per multiply-add, counted while it runs (under no_grad,
-    torch's counter fails on parameters that want gradients). That counter does not know the attention kernel of CPUs: it is told."""
-    aten = torch.ops.aten
-    def convolution_backward(dout, x, w, *_, out_shape=None, **__):          # torch's own formula forgets the groups of a depthwise one
-        wanted = sum(shape is not None and len(shape) == 4 for shape in out_shape[:2])               # gradients of x, of w
-        return wanted * 2 * math.prod((dout[0], *dout[2:])) * math.prod(w)
-    kernels = {aten.convolution_backward: convolution_backward,
-               aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-               aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+    """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. Not to be called
+    under no_grad, where torch's counter fails."""
+    # the attention kernel of CPUs is missing in the counter's own table
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention(q, k, v, *_, **__):                           # shapes, and options that change no count
+        return sdpa_flop_count(q, k, v)
+
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
         run()
     return counter.get_total_flops() / 1e9
 
 
-def mean_of(rows):
-    return sum(rows) / len(rows) if rows else float("nan")
+# -----------------------------------------------------------------------------------------------------------
+# A run: its folder, checkpoint and log
+# -----------------------------------------------------------------------------------------------------------
+
+def run_folder(cfg, script, suffix=""):
+    """out/<script>-<name>. Without --name it is the size, the names of the data if they are one's own, and
+    `suffix`, e.g. out/clip-nano-pets-vit3d."""
+    name = cfg.size
+    # most manifests are called manifest.json: their folder says more
+    if cfg.data != "world":
+        sets = [Path(one.strip()).resolve() for one in cfg.data.split(",")]
+        name += "-" + "+".join(one.parent.name if one.stem == "manifest" else one.stem for one in sets)
+    return Path(cfg.out) / f"{script}-{cfg.name or name + suffix}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every run shares: data
-# ---------------------------------------------------------------------------------------------------------------------
-
-def held_out_share(entries):
-    """A quarter, of large sets 5 000: whatever is held out is embedded at the end, and compared with all captions."""
-    return min(0.25, 5000 / max(len(entries), 1))
-
-
-def split_entries(entries, share, salt=""):
-    """(training, held out): every entry goes where the hash of its name says, so that a file stays on its side when others
-    are added. Of two dozen or fewer, chance may hold out next to none: then the sixth with the smallest hashes is held out, and
-    a file may change sides when others are added to so small a set. At least one on each side (2 entries or more).
-    salt: what is split again needs another hash: those that the first left are all above its share."""
-    def number(entry):
-        return zlib.crc32((salt + os.path.basename(entry["path"])).encode())
-    order = sorted(entries, key=number)
-    least = -(-len(order) // 6) if len(order) <= 24 else 1
-    n = min(max(sum(number(e) < share * 2 ** 32 for e in order), least), max(len(order) - 1, 0))
-    return sorted(order[n:], key=lambda e: e["path"]), sorted(order[:n], key=lambda e: e["path"])
+def resumed(cfg, folder, argv):
+    """With --resume or --eval-only: the saved configuration, changed by the flags in argv. The saved values
+    take the place of the size's in `configure`: defaults < saved values < flags."""
+    config = folder / "config.json"
+    saved = read_json(config) if config.exists() else {}
+    if "size" not in saved:
+        raise BadInput(f"{folder}: no run to go on with, or to score; train one first")
+    names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
+    known = {name: saved[name] for name in names if name in saved}
+    return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
 
 
-class Damage:
-    """Files that could not be used: each is named once, all are counted."""
-
-    def __init__(self):
-        self.files = {}
-
-    def add(self, bad, total):
-        for path, reason in bad:
-            if path not in self.files:
-                self.files[path] = reason
-                print(f"left out: {reason}", file=sys.stderr)
-        if len(self.files) >= total:
-            raise BadInput(f"none of the {total} files can be used; the last: {list(self.files.values())[-1]}")
+def make_folder(folder):
+    """mkdir -p, or one line that says why not."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot make this folder ({error.strerror}); give another --out") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every run shares: pictures
-# ---------------------------------------------------------------------------------------------------------------------
+def open_run(folder, cfg, **more):
+    """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there
+    already is kept unless --overwrite is given. more["manifest"] is data.fingerprint of the training data: a
+    resumed run on other data would not continue the old one, and is refused."""
+    if ranks()[0]:
+        return
+    config = folder / "config.json"
+    if config.exists() and not (cfg.resume or cfg.overwrite):
+        raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
+    if cfg.resume and cfg.overwrite:
+        raise BadInput("--resume goes on with a run, --overwrite starts it again: give one of them")
+    if cfg.resume and config.exists() and read_json(config).get("manifest") != more.get("manifest"):
+        raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
+    make_folder(folder)
+    if cfg.overwrite:
+        # or the new run would go on from the old state
+        for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(config, {**dataclasses.asdict(cfg), **more})
 
+
+def save_checkpoint(folder, model, optimizer, step):
+    """The state before step number `step`, for --resume, and the weights, for everybody else.
+
+    All that is random in a run is drawn from (seed, step), so model, optimizer and step are the whole state.
+    Files are written under another name and renamed: a kill leaves the old checkpoint or the new one, never
+    half of one."""
+    if ranks()[0]:
+        return
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+    try:
+        replace(folder / "state.pt", lambda beside: torch.save(state, beside))
+        write_weights(folder / "model.safetensors", model.state_dict())
+    # what the two writers raise on a full disk
+    except (RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
+
+
+def load_checkpoint(folder, model, optimizer):
+    """The last checkpoint of a run into model and optimizer -> the step to begin with: 0 if nothing was
+    saved."""
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises exceptions of many types on a damaged file
+    except Exception as error:
+        raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
+    fit_weights(model, state["model"], path)
+    # load_state_dict brings the saved run's weight decay and factors back: the flags given now come first
+    kept = ("scale", "weight_decay")
+    groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise BadInput(f"{path}: is of a run that trained other parameters ({error})") from None
+    for group, flags in zip(optimizer.param_groups, groups):
+        group.update(flags)
+    return state["step"]
+
+
+class Log:
+    """log.jsonl: a line of JSON a step; log(step=3, focal=0.2, ...) appends one. Lines from step `first` on,
+    which a resumed run makes again, are cut off; first = None leaves the file as it is."""
+
+    def __init__(self, folder, first=None):
+        self.path = folder / "log.jsonl"
+        if first is not None and not ranks()[0]:
+            kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
+            replace(self.path, lambda beside: beside.write_text("".join(kept)))
+
+    def __call__(self, **line):
+        # the first process writes for all
+        if not ranks()[0]:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def lines(self):
+        """All lines so far -> list of dicts."""
+        text = self.path.read_text() if self.path.exists() else ""
+        # a kill may leave half a line at the end
+        whole = text[:text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Pictures
+# -----------------------------------------------------------------------------------------------------------
+
+# Letters of five rows and three columns. An octal digit is a row: its bit 4 is the left pixel, 1 the right.
 GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
-    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 55755 72227 11153 55655 "
-    "44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 55222 71247 00002 00700 51245 11244 02020 02720 "
-    "07070 00024 12221 42224 42124 00000").split()))             # five rows of three pixels, a row an octal digit
+    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
+    "55755 72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 "
+    "55222 71247 00002 00700 51245 11244 02020 02720 07070 00024 12221 42224 42124 00000").split()))
 
 
-def write_text(image, text, top, left, colour=(60, 60, 60), scale=2):
-    """Small capitals-free text into image (H, W, 3), in place; what leaves the image is cut off."""
-    for i, glyph in enumerate(text.lower()):
-        for row, bits in enumerate(GLYPHS.get(glyph, "00700")):
-            for column in range(3):
-                if int(bits) >> (2 - column) & 1:
-                    y, x = top + row * scale, left + (4 * i + column) * scale
-                    image[y:y + scale, x:x + scale] = colour
+def write_text(image, text, top, left, scale=2):
+    """Write into image uint8 (H, W, 3), in place, in capitals 5 · scale high; what leaves the image is cut
+    off. Drawn here so that pictures need no font and no plotting library."""
+    for i, letter in enumerate(text.lower()):
+        for row, octal in enumerate(GLYPHS.get(letter, "00700")):       # a dash for an unknown letter
+            for column, bit in enumerate((4, 2, 1)):
+                if int(octal) & bit:
+                    y = top + row * scale
+                    x = left + (4 * i + column) * scale
+                    image[y:y + scale, x:x + scale] = 40
 
 
-def strip(video, *rows, scale=1):
-    """Frames (t, H, W, 3) in a row, and below them the same frames painted by each of `rows` (t, H, W) of ids.
-    The first row's trajectories take the colours of the last row's that they overlap most, so the eye can compare."""
-    rows = [np.asarray(r) for r in rows]
-    count = 1 + max(int(r.max()) for r in rows)
-    colours = palette(count)
-    pictures = []
-    for r in rows:
-        mine = colours
-        if r is not rows[-1]:
-            p = int(r.max()) + 1
-            inter, union = tube_overlaps(torch.from_numpy(r), torch.from_numpy(rows[-1]))
-            labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
-            order = dict(zip(tubes.tolist(), labels.tolist()))
-            spare = iter([c for c in range(count + p) if c not in order.values()])
-            mine = palette(count + p)[[order[i] if i in order else next(spare) for i in range(p)]]
-        pictures.append(paint(video, r, mine))
-    sheet = np.concatenate([np.concatenate(list(part), 1) for part in (video, *pictures)], 0)
-    return sheet.repeat(scale, 0).repeat(scale, 1)
+def filmstrip(video, rows, count=4, scale=2):
+    """`count` frames of video (t, H, W, 3) in a row, and below them the same frames painted by each of rows
+    {name: ids (t, H, W), -1 = none}, with the names at the left -> image. Ids are arbitrary, so trajectories
+    are matched with those of the last row, and partners have the same colour: the eye can compare."""
+    some = np.linspace(0, len(video) - 1, count).round().astype(int)
+    truth = list(rows.values())[-1]
+    shown = {"frames": video[some]}
+    for name, ids in rows.items():
+        # + 1: tube_overlaps counts ids from 0 on, and -1 has to be one of them
+        inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
+        # hungarian finds the cheapest pairs, so the cost is minus the IoU
+        labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
+        # one colour for each label of the last row, then one for each tube, in case it has no partner
+        colours = palette(sum(inter.shape))
+        mine = colours[len(inter):]
+        mine[tubes] = colours[labels]
+        shown[name] = paint(video, ids, mine[1:])[some]
+    # each row of frames gets its name at the left, and white gaps
+    lines = []
+    for name, images in shown.items():
+        images = images.repeat(scale, 1).repeat(scale, 2)
+        images = np.pad(images, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
+        line = np.pad(np.concatenate(list(images), 1), ((0, 0), (80, 0), (0, 0)), constant_values=255)
+        write_text(line, name, len(line) // 2 - 5, 4)
+        lines.append(line)
+    return np.pad(np.concatenate(lines), ((0, 12), (0, 0), (0, 0)), constant_values=255)
 
 
-def plot(path, curves, width=460, height=240):
-    """curves {title: list of (step, value)} -> a PNG, a panel each: faint = each step, dark = a running mean."""
-    panels = []
-    for title, points in curves.items():
-        image = np.full((height, width, 3), 255, np.uint8)
-        x, y = (np.array(c, float) for c in zip(*points))
-        low, high = float(y.min()), float(y.max())
-        high = high if high > low else low + 1
-        box = (34, height - 26, 52, width - 14)                  # top, bottom, left, right
-        image[box[0]:box[1], box[2]] = image[box[1], box[2]:box[3]] = 150
-        width_of_mean = max(len(y) // 25, 1)
-        smooth = np.convolve(np.pad(y, (width_of_mean - 1, 0), mode="edge"), np.ones(width_of_mean) / width_of_mean, "valid")
-        for values, colour, thick in ((y, (190, 205, 235), 1), (smooth, (30, 70, 170), 2)):
-            fine = np.linspace(0, len(y) - 1, 4 * width)         # dense enough to look like a line
-            px = (box[2] + 1 + np.interp(fine, range(len(y)), x - x[0]) / max(x[-1] - x[0], 1) * (box[3] - box[2] - 2)).astype(int)
-            py = (box[1] - 1 - (np.interp(fine, range(len(y)), values) - low) / (high - low) * (box[1] - box[0] - 2)).astype(int)
-            for i in range(thick):
-                image[(py - i).clip(box[0]), px] = colour
-        write_text(image, f"{title}: {y[-1]:.3g}", 8, box[2], (20, 20, 20))
-        write_text(image, f"{high:.3g}", box[0], 2)
-        write_text(image, f"{low:.3g}", box[1] - 10, 2)
-        write_text(image, f"step {int(x[-1])}", box[1] + 8, box[3] - 90)
-        panels.append(image)
-    panels += [np.full_like(panels[0], 255)] * (-len(panels) % 2)
-    write_png(path, np.concatenate([np.concatenate(panels[i:i + 2], 1) for i in range(0, len(panels), 2)], 0))
+def plot(path, panels, x="step", log=False):
+    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, two panels a row.
+    x: the name of the horizontal axis. log: both axes are logarithmic; all values must be above 0.
+
+    SVG is text: it needs no plotting library and is sharp at any size."""
+    size = f'width="960" height="{300 * math.ceil(len(panels) / 2)}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
+    parts.append('<rect width="100%" height="100%" fill="white"/>')
+    for i, (title, lines) in enumerate(panels.items()):
+        parts.append(f'<g transform="translate({480 * (i % 2)} {300 * (i // 2)})">')
+        parts += [*panel(title, lines, x, log), "</g>"]
+    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
 
 
-def plot_lines(path, panels, width=460, height=300):
-    """{title: {name: [(x, y)]}}, all above 0 -> a PNG, a panel each: both axes logarithmic, a colour for each name."""
-    sheets = []
-    for title, lines in panels.items():
-        image = np.full((height, width, 3), 255, np.uint8)
-        points = np.log(np.array([p for line in lines.values() for p in line], float))
-        (left, low), (right, high) = points.min(0), points.max(0)
-        top, bottom, begin, end = 34, height - 26, 60, width - 120
-        image[top:bottom, begin] = image[bottom, begin:end] = 150
-        for n, (name, line) in enumerate(lines.items()):
-            colour = palette(len(lines))[n]
-            write_text(image, name, top + 18 * n, end + 12, tuple(int(c) for c in colour))
-            if not line:
-                continue
-            x, y = np.log(np.array(line, float)).T
-            px, py = begin + (x - left) / max(right - left, 1e-9) * (end - begin - 4) + 2, bottom - 2 - (y - low) / max(high - low, 1e-9) * (bottom - top - 4)
-            fine = np.linspace(0, len(px) - 1, 4 * width)        # dense enough to look like a line
-            for dy in (0, 1):
-                image[(np.interp(fine, range(len(py)), py).astype(int) + dy).clip(0, height - 1), np.interp(fine, range(len(px)), px).astype(int)] = colour
-            for a, b in zip(px.astype(int), py.astype(int)):
-                image[max(b - 2, 0):b + 4, max(a - 2, 0):a + 4] = colour
-        write_text(image, title, 8, begin, (20, 20, 20))
-        for value, y in ((math.exp(high), top), (math.exp(low), bottom - 10)):
-            write_text(image, f"{value:.0f}" if value >= 1000 else f"{value:.3g}", y, 2)
-        write_text(image, f"{math.exp(left):.0f}", bottom + 8, begin)
-        write_text(image, f"{math.exp(right):.0f} frames", bottom + 8, end - 80)
-        sheets.append(image)
-    sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2 if len(sheets) > 1 else 0)
-    step = min(len(sheets), 2)
-    write_png(path, np.concatenate([np.concatenate(sheets[i:i + step], 1) for i in range(0, len(sheets), step)], 0))
+def panel(title, lines, x, log):
+    """One panel of a plot, 480 x 300 -> its SVG elements. In SVG y grows downwards: the axes run from
+    (70, 250) at the lower left to (370, 30) at the upper right."""
+    points = {name: np.array(line, float) for name, line in lines.items()}      # (points, 2): x, y
+    if log:
+        points = {name: np.log10(line) for name, line in points.items()}
+    corners = np.concatenate(list(points.values()))
+    low = corners.min(0)
+    span = np.maximum(corners.max(0) - low, 1e-9)
+    yield f'<text x="70" y="20" font-weight="bold">{title}</text>'
+    note = " (both axes are logarithmic)" if log else ""
+    yield f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>'
+    # five grid lines each way, with the values that they stand for
+    for share in np.linspace(0, 1, 5):
+        right, up = 70 + 300 * share, 250 - 220 * share
+        tick = 10 ** (low + share * span) if log else low + share * span
+        yield f'<path d="M70 {up}H370M{right} 250V255" stroke="#ddd"/>'
+        yield f'<text x="64" y="{up + 4}" text-anchor="end">{tick[1]:.3g}</text>'
+        yield f'<text x="{right}" y="269" text-anchor="middle">{tick[0]:.4g}</text>'
+    for i, (name, line) in enumerate(points.items()):
+        colour = "rgb({},{},{})".format(*palette(i + 1)[i])
+        where = (line - low) / span * (300, -220) + (70, 250)
+        pixels = " ".join(f"{right:.1f},{up:.1f}" for right, up in where)
+        yield f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>'
+        yield f'<text x="378" y="{44 + 16 * i}" fill="{colour}">{name}</text>'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def aligned(lines):
+    """Lines of cells -> lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        texts.append("  ".join([first.ljust(widths[0]), *cells]))
+    return texts
+
+
+# -----------------------------------------------------------------------------------------------------------
 # python trajtok.py pretrain
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
     size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world` (procedural; `plain`: without --textures) or a manifest / folder whose videos have mask sidecars; several with commas
+    data: str = "world"                 # `world`, or a manifest or folder with masks; several with commas
     mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
-    stride: int = 8                     # a training clip takes every 1st .. stride-th frame (drawn) in a row; 0: frames spread over the whole video
-    name: str | None = None             # the run's folder is out/segmenter-<name>; default: the size, and of real data the folder's name
+    val: str | None = None              # a manifest of held-out clips; default: a part of --data
+    name: str | None = None             # the run's folder is out/segmenter-<name>
     out: str = "out"                    # where runs are kept
+    init: str | None = None             # start from the segmenter of this run, of `pretrain` or train_clip.py
+    # the clips
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
     num_queries: int | None = None      # K, trajectories at most; default: the size's
-    init: str | None = None             # start from the segmenter of this folder: another run of `pretrain` or of train_clip.py
-    max_objects: int = 8                # of the procedural world: 1 .. 8 objects in a clip
-    shared_colours: bool = True         # may two objects of a made clip wear the same colour?
-    textures: str | None = None         # a folder of your pictures or clips: made objects and grounds are painted with them
+    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
+    max_objects: int = 8                # of a made clip: 1 .. 8
+    shared_colours: bool = True         # may two objects of a made clip have the same colour?
+    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
+    # the training
     batch: int = 32                     # clips a step
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
     warmup: int = 20                    # steps of linear warm-up
     weight_decay: float = 0.02          # on matrices
     clip: float = 1.0                   # largest gradient norm
-    eval_clips: int = 64                # held-out clips for VEQ and STQ
-    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames of a clip
     seed: int = 0                       # of weights and data order
-    workers: int = 0                    # processes that make batches; 0: in the training process
+    workers: int = 0                    # processes that make batches; 0: this one
     save_every: int = 100               # steps between checkpoints
+    eval_clips: int = 64                # held-out made clips
     device: str = "auto"                # cpu, cuda, ...
-    resume: bool = False                # go on with the run of this name, exactly
+    resume: bool = False                # go on with the run of this name
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        if self.num_queries is not None and self.num_queries < 1:
-            raise BadInput(f"--num-queries {self.num_queries}: at least 1")
-        check_flags(self)
+        at_least(self, 1, "batch steps save_every eval_clips num_queries max_objects frames image_size")
+        at_least(self, 0, "warmup workers weight_decay stride seed lr clip")
 
 
-def evaluate_segmenter(segmenter, batches, device, limit):
-    """VEQ, STQ and mean best IoU of the labelled tubes, beside a grid with as many cells as the model has live trajectories.
-    CHOICE: measured on the segmenter's own grid, a quarter of the frame's resolution, where its masks live (PAPER: "low-
-    resolution output"); `object_iou_pixels` is the same IoU against the full-resolution labels, logits interpolated.
-    batches: a dataset of data.py; limit: how many of its batches. -> dict, pictures (video, predicted, true) of the first clips."""
-    bad, rows, grid_rows, objects, grid_objects, pixels, cells, alive, pictures = [], [], [], [], [], [], [], [], []
-    segmenter.eval()
-    for i in range(limit):
-        batch = data.finish(batches[i], device)
-        bad += batch["bad"]
-        if batch["video"] is None or not (batch["labels"] >= 0).any():
-            continue
-        first = data.MAX_GROUNDS if "motion" in batch else 0     # of made clips, objects only: their ids start there
-        with torch.no_grad(), precision(device):
-            seg = segmenter(batch["video"])
-        fine, labels = seg.masks(batch["labels"].shape[-2:]).cpu(), batch["labels"].cpu()
-        pred, gt = (x.cpu().unflatten(1, seg.grid) for x in (seg.ids, labels_on_grid(batch["labels"], seg.grid, 10 ** 6)))
-        for j in range(len(gt)):
-            if not (gt[j] >= 0).any():
-                continue
-            live = int(seg.alive[j].sum())
-            side = max(1, round(live ** 0.5))
-            grid = grid_tubes(gt[j:j + 1].shape, side, max(1, round(live / side)))
-            rows.append(video_metrics(pred[j:j + 1], gt[j:j + 1]))
-            grid_rows.append(video_metrics(grid, gt[j:j + 1]))
-            objects += best_overlaps(pred[j:j + 1], gt[j:j + 1], first)
-            pixels += best_overlaps(fine[j:j + 1], labels[j:j + 1], first)
-            grid_objects += best_overlaps(grid, gt[j:j + 1], first)
-            cells.append(int(grid.max()) + 1)
-            alive.append(live)
-        if len(pictures) < 6:
-            pictures += [(batch["video"][j].cpu().numpy(), fine[j].numpy(), labels[j].numpy()) for j in range(len(gt)) if (gt[j] >= 0).any()]
-    result = {key: mean_of([r[key] for r in rows]) for key in ("veq", "stq")} | dict(object_iou=mean_of(objects), object_iou_pixels=mean_of(pixels))
-    result |= {f"grid_{key}": mean_of([r[key] for r in grid_rows]) for key in ("veq", "stq")}
-    result |= dict(grid_object_iou=mean_of(grid_objects), grid_cells=mean_of(cells), live_trajectories=mean_of(alive), labelled_clips=len(rows))
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}, pictures[:6], bad
+def at_least(cfg, least, names):
+    """Refuse flags, `names` in one text, that are below `least`, infinite or NaN. None is not refused."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        # every comparison with NaN is False
+        if not (value is None or least <= value < math.inf):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
 
 
-def sources(cfg):
-    """--data a,b,... and --mix -> (the names of the sets, their shares). A comma may stand in a path: what exists is one set."""
-    names = [cfg.data] if cfg.data and os.path.exists(cfg.data) else [name.strip() for name in cfg.data.split(",")]
-    if "" in names or getattr(cfg, "textures", None) == "":
-        raise BadInput(f"--data {cfg.data!r} --textures {getattr(cfg, 'textures', None)!r}: an empty name; give `world`, `plain`, a manifest or a folder")
-    try:
-        shares = [1.0] * len(names) if cfg.mix is None else [float(share) for share in cfg.mix.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
-        raise BadInput(f"--mix {cfg.mix}: give a number above 0 for each of the {len(names)} sets of --data {cfg.data}, with commas")
-    return names, shares
+# CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points
+# each; in minutes the segmenter learns to tell things apart by colour, not yet by place.
+PRETRAIN_SIZES = {name: {"size": name} for name in SIZES}
+PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
 
 
-def world_of(cfg):
-    """The procedural world that a configuration asks for; of `plain` the one without --textures."""
-    asked = ("frames", "max_objects", "shared_colours", "acts", "camera", "light", "story") + (() if cfg.data == "plain" else ("textures",))
-    return data.World(size=cfg.image_size, **{name: getattr(cfg, name) for name in asked if hasattr(cfg, name)})
+def sized(cfg, shape):
+    """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
+    flags that were given, and the flags cfg, of which none is None any more."""
+    names = ("image_size", "frames", "num_queries")
+    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    shape = dataclasses.replace(shape, **given)
+    return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
 
 
-def open_data(cfg, need):
-    """cfg.data -> (training dataset, held-out dataset, batches of it, number of files or None). need: the entry key that
-    training cannot do without ("mask", "caption"); entries without it are refused, not skipped. Of several sets: whole batches of
-    one set at a time, in the shares of --mix; held out are the held-out clips of all."""
-    names, shares = sources(cfg)
-    if len(names) > 1:
-        one = lambda name: dataclasses.replace(cfg, data=name, mix=None, textures=cfg.textures if name == "world" else None)
-        train, tests, counts, files = zip(*(open_data(one(name), need) for name in names))
-        held_out = torch.utils.data.ConcatDataset([torch.utils.data.Subset(test, range(n)) for test, n in zip(tests, counts)])
-        return data.Mixed(train, shares, cfg.seed), held_out, sum(counts), sum(n or 0 for n in files) or None
-    if cfg.data in ("world", "plain"):
-        world = world_of(cfg)
-        begin = dict(test=data.TEST, validation=data.VALIDATION)[getattr(cfg, "eval_split", "test")]
-        held_out = data.WorldBatches(world, cfg.batch, indices=data.distinct(world, begin, cfg.eval_clips))
-        # every seed has ten million clips of its own; the probes' begin at 500 million, validation at a thousand million
-        return data.WorldBatches(world, cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000), held_out, -(-cfg.eval_clips // cfg.batch), None
-    entries = data.read_manifest(cfg.data)
-    without = [e["path"] for e in entries if not e[need] or need == "mask" and not e["graph"]]
-    if without:
-        mend = {"caption": 'give each entry a "caption"', "mask": "training needs `_mask.npz` and `_graph.npz` beside each video"}[need]
-        raise BadInput(f"--data {cfg.data}: {len(without)} of {len(entries)} entries have no {need}, the first {without[0]}; {mend}")
-    if len(entries) < 2:
-        raise BadInput(f"--data {cfg.data}: {len(entries)} entry; training and held-out clips need at least 2")
-    train, test = split_entries(entries, held_out_share(entries))
-    test = data.VideoBatches(test, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train=False)
-    return data.VideoBatches(train, cfg.frames, cfg.image_size, cfg.batch, cfg.seed, stride=cfg.stride), test, len(test), len(train)
-
-
-def pretrain(argv):
-    sizes = {name: {"size": name} for name in SIZES} | {"nano": dict(size="nano", max_objects=4, shared_colours=False)}      # why: train_clip.py
-    cfg = configure(PretrainConfig, sizes, argv)
-    shape = dataclasses.replace(SIZES[cfg.size], **{k: getattr(cfg, k) for k in ("image_size", "frames", "num_queries") if getattr(cfg, k) is not None})
-    cfg = dataclasses.replace(cfg, image_size=shape.image_size, frames=shape.frames, num_queries=shape.num_queries)
+def pretrain(cfg):
+    """Train the segmenter alone -> the folder of the run, which TrajTok.from_pretrained reads; the encoder in
+    it has random weights. PAPER: TrajAdapter and TrajVLM start from such a segmenter; TrajViT2 trains it
+    together with the task (train_clip.py)."""
+    shape, cfg = sized(cfg, SIZES[cfg.size])
     device = setup(cfg)
-    train, test, test_batches, files = open_data(cfg, "mask")
-    tokenizer = TrajTok(shape)                                   # the encoder rides along untrained, so that one file holds all
+    train_set, held_out = data.open_data(cfg, "mask")
+    folder = run_folder(cfg, "segmenter")
+    manifest = data.fingerprint(cfg.data, cfg.val)
+    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=manifest)
+    # a whole tokenizer is saved, so that `show` and train_clip.py can read it
+    tokenizer = TrajTok(shape).to(device)
+    segmenter = tokenizer.segmenter
     if cfg.init:
-        load_weights(tokenizer, cfg.init, "video.tokenizer.")    # refused before the run has a folder
-    run = Run(cfg, f"segmenter-{run_name(cfg)}", {"tokenizer": dataclasses.asdict(shape), "textures_crc": data.open_textures(cfg.textures)})
-    tokenizer.to(device)
-    segmenter, damage, began = tokenizer.segmenter, Damage(), time.time()
+        load_weights(segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     optimizer = make_optimizer(segmenter, cfg)
-    start = run.restore(segmenter, optimizer)
-    for step, batch in zip(range(start, cfg.steps), data.loader(train, start, cfg.steps, cfg.workers)):
-        segmenter.train()
+    # 0 without --resume: open_run has refused, or emptied, a folder that holds a run
+    first = load_checkpoint(folder, tokenizer, optimizer)
+    log, damage = Log(folder, first), data.Damage()
+    for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
+        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg) * group["scale"]
-        damage.add(batch["bad"], files or math.inf)
+            group["lr"] = lr
+        # 1. clips and their labels. A file that could not be used was replaced; it is named once
+        damage.add(batch["bad"])
         batch = data.finish(batch, device)
-        if batch["video"] is None:
-            continue
         video, labels = batch["video"], batch["labels"]
-        if cfg.augment and "motion" not in batch:                # made clips differ enough as they are
+        # made clips are never the same twice and need no augmentation; the key "motion" marks them
+        if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
+        # 2. the loss
         with precision(device):
             seg = segmenter(video)
-        loss = dict(zip(("focal", "dice"), segmentation_loss(seg, labels)))
+        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
+        focal, dice = segmentation_loss(seg, labels)
+        # 3. the step
         optimizer.zero_grad()
-        (loss["focal"] + 2 * loss["dice"]).backward()            # the release's weights for the segmenter alone
+        # the weights with which the release trains the segmenter alone
+        loss = focal + 2 * dice
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
-        line = {k: v.item() for k, v in loss.items()} | dict(lr=learning_rate(step, cfg), gradient_norm=norm.item())
-        check_finite(line, step)                                 # before the step: what is saved stays whole
+        terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
+        check_finite(terms, step)
         optimizer.step()
-        live = seg.alive.float().sum(1).mean().item()            # few of many: the queries collapse
-        run.record(dict(step=step, **line, live_trajectories=live, seconds=round(time.time() - began, 2)))
-        if step % 10 == 0 or step == cfg.steps - 1:
-            print(f"step {step:5d}/{cfg.steps}  focal {line['focal']:.3f}  dice {line['dice']:.3f}  live {live:.1f}/{cfg.num_queries}  {time.time() - began:.0f} s", flush=True)
-        if (step + 1) % cfg.save_every == 0 or step == cfg.steps - 1:
-            run.save(segmenter, optimizer, step + 1)
-    write_weights(run.folder / "model.safetensors", tokenizer.state_dict())
-    result, pictures, bad = evaluate_segmenter(segmenter, test, device, test_batches)
-    damage.add(bad, math.inf)
-    write_json(run.folder / "result.json", result | dict(seconds=time.time() - began, left_out=len(damage.files)))
-    save_pictures(run, pictures, ("focal", "dice"))
-    print("\n".join(f"{k:18s} {'-' if v is None else f'{v:.3f}'}" for k, v in result.items()))
-    print(f"wrote {run.folder}/: model.safetensors, result.json, trajectories.png, curves.png")
+        # 4. the log and the checkpoint. `live`: trajectories a clip that own a point. A few out of many
+        # queries means that the queries have become alike
+        live = seg.alive.float().sum(1).mean().item()
+        log(step=step, **terms, lr=lr, live=live)
+        if step % 10 == 0 or step + 1 == cfg.steps:
+            shown = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
+            print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_checkpoint(folder, tokenizer, optimizer, step + 1)
+    result, pictures = evaluate_segmenter(segmenter, held_out, device)
+    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
+    save_pictures(folder, pictures, log, ("focal", "dice"))
+    print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
+    print(f"wrote {folder}/: model.safetensors, result.json, trajectories.png, curves.svg")
+    return folder
 
 
-def save_pictures(run, pictures, terms):
-    """trajectories.png: of each clip four frames, its predicted and its true trajectories, two clips side by side; curves.png:
-    the loss terms of the log."""
-    if pictures:
-        sheets = []
-        for video, *rows in pictures:
-            some = np.linspace(0, len(video) - 1, 4).round().astype(int)     # a picture is a clip of one frame, four times
-            sheets.append(np.pad(strip(video[some], *(r[some] for r in rows), scale=max(1, 128 // video.shape[2])), ((4, 4), (4, 4), (0, 0)), constant_values=255))
-        sheets += [np.full_like(sheets[0], 255)] * (len(sheets) % 2)
-        write_png(run.folder / "trajectories.png", np.concatenate([np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets), 2)], 0))
-    history = run.history()
-    if history:
-        curves = {term: [(line["step"], line[term]) for line in history if term in line] for term in terms}
-        plot(run.folder / "curves.png", {k: v for k, v in curves.items() if v})
+@torch.no_grad()
+def evaluate_segmenter(segmenter, batches, device):
+    """VEQ, STQ and the best IoU of each labelled object, on the clips that have labels. -> dict of means over
+    these clips, empty if there are none; pictures: [video, found, true] of the first six. CHOICE: scores on
+    the segmenter's own grid, at which it decides (PAPER: "low-resolution output")."""
+    segmenter.eval()
+    rows, pictures = [], []
+    for i in range(len(batches)):
+        batch = data.finish(batches[i], device)
+        if not len(batch["video"]):                             # none of its files can be used
+            continue
+        # object_iou of made clips leaves out the grounds, whose ids come first
+        first = data.MAX_GROUNDS if "motion" in batch else 0
+        with precision(device):
+            seg = segmenter(batch["video"])
+        # a million: every label counts here, while training keeps the K largest
+        truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
+        found = seg.ids.unflatten(1, seg.grid).cpu()            # (b, t, h, w), as truth
+        fine = seg.masks(batch["labels"].shape[-2:]).cpu()      # (b, t, H, W), for the pictures
+        labelled = (truth >= 0).flatten(1).any(1)
+        for j in labelled.nonzero()[:, 0].tolist():
+            scores = video_metrics(found[j:j + 1], truth[j:j + 1])
+            # NaN where only grounds are labelled; nanmean leaves such a clip out
+            best = best_overlaps(found[j:j + 1], truth[j:j + 1], first) or [math.nan]
+            rows.append(dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"],
+                             live_trajectories=int(seg.alive[j].sum())))
+            if len(pictures) < 6:
+                clip = (batch["video"][j], fine[j], batch["labels"][j])
+                pictures.append([x.cpu().numpy() for x in clip])
+    keys = rows[0] if rows else ()
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}, pictures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def save_pictures(folder, pictures, log, terms):
+    """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
+    steps."""
+    sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
+    # two side by side; of three or five the last has no partner and is left out
+    pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
+    if pairs:
+        write_png(folder / "trajectories.png", np.concatenate(pairs))
+    curves = {term: [(line["step"], line[term]) for line in log.lines() if term in line] for term in terms}
+    # each term has a panel of its own, and its only line needs no name
+    plot(folder / "curves.svg", {term: {"": curve} for term, curve in curves.items() if curve})
+
+
+# -----------------------------------------------------------------------------------------------------------
 # python trajtok.py show
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ShowConfig:
     """Draws the trajectories of a video and tells how many tokens they make."""
     clip: str = "world"                 # a video or picture file, or `world` for a made clip
-    weights: str = "out/clip-nano"      # a folder with config.json and model.safetensors, or a checkpoint that the authors released
-    frames: int | None = None           # frames taken from the whole clip, evenly; 0: every frame, at any length; default: what the tokenizer was trained on
-    window: int = 0                     # with --frames 0: every so many frames trajectories of their own (the published TrajVLM: 8); 0: one set for the whole video
-    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the tokenizer's
+    weights: str = "out/clip-nano"      # a run's folder, or a checkpoint that the authors released
+    frames: int | None = None           # spread over the clip; 0: all of them; default: the tokenizer's
+    window: int = 0                     # with --frames 0: so many frames have trajectories of their own
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    seed: int = 0                       # decides nothing here: every command takes it
-    size: str = "saved"                 # the size stands in the weights' folder: nothing else can be given
     device: str = "auto"                # cpu, cuda, ...
 
+    def __post_init__(self):
+        at_least(self, 0, "frames window index")
 
-def show(argv):
-    cfg = configure(ShowConfig, {"saved": {}}, argv, positional="clip")
-    device = setup(cfg)
-    released = Path(cfg.weights).is_file()
-    tokenizer = (TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)).to(device).eval()
-    frames, size = (getattr(tokenizer.cfg, k) if getattr(cfg, k) is None else getattr(cfg, k) for k in ("frames", "image_size"))
-    if not 0 <= cfg.index < 5 * 10 ** 7:
-        raise BadInput(f"--index {cfg.index}: 0 to {5 * 10 ** 7 - 1}")
-    dataclasses.replace(tokenizer.cfg, image_size=size, frames=frames or 1)  # refuses what the strides do not divide
-    tokenizer.cfg.check(cfg.tokens_per_trajectory)
-    if cfg.window < 0:
-        raise BadInput(f"--window {cfg.window}: at least 0")
-    image = Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES
-    if (cfg.window or not frames) and (image or cfg.clip == "world"):
-        raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}; leave them out")
-    if cfg.window and frames:
-        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
-    base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot make the folder ({error.strerror}); give another") from None
-    truth, seconds, scale, began = (), 2.0, max(1, 224 // size), time.time()
-    if not frames:
-        tokens, video, ids, count = show_stream(tokenizer, cfg, f"{base}.mp4", size, scale)
-        points, alive = count * (size // 4) ** 2, len(set(tokens.trajectory[tokens.mask].tolist()))
-    else:
-        if cfg.clip == "world":
-            video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, data.World(size, frames))]), size)
-            video, truth = video[0].numpy(), (labels[0].numpy(),)
-        else:
-            video, times, _ = data.decode(cfg.clip, 1 if image else frames, size)
-            seconds = max(times[-1] - times[0], 1e-3) * len(times) / max(len(times) - 1, 1) if len(times) > 1 else 1.0
-        began = time.time()
-        with torch.no_grad(), precision(device):
-            tokens, seg = tokenizer(torch.from_numpy(video)[None].to(device), cfg.tokens_per_trajectory)
+
+class Painter:
+    """The `each` of TrajTok.stream and windows: adds every frame, with its trajectories below it, to a
+    film, and keeps a few frames, evenly spaced, for a picture."""
+
+    def __init__(self, add, count):
+        self.add, self.colours = add, palette(count)
+        self.kept, self.every = [], 1                           # (frame, ids) of every `every`-th frame
+        self.frames = 0
+
+    def __call__(self, first, video, seg):                      # video (1, t, H, W, 3), from frame `first` on
+        video = video[0].cpu().numpy()
         ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
-        painted = np.concatenate([video, *(paint(video, r, palette(int(r.max()) + 1)) for r in (ids, *truth))], 1)
-        with film(f"{base}.mp4", len(video) / seconds) as add:
-            add(painted.repeat(scale, 1).repeat(scale, 2))
-        count, points, alive = len(video), seg.ids.shape[1], int(seg.alive.sum())
-    spent, some = time.time() - began, np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-    write_png(f"{base}.png", strip(video[some], *(r[some] for r in (ids, *truth)), scale=scale))
-    most = tokenizer.cfg.num_queries * (-(-count // cfg.window) if cfg.window else 1)
-    print(f"{cfg.clip}: {count} frames of {size} x {size} px = {points} points -> {alive} trajectories (of at most {most}) -> "
-          f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {spent:.2f} s on {device.type}, {peak_memory_gb(device):.2f} GB")
+        sheet = np.concatenate((video, paint(video, ids, self.colours)), 1)
+        # frames of 64 px are enlarged, or nobody could see a thing
+        scale = max(1, 224 // video.shape[1])
+        self.add(sheet.repeat(scale, 1).repeat(scale, 2))
+        self.kept += [pair for i, pair in enumerate(zip(video, ids), first) if i % self.every == 0]
+        # how many frames will come is not known: when there are too many, every second one goes
+        while len(self.kept) > 16:
+            self.kept = self.kept[::2]
+            self.every *= 2
+        self.frames += len(video)
+
+
+def show(cfg):
+    """Draw the trajectories of a clip into a film and a picture, and print how many tokens they make."""
+    device = choose_device(cfg.device)
+    released = Path(cfg.weights).is_file()
+    tokenizer = TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)
+    tokenizer.to(device)
+    m = tokenizer.cfg.check(cfg.tokens_per_trajectory)
+    frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
+    size = tokenizer.cfg.image_size
+    # 1. the clip. frames 0: all frames of a video, which stays on disk and is read a piece at a time
+    made = cfg.clip == "world"
+    if made or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
+        if not frames or cfg.window:
+            raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}")
+        frames = frames if made else 1
+    elif frames and cfg.window:
+        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
+    rows = {}                                                   # of the picture, below the found trajectories
+    rate = 4.0                                                  # frames a second of the film
+    if made:
+        scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
+        video, labels = data.rasterise(scripts, size)
+        rows["true"] = labels[0].numpy()
+    elif frames:
+        video, times = data.decode(cfg.clip, frames, size)
+        video = torch.from_numpy(video)[None]
+        # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
+        rate = len(times) / (times[-1] + 0.25)
+    else:
+        rate = data.frame_rate(cfg.clip)
+
+    def read():                                                 # a new iterator each time it is called
+        return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
+
+    # 2. tokens; the film is written while they are made
+    base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
+    make_folder(base.parent)
+    began = time.time()
+    with film(f"{base}.mp4", rate) as add, torch.no_grad(), precision(device):
+        painter = Painter(add, tokenizer.cfg.num_queries)
+        if frames:
+            tokens, seg = tokenizer(video.to(device), m)
+            painter(0, video, seg)
+        elif cfg.window:
+            tokens = tokenizer.windows(read, cfg.window, m, painter)
+        else:
+            tokens = tokenizer.stream(read, m, each=painter)
+    # 3. the picture, and what to say
+    video, ids = (np.stack(parts) for parts in zip(*painter.kept))
+    rows = {name: labels[::painter.every] for name, labels in rows.items()}
+    sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
+    write_png(f"{base}.png", sheet)
+    trajectories = tokens.trajectory[tokens.mask].unique()
+    print(f"{cfg.clip}: {painter.frames} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
+          f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {time.time() - began:.1f} s on "
+          f"{device.type}, {peak_memory_gb(device):.2f} GB")
     print(f"wrote {base}.png and {base}.mp4")
 
 
-def show_stream(tokenizer, cfg, path, size, scale):
-    """Every frame of a file, a piece at a time: the film is written as the pieces come.
-    -> Tokens, some 8 to 16 frames (k, H, W, 3) and their trajectories (k, H, W) for the picture, number of frames."""
-    rounds = 1 if cfg.window else tokenizer.cfg.depth + 1 + tokenizer.cfg.depth
-    colours, kept, every, turn, total = palette(tokenizer.cfg.num_queries), [], 1, 0, None
-    rate = data.frame_rate(cfg.clip)
+# -----------------------------------------------------------------------------------------------------------
+# python trajtok.py table, compare
+# -----------------------------------------------------------------------------------------------------------
 
-    def source():
-        nonlocal turn, total
-        turn, count = turn + 1, 0
-        with tqdm(total=total, desc=f"round {turn} of {rounds}", unit=" frames", leave=False, disable=None) as bar:
-            for part in data.read_frames(cfg.clip, size):
-                count += len(part)
-                bar.update(len(part))
-                yield part
-        total = count
+def summary(rows):
+    """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
+    line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row,
+    with a star if it is larger than twice its standard error."""
+    # a dict as an ordered set: the names of the scores of all rows, of which the first may lack some
+    scores = {}
+    for row in rows:
+        for result in row["results"]:
+            scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
+    lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
+    for score in scores:
+        cells, first = [score], None
+        for row in rows:
+            # None: this row's tokenizer has no such score, e.g. no segmentation
+            x = np.array([r[score] for r in row["results"] if r.get(score) is not None], float)
+            if not len(x):
+                cells.append("-")
+                continue
+            cell = f"{x.mean():.3f}"
+            # a single seed has no deviation
+            if len(x) > 1:
+                cell += f" +-{x.std(ddof=1):.3f}"
+            if first is None:
+                first = x
+            else:
+                cell += f" ({x.mean() - first.mean():+.3f}{star(x, first)})"
+            cells.append(cell)
+        lines.append(cells)
+    return aligned(lines)
 
-    with film(path, rate) as add, precision(next(tokenizer.parameters()).device):
-        def draw(first, video, seg):
-            nonlocal kept, every
-            video, ids = video[0].cpu().numpy(), seg.masks((size, size))[0].cpu().numpy()
-            add(np.concatenate([video, paint(video, ids, colours)], 1).repeat(scale, 1).repeat(scale, 2))
-            kept += [(v, i) for n, (v, i) in enumerate(zip(video, ids), first) if n % every == 0]
-            while len(kept) > 16:                                # how many frames there will be is not known yet
-                kept, every = kept[::2], 2 * every
-        tokens = (tokenizer.windows(source, cfg.window, cfg.tokens_per_trajectory, draw) if cfg.window else
-                  tokenizer.stream(source, cfg.tokens_per_trajectory, each=draw))
-    return tokens, *(np.stack(x) for x in zip(*kept)), total
+
+def star(a, b):
+    """ "*" if the difference of two means is larger than twice its standard error, " " if not, "" if a single
+    seed leaves the error unknown. Scores of each seed (n_a,), (n_b,):
+
+      |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)"""
+    if min(len(a), len(b)) < 2:
+        return ""
+    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    return "*" if abs(a.mean() - b.mean()) > 2 * error else " "
+
+
+def read_json(path):
+    """A file that a person pointed to -> the JSON object in it, a dict."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds no JSON object")
+    return value
+
+
+def table(argv):
+    """Runs, side by side; or what `compare` wrote."""
+    if not argv:
+        raise BadInput("table: give folders of runs, or a JSON of compare")
+    rows = []
+    for name in argv:
+        if Path(name).is_dir():
+            rows.append(dict(name=Path(name).name, results=[read_json(Path(name) / "result.json")]))
+        else:
+            rows += read_rows(name)
+    print("\n".join(summary(rows)))
+
+
+def read_rows(path):
+    """The rows of a JSON that compare wrote."""
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(row.get("results") for row in rows):
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
+    return rows
+
+
+def compare(argv):
+    """Train every row with every seed, each under a name of its own, and print the table. What --json holds
+    already is not trained again, so that a table grows over days.
+
+    A row is "NAME: FLAGS", flags of the script: every claim of the paper, and every idea of your own, is a
+    line of shell. The JSON: {command, hardware, rows: [{name, flags, results: [result.json of each
+    seed]}]}."""
+    parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
+    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
+    parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
+    parser.add_argument("--json", default="out/compare.json", help="where results are kept")
+    parser.add_argument("--out", default="out", help="where the runs are kept")
+    args = parser.parse_args(argv)
+    path = Path(args.json)
+    make_folder(path.parent)
+    rows = read_rows(path) if path.exists() else []
+    for text in args.rows:
+        name, colon, flags = (part.strip() for part in text.partition(":"))
+        if not (name and colon):
+            raise BadInput(f"compare {text!r}: write a row as NAME: FLAGS")
+        # a row that the JSON holds already gets the seeds that it lacks
+        row = next((row for row in rows if row["name"] == name), None)
+        if row is None:
+            row = dict(name=name, flags=flags, results=[])
+            rows.append(row)
+        if row["flags"] != flags:
+            raise BadInput(f"{path}: holds {name} with flags {row['flags']!r}; give this row another name")
+        for seed in args.seeds:
+            if seed not in [result["seed"] for result in row["results"]]:
+                row["results"].append(train_row(args, name, flags, seed))
+                # after each training, so that an interrupted comparison loses one of them at most
+                command = shlex.join(["python", "trajtok.py", "compare", *argv])
+                write_json(path, dict(command=command, hardware=hardware(), rows=rows))
+    print("\n".join(summary(rows)))
+
+
+def hardware():
+    """The machine in words, kept with results: clips/s say nothing without it."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
+
+
+def train_row(args, name, flags, seed):
+    """Train one row with one seed, in a process of its own -> its result.json."""
+    name = f"{name.replace(' ', '-')}-{seed}"
+    try:
+        command = [sys.executable, args.script, *shlex.split(flags), "--seed", str(seed)]
+    except ValueError as error:
+        raise BadInput(f"compare {flags!r}: {error}") from None
+    command += ["--name", name, "--out", args.out, "--overwrite"]
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command).returncode:
+        raise BadInput(f"{name}: {args.script} failed (see above); what was finished is in {args.json}")
+    script = Path(args.script).stem.removeprefix("train_")
+    return read_json(Path(args.out) / f"{script}-{name}" / "result.json")
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+def pretrain_command(argv):
+    """Flags -> a run of `pretrain`; with --resume they change the saved configuration."""
+    cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
+    if cfg.resume:
+        cfg = resumed(cfg, run_folder(cfg, "segmenter"), argv)
+    pretrain(cfg)
+
+
+def show_command(argv):
+    show(configure(ShowConfig, None, argv, positional="clip"))
 
 
 @data.one_line_errors
 def main(argv=None):
-    data.dispatch("trajtok.py", __doc__, {"pretrain": pretrain, "show": show}, argv)
+    commands = {"pretrain": pretrain_command, "show": show_command, "table": table, "compare": compare}
+    data.dispatch("trajtok.py", __doc__, commands, argv)
 
 
 if __name__ == "__main__":
