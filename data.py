@@ -2582,8 +2582,9 @@ def inspect_entry(job):
     """-> what is wrong with an entry, or None."""
     entry, size = job
     try:
-        for _ in read_frames(entry["path"], size):
-            pass
+        # a damaged file shows only when it is decoded to its end
+        if not sum(len(piece) for piece in read_frames(entry["path"], size)):
+            return f"{entry['path']}: holds no frame"
         if entry["mask"] or entry["graph"]:
             load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
     except BadVideo as error:

@@ -3318,7 +3318,7 @@ def test_run_on_the_world(clip_run, tmp_path):
 @pytest.fixture
 def unscored(monkeypatch):
     """Runs end after the last step."""
-    monkeypatch.setattr(train_clip, "finish", lambda *_: None)
+    monkeypatch.setattr(train_clip, "score_run", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", train_clip.OTHERS)
@@ -3540,12 +3540,15 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     for seeds, count in (([], 2), ([1], 4), ([1], 4)):
         run(trajtok.main, "compare", f"base: {small}", f"detach: --no-detach {small}", *argv, *seeds)
         assert len(trained) == count
+    assert f"base, seed 1: taken from {tmp_path / 'c.json'}" in capsys.readouterr().out
     written = json.loads((tmp_path / "c.json").read_text())
     assert {"command", "hardware", "rows"} <= set(written)
     assert [[one["seed"] for one in row["results"]] for row in written["rows"]] == [[0, 1], [0, 1]]
     config = json.loads((tmp_path / "clip-detach-1" / "config.json").read_text())
     assert (config["detach"], config["seed"]) == (False, 1)
     assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
+    other = ["compare", f"base: {small}", *argv, "--script", "train_vlm.py"]
+    assert "another name" in refused(capsys, trajtok.main, *other)
     run(trajtok.main, "table", tmp_path / "clip-base-0", tmp_path / "c.json")
     assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
 

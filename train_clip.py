@@ -794,7 +794,8 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
         result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
     masks = []
     if hasattr(model.video.tokenizer, "segmenter"):
-        scores, masks = trajtok.evaluate_segmenter(model.video.tokenizer.segmenter, held_out, device)
+        segmenter = model.video.tokenizer.segmenter
+        scores, masks = trajtok.evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
         result |= scores
     return result, found_clips(similarity, right, texts, clips, held_out), masks
 
@@ -872,7 +873,7 @@ def train(cfg, folder):
     model = build(cfg, encoding, device)
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
-        return finish(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
+        return score_run(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
     # config.json holds more than the flags: the vocabulary, without which the text tower cannot be used, and
     # the TrajTokConfig, which TrajTok.from_pretrained reads
     shape = getattr(model.video.tokenizer, "cfg", None)
@@ -934,7 +935,7 @@ def train(cfg, folder):
             validate(model, cfg, device, encoding, log, step)
         mark = time.time()
     if rank == 0:
-        finish(model, held_out, cfg, device, encoding, folder, log, damage)
+        score_run(model, held_out, cfg, device, encoding, folder, log, damage)
 
 
 def prepare(batch, number, encoding, cfg, device):
@@ -978,7 +979,7 @@ def validate(model, cfg, device, encoding, log, step):
     print(f"step {step:5d} validation ", *(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
 
 
-def finish(model, held_out, cfg, device, encoding, folder, log, damage):
+def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
     """Score the held-out clips, write result.json and pictures, and print what they say."""
     lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
     result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)

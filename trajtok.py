@@ -1087,7 +1087,7 @@ def pretrain(cfg):
 
 
 @torch.no_grad()
-def evaluate_segmenter(segmenter, batches, device):
+def evaluate_segmenter(segmenter, batches, device, bf16=None):
     """VEQ, STQ and the best IoU of each labelled object, on the clips that have labels. -> dict of means over
     these clips, empty if there are none; pictures: [video, found, true] of the first six. CHOICE: scores on
     the segmenter's own grid, at which it decides (PAPER: "low-resolution output")."""
@@ -1099,7 +1099,7 @@ def evaluate_segmenter(segmenter, batches, device):
             continue
         # object_iou of made clips leaves out the grounds, whose ids come first
         first = data.MAX_GROUNDS if "motion" in batch else 0
-        with precision(device):
+        with precision(device, bf16):
             seg = segmenter(batch["video"])
         # a million: every label counts here, while training keeps the K largest
         truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
@@ -1318,8 +1318,8 @@ def compare(argv):
     already is not trained again, so that a table grows over days.
 
     A row is "NAME: FLAGS", flags of the script: every claim of the paper, and every idea of your own, is a
-    line of shell. The JSON: {command, hardware, rows: [{name, flags, results: [result.json of each
-    seed]}]}."""
+    line of shell. The JSON: {command, hardware, rows: [{name, flags, script, results: [result.json
+    of each seed]}]}."""
     parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
@@ -1337,16 +1337,18 @@ def compare(argv):
         # a row that the JSON holds already gets the seeds that it lacks
         row = next((row for row in rows if row["name"] == name), None)
         if row is None:
-            row = dict(name=name, flags=flags, results=[])
+            row = dict(name=name, flags=flags, script=args.script, results=[])
             rows.append(row)
-        if row["flags"] != flags:
+        if (row["flags"], row.get("script", args.script)) != (flags, args.script):
             raise BadInput(f"{path}: holds {name} with flags {row['flags']!r}; give this row another name")
         for seed in args.seeds:
-            if seed not in [result["seed"] for result in row["results"]]:
-                row["results"].append(train_row(args, name, flags, seed))
-                # after each training, so that an interrupted comparison loses one of them at most
-                command = shlex.join(["python", "trajtok.py", "compare", *argv])
-                write_json(path, dict(command=command, hardware=hardware(), rows=rows))
+            if seed in [result["seed"] for result in row["results"]]:
+                print(f"{name}, seed {seed}: taken from {path}")
+                continue
+            row["results"].append(train_row(args, name, flags, seed))
+            # after each training, so that an interrupted comparison loses one of them at most
+            command = shlex.join(["python", "trajtok.py", "compare", *argv])
+            write_json(path, dict(command=command, hardware=hardware(), rows=rows))
     print("\n".join(summary(rows)))
 
 
