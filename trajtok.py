@@ -617,7 +617,7 @@ def keep_memory():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
-            mallopt(-3, 1 << 30)                                # M_MMAP_THRESHOLD: below 1 GiB, use the heap
+            mallopt(-3, 1 << 26)                                # M_MMAP_THRESHOLD: below 64 MiB, use the heap
             mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never shrink the heap
 
 
