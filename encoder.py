@@ -238,8 +238,7 @@ class TrajectoryEncoder(nn.Module):
 
     def start(self, total, weight, path, m):
         """Latents (b, K·m, d) = code + z_init, z_init_k = sum_p M_soft[p, k] F_p / sum_p M_soft[p, k]."""
-        choices = [2 ** i for i in range(self.cfg.max_tokens.bit_length())]
-        assert m in choices, f"tokens_per_trajectory {m}: one of {choices}"
+        assert m in self.cfg.choices, f"tokens_per_trajectory {m}: one of {self.cfg.choices}"
         z = total / (weight + 1e-6)                             # (b, K, d)
         if self.path is not None:
             z = z + self.path(path)

@@ -2503,7 +2503,7 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     close(tokens.z, z)                                          # of dead trajectories, too
     assert 1 < seg.alive.sum() < seg.alive.numel()
     close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
-    close(trajtok.load_official_segmenter(file)(video).logits, logits)
+    close(trajtok.load_segmenter(file)(video).logits, logits)
 
 
 class Evil:

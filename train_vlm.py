@@ -913,10 +913,7 @@ def open_parts(cfg):
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
         raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
-    if Path(cfg.segmenter).is_file():
-        segmenter = trajtok.load_official_segmenter(cfg.segmenter)
-    else:
-        segmenter = trajtok.TrajTok.from_pretrained(cfg.segmenter).segmenter
+    segmenter = trajtok.load_segmenter(cfg.segmenter)
     return encoding, decoder, segmenter, SigLIP2.from_pretrained(cfg.vision) if cfg.vision else None
 
 
