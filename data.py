@@ -346,6 +346,9 @@ class World:
 STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", plain=True, scale=1.1)
 
 
+WORLDS = {"full": World(), "stage": STAGE}
+
+
 def held_out(shape, colour):
     """Is this pair kept out of training, validation and test? One colour for each shape. In the HELDOUT range
     the subject always has such a pair: accuracy there measures composition, not memory."""
@@ -1267,7 +1270,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
 
 def read_frames(path, size, length=8, whole=False):
     """Every frame of a video, in order -> an iterator over uint8 (length, size, size, 3), cut as `decode`
-    cuts, the last perhaps shorter; whole: (c, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
+    cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
     piece, end = [], 0
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
@@ -2013,9 +2016,13 @@ def read_shares(cfg, names):
 
 
 def world_of(cfg):
-    """The world that a configuration asks for."""
-    names = {field.name for field in dataclasses.fields(World)} - {"size"}
-    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
+    """The world that a configuration asks for: one of WORLDS, and of the full one what the flags change."""
+    name = getattr(cfg, "world", "full")
+    if name not in WORLDS:
+        raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
+    flags = ("max_objects", "shared_colours") if name == "full" else ()
+    flags = {flag: getattr(cfg, flag) for flag in flags if hasattr(cfg, flag)}
+    return dataclasses.replace(WORLDS[name], size=cfg.image_size, frames=cfg.frames, **flags)
 
 
 def made_clips(cfg):

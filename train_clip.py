@@ -626,8 +626,8 @@ def recalls(similarity, prefix, right):
 
 def linear_probe(train, valid, test):
     """Each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from frozen features to
-    one-hot classes, fitted on train:  W = (X^T X + penalty I)^-1 X^T Y.  Of four penalties the one that is best
-    on valid is taken."""
+    one-hot classes, fitted on train:  W = (X^T X + penalty I)^-1 X^T Y.  Of four penalties the one that is
+    best on valid is taken."""
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
     # a column of ones for the bias
     sets = [(F.pad((x - mean) / deviation, (0, 1), value=1.0).double(), y) for x, y in (train, valid, test)]
@@ -719,6 +719,7 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
     # made clips alone: their generator knows what the subject is and how it moves
     if hasattr(held_out, "world"):
         result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
+        result["reversal"] = reversal(model, held_out, cfg, device, encoding)
     masks = []
     if hasattr(model.video.tokenizer, "segmenter"):
         segmenter = model.video.tokenizer.segmenter
@@ -739,6 +740,25 @@ def probe(model, clips, world, cfg, device):
     for key in ("appearance", "motion"):
         scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
     return scores
+
+
+def reversal(model, held_out, cfg, device, encoding):
+    """Does the model know which way time runs? v, t: vectors of a clip and its caption; v', t': of the same
+    clip backwards. -> the share of clips for which
+
+      v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0,
+
+    of those whose caption changes; chance is 1/2. None without such clips."""
+    sides = []
+    for world in (held_out.world, dataclasses.replace(held_out.world, reverse=True)):
+        batches = data.WorldBatches(world, cfg.batch, indices=held_out.indices)
+        clips = embed(model, batches, cfg, device, "clips backwards")
+        texts = [own[0] for own in clips["captions"]]
+        sides.append((texts, clips["vectors"], embed_texts(model, texts, cfg, device, encoding)))
+    (texts, v, t), (reversed_texts, v_back, t_back) = sides
+    changed = torch.tensor([a != b for a, b in zip(texts, reversed_texts)])
+    right = ((v - v_back) * (t - t_back)).sum(1) > 0
+    return right[changed].float().mean().item() if changed.any() else None
 
 
 def found_clips(similarity, right, texts, clips, held_out):
@@ -911,8 +931,13 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
     lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
     result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
     seconds = sum(line["seconds"] for line in lines)
+    seen = sum(line["clips"] for line in lines)
+    if cfg.init_segmenter or cfg.init:
+        # its own training, too, of which `pretrain` keeps no count but its flags
+        before = trajtok.read_json(Path(cfg.init_segmenter or cfg.init) / "config.json")
+        result["clips_before"] = before["steps"] * before["batch"]
     result |= dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,
-                   clips_per_second=sum(line["clips"] for line in lines) / max(seconds, 1e-9),
+                   clips_seen=seen, clips_per_second=seen / max(seconds, 1e-9),
                    peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
                    seed=cfg.seed, tokenizer=cfg.tokenizer)
     write_json(folder / "result.json", result)
@@ -936,7 +961,8 @@ def report(result, folder):
         print(f"  zero-shot classes {percent('zero_shot')}")
     if result["motion"] is not None:
         print(f"  linear probes: shape {percent('appearance')} (chance {100 / len(data.SHAPES):.0f} %), "
-              f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
+              f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %), "
+              f"which way time runs {percent('reversal')} (chance 50 %)")
     if result["veq"] is not None:
         print(f"  trajectories: best IoU of objects {percent('object_iou')}, "
               f"VEQ {percent('veq')}, STQ {percent('stq')}")

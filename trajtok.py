@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -207,8 +208,8 @@ class TrajTok(nn.Module):
     @torch.no_grad()
     def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
         """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a
-        window. frames: as for stream, chunks are windows. -> Tokens, b = 1; trajectory k of window i is number
-        i·K + k: query k stands for another thing in every window."""
+        window. frames: as for stream, a chunk is a window. -> Tokens, b = 1; trajectory k of window i is
+        number i·K + k: query k stands for another thing in every window."""
         parts, first = [], 0
         for video in chunks_of(frames, window)():
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
@@ -293,7 +294,7 @@ def running_softmax(before, s, v):
     """y = softmax(s) v over chunks of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
     scores s_j (..., q, n) and values v_j (..., n, c),
 
-      y = total / norm,    total = sum_j exp(s_j - top) v_j,    norm = sum_j exp(s_j - top),    top = max_j s_j
+      y = total / norm,   total = sum_j exp(s_j - top) v_j,   norm = sum_j exp(s_j - top),   top = max_j s_j
 
     before: (top, norm, total) of the earlier chunks, None at the first -> the same with this chunk. Where it
     brings a larger top, the earlier sums are multiplied by exp(old top - new top)."""
@@ -418,8 +419,8 @@ def count(weights, pattern):
     return max((int(one[1]) + 1 for one in found if one), default=0)
 
 
-# ConvNeXt (arXiv 2201.03545) is published in four layouts, the original's, timm's and two of the hub (ConvNext
-# and DINOv3): the same tensors under other names. These rules turn each into the names of the original.
+# ConvNeXt (arXiv 2201.03545) is published in four layouts, the original's, timm's and two of the hub
+# (ConvNext and DINOv3): the same tensors under other names. These rules turn each into the original's.
 DOWNSAMPLE = r"(?:encoder\.)?stages\.(\d)\.downsampl(?:e|e_layers|ing_layer)\.([01])\."
 BLOCK = r"(?:encoder\.)?stages\.(\d)\.(?:blocks\.|layers\.|)(\d+)\."
 CONVNEXT_NAMES = [
@@ -529,7 +530,8 @@ class RunConfig:
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
     stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
-    max_objects: int = 8                # of a made clip: 1 .. 8
+    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
+    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
     shared_colours: bool = True         # may two objects of a made clip have the same colour?
     augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
     batch: int = 32                     # clips a step of each process
@@ -565,6 +567,8 @@ def sized(cfg, shape):
     """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
     flags that were given, and the flags cfg, of which none is None any more."""
     names = ("image_size", "frames", "num_queries")
+    if cfg.data == "world" and cfg.world == "stage":
+        shape = dataclasses.replace(shape, image_size=32, frames=8, num_queries=8)
     given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
     shape = dataclasses.replace(shape, **given)
     return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
@@ -1008,7 +1012,8 @@ def pretrain(cfg):
         terms["live"] = seg.alive.float().sum(1).mean().item()
         log(step=step, **terms, lr=lr)
         if step % 10 == 0 or step + 1 == cfg.steps:
-            print(f"step {step:5d}/{cfg.steps}", *(f" {name} {x:.3f}" for name, x in terms.items()), flush=True)
+            shown = "  ".join(f"{name} {x:.3f}" for name, x in terms.items())
+            print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
@@ -1076,6 +1081,7 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
+    stages: bool = False                # walk through the method on this clip: <clip>-stages.png
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
@@ -1155,6 +1161,8 @@ def show(cfg):
             tokens = tokenizer.windows(read, cfg.window, m, painter)
         else:
             tokens = tokenizer.stream(read, m, each=painter)
+    if cfg.stages and not long:
+        draw_stages(tokenizer, video.to(device), m, f"{base.parent}/{Path(cfg.clip).stem}-stages.png")
     # the picture, and what to say
     frames, ids = (np.stack(parts) for parts in zip(*painter.kept))
     rows = {"found": ids} | {name: labels[::painter.every] for name, labels in truth.items()}
@@ -1164,6 +1172,49 @@ def show(cfg):
           f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {time.time() - began:.1f} s on "
           f"{device.type}, {peak_memory_gb(device):.2f} GB")
     print(f"wrote {base}.png and {base}.mp4")
+
+
+@torch.no_grad()
+def draw_stages(tokenizer, video, m, path):
+    """The method on one clip uint8 (1, t, H, W, 3), a stage a line: shapes and ranges on the terminal, and a
+    picture of features, soft and hard masks, and of what the tokens of the largest trajectory read."""
+    segmenter, encoder = tokenizer.segmenter, tokenizer.encoder
+    # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
+    features, grid = segmenter.extract(normalise(video))
+    queries = segmenter.cluster(features)
+    seg = segmenter.assign(queries, features, grid)
+    soft = seg.logits.softmax(-1)
+    points = encoder.add_places(features, grid)
+    latents = encoder.start(*soft_sums(soft, points), TrajectoryPath.sums(soft, grid), m)
+    z = encoder.perceiver(latents, points, seg.ids)
+    tokens = encoder.finish(z, seg.alive)
+    # 2. what the first token of a trajectory reads, and how much: softmax over its own points of q k, a mean
+    # over heads and relative to the point that is read most
+    largest = soft.sum(1)[0].argsort(descending=True)[:3]
+    perceiver = encoder.perceiver
+    x, y = perceiver.norm_lat(latents), perceiver.norm_ctx(points)
+    q, _, _, k, _ = perceiver.layers[0][0].project(x, y, x.shape[1])
+    s = torch.einsum("ac,nac->an", q[0, m * largest[0]], k[0]) / math.sqrt(q.shape[-1])
+    read = s.masked_fill(seg.ids[0] != largest[0], -math.inf).softmax(-1).mean(0)[:, None]
+    # 3. features as colours: their three principal components
+    pca = torch.pca_lowrank(features[0].float(), 3)[0]
+    pca = (pca / pca.abs().amax(0) + 1) / 2
+
+    def drawn(values):                                          # (n, 1 or 3) in 0 .. 1 -> uint8 (t, H, W, 3)
+        maps = rearrange(values.expand(-1, 3), "(t h w) c -> t c h w", t=grid[0], h=grid[1])
+        maps = F.interpolate(maps.float(), size=video.shape[2:4]).movedim(1, -1)
+        return (255 * maps).byte().cpu().numpy()
+
+    frames, ids = video[0].cpu().numpy(), seg.masks(video.shape[2:4])[0].cpu().numpy()
+    rows = {"frames": frames, "pca of f": drawn(pca)}
+    rows |= {f"mask {i + 1}": drawn(soft[0, :, query, None]) for i, query in enumerate(largest)}
+    rows |= {"hard": paint(frames, ids, palette(soft.shape[-1])), "read": drawn(read / read.max())}
+    some = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
+    write_png(path, captioned({name: row[some] for name, row in rows.items()}, max(1, 128 // len(frames[0]))))
+    stages = {"video": video, "features F": features, "queries Q": queries, "mask logits": seg.logits,
+              "M_soft": soft, "M_hard": seg.ids, "latents": latents, "tokens z": tokens.z}
+    lines = [[name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"] for name, x in stages.items()]
+    print("\n".join(aligned([["stage", "shape", "range"], *lines])), f"\nwrote {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1230,8 +1281,32 @@ def read_rows(path):
 def table(argv):
     """Runs, side by side; or what `compare` wrote."""
     if not argv:
-        raise BadInput("table: give folders of runs, or a JSON of compare")
-    print("\n".join(summary([row for name in argv for row in read_rows(name)])))
+        raise BadInput("table: give folders of runs, a JSON of compare, or results/claims.json")
+    claims = Path(argv[0]).is_file() and read_json(argv[0]).get("claims")
+    rows = [] if claims else [row for name in argv for row in read_rows(name)]
+    print("\n".join(verdicts(claims, Path(argv[0]).parent) if claims else summary(rows)))
+
+
+def verdicts(claims, folder):
+    """claims [{claim, paper, json, row, against, score}] -> the lines of a table (Markdown).
+
+    A claim says that the mean of `score` over the seeds is larger in `row` than in the row `against` it, of
+    what compare wrote to folder / json; with `less`, that it is smaller (`against_score`: another score of that row). Where the difference is at most
+    twice its standard error, or its error is unknown, the claim is undecided."""
+    lines = ["| claim | paper | ours | against it | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        path = folder / claim["json"]
+        rows = {row["name"]: row["results"] for row in read_rows(path)} if path.exists() else {}
+        scores = dict(row=claim["score"], against=claim.get("against_score", claim["score"]))
+        sides = [[r[score] for r in rows.get(claim[side], [])] for side, score in scores.items()]
+        a, b = (np.array(side, float) for side in sides)
+        cells = [f"{x.mean():.3f} +-{x.std(ddof=len(x) > 1):.3f}" if len(x) else "-" for x in (a, b)]
+        verdict = "undecided" if len(a) and len(b) else "not measured"
+        if star(a, b) == "*":
+            verdict = "holds" if (a.mean() > b.mean()) != claim.get("less", False) else "does not hold"
+        cells = [claim["claim"], claim["paper"], *cells, f"{len(a)}, {len(b)}", verdict]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def compare(argv):
@@ -1260,7 +1335,7 @@ def compare(argv):
             row = dict(name=name, flags=flags, script=args.script, results=[])
             rows.append(row)
         if (row["flags"], row["script"]) != (flags, args.script):
-            raise BadInput(f"{args.json}: holds {name} with flags {row['flags']!r}; give this row another name")
+            raise BadInput(f"{args.json}: {name} has flags {row['flags']!r} there; give it another name")
         for seed in args.seeds:
             if seed in [result["seed"] for result in row["results"]]:
                 print(f"{name}, seed {seed}: taken from {args.json}")
