@@ -4019,12 +4019,12 @@ def test_one_batch_is_learnt_by_heart(name):
     cannot depend on the video: here the questions are alike, and only the trajectories tell them apart;
     an evaluation that does not find what was learnt."""
     cfg, model, batch, e = vlm_parts(name)
-    cfg = dataclasses.replace(cfg, steps=200, warmup=5, questions=1, lr=2.5)
+    cfg = dataclasses.replace(cfg, steps=260, warmup=5, questions=1, lr=2.5)
     batch["qa"] = [[talks[0] | dict(options=["moon", "star", "ring"])] for talks in batch["qa"]]
     seen, windows = train_vlm.perceive(batch, model, cfg, torch.device("cpu"))
     rows = train_vlm.lay_out(train_vlm.training_rows(batch, windows, e, cfg, 0), e, 200)
     optimizer = train_vlm.make_optimizer(model, cfg)
-    for step in range(200):
+    for step in range(260):
         train_vlm.set_rates(optimizer, step, cfg)
         optimizer.zero_grad()
         loss = model(*rows, seen).mean()
@@ -4032,7 +4032,7 @@ def test_one_batch_is_learnt_by_heart(name):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         optimizer.step()
         assert step or abs(loss.item() - math.log(1030)) < 1.0
-    assert loss.item() < 0.3
+    assert loss.item() < 0.2
     answers = train_vlm.evaluate(model, [batch | dict(bad=[])], e, cfg, torch.device("cpu"), data.Damage())
     scores = train_vlm.accuracies(answers)
     assert scores["accuracy"] == scores["accuracy_8_frames"] == 1 and scores["chance"] == pytest.approx(1 / 3)
