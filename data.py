@@ -350,9 +350,6 @@ STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", 
 WORLDS = {"full": World(), "stage": STAGE}
 
 
-WORLDS = {"full": World(), "stage": STAGE}
-
-
 def held_out(shape, colour):
     """Is this pair kept out of training, validation and test? One colour for each shape. In the HELDOUT range
     the subject always has such a pair: accuracy there measures composition, not memory."""

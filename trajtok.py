@@ -1290,9 +1290,9 @@ def table(argv):
 def verdicts(claims, folder):
     """claims [{claim, paper, json, row, against, score}] -> the lines of a table (Markdown).
 
-    A claim says that the mean of `score` over the seeds is larger in `row` than in the row `against` it, of
-    what compare wrote to folder / json; with `less`, that it is smaller (`against_score`: another score of that row). Where the difference is at most
-    twice its standard error, or its error is unknown, the claim is undecided."""
+    A claim says that the mean of `score` over the seeds is larger in `row` than in the row `against` it (or
+    than its `against_score`), of what compare wrote to folder / json; with `less`, that it is smaller. Where
+    the difference is at most twice its standard error, or its error is unknown, the claim is undecided."""
     lines = ["| claim | paper | ours | against it | seeds | verdict |", "|---|---|---|---|---|---|"]
     for claim in claims:
         path = folder / claim["json"]
