@@ -948,25 +948,22 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
 
 def report(result, folder):
     """Print what the run scored, with chance beside it, and which command to try next."""
-
-    def percent(*keys):                                         # None: not measured
-        return "  ".join("    -" if result[key] is None else f"{100 * result[key]:5.1f} %" for key in keys)
-
     n = result["clips"]
-    print(f"\n{n} held-out clips                    R@1      R@5      R@10")
-    for way, name in (("t2v", "caption finds its clip"), ("v2t", "clip finds its caption")):
-        print(f"  {name:30s}  {percent(f'{way}_r1', f'{way}_r5', f'{way}_r10')}")
-    print(f"  {'chance':30s}  " + "  ".join(f"{min(100 * k / n, 100):5.1f} %" for k in (1, 5, 10)))
-    if result["zero_shot"] is not None:
-        print(f"  zero-shot classes {percent('zero_shot')}")
-    if result["motion"] is not None:
-        print(f"  linear probes: shape {percent('appearance')} (chance {100 / len(data.SHAPES):.0f} %), "
-              f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %), "
-              f"which way time runs {percent('reversal')} (chance 50 %)")
-    if result["veq"] is not None:
-        print(f"  trajectories: best IoU of objects {percent('object_iou')}, "
-              f"VEQ {percent('veq')}, STQ {percent('stq')}")
-    print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
+    lines = [[f"{n} held-out clips", "score", "chance"]]
+    for name, key, chance in (
+            ("caption finds its clip: R@1", "t2v_r1", 1 / n), ("R@5", "t2v_r5", 5 / n),
+            ("clip finds its caption: R@1", "v2t_r1", 1 / n), ("R@5", "v2t_r5", 5 / n),
+            ("zero-shot classes", "zero_shot", None),
+            ("linear probe: shape", "appearance", 1 / len(data.SHAPES)),
+            ("linear probe: motion", "motion", 1 / len(data.MOTIONS)),
+            ("which way time runs", "reversal", 1 / 2),
+            ("trajectories: best IoU of objects", "object_iou", None),
+            ("trajectories: VEQ", "veq", None), ("trajectories: STQ", "stq", None)):
+        if result.get(key) is not None:                         # None: the data or the tokenizer has none
+            beside = f"{min(100 * chance, 100):.1f} %" if chance else ""
+            lines.append([name, f"{100 * result[key]:.1f} %", beside])
+    print("\n".join(["", *trajtok.aligned(lines)]))
+    print(f"{result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
           f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
           f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
     print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips they find)")
