@@ -234,7 +234,8 @@ class TrajectoryEncoder(nn.Module):
     def add_places(self, features, grid, first=0, frames=None):
         if self.places is None:
             return features
-        return features + self.places(grid, first, frames).to(features.dtype)
+        codes = self.cfg.position_scale * self.places(grid, first, frames)
+        return features + codes.to(features.dtype)
 
     def start(self, total, weight, path, m):
         """Latents (b, K·m, d) = code + z_init, z_init_k = sum_p M_soft[p, k] F_p / sum_p M_soft[p, k]."""

@@ -53,6 +53,7 @@ class ClipConfig(RunConfig):
     num_queries: int | None = None          # K, trajectories at most; default: the size's
     places: bool = False                    # ours: points say where and when they are
     path: bool = False                      # ours: tokens know how their trajectory moved
+    position_scale: float = 1.0             # of the codes of places, or of a grid's positions at the start
     detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
     hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
     hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
@@ -94,7 +95,7 @@ class ClipConfig(RunConfig):
         at_least(self, 1, "layers width heads text_layers text_width text_length embed patch learned_tokens")
         at_least(self, 1, "num_queries probe_clips")
         at_least(self, 0, "micro_batch segmenter_lr processes eval_every segmentation_weight dice_weight")
-        at_least(self, 0, "rlt_threshold")
+        at_least(self, 0, "rlt_threshold position_scale")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
         if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
@@ -211,8 +212,8 @@ class TrajViT2(TrajTok):
 
     def __init__(self, cfg):
         # the flags that TrajTokConfig has under the same names
-        names = ("image_size", "frames", "num_queries", "places", "path", "detach", "hierarchical",
-                 "hard_mask", "mean_start", "recompute")
+        names = ("image_size", "frames", "num_queries", "places", "path", "position_scale", "detach",
+                 "hierarchical", "hard_mask", "mean_start", "recompute")
         same = {name: getattr(cfg, name) for name in names}
         super().__init__(dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **same))
 
@@ -232,7 +233,9 @@ class ViT3D(Tokenizer):
         self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
         self.steps = math.ceil(cfg.frames / 2)                  # time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.steps * self.side ** 2, cfg.width))
+        # scale of a position at the start, as in ViT
+        self.std = 0.02 * cfg.position_scale
+        self.position = nn.Parameter(self.std * torch.randn(1, self.steps * self.side ** 2, cfg.width))
 
     def patches(self, video):
         """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2)."""
@@ -257,8 +260,8 @@ class ViViT(ViT3D):
     def __init__(self, cfg):
         super().__init__(cfg)
         # the first transformer does not know which time step it sees: positions are those in a frame
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))
-        self.time = nn.Parameter(0.02 * torch.randn(1, 1 + self.steps, cfg.width))
+        self.position = nn.Parameter(self.std * torch.randn(1, self.side ** 2, cfg.width))
+        self.time = nn.Parameter(self.std * torch.randn(1, 1 + self.steps, cfg.width))
         self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
 
     def forward(self, video, m=1, labels=None):
@@ -366,6 +369,7 @@ class TrajViT(Features):
         # 16 frequencies, of a sine and a cosine each, for x, y and time
         self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
         self.where = nn.Linear(3 * 2 * 16, d)
+        self.scale = cfg.position_scale
         self.out = nn.Linear(d, cfg.width)
 
     def forward(self, video, m, labels):
@@ -394,7 +398,7 @@ class TrajViT(Features):
         appearance, centre = mean[..., :-4], mean[..., -4:-1]
         angle = (centre[..., None] * self.waves).flatten(-2)    # (b k, t, 3 · 16)
         place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
-        z = self.out(self.appearance(appearance, seen) + self.place(place, seen))
+        z = self.out(self.appearance(appearance, seen) + self.scale * self.place(place, seen))
         return z.view(b, k, -1), alive.view(b, k), None
 
 

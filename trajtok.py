@@ -77,6 +77,7 @@ class TrajTokConfig:
     # two extensions of ours (encoder.py)
     places: bool = False            # points say where and when they are
     path: bool = False              # tokens know how their trajectory moved
+    position_scale: float = 1.0     # of the codes of places
     # the paper's ablations
     detach: bool = True             # False: the Perceiver's gradient reaches the features
     hierarchical: bool = True       # False: the finest map alone
