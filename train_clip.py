@@ -121,7 +121,7 @@ class ClipConfig(RunConfig):
 FULL = dict(layers=12, width=768, heads=12, text_layers=12, text_width=768, embed=256, text_length=77,
             learned_tokens=16, batch=64, micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
-    "nano": dict(size="nano", patch=8, steps=500, lr=5e-4, segmenter_lr=4.0, segmentation_weight=4.0,
+    "nano": dict(size="nano", patch=8, steps=450, lr=5e-4, segmenter_lr=4.0, segmentation_weight=4.0,
                  clip=5.0, save_every=50, max_objects=4, shared_colours=False),
     "tiny": dict(size="tiny", layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256,
                  batch=64, steps=10_000, lr=5e-4, warmup=500, clip=5.0, save_every=500),
