@@ -415,6 +415,8 @@ def tokenizer_class(name):
     try:
         spec = importlib.util.spec_from_file_location("own_tokenizer", file)
         module = importlib.util.module_from_spec(spec)
+        # a dataclass in the file looks its module up by name
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         return getattr(module, wanted)
     except (AttributeError, FileNotFoundError) as error:
