@@ -87,7 +87,7 @@ def scripts(begin, count, world=data.World()):
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
     rgb = np.array(list(data.COLOURS.values()))
-    colours = [int(abs(rgb - s["surface"][data.MAX_GROUNDS + j, 3:6]).sum(1).argmin()) for j in range(s["count"])]
+    colours = [int(abs(rgb - s["rgb"][data.MAX_GROUNDS + j]).sum(1).argmin()) for j in range(s["count"])]
     return list(zip(s["shape"][:s["count"]].tolist(), colours))
 
 
@@ -217,34 +217,29 @@ def test_script_is_a_function_of_its_index():
 
 
 def paint_naively(s, size):
-    """One clip, pixel by pixel and surface by surface -> video (T, size, size, 3) as floats, labels (T, size, size)."""
-    shapes, textures = (x.numpy() for x in data.atlas(torch.device("cpu")))
-    frames, res, cells = len(s["camera"]), shapes.shape[-1], textures.shape[-1]
+    """One clip, pixel by pixel and thing by thing -> video (T, size, size, 3) as floats, labels (T, size, size)."""
+    shapes, frames = data.atlas(torch.device("cpu")).numpy(), len(s["camera"])
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
         px, py = (column + 0.5) / size, (row + 0.5) / size
         cx, cy, zoom = map(float, s["camera"][f])
         u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
-        far = [(u - float(x)) ** 2 + (v - float(y)) ** 2 for x, y in s["seeds"]]
-        label = far.index(min(far))
+        label, gain = 0, 1 - float(s["contrast"]) * ((math.floor(5 * u) + math.floor(5 * v)) % 2)
         for j in range(s["count"]):
             x, y, r, angle = map(float, s["place"][j, f])
             a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
             b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
-            cell = int((b + 1) * res / 2), int((a + 1) * res / 2)
+            cell = int((b + 1) * data.CELLS / 2), int((a + 1) * data.CELLS / 2)
             if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j]][cell]:
-                label, u, v = data.MAX_GROUNDS + j, a, b
-        kind, tiles, shade, *colours = map(float, s["surface"][label])
-        blend = textures[int(kind), math.floor(v * tiles * cells) % cells, math.floor(u * tiles * cells) % cells]
-        colour = (1 - blend) * np.array(colours[:3]) + blend * np.array(colours[3:])
+                label, gain = data.MAX_GROUNDS + j, 1 + 0.25 * b
         labels[f, row, column] = label
-        video[f, row, column] = (colour * (1 + shade * v) * s["light"][f]).clip(0, 255)
+        video[f, row, column] = (s["rgb"][label] * gain * s["light"][f]).clip(0, 255)
     return video, labels
 
 
 @pytest.mark.parametrize("world", (data.World(32, 3), dataclasses.replace(data.STAGE, frames=3)))
 def test_pixels_and_labels_are_the_naive_painters(world):
-    """Catches: a wrong camera, rotation or depth order, a surface with another's texture, labels that are shifted
+    """Catches: a wrong camera, rotation or depth order, a thing of another's colour, labels that are shifted
     against the pixels. A handful of pixels on a border may fall to the other side in float32."""
     chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: -s["count"])[:4]
     video, labels = data.rasterise(data.stack(chosen), 32)
@@ -265,7 +260,7 @@ def test_every_shape_is_drawn_whole(angle):
         _, labels = data.rasterise(data.stack([s]), 64)
         wrong = (labels[0].numpy() != paint_naively(s, 64)[1]).sum()
         assert wrong <= 2, f"{name}: {wrong} pixels"
-        edge = data.atlas(torch.device("cpu"))[0][shape].clone()
+        edge = data.atlas(torch.device("cpu"))[shape].clone()
         edge[1:-1, 1:-1] = False
         assert not edge.any(), f"{name}: what lies beyond the table would be drawn"
 
@@ -290,14 +285,14 @@ def test_splits_and_held_out_pairs_are_disjoint():
         assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
     for s in scripts(data.HELDOUT, 200):
         held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
-        assert held == s["told"]["slots"][:1]                   # the subject, and nobody else
+        assert held == s["scene"]["slots"][:1]                   # the subject, and nobody else
 
 
 @pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
 def test_the_subject_is_the_largest(world):
     """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong one."""
     for s in scripts(data.TRAIN, 400, world):
-        subject, *others = s["told"]["slots"]
+        subject, *others = s["scene"]["slots"]
         assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
         assert (s["appearance"], s["colour"]) == looks(s)[subject]
 
@@ -318,7 +313,7 @@ def test_appearance_says_nothing_of_motion():
 
 def deed_told(s):
     """What a script's arrays show that its subject does, in the words of a caption of deeds alone."""
-    me, other = (s["place"][j].astype(float) for j in (s["told"]["slots"] * 2)[:2])
+    me, other = (s["place"][j].astype(float) for j in (s["scene"]["slots"] * 2)[:2])
     move, theirs = np.diff(me[:, :2], axis=0), np.diff(other[:, :2], axis=0)
     alone = s["count"] == 1
     if abs(me[-1, 3] - me[0, 3]) > 1:
@@ -326,11 +321,15 @@ def deed_told(s):
     if abs(me[-1, 2] / me[0, 2] - 1) > 0.3:
         return "grows" if me[-1, 2] > me[0, 2] else "shrinks"
     if not alone and abs(theirs).max() > 1e-3:
-        return "follows {}" if (move[0] * theirs[0]).sum() > 0 else "bumps into {}"
+        if (move[0] * theirs[0]).sum() < 0:
+            return "bumps into {}"
+        return "follows {}" if (move[0] * (other - me)[0, :2]).sum() > 0 else "leads {}"
     if abs(move[-1]).max() < 1e-4:
         return "moves up to {} and stops"
+    if abs(move[0]).max() < 1e-4:
+        return "moves away from {}"
     if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
-        return "passes behind {}" if s["told"]["slots"][0] < s["told"]["slots"][1] else "passes in front of {}"
+        return "passes behind {}" if s["scene"]["slots"][0] < s["scene"]["slots"][1] else "passes in front of {}"
     if min(abs(move).max(0)) > 1e-3:
         turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
         return f"circles {'clockwise' if turn > 0 else 'anticlockwise'}"
@@ -344,15 +343,16 @@ def deed_told(s):
 def test_captions_of_deeds_are_what_the_arrays_show(reverse):
     """Catches: left for right, clockwise for anticlockwise, behind for in front, a companion that is another; of clips
     that run backwards the caption of the clip, or pixels that are not those of the clip backwards."""
-    programs = tuple(p for p in data.MOTIONS if p not in ("approach", "follow")) if reverse else data.MOTIONS
-    world = dataclasses.replace(data.STAGE, programs=programs)
+    world = data.STAGE
     for index in range(300):
         s = data.script(index, dataclasses.replace(world, reverse=reverse))
         subject, *others = (f"{'an' if name[:1] in 'aeiou' or name == 'hourglass' else 'a'} {name}"
-                            for name in (data.SHAPES[s["shape"][j]] for j in s["told"]["slots"]))
+                            for name in (data.SHAPES[s["shape"][j]] for j in s["scene"]["slots"]))
         doing, places = deed_told(s), s["place"][:s["count"], :, :2]
         assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6       # in view
-        assert s["told"]["deeds"] == [data.MOTIONS[s["motion"]]]
+        if s["motion"] >= 0:
+            assert doing.startswith(data.VERBS[data.MOTIONS[s["motion"]]].split("|")[0])
+        assert (s["motion"] >= 0) == (s["scene"]["act"][0] not in ("leave", "lead"))
         rest = f" with {others[0]}" if others and "{}" not in doing else ""
         assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
         if reverse:
@@ -362,7 +362,7 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
 
 def test_captions_say_what_they_are_told_to():
     """Catches: a caption about somebody else, or one that tells what `words` leaves out."""
-    verbs = {words.split()[0] for some in data.VERBS.values() for words in some}
+    verbs = {words.split()[0] for some in data.VERBS.values() for words in some.split("|")}
     for words in ("all", "looks", "deeds"):
         for s in scripts(data.TRAIN, 200, data.World(words=words)):
             colour, shape = list(data.COLOURS)[s["colour"]], data.SHAPES[s["appearance"]]
@@ -407,10 +407,7 @@ def answer_seen(qa, names, deeds, goes, back, s):
         return "yes" if re.search(r"Does the (.+) come", question)[1] in back else "no"
     if kind == "order":
         return min(re.search(r"first, the (.+) or the (.+)\?", question).groups(), key=goes.get)
-    if "largest" in question:
-        return list(data.COLOURS)[s["colour"]]
-    ground = s["surface"][0, 3:6]
-    return next(name for name, row in data.GROUNDS.items() if np.allclose(row[:3], ground))
+    return list(data.COLOURS)[s["colour"]]
 
 
 @pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
@@ -418,13 +415,13 @@ def test_answers_to_stories_can_be_seen(frames, acts):
     """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves when and
     who comes back; an answer that is not among its options."""
     kinds = set()
-    for index in range(20 if frames < 512 else 3):
+    for index in range(40 if frames < 512 else 3):
         s = story(index, frames, acts)
-        slots, bounds = s["told"]["slots"], s["told"]["bounds"]
+        slots, bounds = s["scene"]["slots"], s["scene"]["bounds"]
         place = s["place"][slots[0]].astype(float)
         starts = [place[a - 1] if a else np.append(place[bounds[1] - 1, :3], place[0, 3]) for a in bounds[:-1]]
         deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
-        assert deeds == s["told"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
+        assert deeds == s["scene"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
         names = [f"{list(data.COLOURS)[looks(s)[j][1]]} {data.SHAPES[looks(s)[j][0]]}" for j in slots]
         _, labels = data.rasterise(data.stack([s]), 64)
         seen = {name: (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).numpy() for name, j in zip(names, slots)}
@@ -464,17 +461,15 @@ def test_controls_are_what_one_frame_gives_away():
     """Catches: a judge that finds nothing where there is something, or something in noise; constants that are no longer
     those of the world they stand beside."""
     rng = np.random.default_rng(0)
-    noise, y = rng.normal(size=(2000, 6)), torch.from_numpy(rng.integers(0, 11, 2000))
-    planted = np.concatenate((noise, y[:, None] + rng.normal(0, 0.1, (2000, 1))), 1)
-    assert data.guessed(noise, y, 300) < 0.16 and data.guessed(planted, y, 600) > 0.8
-    world = data.World(max_objects=4, shared_colours=False, size=32)
-    known, found = data.known_controls(world), data.controls(world, 2500)
-    assert known.keys() == found.keys() and all(abs(known[key] - found[key]) < 0.08 for key in known), (known, found)
-    assert set(data.known_controls(data.World(frames=9)).values()) == {None}
+    noise, y = rng.normal(size=(4000, 2)), rng.integers(0, 11, 4000)
+    planted = np.concatenate((noise, y[:, None] + rng.normal(0, 0.1, (4000, 1))), 1)
+    assert data.guessed(noise, y) < 0.16 and data.guessed(planted, y) > 0.8
+    found = data.known_controls(data.World(max_objects=4, shared_colours=False))
+    assert 0.2 < found["control_last_frame"] < 0.45 < found["control_no_order"] < 0.85, found
 
 
 @pytest.mark.parametrize("change", (
-    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some"), dict(frames=6, story=True)))
+    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some")))
 def test_impossible_worlds_are_refused(change):
     """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
     with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
@@ -3062,7 +3057,7 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
     video, text = model.embed_video(batch.video, 1, batch.labels)[0], model.embed_text(batch.ids, batch.mask)
     assert train_clip.recalls(text @ video.T, "x", torch.eye(8) > 0)["x_r1"] > 0.8
     if name == "trajvit2":
-        assert losses[0]["contrastive"] == pytest.approx(math.log(8), rel=0.25)
+        assert losses[0]["contrastive"] == pytest.approx(math.log(8), rel=0.4)
         assert losses[-1]["dice"] < 0.95 * losses[0]["dice"]
         assert losses[-1]["focal"] < 0.8 * losses[0]["focal"]
 
