@@ -108,7 +108,8 @@ def configure(config, sizes, argv, positional=None):
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
     # dataclasses do not keep comments: they are read off the source
-    helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(config), re.M))
+    source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
+    helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
     # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size
@@ -1166,16 +1167,16 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     return np.stack(images), times
 
 
-def read_frames(path, size, whole=False):
-    """Every frame of a video, in order -> an iterator over uint8 (c, size, size, 3), c <= 8, cut as `decode`
-    cuts; whole: (c, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
+def read_frames(path, size, length=8, whole=False):
+    """Every frame of a video, in order -> an iterator over uint8 (length, size, size, 3), cut as `decode`
+    cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
     piece, end = [], 0
     with opened(path) as (container, stream):
         rate, total = rate_of(stream), frame_count(path, container, stream)
         for seconds, frame in in_order(path, container, stream):
             piece.append(upright(frame, size, whole))
             end = max(end, seconds + 1 / rate)
-            if len(piece) == 8:
+            if len(piece) == length:
                 yield np.stack(piece)
                 piece = []
     if piece:
@@ -1914,9 +1915,13 @@ def read_shares(cfg, names):
 
 
 def world_of(cfg):
-    """The world that a configuration asks for."""
-    names = {field.name for field in dataclasses.fields(World)} - {"size"}
-    return World(size=cfg.image_size, **{name: getattr(cfg, name) for name in names if hasattr(cfg, name)})
+    """The world that a configuration asks for: one of WORLDS, and of the full one what the flags change."""
+    name = getattr(cfg, "world", "full")
+    if name not in WORLDS:
+        raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
+    flags = ("max_objects", "shared_colours") if name == "full" else ()
+    flags = {flag: getattr(cfg, flag) for flag in flags if hasattr(cfg, flag)}
+    return dataclasses.replace(WORLDS[name], size=cfg.image_size, frames=cfg.frames, **flags)
 
 
 def made_clips(cfg):

@@ -234,12 +234,12 @@ class TrajectoryEncoder(nn.Module):
     def add_places(self, features, grid, first=0, frames=None):
         if self.places is None:
             return features
-        return features + self.places(grid, first, frames).to(features.dtype)
+        codes = self.cfg.position_scale * self.places(grid, first, frames)
+        return features + codes.to(features.dtype)
 
     def start(self, total, weight, path, m):
         """Latents (b, K·m, d) = code + z_init, z_init_k = sum_p M_soft[p, k] F_p / sum_p M_soft[p, k]."""
-        choices = [2 ** i for i in range(self.cfg.max_tokens.bit_length())]
-        assert m in choices, f"tokens_per_trajectory {m}: one of {choices}"
+        assert m in self.cfg.choices, f"tokens_per_trajectory {m}: one of {self.cfg.choices}"
         z = total / (weight + 1e-6)                             # (b, K, d)
         if self.path is not None:
             z = z + self.path(path)

@@ -286,21 +286,41 @@ def head(dim):
     return nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim // 8))
 
 
-class Segmenter(nn.Module):
-    """cfg: a trajtok.TrajTokConfig. forward(video uint8 (b, t, H, W, 3)) -> Segmentation."""
+class Features(nn.Module):
+    """The dense features F of a clip: the maps of a backbone at several scales, in one width, summed."""
 
     def __init__(self, cfg, backbone=None):
         super().__init__()
-        self.cfg, d = cfg, cfg.dim
+        self.cfg = cfg
         self.backbone = backbone or ConvNeXt(cfg.depths, cfg.dims, cfg.recompute)
         # PAPER: multi-scale features. The ablation (hierarchical = False) uses the finest map alone.
         used = self.backbone.dims if cfg.hierarchical else self.backbone.dims[:1]
-        self.proj = nn.ModuleList(nn.Conv2d(channels, d, 1) for channels in used)
-        self.ln = ChannelNorm(d)                                # one for all scales, as in the release
-        self.latents = nn.Parameter(query_codes(cfg.num_queries, d))
+        self.proj = nn.ModuleList(nn.Conv2d(channels, cfg.dim, 1) for channels in used)
+        self.ln = ChannelNorm(cfg.dim)                          # one for all scales, as in the release
+
+    def extract(self, x):
+        """x (b, t, 3, H, W), normalised -> F = sum over scales of upsample(LN(proj(map)))  (b, n, d), and the
+        grid (t, h, w)."""
+        t = x.shape[1]
+        maps = self.backbone(rearrange(x, "b t c h w -> (b t) c h w"))
+        h, w = maps[0].shape[-2:]
+        features = 0
+        for fmap, proj in zip(maps, self.proj):
+            to_width = nn.Sequential(proj, self.ln)
+            y = recomputed(self.cfg.recompute, to_width, fmap)
+            features = features + F.interpolate(y, size=(h, w), mode="bilinear")
+        return rearrange(features, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
+
+
+class Segmenter(Features):
+    """cfg: a trajtok.TrajTokConfig. forward(video uint8 (b, t, H, W, 3)) -> Segmentation."""
+
+    def __init__(self, cfg, backbone=None):
+        super().__init__(cfg, backbone)
+        self.latents = nn.Parameter(query_codes(cfg.num_queries, cfg.dim))
         self.perceiver = Perceiver(cfg)
-        self.traj_seg_head = head(d)
-        self.patch_decoder = head(d)
+        self.traj_seg_head = head(cfg.dim)
+        self.patch_decoder = head(cfg.dim)
         # softplus(log_scale) + 1 = scale
         log_scale = math.log(math.expm1(cfg.scale - 1))
         self.log_scale = nn.Parameter(torch.tensor([log_scale]))
@@ -312,22 +332,7 @@ class Segmenter(nn.Module):
         """x (b, t, 3, H, W), normalised -> Segmentation."""
         features, grid = self.extract(x)
         queries = self.cluster(features)
-        logits = self.mask_logits(queries, features)
-        ids = logits.argmax(-1)                                 # each point has exactly one owner
-        alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-        return Segmentation(features, logits, ids, alive, grid)
-
-    def extract(self, x):
-        """F = sum over scales of upsample(LN(proj(map)))  (b, n, d), and the grid (t, h, w)."""
-        t = x.shape[1]
-        maps = self.backbone(rearrange(x, "b t c h w -> (b t) c h w"))
-        h, w = maps[0].shape[-2:]
-        features = 0
-        for fmap, proj in zip(maps, self.proj):
-            to_width = nn.Sequential(proj, self.ln)
-            y = recomputed(self.cfg.recompute, to_width, fmap)
-            features = features + F.interpolate(y, size=(h, w), mode="bilinear")
-        return rearrange(features, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
+        return self.assign(queries, features, grid)
 
     def cluster(self, features):
         """The queries Q read the points (b, n, d) -> (b, K, d)."""
@@ -337,6 +342,13 @@ class Segmenter(nn.Module):
         points = features.detach() if self.cfg.detach else features
         queries = self.latents.expand(len(features), -1, -1)
         return self.perceiver(queries, points)
+
+    def assign(self, queries, features, grid):
+        """Every point to the query that fits it best -> Segmentation."""
+        logits = self.mask_logits(queries, features)
+        ids = logits.argmax(-1)                                 # each point has exactly one owner
+        alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
+        return Segmentation(features, logits, ids, alive, grid)
 
     def mask_logits(self, queries, features):
         """scale · cosine(head(Q), head(F))  (b, n, K).

@@ -2498,7 +2498,7 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     close(tokens.z, z)                                          # of dead trajectories, too
     assert 1 < seg.alive.sum() < seg.alive.numel()
     close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
-    close(trajtok.load_official_segmenter(file)(video).logits, logits)
+    close(trajtok.load_segmenter(file)(video).logits, logits)
 
 
 class Evil:
@@ -3896,10 +3896,10 @@ def vlm_parts(connector="trajtok", m=1):
 def test_what_all_features_share_is_taken_off():
     """Catches: features nine tenths of which are the same for all points; a channel that hardly changes
     and becomes huge."""
-    placed = train_vlm.PlacedFeatures(32)
+    placed = train_vlm.PlacedFeatures(32, 4, 3)
     x = 5 + 3 * torch.randn(32) + 0.5 * torch.randn(6, 4, 3, 3, 32)
     with torch.no_grad():
-        places = placed.places((4, 3, 3)).view(4, 3, 3, 32)
+        places = placed.frame[:, None, None] + placed.row[:, None] + placed.column
         close(placed(x) - places, F.layer_norm(x, (32,)), 1e-5)
         placed.calibrate(x)
         y = (placed(x) - places).flatten(0, 3)

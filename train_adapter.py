@@ -745,19 +745,12 @@ def report(heads, rates, sets, cfg, device):
 # The run
 # -----------------------------------------------------------------------------------------------------------
 
-def given_segmenter(path):
-    """--segmenter: a file of the authors, or a folder of ours."""
-    if Path(path).is_file():
-        return trajtok.load_official_segmenter(path)
-    return trajtok.TrajTok.from_pretrained(path).segmenter
-
-
 def train(cfg):
     began = time.time()
     device = trajtok.setup(cfg)
     # what is given is read, and refused, before anything is written
     backbone = Backbone.from_pretrained(cfg.backbone) if cfg.backbone else None
-    segmenter = given_segmenter(cfg.segmenter) if cfg.segmenter else None
+    segmenter = trajtok.load_segmenter(cfg.segmenter) if cfg.segmenter else None
     own = backbone.cfg if backbone else NANO
     shape = replace(own, image_size=cfg.image_size or own.image_size, frames=cfg.frames or own.frames)
     if isinstance(backbone, VideoMAE) and shape != own:
@@ -767,7 +760,7 @@ def train(cfg):
     open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     # what is not given is pre-trained
     if segmenter is None:
-        segmenter = given_segmenter(trajtok.pretrain(trajtok.PretrainConfig(
+        segmenter = trajtok.load_segmenter(trajtok.pretrain(trajtok.PretrainConfig(
             name="nano", out=str(folder), image_size=shape.image_size, frames=shape.frames, max_objects=4,
             shared_colours=False, batch=cfg.batch, steps=math.ceil(cfg.steps / 2), seed=cfg.seed,
             workers=cfg.workers, device=cfg.device, resume=cfg.resume, overwrite=cfg.overwrite)))

@@ -38,34 +38,22 @@ import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import Tokens, compact
-from segmenter import labels_on_grid, normalise, recomputed, segmentation_loss
-from trajtok import SIZES, TrajTok, gather, ranks
+from segmenter import Features, labels_on_grid, normalise, recomputed, segmentation_loss
+from trajtok import SIZES, RunConfig, TrajTok, at_least, gather, ranks
 
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(RunConfig):
     """Trains a video CLIP: TrajViT2 on trajectory tokens, or one of the tokenizers it is compared with."""
-    size: str = "nano"                      # one of SIZES: nano, tiny, base, large
-    data: str = "world"                     # `world`, or a manifest, CSV or folder; several with commas
-    mix: str | None = None                  # shares of several sets, with commas: 0.5,0.5; default: equal
-    val: str | None = None                  # a manifest of held-out clips; default: a part of --data
-    name: str | None = None                 # the run is out/clip-<name>; default: size, data, tokenizer
-    out: str = "out"                        # where runs are kept
-    # the clips
-    image_size: int | None = None           # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None               # frames of a clip; default: the size's
-    stride: int = 8                         # take every 1st .. stride-th frame; 0: spread over the video
-    max_objects: int = 8                    # of a made clip: 1 .. 8
-    shared_colours: bool = True             # may two objects of a made clip have the same colour?
-    augment: bool = False                   # the same random crop, flip, colours, blur for all frames
     # the tokenizer
     tokenizer: str = "trajvit2"             # or trajvit, vit3d, vivit, tokenlearner, rlt, FILE.py:CLASS
     num_queries: int | None = None          # K, trajectories at most; default: the size's
     places: bool = False                    # ours: points say where and when they are
     path: bool = False                      # ours: tokens know how their trajectory moved
+    position_scale: float = 1.0             # of the codes of places, or of a grid's positions at the start
     detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
     hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
     hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
@@ -82,48 +70,32 @@ class ClipConfig:
     embed: int = 128                        # e: width of the space that video and text share
     text: str | None = None                 # world, captions (their own words), a tiktoken name, a folder
     text_length: int = 48                   # longest caption in tokens, the end token included
-    # the loss
+    # the loss, and how it is computed
     segmentation_weight: float = 1.0        # of (0.5 focal + dice_weight x dice); 0: none
     dice_weight: float = 1.0                # ablation: 0
     init: str | None = None                 # start from all weights of this run
     init_segmenter: str | None = None       # start from the segmenter of this run, e.g. of `pretrain`
     freeze_segmenter: bool = False          # leave that segmenter as it is
-    # the training
-    batch: int = 32                         # clips a step of each process; all captions are negatives
-    micro_batch: int = 0                    # clips that go through the model at once; 0: all
-    steps: int = 400                        # steps
-    lr: float = 5e-4                        # peak learning rate
     segmenter_lr: float = 1.0               # the segmenter's learning rate, as a multiple of lr
-    warmup: int = 30                        # steps of linear warm-up; then a cosine to 1 %
-    weight_decay: float = 0.02              # on matrices
-    clip: float = 5.0                       # largest gradient norm
-    seed: int = 0                           # of weights, data order and augmentation
-    save_every: int = 50                    # steps between checkpoints
-    resume: bool = False                    # go on with the run of this name
-    overwrite: bool = False                 # start again over a run of this name
-    # how it is computed
-    device: str = "auto"                    # cpu, cuda, ...
+    micro_batch: int = 0                    # clips that go through the model at once; 0: all
     processes: int = 0                      # on this machine; 0: one for each GPU
-    workers: int = 0                        # processes that make batches; 0: the training process
-    bf16: bool | None = None                # matrix products in bfloat16; default: on a GPU
     compile: bool = False                   # torch.compile the tokenizer and the transformers' layers
     recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
     eval_every: int = 0                     # steps between scores on validation clips; 0: none
     eval_only: bool = False                 # score the weights that a run saved
     eval_split: str = "test"                # of made clips: test, or validation to choose a recipe by
-    eval_clips: int = 256                   # held-out made clips, all captions distinct
     probe_clips: int = 1024                 # made clips that the linear probes learn from
     tokens_per_trajectory: int = 1          # 1, 2 or 4 (training draws one of them at each step)
     prompt: str = "a video of {}"           # zero-shot classes, where clips have labels
     flops: bool = False                     # count GFLOPs at 8 .. 128 frames; nothing is run
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "batch steps save_every eval_clips probe_clips layers width heads")
-        trajtok.at_least(self, 1, "text_layers text_width text_length embed patch learned_tokens num_queries")
-        trajtok.at_least(self, 0, "micro_batch lr segmenter_lr warmup weight_decay clip seed stride workers")
-        trajtok.at_least(self, 1, "image_size frames max_objects")
-        trajtok.at_least(self, 0, "processes eval_every segmentation_weight dice_weight rlt_threshold")
+        super().__post_init__()
+        at_least(self, 1, "layers width heads text_layers text_width text_length embed patch learned_tokens")
+        at_least(self, 1, "num_queries probe_clips")
+        at_least(self, 0, "micro_batch segmenter_lr processes eval_every segmentation_weight dice_weight")
+        at_least(self, 0, "rlt_threshold position_scale")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
         if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
@@ -146,16 +118,15 @@ class ClipConfig:
 # four objects, no two of one colour: at 64 px, eight are a few points each, and the segmenter learns to tell
 # things apart by place later than by colour.
 # base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
-FULL = dict(text_layers=12, text_width=768, embed=256, text_length=77, learned_tokens=16, batch=64,
-            micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
+FULL = dict(layers=12, width=768, heads=12, text_layers=12, text_width=768, embed=256, text_length=77,
+            learned_tokens=16, batch=64, micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
-    "nano": dict(size="nano", layers=4, width=128, heads=4, text_layers=3, text_width=128, embed=128, patch=8,
-                 batch=32, steps=500, lr=5e-4, warmup=20, segmenter_lr=4.0, segmentation_weight=4.0,
-                 max_objects=4, shared_colours=False),
+    "nano": dict(size="nano", patch=8, steps=500, lr=5e-4, segmenter_lr=4.0, segmentation_weight=4.0,
+                 clip=5.0, save_every=50, max_objects=4, shared_colours=False),
     "tiny": dict(size="tiny", layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256,
-                 batch=64, steps=10_000, lr=5e-4, warmup=500, save_every=500),
-    "base": dict(size="base", layers=12, width=768, heads=12, steps=100_000, warmup=5000, **FULL),
-    "large": dict(size="large", layers=24, width=1024, heads=16, steps=200_000, warmup=10_000, **FULL),
+                 batch=64, steps=10_000, lr=5e-4, warmup=500, clip=5.0, save_every=500),
+    "base": FULL | dict(size="base", steps=100_000, warmup=5000),
+    "large": FULL | dict(size="large", layers=24, width=1024, heads=16, steps=200_000, warmup=10_000),
 }
 
 # -----------------------------------------------------------------------------------------------------------
@@ -241,8 +212,8 @@ class TrajViT2(TrajTok):
 
     def __init__(self, cfg):
         # the flags that TrajTokConfig has under the same names
-        names = ("image_size", "frames", "num_queries", "places", "path", "detach", "hierarchical",
-                 "hard_mask", "mean_start", "recompute")
+        names = ("image_size", "frames", "num_queries", "places", "path", "position_scale", "detach",
+                 "hierarchical", "hard_mask", "mean_start", "recompute")
         same = {name: getattr(cfg, name) for name in names}
         super().__init__(dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **same))
 
@@ -262,7 +233,9 @@ class ViT3D(Tokenizer):
         self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
         self.steps = math.ceil(cfg.frames / 2)                  # time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.steps * self.side ** 2, cfg.width))
+        # scale of a position at the start, as in ViT
+        self.std = 0.02 * cfg.position_scale
+        self.position = nn.Parameter(self.std * torch.randn(1, self.steps * self.side ** 2, cfg.width))
 
     def patches(self, video):
         """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2)."""
@@ -287,8 +260,8 @@ class ViViT(ViT3D):
     def __init__(self, cfg):
         super().__init__(cfg)
         # the first transformer does not know which time step it sees: positions are those in a frame
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, cfg.width))
-        self.time = nn.Parameter(0.02 * torch.randn(1, 1 + self.steps, cfg.width))
+        self.position = nn.Parameter(self.std * torch.randn(1, self.side ** 2, cfg.width))
+        self.time = nn.Parameter(self.std * torch.randn(1, 1 + self.steps, cfg.width))
         self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
 
     def forward(self, video, m=1, labels=None):
@@ -353,23 +326,6 @@ class RLT(ViT3D):
         return z + self.position[:, :z.shape[1]], self.changed(x).flatten(1), None
 
 
-class ResBlock(nn.Module):
-    """ResNet's block: two 3 x 3 convolutions beside a shortcut. BatchNorm takes its statistics from one
-    process's micro-batch: with this tokenizer, micro-batches are not exactly the whole batch."""
-
-    def __init__(self, before, dim, stride):
-        super().__init__()
-        first = nn.Conv2d(before, dim, 3, stride, 1, bias=False)
-        second = nn.Conv2d(dim, dim, 3, 1, 1, bias=False)
-        self.branch = nn.Sequential(first, nn.BatchNorm2d(dim), nn.ReLU(), second, nn.BatchNorm2d(dim))
-        self.shortcut = nn.Sequential()
-        if stride > 1 or before != dim:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), nn.BatchNorm2d(dim))
-
-    def forward(self, x):
-        return F.relu(self.branch(x) + self.shortcut(x))
-
-
 class Reader(nn.Module):
     """One learned latent reads a trajectory's vectors, one from each frame: cross-attention without MLPs."""
 
@@ -391,54 +347,33 @@ class Reader(nn.Module):
         return z[:, 0]
 
 
-class TrajViT(Tokenizer):
+class TrajViT(Features):
     """TrajTok's predecessor (arXiv 2505.23617): trajectories are given by another model, one token each.
 
-      ResNet-18 -> features of four scales, summed as in TrajTok
+      features of several scales, summed as in TrajTok
       appearance: mean of the features over the trajectory's points in each frame -> Reader over the frames
       place:      mean (x, y, time) of these points, as sines and cosines           -> Reader over the frames
       token = linear(appearance + place)
 
-    CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker."""
+    CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker.
+    CHOICE: TrajTok's backbone for the published ResNet-18, so that the two differ in their tokens alone."""
 
     def __init__(self, cfg):
-        super().__init__()
-        shape = SIZES[cfg.size]
+        shape = dataclasses.replace(SIZES[cfg.size], recompute=cfg.recompute)
+        super().__init__(shape)
         d = shape.dim
-        # ResNet-18's widths, or in the smaller sizes those of TrajTok's backbone
-        dims = (64, 128, 256, 512) if d >= 512 else shape.dims
         self.most = cfg.num_queries                             # of more trajectories the largest are kept
-        stem = nn.Conv2d(3, dims[0], 7, 2, 3, bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm2d(dims[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        # the stem has already divided the resolution by four: the first stage keeps it, each other halves it
-        self.stages = nn.ModuleList()
-        for before, dim, stride in zip((dims[0], *dims), dims, (1, 2, 2, 2)):
-            self.stages.append(nn.Sequential(ResBlock(before, dim, stride), ResBlock(dim, dim, 1)))
-        # as in TrajTok: each scale to d channels, one LayerNorm, sum at the finest scale
-        self.proj = nn.ModuleList(nn.Conv2d(dim, d, 1) for dim in dims)
-        self.ln = nn.LayerNorm(d)
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
         self.appearance = Reader(d, depth, shape.heads)
         self.place = Reader(d, depth, shape.heads)
         # 16 frequencies, of a sine and a cosine each, for x, y and time
         self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
         self.where = nn.Linear(3 * 2 * 16, d)
+        self.scale = cfg.position_scale
         self.out = nn.Linear(d, cfg.width)
 
-    def extract(self, video):
-        """uint8 (b, t, H, W, 3) -> features (b, n, d), and their grid (t, h, w) of h = H/4, w = W/4."""
-        b, t = video.shape[:2]
-        x = self.stem(normalise(video).flatten(0, 1))           # (b t, dims[0], H/4, W/4)
-        size = x.shape[-2:]
-        features = 0
-        for stage, proj in zip(self.stages, self.proj):
-            x = stage(x)
-            y = self.ln(proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            features = features + F.interpolate(y, size=size, mode="bilinear")
-        return rearrange(features, "(b t) d h w -> b (t h w) d", b=b), (t, *size)
-
     def forward(self, video, m, labels):
-        f, (t, h, w) = self.extract(video)
+        f, (t, h, w) = self.extract(normalise(video))
         ids = labels_on_grid(labels, (t, h, w), self.most).to(f.device)      # (b, n), -1 = of no trajectory
         b, n, k = *ids.shape, self.most
         # 1. features and place of every point, and a 1 to count them
@@ -463,7 +398,7 @@ class TrajViT(Tokenizer):
         appearance, centre = mean[..., :-4], mean[..., -4:-1]
         angle = (centre[..., None] * self.waves).flatten(-2)    # (b k, t, 3 · 16)
         place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
-        z = self.out(self.appearance(appearance, seen) + self.place(place, seen))
+        z = self.out(self.appearance(appearance, seen) + self.scale * self.place(place, seen))
         return z.view(b, k, -1), alive.view(b, k), None
 
 
@@ -694,30 +629,20 @@ def recalls(similarity, prefix, right):
 
 
 def linear_probe(train, valid, test):
-    """Each (features (n, w), classes (n,)) -> accuracy on test of a logistic regression on frozen features,
-    fitted on train. Of four L2 penalties the one that is best on valid is taken."""
+    """Each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from frozen features to
+    one-hot classes, fitted on train:  W = (X^T X + penalty I)^-1 X^T Y.  Of four penalties the one that is
+    best on valid is taken."""
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
-    sets = [(((x - mean) / deviation).double(), y) for x, y in (train, valid, test)]
+    # a column of ones for the bias
+    sets = [(F.pad((x - mean) / deviation, (0, 1), value=1.0).double(), y) for x, y in (train, valid, test)]
     (x, y), *others = sets
-    classes = 1 + max(int(labels.max()) for _, labels in sets)
+    target = F.one_hot(y).double()
     best = (-1.0, 0.0)                                          # accuracies on valid and on test
     for penalty in (1e-3, 1e-2, 1e-1, 1.0):
-        regression = nn.Linear(len(mean), classes).double()
-        nn.init.zeros_(regression.weight)
-        # L-BFGS on all examples at once has no learning rate that would have to be tuned
-        solver = torch.optim.LBFGS(regression.parameters(), max_iter=60, line_search_fn="strong_wolfe")
-
-        def closure():
-            solver.zero_grad()
-            loss = F.cross_entropy(regression(x), y) + penalty * regression.weight.square().sum() / 2
-            loss.backward()
-            return loss
-
-        solver.step(closure)
-        with torch.no_grad():
-            right = [(regression(x).argmax(1) == y).float().mean().item() for x, y in others]
-        if right[0] > best[0]:
-            best = right
+        ridge = penalty * len(x) * torch.eye(x.shape[1])
+        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ target)
+        right = [((x @ weights).argmax(1) == y).float().mean().item() for x, y in others]
+        best = max(best, tuple(right), key=lambda pair: pair[0])
     return best[1]
 
 
@@ -789,9 +714,16 @@ def evaluate(model, held_out, cfg, device, encoding, damage):
         # over the clips that have a label
         hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
         result["zero_shot"] = sum(hits) / len(hits)
+    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
+    batch = data.finish(held_out[clips["where"][0][0]], device)
+    video, labels, m = batch["video"][:8], batch["labels"][:8], cfg.tokens_per_trajectory
+    with torch.enable_grad():
+        gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels))
+    result["gflops"] = gflops / len(video)
     # made clips alone: their generator knows what the subject is and how it moves
     if hasattr(held_out, "world"):
         result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
+        result["reversal"] = reversal(model, held_out, cfg, device, encoding)
     masks = []
     if hasattr(model.video.tokenizer, "segmenter"):
         segmenter = model.video.tokenizer.segmenter
@@ -812,6 +744,25 @@ def probe(model, clips, world, cfg, device):
     for key in ("appearance", "motion"):
         scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
     return scores
+
+
+def reversal(model, held_out, cfg, device, encoding):
+    """Does the model know which way time runs? v, t: vectors of a clip and its caption; v', t': of the same
+    clip backwards. -> the share of clips for which
+
+      v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0,
+
+    of those whose caption changes; chance is 1/2. None without such clips."""
+    sides = []
+    for world in (held_out.world, dataclasses.replace(held_out.world, reverse=True)):
+        batches = data.WorldBatches(world, cfg.batch, indices=held_out.indices)
+        clips = embed(model, batches, cfg, device, "clips backwards")
+        texts = [own[0] for own in clips["captions"]]
+        sides.append((texts, clips["vectors"], embed_texts(model, texts, cfg, device, encoding)))
+    (texts, v, t), (reversed_texts, v_back, t_back) = sides
+    changed = torch.tensor([a != b for a, b in zip(texts, reversed_texts)])
+    right = ((v - v_back) * (t - t_back)).sum(1) > 0
+    return right[changed].float().mean().item() if changed.any() else None
 
 
 def found_clips(similarity, right, texts, clips, held_out):
@@ -983,17 +934,14 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
     """Score the held-out clips, write result.json and pictures, and print what they say."""
     lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
     result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
-    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
-    for i in range(len(held_out)):
-        batch = data.finish(held_out[i], device)
-        if len(batch["video"]):                                 # one that can be used
-            break
-    video, labels = batch["video"][:8], batch["labels"][:8]
-    m = cfg.tokens_per_trajectory
-    gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels)) / len(video)
     seconds = sum(line["seconds"] for line in lines)
-    result |= dict(parameters=sum(p.numel() for p in model.parameters()), gflops=gflops, seconds=seconds,
-                   clips_per_second=sum(line["clips"] for line in lines) / max(seconds, 1e-9),
+    seen = sum(line["clips"] for line in lines)
+    if cfg.init_segmenter or cfg.init:
+        # its own training, too, of which `pretrain` keeps no count but its flags
+        before = trajtok.read_json(Path(cfg.init_segmenter or cfg.init) / "config.json")
+        result["clips_before"] = before["steps"] * before["batch"]
+    result |= dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,
+                   clips_seen=seen, clips_per_second=seen / max(seconds, 1e-9),
                    peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
                    seed=cfg.seed, tokenizer=cfg.tokenizer)
     write_json(folder / "result.json", result)
@@ -1004,24 +952,22 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
 
 def report(result, folder):
     """Print what the run scored, with chance beside it, and which command to try next."""
-
-    def percent(*keys):                                         # None: not measured
-        return "  ".join("    -" if result[key] is None else f"{100 * result[key]:5.1f} %" for key in keys)
-
     n = result["clips"]
-    print(f"\n{n} held-out clips                    R@1      R@5      R@10")
-    for way, name in (("t2v", "caption finds its clip"), ("v2t", "clip finds its caption")):
-        print(f"  {name:30s}  {percent(f'{way}_r1', f'{way}_r5', f'{way}_r10')}")
-    print(f"  {'chance':30s}  " + "  ".join(f"{min(100 * k / n, 100):5.1f} %" for k in (1, 5, 10)))
-    if result["zero_shot"] is not None:
-        print(f"  zero-shot classes {percent('zero_shot')}")
-    if result["motion"] is not None:
-        print(f"  linear probes: shape {percent('appearance')} (chance {100 / len(data.SHAPES):.0f} %), "
-              f"motion {percent('motion')} (chance {100 / len(data.MOTIONS):.0f} %)")
-    if result["veq"] is not None:
-        print(f"  trajectories: best IoU of objects {percent('object_iou')}, "
-              f"VEQ {percent('veq')}, STQ {percent('stq')}")
-    print(f"  {result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
+    lines = [[f"{n} held-out clips", "score", "chance"]]
+    for name, key, chance in (
+            ("caption finds its clip: R@1", "t2v_r1", 1 / n), ("R@5", "t2v_r5", 5 / n),
+            ("clip finds its caption: R@1", "v2t_r1", 1 / n), ("R@5", "v2t_r5", 5 / n),
+            ("zero-shot classes", "zero_shot", None),
+            ("linear probe: shape", "appearance", 1 / len(data.SHAPES)),
+            ("linear probe: motion", "motion", 1 / len(data.MOTIONS)),
+            ("which way time runs", "reversal", 1 / 2),
+            ("trajectories: best IoU of objects", "object_iou", None),
+            ("trajectories: VEQ", "veq", None), ("trajectories: STQ", "stq", None)):
+        if result.get(key) is not None:                         # None: the data or the tokenizer has none
+            beside = f"{min(100 * chance, 100):.1f} %" if chance else ""
+            lines.append([name, f"{100 * result[key]:.1f} %", beside])
+    print("\n".join(["", *trajtok.aligned(lines)]))
+    print(f"{result['live_tokens']:.1f} tokens and {result['gflops']:.2f} GFLOPs a clip; "
           f"{result['seconds']:.0f} s of training, {result['clips_per_second']:.0f} clips/s, "
           f"{result['peak_memory_gb']:.1f} GB; {result['left_out']} files left out")
     print(f"wrote {folder}/: result.json, curves.svg, found.png (three captions and the clips they find)")

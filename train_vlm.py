@@ -49,8 +49,8 @@ from tqdm import tqdm
 import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
-from encoder import Places, TrajectoryEncoder
-from segmenter import Segmentation, normalise, one_hot, recomputed
+from encoder import TrajectoryEncoder
+from segmenter import Segmentation, fourier_codes, normalise, one_hot, recomputed
 from trajtok import TrajTokConfig, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -455,17 +455,30 @@ def resize(x, size):
 # Connectors: features of windows -> tokens of the decoder's width
 # -----------------------------------------------------------------------------------------------------------
 
+def place_codes(count, dim):
+    """Learned codes (count, d) of the places along one axis. At the start neighbours are alike, and each code
+    is twice as large as a feature.
+
+    CHOICE: not encoder.Places, whose waves all features share. Of a thing that moves by a cell the waves of
+    high frequency cancel out, and their weights learn so fast that the motion is hardly found."""
+    angle = math.pi * (torch.arange(count) + 0.5)[:, None] / count * torch.arange(1, 5)
+    waves = torch.cat((angle.sin(), angle.cos()), 1)
+    return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves, dim))
+
+
 class PlacedFeatures(nn.Module):
-    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes
-    of frame, row and column.
+    """Features (v, t, h, w, d), h = w = side -> LayerNorm, less what all of them share, + codes of frame, row
+    and column: a token is a mean of what it reads, and does not know where its thing was unless that says it.
 
-    CHOICE: of frozen features the mean is taken off. The mean of a nano
-    segmenter's normed features is nine tenths as long as they are; beside it a
-    decoder that trains for minutes does not see the colours."""
+    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's normed features is nine
+    tenths as long as they are; beside it a decoder that trains for minutes does not see the colours."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, window, side):
         super().__init__()
-        self.norm, self.places = nn.LayerNorm(dim), Places(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.frame = place_codes(window, dim)
+        self.row = place_codes(side, dim)
+        self.column = place_codes(side, dim)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
 
@@ -481,9 +494,8 @@ class PlacedFeatures(nn.Module):
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
     def forward(self, features):
-        t, h, w = features.shape[1:4]
         x = (self.norm(features.to(self.norm.weight.dtype)) - self.mean) / self.deviation
-        return x + self.places((t, h, w)).view(t, h, w, -1)
+        return x + self.frame[:x.shape[1], None, None] + self.row[:, None] + self.column
 
 
 class Project(nn.Module):
@@ -511,10 +523,10 @@ class TrajectoryConnector(nn.Module):
     Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
     Perceiver under hard masks."""
 
-    def __init__(self, dim, shape, m, width):
+    def __init__(self, features, dim, shape, m, width):
         super().__init__()
         self.m, self.num_queries = m, shape.num_queries
-        self.features, self.project = PlacedFeatures(dim), Project(dim, width)
+        self.features, self.project = features, Project(dim, width)
         self.encoder = TrajectoryEncoder(TrajTokConfig(
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=m, out_dim=dim))
 
@@ -547,10 +559,10 @@ class PatchConnector(nn.Module):
     width)."""
     m = 1
 
-    def __init__(self, dim, grid, width):
+    def __init__(self, features, dim, grid, width):
         super().__init__()
         self.grid = tuple(grid)
-        self.features, self.project = PlacedFeatures(dim), Project(dim, width)
+        self.features, self.project = features, Project(dim, width)
 
     def counts(self, ids):
         return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
@@ -635,9 +647,10 @@ def assemble(cfg, decoder, segmenter, vision):
     width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
     if vision is not None:
         vision.recompute, dim = cfg.recompute, vision.cfg.hidden_size
-    connector = PatchConnector(dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
+    features = PlacedFeatures(dim, cfg.window, grid_side(segmenter, vision))
+    connector = PatchConnector(features, dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
     if cfg.connector == "trajtok":
-        connector = TrajectoryConnector(dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
+        connector = TrajectoryConnector(features, dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
     return VLM(decoder, connector, segmenter, vision)
 
 
@@ -660,14 +673,14 @@ class VLMConfig:
     vision: str | None = None               # a published SigLIP2 folder; nano: the segmenter's features
     tokenizer: str | None = None            # a published Qwen3 folder; default: the decoder's, or `world`
     segmenter: str | None = None            # a run's folder, or the authors' file; nano pre-trains one
-    segmenter_steps: int = 200              # of a segmenter that is pre-trained here
+    segmenter_steps: int = 100              # of a segmenter that is pre-trained here
     # the clips
     frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
     patch_frames: int = 2                   # patch: tokens of a window, along its frames ...
     patch_side: int = 2                     # ... and along a side of the picture
-    questions: int = 6                      # about each clip in a step
+    questions: int = 4                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
     # the training: captions first, then questions; each part has a rate in either
     # stage
@@ -886,13 +899,8 @@ def open_parts(cfg):
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
         raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
-    vision = SigLIP2.from_pretrained(cfg.vision) if cfg.vision else None
-    segmenter = None
-    if cfg.segmenter and Path(cfg.segmenter).is_file():
-        segmenter = trajtok.load_official_segmenter(cfg.segmenter)
-    elif cfg.segmenter:
-        segmenter = trajtok.TrajTok.from_pretrained(cfg.segmenter).segmenter
-    return encoding, decoder, segmenter, vision
+    segmenter = trajtok.load_segmenter(cfg.segmenter) if cfg.segmenter else None
+    return encoding, decoder, segmenter, SigLIP2.from_pretrained(cfg.vision) if cfg.vision else None
 
 
 def set_rates(optimizer, step, cfg):

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -76,6 +77,7 @@ class TrajTokConfig:
     # two extensions of ours (encoder.py)
     places: bool = False            # points say where and when they are
     path: bool = False              # tokens know how their trajectory moved
+    position_scale: float = 1.0     # of the codes of places
     # the paper's ablations
     detach: bool = True             # False: the Perceiver's gradient reaches the features
     hierarchical: bool = True       # False: the finest map alone
@@ -101,13 +103,7 @@ class TrajTokConfig:
     @property
     def choices(self):
         """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens, which is a power of two."""
-        return tuple(2 ** i for i in range(self.max_tokens.bit_length()))
-
-    def check(self, m):
-        """m tokens per trajectory -> m. BadInput if that is none of the choices."""
-        if m not in self.choices:
-            raise BadInput(f"tokens per trajectory {m}: one of {', '.join(map(str, self.choices))}")
-        return m
+        return [2 ** i for i in range(self.max_tokens.bit_length())]
 
 
 # nano trains in minutes on two cores and tiny in hours; base and large need a card of 80 GB. These two are
@@ -135,8 +131,6 @@ class TrajTok(nn.Module):
 
     def __init__(self, size="nano", backbone=None):
         super().__init__()
-        if isinstance(size, str) and size not in SIZES:
-            raise BadInput(f"--size {size}: one of {', '.join(SIZES)}")
         self.cfg = SIZES[size] if isinstance(size, str) else size
         self.segmenter = Segmenter(self.cfg, backbone)
         self.encoder = TrajectoryEncoder(self.cfg)
@@ -152,32 +146,30 @@ class TrajTok(nn.Module):
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
         seg = self.segmenter(video)
-        return self.encoder(seg.features, seg, self.cfg.check(m)), seg
+        return self.encoder(seg.features, seg, m), seg
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
         """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens
 
-        frames: uint8 (t, H, W, 3), or a function that returns, each time anew, an iterator over such pieces
-        (a decoder). each(first frame, piece (1, t, H, W, 3), its Segmentation) is called once a piece.
+        frames: uint8 (t, H, W, 3), which is cut into chunks; or a function that returns, each time anew, an
+        iterator over such chunks (a decoder). each(first frame, chunk (1, t, H, W, 3), its Segmentation) is
+        called once a chunk.
 
         The features of a long video fit no memory. So they are computed again whenever all of them are
         needed: once to count the frames, once for each layer of each Perceiver, and once for z_init."""
-        segmenter, encoder, cfg = self.segmenter, self.encoder, self.cfg
-        m, device = cfg.check(tokens_per_trajectory), segmenter.latents.device
-        source = pieces(frames, chunk)
+        segmenter, encoder, m = self.segmenter, self.encoder, tokens_per_trajectory
+        device = segmenter.latents.device
+        source = chunks_of(frames, chunk)
         length = sum(video.shape[1] for video in source())
-        if not length:
-            raise BadInput("an empty video: there is no frame to make tokens of")
 
-        # Segmenter.segment and TrajectoryEncoder.forward follow, a piece at a time. Each nested function is a
-        # generator that decodes the video from its beginning when it is called.
-        def extract():                                          # -> first frame, piece, F (1, n, d), grid
+        # Segmenter.segment and TrajectoryEncoder.forward follow, a chunk at a time. Each nested function is a
+        # generator that decodes the video from its beginning.
+        def extract():                                          # -> first frame, chunk, F (1, n, d), grid
             first = 0
             for video in source():
-                features, grid = segmenter.extract(normalise(video.to(device)))
-                yield first, video, features, grid
-                first += grid[0]
+                yield first, video, *segmenter.extract(normalise(video.to(device)))
+                first += video.shape[1]
 
         def read_by_queries():
             for first, _, features, (_, h, w) in extract():
@@ -186,68 +178,64 @@ class TrajTok(nn.Module):
         # the K queries have read the whole video before the first point is given to one of them
         queries = perceive(segmenter.perceiver, segmenter.latents[None], read_by_queries)
 
-        def segment():                                          # -> first frame, piece, Segmentation
+        def segment():                                          # -> first frame, F with places, Segmentation
             for first, video, features, grid in extract():
-                logits = segmenter.mask_logits(queries, features)
-                ids = logits.argmax(-1)
-                alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-                yield first, video, Segmentation(features, logits, ids, alive, grid)
+                seg = segmenter.assign(queries, features, grid)
+                yield first, video, encoder.add_places(features, grid, first, length), seg
 
-        # z_init is a mean over all points: numerator and denominator are summed over the pieces
+        # z_init is a mean over all points: numerator and denominator are summed over the chunks
         total, weight, alive, path = 0.0, 0.0, False, []
-        for first, video, seg in segment():
+        for first, video, points, seg in segment():
             soft = seg.logits.softmax(-1)                       # over the queries
-            points = encoder.add_places(seg.features, seg.grid, first, length)
             part, share = soft_sums(soft, points)
-            total, weight, alive = total + part, weight + share, seg.alive | alive
-            if cfg.path:
-                path.append(TrajectoryPath.sums(soft, seg.grid))
+            total, weight, alive = total + part, weight + share, alive | seg.alive
+            path.append(TrajectoryPath.sums(soft, seg.grid))
             if each:
                 each(first, video, seg)
-        latents = encoder.start(total, weight, torch.cat(path, 1) if path else None, m)
+        latents = encoder.start(total, weight, torch.cat(path, 1), m)
 
         def read_by_tokens():
-            for first, _, seg in segment():
-                points = encoder.add_places(seg.features, seg.grid, first, length)
+            for first, _, points, seg in segment():
                 cells = seg.grid[1] * seg.grid[2]
                 number = first * cells + torch.arange(seg.ids.shape[1], device=device)
-                last = number >= length * cells - cfg.last_points       # (n,), True = every token reads it
+                last = number >= length * cells - self.cfg.last_points  # (n,), True = every token reads it
                 yield first * cells, points, seg.ids.masked_fill(last, EVERYONE)
 
         # under the hard mask a token reads the tokens and the points of its own trajectory
-        owner = torch.arange(cfg.num_queries, device=device).repeat_interleave(m)
-        z = perceive(encoder.perceiver, latents, read_by_tokens, owner if cfg.hard_mask else None)
+        owner = torch.arange(self.cfg.num_queries, device=device).repeat_interleave(m)
+        z = perceive(encoder.perceiver, latents, read_by_tokens, owner if self.cfg.hard_mask else None)
         return encoder.finish(z, alive)
 
     @torch.no_grad()
     def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
         """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a
-        window. -> Tokens, b = 1; trajectory k of window i is number i·K + k."""
+        window. frames: as for stream, a chunk is a window. -> Tokens, b = 1; trajectory k of window i is
+        number i·K + k: query k stands for another thing in every window."""
         parts, first = [], 0
-        for video in pieces(frames, window)():
+        for video in chunks_of(frames, window)():
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
-            # query k stands for another thing in every window: no number may occur in two of them
             offset = len(parts) * self.cfg.num_queries
             parts.append(tokens._replace(trajectory=tokens.trajectory + offset))
             if each:
                 each(first, video, seg)
             first += video.shape[1]
-        if not parts:
-            raise BadInput("an empty video: there is no frame to make tokens of")
         # z, mask and trajectory: for each field, the windows one after the other
         return Tokens(*(torch.cat(field, 1) for field in zip(*parts)))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which from_pretrained reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"trajtok": dataclasses.asdict(self.cfg)})
-        write_weights(folder / "model.safetensors", self.state_dict())
+        make_folder(folder)
+        write_json(Path(folder) / "config.json", {"trajtok": dataclasses.asdict(self.cfg)})
+        write_weights(Path(folder) / "model.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder):
         """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> the tokenizer, in eval mode."""
-        return load_weights(cls(tokenizer_config(folder)), folder, "video.tokenizer.").eval()
+        try:
+            cfg = TrajTokConfig(**read_json(Path(folder) / "config.json")["trajtok"])
+        except (KeyError, TypeError):                           # no such entry; none, or unknown fields in it
+            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer") from None
+        return load_weights(cls(cfg), folder, "video.tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
@@ -269,35 +257,11 @@ class TrajTok(nn.Module):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Long video: a Perceiver that reads its points a piece at a time
+# Long video: a Perceiver that reads its points a chunk at a time
 # -----------------------------------------------------------------------------------------------------------
 
 # perceive() takes it for the trajectory of a point that every token may read (cfg.last_points)
 EVERYONE = -2
-
-
-class RunningSoftmax:
-    """y = softmax(s) v over pieces of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
-    scores s_j and values v_j,
-
-      y = sum_j exp(s_j - s_max) v_j / sum_j exp(s_j - s_max)
-
-    so both sums can be carried from piece to piece. Where a piece brings a larger s_max, the sums so far are
-    multiplied by exp(old s_max - new s_max)."""
-
-    def __init__(self):
-        self.top, self.norm, self.total = torch.tensor(-math.inf), 0.0, 0.0
-
-    def add(self, s, v):                                        # scores (..., q, n), values (..., n, c)
-        top = torch.maximum(self.top.to(s.device), s.amax(-1, keepdim=True))
-        rescale = (self.top.to(s.device) - top).exp()           # 0 at the first piece
-        w = (s - top).exp()
-        self.norm = self.norm * rescale + w.sum(-1, keepdim=True)
-        self.total = self.total * rescale + w @ v
-        self.top = top
-
-    def mean(self):
-        return self.total / self.norm
 
 
 def perceive(perceiver, latents, chunks, owner=None):
@@ -306,7 +270,7 @@ def perceive(perceiver, latents, chunks, owner=None):
     chunks() returns, once for each layer, a new iterator over (number of the first point, points (1, n, d),
     ids (1, n) or None). owner (s,): the trajectory of each latent, under the hard mask; None: no mask."""
     for attention, mlp in perceiver.layers:
-        x, softmax = perceiver.norm_lat(latents), None
+        x, read = perceiver.norm_lat(latents), None
         for first, points, ids in chunks():
             # latents have the positions 0 .. s-1, so the first point of the video has s
             parts = attention.project(x, perceiver.norm_ctx(points), latents.shape[1] + first)
@@ -316,52 +280,49 @@ def perceive(perceiver, latents, chunks, owner=None):
             if owner is not None:                               # masked_fill: True = may not be read
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
                 s = s.masked_fill((owner[:, None] != ids) & (ids != EVERYONE), -math.inf)
-            # project returns the latents' own keys with every chunk; they count once
-            if softmax is None:
-                softmax = RunningSoftmax()
-                softmax.add(s_own, v_own)
-            softmax.add(s, v)
-        y = rearrange(softmax.mean(), "b a s c -> b s (a c)").to(latents.dtype)
+            # project returns the latents' own keys with every chunk; they count once, before the points
+            if read is None:
+                read = running_softmax(None, s_own, v_own)
+            read = running_softmax(read, s, v)
+        _, norm, total = read
+        y = rearrange(total / norm, "b a s c -> b s (a c)").to(latents.dtype)
         latents = (x if perceiver.normed_residual else latents) + attention.to_out(y)
         latents = latents + mlp(latents)
     return latents
 
 
-def pieces(frames, length):
-    """Cut a video into pieces of `length` frames.
+def running_softmax(before, s, v):
+    """y = softmax(s) v over chunks of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
+    scores s_j (..., q, n) and values v_j (..., n, c),
 
-    frames: uint8 (t, H, W, 3), or a callable that returns an iterator over parts of any length.
-    -> a callable that returns an iterator over uint8 (1, length, H, W, 3); the last piece may be shorter."""
-    if length < 1:
-        raise BadInput(f"pieces of {length} frames: give at least 1")
+      y = total / norm,   total = sum_j exp(s_j - top) v_j,   norm = sum_j exp(s_j - top),   top = max_j s_j
 
-    def cut():
-        held = []
-        for part in frames() if callable(frames) else [frames]:
-            held.append(torch.as_tensor(part))
-            # the last piece may still be too short: it is held back until the next part, or the end
-            *whole, last = torch.cat(held).split(length)
-            held = [last]
-            yield from (piece[None] for piece in whole)
-        if held and len(held[0]):
-            yield held[0][None]
+    before: (top, norm, total) of the earlier chunks, None at the first -> the same with this chunk. Where it
+    brings a larger top, the earlier sums are multiplied by exp(old top - new top)."""
+    top = s.amax(-1, keepdim=True)
+    if before is not None:
+        top = torch.maximum(before[0], top)
+    w = (s - top).exp()
+    norm, total = w.sum(-1, keepdim=True), w @ v
+    if before is not None:
+        rescale = (before[0] - top).exp()
+        norm, total = norm + before[1] * rescale, total + before[2] * rescale
+    return top, norm, total
 
-    return cut
+
+def chunks_of(frames, length):
+    """uint8 (t, H, W, 3), cut into chunks of `length` frames, or a function that returns an iterator over
+    chunks -> a function that returns an iterator over uint8 (1, t, H, W, 3)."""
+    def chunks():
+        for chunk in frames() if callable(frames) else torch.as_tensor(frames).split(length):
+            yield torch.as_tensor(chunk)[None]
+
+    return chunks
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Weights: our own folders, and what others published
 # -----------------------------------------------------------------------------------------------------------
-
-def tokenizer_config(folder):
-    """The TrajTokConfig in a folder's config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        return TrajTokConfig(**values.get("trajtok", values.get("tokenizer")))
-    except (OSError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: no tokenizer's configuration ({error}); give the folder of a run") from None
-
 
 def load_weights(module, folder, *prefixes):
     """folder/model.safetensors into module, strictly -> module. What train_clip.py wrote holds the tokenizer
@@ -397,10 +358,10 @@ def read_weights(path, wrappings=("model", "state_dict")):
     weights, files = {}, [path]
     try:
         if path.suffix == ".json":
-            names = set(json.loads(path.read_text())["weight_map"].values())
-            files = [path.parent / name for name in sorted(names)]
+            parts = set(json.loads(path.read_text())["weight_map"].values())
+            files = [path.parent / part for part in parts]
         for file in files:
-            weights |= load_any(file)
+            weights |= load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
     # the two readers raise exceptions of many types on a file that is not theirs
     except Exception as error:
         raise BadInput(f"{path}: no whole file of weights ({type(error).__name__}); fetch it again") from None
@@ -413,12 +374,10 @@ def read_weights(path, wrappings=("model", "state_dict")):
     return weights
 
 
-def load_any(file):
-    """One file -> what it holds: a dict of tensors, perhaps wrapped."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    # the original VideoMAE release keeps its command line, an argparse.Namespace, beside the weights. With
-    # weights_only, torch refuses every class that is not named here: a pickle could run code.
+def load_pickle(file):
+    """A torch checkpoint -> what it holds. With weights_only, torch refuses every class that is not named: a
+    pickle could run code. The original VideoMAE release keeps its command line, an argparse.Namespace, beside
+    the weights."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -429,7 +388,7 @@ def fit_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        reason = " ".join(str(error).split())
         raise BadInput(f"{where}: weights of another model or size: {reason}") from None
     return module
 
@@ -461,34 +420,22 @@ def count(weights, pattern):
     return max((int(one[1]) + 1 for one in found if one), default=0)
 
 
-# ConvNeXt (arXiv 2201.03545) is published in four layouts: the same tensors under other names. These rules
-# turn each into our names, which are those of the original release.
+# ConvNeXt (arXiv 2201.03545) is published in four layouts, the original's, timm's and two of the hub
+# (ConvNext and DINOv3): the same tensors under other names. These rules turn each into the original's.
+DOWNSAMPLE = r"(?:encoder\.)?stages\.(\d)\.downsampl(?:e|e_layers|ing_layer)\.([01])\."
+BLOCK = r"(?:encoder\.)?stages\.(\d)\.(?:blocks\.|layers\.|)(\d+)\."
 CONVNEXT_NAMES = [
-    # DINOv3 in the original layout: holds the last norm twice, here and as `norm`
-    (r"norms\.3\..+", None),
-    # the classifier on top, in any layout
-    (r"(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
-    # timm
+    # the last norm, which DINOv3's original layout holds twice; the classifier on top
+    (r"norms\.3\..+|(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
     (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
-    (r"stages\.(\d)\.downsample\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
-    (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw\.(.+)", r"stages.\1.\2.dwconv.\3"),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
-    (r"stages\.(\d)\.blocks\.(\d+)\.(gamma|norm\..+)", r"stages.\1.\2.\3"),
-    (r"head\.norm\.(.+)", r"norm.\1"),
-    # the hub's ConvNext
     (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
     (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
-    (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(.+)", r"stages.\1.\2.norm.\3"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:dwconv|pwconv[12])\..+)", r"stages.\1.\2.\3"),
-    # the hub's DINOv3
-    (r"stages\.(\d)\.downsample_layers\.([01])\.(.+)", r"downsample_layers.\1.\2.\3"),
-    (r"stages\.(\d)\.layers\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
-    (r"stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.(.+)", r"stages.\1.\2.dwconv.\3"),
-    (r"stages\.(\d)\.layers\.(\d+)\.layer_norm\.(.+)", r"stages.\1.\2.norm.\3"),
-    (r"stages\.(\d)\.layers\.(\d+)\.pointwise_conv([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
-    (r"(?:layernorm|layer_norm)\.(.+)", r"norm.\1"),
+    (DOWNSAMPLE + "(.+)", r"downsample_layers.\1.\2.\3"),
+    (BLOCK + r"(?:conv_dw|dwconv|depthwise_conv)\.(.+)", r"stages.\1.\2.dwconv.\3"),
+    (BLOCK + r"(?:mlp\.fc|pwconv|pointwise_conv)([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
+    (BLOCK + r"(?:norm|layernorm|layer_norm)\.(.+)", r"stages.\1.\2.norm.\3"),
+    (BLOCK + r"(?:gamma|layer_scale_parameter)", r"stages.\1.\2.gamma"),
+    (r"(?:head\.norm|layernorm|layer_norm)\.(.+)", r"norm.\1"),
 ]
 
 
@@ -496,9 +443,7 @@ def convnext_names(weights, where):
     """Any published layout -> weights under our names; depths and dims, which are read off names and
     shapes."""
     # a ConvNeXt inside a classifier, or inside another model, has one of these before each name
-    for prefix in ("convnext.", "backbone.", "model."):
-        if any(k.startswith(prefix) for k in weights):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    weights = {re.sub(r"^(convnext|backbone|model)\.", "", key): x for key, x in weights.items()}
     weights = rename(weights, CONVNEXT_NAMES)
     depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
     # the convolution comes first in the stem, and after a norm in the other three; len = output channels
@@ -518,6 +463,7 @@ def load_convnext(path):
 # the authors' names -> ours. Their low-resolution head makes the masks that the tokens are built on. A second
 # one, at the frame's resolution, serves the training of the segmenter alone and is left out.
 SEGMENTER_NAMES = [
+    (r"patch_encoder\.backbone\..+", None),                     # its own rules, above
     (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
     (r"trajectory_perceiver\.latents", r"latents"),
     (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
@@ -551,8 +497,7 @@ def official_perceiver(weights, where):
 def official_segmenter(weights, where):
     """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names."""
     backbone, depths, dims = convnext_names(under(weights, "patch_encoder.backbone."), where)
-    rest = {k: v for k, v in weights.items() if not k.startswith("patch_encoder.backbone.")}
-    rest = rename(rest, SEGMENTER_NAMES)
+    rest = rename(weights, SEGMENTER_NAMES)
     depth, heads = official_perceiver(rest, where)
     queries, dim = rest["latents"].shape
     cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims,
@@ -560,16 +505,75 @@ def official_segmenter(weights, where):
     return cfg, rest | {f"backbone.{k}": v for k, v in backbone.items()}
 
 
-def load_official_segmenter(path):
-    """The Segmenter of a checkpoint that the authors released: alone, or inside TrajViT2's."""
+def load_segmenter(path):
+    """A Segmenter from the folder of a run, or from a checkpoint that the authors released: theirs alone, or
+    inside TrajViT2's. In eval mode."""
+    if Path(path).is_dir():
+        return TrajTok.from_pretrained(path).segmenter
     marks = ("log_scale", "trajectory_perceiver.latents")
     cfg, weights = official_segmenter(official_part(read_weights(path), marks, path), path)
     return fit_weights(Segmenter(cfg), weights, path).eval()
 
 
 # -----------------------------------------------------------------------------------------------------------
-# A run: device, processes, optimizer
+# A run: its flags, device, processes, optimizer
 # -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The flags of every training. The comments are their --help."""
+    size: str = "nano"                  # nano, or a larger one of the script's sizes
+    data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
+    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
+    val: str | None = None              # a manifest of held-out clips; default: a part of --data
+    name: str | None = None             # of the run, whose folder is named at the end; default: size and data
+    out: str = "out"                    # where runs are kept
+    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
+    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
+    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
+    shared_colours: bool = True         # may two objects of a made clip have the same colour?
+    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
+    batch: int = 32                     # clips a step of each process
+    steps: int = 300                    # steps
+    lr: float = 1e-3                    # peak learning rate
+    warmup: int = 20                    # steps of linear warm-up; then a cosine to 1 %
+    weight_decay: float = 0.02          # on matrices
+    clip: float = 1.0                   # largest gradient norm
+    seed: int = 0                       # of weights, data order and augmentation
+    save_every: int = 100               # steps between checkpoints
+    eval_clips: int = 64                # held-out made clips
+    device: str = "auto"                # cpu, cuda, ...
+    workers: int = 0                    # processes that make batches; 0: the training process
+    bf16: bool | None = None            # matrix products in bfloat16; default: on a GPU
+    resume: bool = False                # go on with the run of this name
+    overwrite: bool = False             # start again over a run of this name
+
+    def __post_init__(self):
+        at_least(self, 1, "image_size frames max_objects batch steps save_every eval_clips")
+        at_least(self, 0, "stride lr warmup weight_decay clip seed workers")
+
+
+def at_least(cfg, least, names):
+    """Refuse flags, `names` in one text, that are below `least`, infinite or NaN. None is not refused."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        # every comparison with NaN is False
+        if not (value is None or least <= value < math.inf):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
+
+
+def sized(cfg, shape):
+    """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
+    flags that were given, and the flags cfg, of which none is None any more."""
+    names = ("image_size", "frames", "num_queries")
+    if cfg.data == "world" and cfg.world == "stage":
+        shape = dataclasses.replace(shape, image_size=32, frames=8, num_queries=8)
+    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    shape = dataclasses.replace(shape, **given)
+    return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
+
 
 def setup(cfg):
     """-> torch.device. Joins the other processes if torchrun launched us, and seeds the weights."""
@@ -609,15 +613,15 @@ def choose_device(name):
 
 
 def keep_memory():
-    """Tell the C library to keep freed memory. By default every large tensor is mapped from the system and
-    given back, page by page, at each step; a nano step on two cores then takes twice as long. Linux with
-    glibc only."""
+    """Tell the C library to keep freed memory, up to 64 MiB a tensor. By default every large tensor is mapped
+    from the system and given back, page by page, at each step; a nano step on two cores then takes twice as
+    long. Larger tensors would leave holes in the memory that is kept. Linux with glibc only."""
     if sys.platform == "linux":
-        # PyTorch then starts large tensors at a page, which leaves fewer holes in the memory that is kept
+        # PyTorch then starts large tensors at a page, which leaves fewer holes
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
-            mallopt(-3, 1 << 30)                                # M_MMAP_THRESHOLD: below 1 GiB, use the heap
+            mallopt(-3, 1 << 26)                                # M_MMAP_THRESHOLD: below 64 MiB, use the heap
             mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never shrink the heap
 
 
@@ -633,9 +637,7 @@ def launch(cfg):
 
 def ranks():
     """-> the number of this process, how many train together."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce(values, device):
@@ -663,13 +665,11 @@ def gather(x):
 def sum_gradients(parameters):
     """p.grad becomes its sum over all processes. CHOICE: after the backward pass instead of
     DistributedDataParallel, which must know beforehand which parameters a step uses; here that changes."""
-    if ranks()[1] == 1:
-        return
-    for p in parameters:
-        # all processes have to call all_reduce for the same parameters, or they wait for each other
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+    if ranks()[1] > 1:
+        for p in parameters:
+            # all processes have to call all_reduce for the same parameters, or they wait for each other
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
 
 
 def precision(device, bf16=None):
@@ -694,14 +694,13 @@ def make_optimizer(model, cfg, scales=None):
     silence the layers behind them.
 
     scales {prefix: factor}: parameters whose names begin with the prefix learn `factor` times as fast. AdamW
-    ignores group["scale"]: the training loop sets group["lr"] = lr · group["scale"] at each step."""
+    ignores group["scale"]: set_learning_rate multiplies by it."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             factors = [factor for prefix, factor in (scales or {}).items() if name.startswith(prefix)]
-            scale = factors[0] if factors else 1.0
-            decay = cfg.weight_decay if p.dim() > 1 else 0.0
-            groups.setdefault((scale, decay), []).append(p)
+            key = factors[0] if factors else 1.0, cfg.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault(key, []).append(p)
     groups = [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=p.is_cuda)
 
@@ -725,12 +724,11 @@ def peak_memory_gb(device):
 def count_gflops(run):
     """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. Not to be called
     under no_grad, where torch's counter fails."""
-    # the attention kernel of CPUs is missing in the counter's own table
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
     def attention(q, k, v, *_, **__):                           # shapes, and options that change no count
         return sdpa_flop_count(q, k, v)
 
+    # the attention kernel of CPUs is missing in the counter's own table
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
         run()
     return counter.get_total_flops() / 1e9
@@ -775,20 +773,18 @@ def open_run(folder, cfg, **more):
     """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there
     already is kept unless --overwrite is given. more["manifest"] is data.fingerprint of the training data: a
     resumed run on other data would not continue the old one, and is refused."""
+    config = folder / "config.json"
     if ranks()[0]:
         return
-    config = folder / "config.json"
     if config.exists() and not (cfg.resume or cfg.overwrite):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
-    if cfg.resume and cfg.overwrite:
-        raise BadInput("--resume goes on with a run, --overwrite starts it again: give one of them")
-    if cfg.resume and config.exists() and read_json(config).get("manifest") != more.get("manifest"):
-        raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
-    make_folder(folder)
     if cfg.overwrite:
         # or the new run would go on from the old state
-        for name in ("state.pt", "log.jsonl", "result.json", "model.safetensors"):
+        for name in ("config.json", "state.pt", "log.jsonl", "result.json", "model.safetensors"):
             (folder / name).unlink(missing_ok=True)
+    if config.exists() and read_json(config).get("manifest") != more.get("manifest"):
+        raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
+    make_folder(folder)
     write_json(config, {**dataclasses.asdict(cfg), **more})
 
 
@@ -821,15 +817,11 @@ def load_checkpoint(folder, model, optimizer):
     except Exception as error:
         raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
     fit_weights(model, state["model"], path)
-    # load_state_dict brings the saved run's weight decay and factors back: the flags given now come first
-    kept = ("scale", "weight_decay")
-    groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
-        raise BadInput(f"{path}: is of a run that trained other parameters ({error})") from None
-    for group, flags in zip(optimizer.param_groups, groups):
-        group.update(flags)
+    # the moments are the saved run's, the settings, e.g. --weight-decay, those of the flags given now
+    saved, now = state["optimizer"], optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in now]:
+        raise BadInput(f"{path}: is of a run that trained other parameters; leave --freeze-... as they were")
+    optimizer.load_state_dict(dict(state=saved["state"], param_groups=now))
     return state["step"]
 
 
@@ -872,12 +864,11 @@ def write_text(image, text, top, left, scale=2):
     """Write into image uint8 (H, W, 3), in place, in capitals 5 · scale high; what leaves the image is cut
     off. Drawn here so that pictures need no font and no plotting library."""
     for i, letter in enumerate(text.lower()):
-        for row, octal in enumerate(GLYPHS.get(letter, "00700")):       # a dash for an unknown letter
-            for column, bit in enumerate((4, 2, 1)):
-                if int(octal) & bit:
-                    y = top + row * scale
-                    x = left + (4 * i + column) * scale
-                    image[y:y + scale, x:x + scale] = 40
+        rows = GLYPHS.get(letter, "00700")                      # a dash for an unknown letter
+        bits = np.array([[int(row) & bit > 0 for bit in (4, 2, 1)] for row in rows])
+        ink = bits.repeat(scale, 0).repeat(scale, 1)
+        box = image[top:top + 5 * scale, left + 4 * i * scale:][:, :3 * scale]
+        box[ink[:len(box), :box.shape[1]]] = 40
 
 
 def filmstrip(video, rows, count=4, scale=2):
@@ -897,56 +888,54 @@ def filmstrip(video, rows, count=4, scale=2):
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
         shown[name] = paint(video, ids, mine[1:])[some]
-    # each row of frames gets its name at the left, and white gaps
+    return captioned(shown, scale)
+
+
+def captioned(rows, scale):
+    """rows {name: frames uint8 (count, H, W, 3)} -> image: each row of frames with its name at the left, with
+    white gaps."""
     lines = []
-    for name, images in shown.items():
+    for name, images in rows.items():
         images = images.repeat(scale, 1).repeat(scale, 2)
         images = np.pad(images, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
         line = np.pad(np.concatenate(list(images), 1), ((0, 0), (80, 0), (0, 0)), constant_values=255)
         write_text(line, name, len(line) // 2 - 5, 4)
         lines.append(line)
-    return np.pad(np.concatenate(lines), ((0, 12), (0, 0), (0, 0)), constant_values=255)
+    return np.concatenate(lines)
 
 
 def plot(path, panels, x="step", log=False):
-    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, two panels a row.
+    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, a panel below the other.
     x: the name of the horizontal axis. log: both axes are logarithmic; all values must be above 0.
 
-    SVG is text: it needs no plotting library and is sharp at any size."""
-    size = f'width="960" height="{300 * math.ceil(len(panels) / 2)}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
-    parts.append('<rect width="100%" height="100%" fill="white"/>')
-    for i, (title, lines) in enumerate(panels.items()):
-        parts.append(f'<g transform="translate({480 * (i % 2)} {300 * (i // 2)})">')
-        parts += [*panel(title, lines, x, log), "</g>"]
-    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
-
-
-def panel(title, lines, x, log):
-    """One panel of a plot, 480 x 300 -> its SVG elements. In SVG y grows downwards: the axes run from
-    (70, 250) at the lower left to (370, 30) at the upper right."""
-    points = {name: np.array(line, float) for name, line in lines.items()}      # (points, 2): x, y
-    if log:
-        points = {name: np.log10(line) for name, line in points.items()}
-    corners = np.concatenate(list(points.values()))
-    low = corners.min(0)
-    span = np.maximum(corners.max(0) - low, 1e-9)
-    yield f'<text x="70" y="20" font-weight="bold">{title}</text>'
+    SVG is text: it needs no plotting library and is sharp at any size. In it y grows downwards: the axes of a
+    panel run from (70, 250) at the lower left to (370, 30) at the upper right."""
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="480" height="{300 * len(panels)}" '
+             'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
     note = " (both axes are logarithmic)" if log else ""
-    yield f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>'
-    # five grid lines each way, with the values that they stand for
-    for share in np.linspace(0, 1, 5):
-        right, up = 70 + 300 * share, 250 - 220 * share
-        tick = 10 ** (low + share * span) if log else low + share * span
-        yield f'<path d="M70 {up}H370M{right} 250V255" stroke="#ddd"/>'
-        yield f'<text x="64" y="{up + 4}" text-anchor="end">{tick[1]:.3g}</text>'
-        yield f'<text x="{right}" y="269" text-anchor="middle">{tick[0]:.4g}</text>'
-    for i, (name, line) in enumerate(points.items()):
-        colour = "rgb({},{},{})".format(*palette(i + 1)[i])
-        where = (line - low) / span * (300, -220) + (70, 250)
-        pixels = " ".join(f"{right:.1f},{up:.1f}" for right, up in where)
-        yield f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>'
-        yield f'<text x="378" y="{44 + 16 * i}" fill="{colour}">{name}</text>'
+    for i, (title, lines) in enumerate(panels.items()):
+        points = {name: np.array(line, float) for name, line in lines.items()}      # (points, 2): x, y
+        if log:
+            points = {name: np.log10(line) for name, line in points.items()}
+        corners = np.concatenate(list(points.values()))
+        low, span = corners.min(0), np.maximum(np.ptp(corners, 0), 1e-9)
+        parts.append(f'<g transform="translate(0 {300 * i})"><text x="70" y="20">{title}</text>')
+        parts.append(f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>')
+        # five grid lines each way, with the values that they stand for
+        for share in np.linspace(0, 1, 5):
+            right, up = 70 + 300 * share, 250 - 220 * share
+            tick = 10 ** (low + share * span) if log else low + share * span
+            parts.append(f'<path d="M70 {up}H370M{right} 250V255" stroke="#ddd"/>')
+            parts.append(f'<text x="64" y="{up + 4}" text-anchor="end">{tick[1]:.3g}</text>')
+            parts.append(f'<text x="{right}" y="269" text-anchor="middle">{tick[0]:.4g}</text>')
+        for j, (name, line) in enumerate(points.items()):
+            colour = "rgb({},{},{})".format(*palette(j + 1)[j])
+            pixels = (line - low) / span * (300, -220) + (70, 250)
+            pixels = " ".join(f"{right:.1f},{up:.1f}" for right, up in pixels)
+            parts.append(f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>')
+            parts.append(f'<text x="378" y="{44 + 16 * j}" fill="{colour}">{name}</text>')
+        parts.append("</g>")
+    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
 
 
 def aligned(lines):
@@ -964,65 +953,16 @@ def aligned(lines):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Trains the segmenter alone: focal + 2 dice on trajectory labels."""
-    size: str = "nano"                  # one of SIZES: nano, tiny, base, large
-    data: str = "world"                 # `world`, or a manifest or folder with masks; several with commas
-    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
-    val: str | None = None              # a manifest of held-out clips; default: a part of --data
-    name: str | None = None             # the run's folder is out/segmenter-<name>
-    out: str = "out"                    # where runs are kept
+class PretrainConfig(RunConfig):
+    """Trains the segmenter alone: focal + 2 dice on trajectory labels. Its data needs masks."""
     init: str | None = None             # start from the segmenter of this run, of `pretrain` or train_clip.py
-    # the clips
-    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None           # frames of a clip; default: the size's
     num_queries: int | None = None      # K, trajectories at most; default: the size's
-    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
-    max_objects: int = 8                # of a made clip: 1 .. 8
-    shared_colours: bool = True         # may two objects of a made clip have the same colour?
-    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
-    # the training
-    batch: int = 32                     # clips a step
-    steps: int = 300                    # steps
-    lr: float = 1e-3                    # peak learning rate
-    warmup: int = 20                    # steps of linear warm-up
-    weight_decay: float = 0.02          # on matrices
-    clip: float = 1.0                   # largest gradient norm
-    seed: int = 0                       # of weights and data order
-    workers: int = 0                    # processes that make batches; 0: this one
-    save_every: int = 100               # steps between checkpoints
-    eval_clips: int = 64                # held-out made clips
-    device: str = "auto"                # cpu, cuda, ...
-    resume: bool = False                # go on with the run of this name
-    overwrite: bool = False             # start again over a run of this name
-
-    def __post_init__(self):
-        at_least(self, 1, "batch steps save_every eval_clips num_queries max_objects frames image_size")
-        at_least(self, 0, "warmup workers weight_decay stride seed lr clip")
-
-
-def at_least(cfg, least, names):
-    """Refuse flags, `names` in one text, that are below `least`, infinite or NaN. None is not refused."""
-    for name in names.split():
-        value = getattr(cfg, name)
-        # every comparison with NaN is False
-        if not (value is None or least <= value < math.inf):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
 
 
 # CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points
 # each; in minutes the segmenter learns to tell things apart by colour, not yet by place.
 PRETRAIN_SIZES = {name: {"size": name} for name in SIZES}
 PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
-
-
-def sized(cfg, shape):
-    """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
-    flags that were given, and the flags cfg, of which none is None any more."""
-    names = ("image_size", "frames", "num_queries")
-    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    shape = dataclasses.replace(shape, **given)
-    return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
 
 
 def pretrain(cfg):
@@ -1055,15 +995,14 @@ def pretrain(cfg):
         # made clips are never the same twice and need no augmentation; the key "motion" marks them
         if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
-        # 2. the loss
-        with precision(device):
+        # 2. the loss, with the weights with which the release trains the segmenter alone
+        with precision(device, cfg.bf16):
             seg = segmenter(video)
         # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
         focal, dice = segmentation_loss(seg, labels)
+        loss = focal + 2 * dice
         # 3. the step
         optimizer.zero_grad()
-        # the weights with which the release trains the segmenter alone
-        loss = focal + 2 * dice
         loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
@@ -1071,14 +1010,14 @@ def pretrain(cfg):
         optimizer.step()
         # 4. the log and the checkpoint. `live`: trajectories a clip that own a point. A few out of many
         # queries means that the queries have become alike
-        live = seg.alive.float().sum(1).mean().item()
-        log(step=step, **terms, lr=lr, live=live)
+        terms["live"] = seg.alive.float().sum(1).mean().item()
+        log(step=step, **terms, lr=lr)
         if step % 10 == 0 or step + 1 == cfg.steps:
-            shown = f"focal {focal:.3f}  dice {dice:.3f}  live {live:.1f}"
+            shown = "  ".join(f"{name} {x:.3f}" for name, x in terms.items())
             print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
-    result, pictures = evaluate_segmenter(segmenter, held_out, device)
+    result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
     write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
     print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
@@ -1104,7 +1043,6 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
         # a million: every label counts here, while training keeps the K largest
         truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
         found = seg.ids.unflatten(1, seg.grid).cpu()            # (b, t, h, w), as truth
-        fine = seg.masks(batch["labels"].shape[-2:]).cpu()      # (b, t, H, W), for the pictures
         labelled = (truth >= 0).flatten(1).any(1)
         for j in labelled.nonzero()[:, 0].tolist():
             scores = video_metrics(found[j:j + 1], truth[j:j + 1])
@@ -1113,8 +1051,8 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
             rows.append(dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"],
                              live_trajectories=int(seg.alive[j].sum())))
             if len(pictures) < 6:
-                clip = (batch["video"][j], fine[j], batch["labels"][j])
-                pictures.append([x.cpu().numpy() for x in clip])
+                fine = seg.masks(batch["labels"].shape[-2:])    # (b, t, H, W)
+                pictures.append([x[j].cpu().numpy() for x in (batch["video"], fine, batch["labels"])])
     keys = rows[0] if rows else ()
     return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}, pictures
 
@@ -1123,10 +1061,8 @@ def save_pictures(folder, pictures, log, terms):
     """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
     steps."""
     sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
-    # two side by side; of three or five the last has no partner and is left out
-    pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
-    if pairs:
-        write_png(folder / "trajectories.png", np.concatenate(pairs))
+    if sheets:
+        write_png(folder / "trajectories.png", np.concatenate(sheets))
     curves = {term: [(line["step"], line[term]) for line in log.lines() if term in line] for term in terms}
     # each term has a panel of its own, and its only line needs no name
     plot(folder / "curves.svg", {term: {"": curve} for term, curve in curves.items() if curve})
@@ -1146,6 +1082,7 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
+    stages: bool = False                # walk through the method on this clip: <clip>-stages.png
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
@@ -1176,63 +1113,109 @@ class Painter:
         self.frames += len(video)
 
 
+def clip_of(cfg, tokenizer):
+    """The clip of `show`, in one piece -> video (1, t, H, W, 3), rows of the picture, frames a second."""
+    size = tokenizer.cfg.image_size
+    frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
+    if cfg.clip == "world":
+        world = data.World(size=size, frames=frames)
+        video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, world)]), size)
+        return video, {"true": labels[0].numpy()}, 4.0
+    if Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
+        frames = 1
+    video, times = data.decode(cfg.clip, frames, size)
+    # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
+    return torch.from_numpy(video)[None], {}, len(times) / (times[-1] + 0.25)
+
+
 def show(cfg):
     """Draw the trajectories of a clip into a film and a picture, and print how many tokens they make."""
     device = choose_device(cfg.device)
     released = Path(cfg.weights).is_file()
     tokenizer = TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)
     tokenizer.to(device)
-    m = tokenizer.cfg.check(cfg.tokens_per_trajectory)
-    frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
-    size = tokenizer.cfg.image_size
-    # 1. the clip. frames 0: all frames of a video, which stays on disk and is read a piece at a time
-    made = cfg.clip == "world"
-    if made or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
-        if not frames or cfg.window:
-            raise BadInput(f"--frames 0 and --window are for video files, not for {cfg.clip}")
-        frames = frames if made else 1
-    elif frames and cfg.window:
+    m, size = cfg.tokens_per_trajectory, tokenizer.cfg.image_size
+    if m not in tokenizer.cfg.choices:
+        raise BadInput(f"--tokens-per-trajectory {m}: one of {tokenizer.cfg.choices}")
+    # with --frames 0 a video stays on disk and is read a chunk at a time
+    long = cfg.frames == 0
+    if cfg.window and not long:
         raise BadInput(f"--window {cfg.window}: goes with --frames 0")
-    rows = {}                                                   # of the picture, below the found trajectories
-    rate = 4.0                                                  # frames a second of the film
-    if made:
-        scripts = data.stack([data.script(data.TEST + cfg.index, data.World(size=size, frames=frames))])
-        video, labels = data.rasterise(scripts, size)
-        rows["true"] = labels[0].numpy()
-    elif frames:
-        video, times = data.decode(cfg.clip, frames, size)
-        video = torch.from_numpy(video)[None]
-        # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
-        rate = len(times) / (times[-1] + 0.25)
-    else:
-        rate = data.frame_rate(cfg.clip)
+    if long and (cfg.clip == "world" or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES):
+        raise BadInput(f"--frames 0: is for video files, not for {cfg.clip}")
+    video, truth, rate = (None, {}, data.frame_rate(cfg.clip)) if long else clip_of(cfg, tokenizer)
 
     def read():                                                 # a new iterator each time it is called
-        return tqdm(data.read_frames(cfg.clip, size), unit=" pieces", leave=False, disable=None)
+        chunks = data.read_frames(cfg.clip, size, cfg.window or 8)
+        return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
-    # 2. tokens; the film is written while they are made
+    # tokens; the film is written while they are made
     base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
     make_folder(base.parent)
     began = time.time()
     with film(f"{base}.mp4", rate) as add, torch.no_grad(), precision(device):
         painter = Painter(add, tokenizer.cfg.num_queries)
-        if frames:
+        if not long:
             tokens, seg = tokenizer(video.to(device), m)
             painter(0, video, seg)
         elif cfg.window:
             tokens = tokenizer.windows(read, cfg.window, m, painter)
         else:
             tokens = tokenizer.stream(read, m, each=painter)
-    # 3. the picture, and what to say
-    video, ids = (np.stack(parts) for parts in zip(*painter.kept))
-    rows = {name: labels[::painter.every] for name, labels in rows.items()}
-    sheet = filmstrip(video, {"found": ids, **rows}, min(8, len(video)), max(1, 224 // size))
-    write_png(f"{base}.png", sheet)
+    if cfg.stages and not long:
+        draw_stages(tokenizer, video.to(device), m, f"{base.parent}/{Path(cfg.clip).stem}-stages.png")
+    # the picture, and what to say
+    frames, ids = (np.stack(parts) for parts in zip(*painter.kept))
+    rows = {"found": ids} | {name: labels[::painter.every] for name, labels in truth.items()}
+    write_png(f"{base}.png", filmstrip(frames, rows, min(8, len(frames)), max(1, 224 // size)))
     trajectories = tokens.trajectory[tokens.mask].unique()
     print(f"{cfg.clip}: {painter.frames} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
           f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {time.time() - began:.1f} s on "
           f"{device.type}, {peak_memory_gb(device):.2f} GB")
     print(f"wrote {base}.png and {base}.mp4")
+
+
+@torch.no_grad()
+def draw_stages(tokenizer, video, m, path):
+    """The method on one clip uint8 (1, t, H, W, 3), a stage a line: shapes and ranges on the terminal, and a
+    picture of features, soft and hard masks, and of what the tokens of the largest trajectory read."""
+    segmenter, encoder = tokenizer.segmenter, tokenizer.encoder
+    # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
+    features, grid = segmenter.extract(normalise(video))
+    queries = segmenter.cluster(features)
+    seg = segmenter.assign(queries, features, grid)
+    soft = seg.logits.softmax(-1)
+    points = encoder.add_places(features, grid)
+    latents = encoder.start(*soft_sums(soft, points), TrajectoryPath.sums(soft, grid), m)
+    z = encoder.perceiver(latents, points, seg.ids)
+    tokens = encoder.finish(z, seg.alive)
+    # 2. what the first token of a trajectory reads, and how much: softmax over its own points of q k, a mean
+    # over heads and relative to the point that is read most
+    largest = soft.sum(1)[0].argsort(descending=True)[:3]
+    perceiver = encoder.perceiver
+    x, y = perceiver.norm_lat(latents), perceiver.norm_ctx(points)
+    q, _, _, k, _ = perceiver.layers[0][0].project(x, y, x.shape[1])
+    s = torch.einsum("ac,nac->an", q[0, m * largest[0]], k[0]) / math.sqrt(q.shape[-1])
+    read = s.masked_fill(seg.ids[0] != largest[0], -math.inf).softmax(-1).mean(0)[:, None]
+    # 3. features as colours: their three principal components
+    pca = torch.pca_lowrank(features[0].float(), 3)[0]
+    pca = (pca / pca.abs().amax(0) + 1) / 2
+
+    def drawn(values):                                          # (n, 1 or 3) in 0 .. 1 -> uint8 (t, H, W, 3)
+        maps = rearrange(values.expand(-1, 3), "(t h w) c -> t c h w", t=grid[0], h=grid[1])
+        maps = F.interpolate(maps.float(), size=video.shape[2:4]).movedim(1, -1)
+        return (255 * maps).byte().cpu().numpy()
+
+    frames, ids = video[0].cpu().numpy(), seg.masks(video.shape[2:4])[0].cpu().numpy()
+    rows = {"frames": frames, "pca of f": drawn(pca)}
+    rows |= {f"mask {i + 1}": drawn(soft[0, :, query, None]) for i, query in enumerate(largest)}
+    rows |= {"hard": paint(frames, ids, palette(soft.shape[-1])), "read": drawn(read / read.max())}
+    some = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
+    write_png(path, captioned({name: row[some] for name, row in rows.items()}, max(1, 128 // len(frames[0]))))
+    stages = {"video": video, "features F": features, "queries Q": queries, "mask logits": seg.logits,
+              "M_soft": soft, "M_hard": seg.ids, "latents": latents, "tokens z": tokens.z}
+    lines = [[name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"] for name, x in stages.items()]
+    print("\n".join(aligned([["stage", "shape", "range"], *lines])), f"\nwrote {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1241,32 +1224,26 @@ def show(cfg):
 
 def summary(rows):
     """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
-    line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row,
-    with a star if it is larger than twice its standard error."""
-    # a dict as an ordered set: the names of the scores of all rows, of which the first may lack some
-    scores = {}
-    for row in rows:
-        for result in row["results"]:
-            scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
+    line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row
+    that has the score, with a star if it is larger than twice its standard error."""
+    scores = {}                                                 # a dict as an ordered set of names
+    for result in sum((row["results"] for row in rows), []):
+        scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for score in scores:
-        cells, first = [score], None
+        cells, first = [], None
         for row in rows:
             # None: this row's tokenizer has no such score, e.g. no segmentation
             x = np.array([r[score] for r in row["results"] if r.get(score) is not None], float)
-            if not len(x):
-                cells.append("-")
-                continue
-            cell = f"{x.mean():.3f}"
+            cell = f"{x.mean():.3f}" if len(x) else "-"
             # a single seed has no deviation
             if len(x) > 1:
                 cell += f" +-{x.std(ddof=1):.3f}"
-            if first is None:
-                first = x
-            else:
+            if first is not None and len(x):
                 cell += f" ({x.mean() - first.mean():+.3f}{star(x, first)})"
+            first = x if first is None and len(x) else first
             cells.append(cell)
-        lines.append(cells)
+        lines.append([score, *cells])
     return aligned(lines)
 
 
@@ -1292,25 +1269,45 @@ def read_json(path):
     return value
 
 
-def table(argv):
-    """Runs, side by side; or what `compare` wrote."""
-    if not argv:
-        raise BadInput("table: give folders of runs, or a JSON of compare")
-    rows = []
-    for name in argv:
-        if Path(name).is_dir():
-            rows.append(dict(name=Path(name).name, results=[read_json(Path(name) / "result.json")]))
-        else:
-            rows += read_rows(name)
-    print("\n".join(summary(rows)))
-
-
 def read_rows(path):
-    """The rows of a JSON that compare wrote."""
+    """What compare wrote, or the folder of a run -> rows [{name, results}]."""
+    if Path(path).is_dir():
+        return [dict(name=Path(path).name, results=[read_json(Path(path) / "result.json")])]
     rows = read_json(path).get("rows")
     if not isinstance(rows, list) or not all(row.get("results") for row in rows):
         raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
     return rows
+
+
+def table(argv):
+    """Runs, side by side; or what `compare` wrote."""
+    if not argv:
+        raise BadInput("table: give folders of runs, a JSON of compare, or results/claims.json")
+    claims = Path(argv[0]).is_file() and read_json(argv[0]).get("claims")
+    rows = [] if claims else [row for name in argv for row in read_rows(name)]
+    print("\n".join(verdicts(claims, Path(argv[0]).parent) if claims else summary(rows)))
+
+
+def verdicts(claims, folder):
+    """claims [{claim, paper, json, row, against, score}] -> the lines of a table (Markdown).
+
+    A claim says that the mean of `score` over the seeds is larger in `row` than in the row `against` it (or
+    than its `against_score`), of what compare wrote to folder / json; with `less`, that it is smaller. Where
+    the difference is at most twice its standard error, or its error is unknown, the claim is undecided."""
+    lines = ["| claim | paper | ours | against it | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        path = folder / claim["json"]
+        rows = {row["name"]: row["results"] for row in read_rows(path)} if path.exists() else {}
+        scores = dict(row=claim["score"], against=claim.get("against_score", claim["score"]))
+        sides = [[r[score] for r in rows.get(claim[side], [])] for side, score in scores.items()]
+        a, b = (np.array(side, float) for side in sides)
+        cells = [f"{x.mean():.3f} +-{x.std(ddof=len(x) > 1):.3f}" if len(x) else "-" for x in (a, b)]
+        verdict = "undecided" if len(a) and len(b) else "not measured"
+        if star(a, b) == "*":
+            verdict = "holds" if (a.mean() > b.mean()) != claim.get("less", False) else "does not hold"
+        cells = [claim["claim"], claim["paper"], *cells, f"{len(a)}, {len(b)}", verdict]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def compare(argv):
@@ -1327,9 +1324,8 @@ def compare(argv):
     parser.add_argument("--json", default="out/compare.json", help="where results are kept")
     parser.add_argument("--out", default="out", help="where the runs are kept")
     args = parser.parse_args(argv)
-    path = Path(args.json)
-    make_folder(path.parent)
-    rows = read_rows(path) if path.exists() else []
+    make_folder(Path(args.json).parent)
+    rows = read_rows(args.json) if Path(args.json).exists() else []
     for text in args.rows:
         name, colon, flags = (part.strip() for part in text.partition(":"))
         if not (name and colon):
@@ -1339,16 +1335,16 @@ def compare(argv):
         if row is None:
             row = dict(name=name, flags=flags, script=args.script, results=[])
             rows.append(row)
-        if (row["flags"], row.get("script", args.script)) != (flags, args.script):
-            raise BadInput(f"{path}: holds {name} with flags {row['flags']!r}; give this row another name")
+        if (row["flags"], row["script"]) != (flags, args.script):
+            raise BadInput(f"{args.json}: {name} has flags {row['flags']!r} there; give it another name")
         for seed in args.seeds:
             if seed in [result["seed"] for result in row["results"]]:
-                print(f"{name}, seed {seed}: taken from {path}")
+                print(f"{name}, seed {seed}: taken from {args.json}")
                 continue
             row["results"].append(train_row(args, name, flags, seed))
             # after each training, so that an interrupted comparison loses one of them at most
             command = shlex.join(["python", "trajtok.py", "compare", *argv])
-            write_json(path, dict(command=command, hardware=hardware(), rows=rows))
+            write_json(args.json, dict(command=command, hardware=hardware(), rows=rows))
     print("\n".join(summary(rows)))
 
 
@@ -1375,20 +1371,15 @@ def train_row(args, name, flags, seed):
 
 # -----------------------------------------------------------------------------------------------------------
 
-def pretrain_command(argv):
-    """Flags -> a run of `pretrain`; with --resume they change the saved configuration."""
-    cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
-    if cfg.resume:
-        cfg = resumed(cfg, run_folder(cfg, "segmenter"), argv)
-    pretrain(cfg)
-
-
-def show_command(argv):
-    show(configure(ShowConfig, None, argv, positional="clip"))
-
-
 @data.one_line_errors
 def main(argv=None):
+    def pretrain_command(argv):
+        cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
+        pretrain(resumed(cfg, run_folder(cfg, "segmenter"), argv) if cfg.resume else cfg)
+
+    def show_command(argv):
+        show(configure(ShowConfig, None, argv, positional="clip"))
+
     commands = {"pretrain": pretrain_command, "show": show_command, "table": table, "compare": compare}
     data.dispatch("trajtok.py", __doc__, commands, argv)
 
