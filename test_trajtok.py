@@ -3637,45 +3637,8 @@ def toy_ids(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 96, shape))
 
 
-def naive_decoder(cfg, weights, ids):
-    """Qwen3 position by position and head by head, in float64: ids (s,) -> logits (s, vocabulary)."""
-    w = {k: v.double() for k, v in weights.items()}
-    c, shared = cfg.head_dim, cfg.num_attention_heads // cfg.num_key_value_heads
-
-    def norm(x, name):
-        return x / (x.square().mean() + cfg.rms_norm_eps).sqrt() * w[name + ".weight"]
-
-    def rotated(x, position):
-        angle = position * cfg.rope_theta ** (-torch.arange(c // 2) * 2 / c).double()
-        turn = torch.polar(torch.ones_like(angle), angle) * torch.complex(x[:c // 2], x[c // 2:])
-        return torch.cat((turn.real, turn.imag))
-
-    def head(x, layer, name, a, position=None):
-        y = (w[f"{layer}{name}_proj.weight"] @ x)[a * c:(a + 1) * c]
-        return y if position is None else rotated(norm(y, f"{layer}{name}_norm"), position)
-
-    xs = [w["embed_tokens.weight"][i] for i in ids]
-    for n in range(cfg.num_hidden_layers):
-        layer, attention = f"layers.{n}.", f"layers.{n}.self_attn."
-        normed, new = [norm(x, layer + "input_layernorm") for x in xs], []
-        for i, x in enumerate(xs):
-            heads = []
-            for a in range(cfg.num_attention_heads):
-                q = head(normed[i], attention, "q", a, i)
-                keys = [head(y, attention, "k", a // shared, j) for j, y in enumerate(normed[:i + 1])]
-                values = [head(y, attention, "v", a // shared) for y in normed[:i + 1]]
-                heads.append((torch.stack(keys) @ q / c ** 0.5).softmax(0) @ torch.stack(values))
-            x = x + w[attention + "o_proj.weight"] @ torch.cat(heads)
-            y = norm(x, layer + "post_attention_layernorm")
-            y = F.silu(w[layer + "mlp.gate_proj.weight"] @ y) * (w[layer + "mlp.up_proj.weight"] @ y)
-            new.append(x + w[layer + "mlp.down_proj.weight"] @ y)
-        xs = new
-    table = w["embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
-    return torch.stack([table @ norm(x, "norm") for x in xs])
-
-
 @pytest.mark.parametrize("name", TOYS)
-def test_the_decoder_is_its_formula_and_gives_published_numbers(name):
+def test_the_decoder_gives_published_numbers_with_and_without_a_cache(name):
     """Catches: norms after rotary, adjacent pairs, the wrong key head for a query head, a scale; a cache
     whose keys are at the wrong place or rotated by the wrong position; an answer that is not the naive
     loop's, with a stop token in it, or beyond the context."""
@@ -3688,8 +3651,6 @@ def test_the_decoder_is_its_formula_and_gives_published_numbers(name):
         naive = ids[:1]
         for _ in range(10):
             naive = torch.cat((naive, model(naive)[:, -1:].argmax(-1)), 1)
-    for row, mine in zip(ids, logits):
-        close(mine, naive_decoder(TOYS[name], model.state_dict(), row).float(), 1e-4)
     published(name, logits)
     naive = naive[0, 9:].tolist()
 
@@ -3723,16 +3684,12 @@ def test_the_decoder_is_the_published_implementation(tmp_path, name):
 
 
 def test_decoders_are_as_large_as_published():
-    """Catches: a width, a layer or a bias too many: the parameters of each size, and every matrix of a
-    layer of 4b."""
+    """Catches: a width, a layer or a bias too many in one of the published sizes."""
     counts = {"nano": 722_752, "0.6b": 596_049_920, "1.7b": 1_720_574_976, "4b": 4_022_468_096}
     for name, count in counts.items():
         with torch.device("meta"):
             decoder = train_vlm.Decoder(train_vlm.DECODERS[name])
         assert sum(p.numel() for p in decoder.parameters()) == count
-    shapes = {key.split(".")[1]: tuple(p.shape) for key, p in decoder.layers[35].named_parameters() if "proj" in key}
-    assert shapes == dict(q_proj=(4096, 2560), k_proj=(1024, 2560), v_proj=(1024, 2560), o_proj=(2560, 4096),
-                          gate_proj=(9728, 2560), up_proj=(9728, 2560), down_proj=(2560, 9728))
     assert decoder.embed_tokens.weight.shape == (151936, 2560) and decoder.lm_head is None
 
 
@@ -4349,39 +4306,15 @@ def numbers_of(z):
 
 @pytest.mark.parametrize("kind, head", EXPECTED)
 def test_features_are_the_published_numbers(kind, head):
-    """Catches, without the published implementation at hand: any change of what the backbones compute."""
+    """Catches any change of what the backbones compute; and, with the published implementation at hand,
+    numbers above that our own code made."""
     net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
     assert numbers_of(net.features(x)) == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind, head", EXPECTED)
-def test_expected_numbers_are_those_of_the_published_implementation(kind, head):
-    """Catches: numbers above that our own code made."""
-    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
     model = published_model(net.cfg)
     lacking, unexpected = model.load_state_dict(on_the_hub(net), strict=False)
     assert not unexpected and all(k.startswith("predictor") for k in lacking)
     z = (model(x, skip_predictor=True) if kind == "vjepa2" else model(x)).last_hidden_state
     assert numbers_of(z) == pytest.approx(EXPECTED[kind, head], rel=1e-5, abs=2e-5)
-
-
-def test_a_rotation_is_the_sum_over_axes_that_the_release_makes():
-    """Catches: t, h and w swapped on grids that are not square, angles of the wrong channel, channels that
-    should stay and turn, angles in half precision."""
-    grid, c = (2, 3, 4), 16                                     # 4 channels for each axis, 4 stay
-    cos, sin = train_adapter.rotary_3d(grid, c)
-    x = wave(1, 1, 24, c)
-    out = train_adapter.rotate(x, cos, sin)[0, 0]
-    for i, place in enumerate(itertools.product(*map(range, grid))):
-        for j in range(c):
-            partner = -x[0, 0, i, j + 1] if j % 2 == 0 else x[0, 0, i, j - 1]
-            # frequencies [w0 w1 w0 w1] on an axis, and yet pairs (0, 1), (2, 3)
-            angle = place[j // 4] * 1e4 ** (-(j % 2) / 2) if j < 12 else 0.0
-            wanted = x[0, 0, i, j] * math.cos(angle) + partner * math.sin(angle)
-            assert out[i, j].item() == pytest.approx(wanted.item(), abs=1e-5)
-    half = x.bfloat16()                                         # is rounded once, at the end
-    wanted = train_adapter.rotate(half.float(), cos, sin)
-    assert torch.equal(train_adapter.rotate(half, cos, sin), wanted.bfloat16())
 
 
 def test_tubelets_are_in_row_major_order():
@@ -4800,6 +4733,8 @@ def labelled_films(tmp_path_factory):
         split = "test" if i > 9 else "train"
         rows.append(dict(video=path.name, label=("numbered", "striped")[i % 2], split=split))
     (folder / "film13.mp4").write_text("no film")
+    data.write_png(folder / "still.png", np.full((40, 40, 3), 90, np.uint8))
+    rows.append(dict(image="still.png", label="striped", split="train"))
     return manifest(folder / "manifest.json", rows)
 
 
@@ -4817,7 +4752,8 @@ def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", (
     (["--size", "huge"], "nano, full"), (["--epochs", 0], "--epochs 0"), (["--data", "no.csv"], "no.csv"),
     (["--backbone", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"), (["--resume"], "no run"),
-    (["--image-size", 33], "33"), (["--ask", "size"], "--ask size"),
+    (["--image-size", 33], "--image-size 33"), (["--ask", "size"], "--ask size"),
+    (["--frames", 3], "--frames 3"), (["--heads", 3], "--heads 3"), (["--width", 36], "--width 36"),
     (["--data", "FILMS", "--labels", "striped,odd"], "odd"),
     (["--data", "FILMS", "--backbone", "MAE", "--frames", 4], "2 frames of 32 px")))
 def test_bad_adapter_flags(adapter_run, labelled_films, tmp_path, capsys, monkeypatch, flags, words):
