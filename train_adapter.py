@@ -26,6 +26,7 @@ Axes in every shape comment: b clip, v view of a clip, t frame, n token of the b
 tokens of each, D and d widths, a attention head, c its channels. """
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import sys
@@ -484,9 +485,11 @@ def pretrain_videomae(shape, cfg, folder, device):
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trajtok.check_finite(dict(loss=loss.item()), step)
         optimizer.step()
         log(step=step, loss=loss.item())
-    save_checkpoint(folder, model, optimizer, cfg.steps)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_checkpoint(folder, model, optimizer, step + 1)
     return folder
 
 
@@ -541,6 +544,8 @@ class AdapterConfig:
         trajtok.at_least(self, 0, "lr head_lr warmup weight_decay workers seed stride")
         if self.ask not in ASKED:
             raise BadInput(f"--ask {self.ask}: one of {', '.join(ASKED)}")
+        if self.width % 8 or self.width % self.heads:
+            raise BadInput(f"--width {self.width}: give a multiple of 8 and of --heads {self.heads}")
 
 
 # what made clips can ask -> the names of the classes
@@ -597,7 +602,8 @@ class Views(data.VideoBatches):
 
 def real_clips(shape, cfg):
     """As made_clips. Tested on: what data.split holds out. Chosen by: every tenth training clip."""
-    train, test = data.split(data.read_manifest(cfg.data))
+    # a picture is no clip: nothing moves in it
+    train, test = data.split([entry for entry in data.read_manifest(cfg.data) if not entry["image"]])
     names = cfg.labels.split(",") if cfg.labels else sorted({str(entry["label"]) for entry in train + test})
     train, test = ([entry for entry in some if entry["label"] in names] for some in (train, test))
     parts = dict(train=[entry for i, entry in enumerate(train) if i % 10 != 1], valid=train[1::10], test=test)
@@ -637,14 +643,15 @@ def extract(folder, batches, views, backbone, segmenter, damage, cfg, device):
     done = folder / "classes.npy"
     complete = done.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = []
-    for name, width in (("features", backbone.cfg.width), ("logits", segmenter.cfg.num_queries)):
-        shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid), width)
-        if not complete and 2 * math.prod(shape) > shutil.disk_usage(folder).free:
-            # in the middle of a memory map a full disk would be a SIGBUS
-            raise BadInput(f"--features {folder}: no room for {name} of {2e-9 * math.prod(shape):.3g} GB")
-        mode = "r" if complete else "w+"
-        arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, shape))
+    shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid))
+    widths = dict(features=backbone.cfg.width, logits=segmenter.cfg.num_queries)
+    size = 2 * math.prod(shape) * sum(widths.values())
+    if not complete and size > shutil.disk_usage(folder).free:
+        # in the middle of a memory map a full disk would be a SIGBUS
+        raise BadInput(f"--features {folder}: no room for features of {1e-9 * size:.3g} GB")
+    mode, arrays = "r" if complete else "w+", []
+    for name, width in widths.items():
+        arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, (*shape, width)))
     if not complete:
         classes = []
         loader = data.loader(batches, 0, len(batches), cfg.workers)
@@ -755,6 +762,9 @@ def train(cfg):
     shape = replace(own, image_size=cfg.image_size or own.image_size, frames=cfg.frames or own.frames)
     if isinstance(backbone, VideoMAE) and shape != own:
         raise BadInput(f"{cfg.backbone}: takes {own.frames} frames of {own.image_size} px only")
+    if shape.frames % shape.tubelet or shape.image_size % shape.patch or shape.width % cfg.heads:
+        raise BadInput(f"--frames {shape.frames} --image-size {shape.image_size} --heads {cfg.heads}: give "
+                       f"multiples of {shape.tubelet} and {shape.patch}, and a divisor of {shape.width}")
     clips, classes = made_clips(shape, cfg) if cfg.data == "world" else real_clips(shape, cfg)
     folder = trajtok.run_folder(cfg, "adapter")
     open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
@@ -778,15 +788,13 @@ def train(cfg):
         made_of = zlib.crc32(repr((shape, cfg.ask, vars(some[0]), weights)).encode())
         where = Path(cfg.features or folder / "features") / f"{name}-{made_of:08x}"
         sets[name] = extract(where, *some, backbone, segmenter, damage, cfg, device)
-    rates = {f"{row}-{i}": cfg.head_lr * 2 ** i for row in HEADS for i in range(cfg.rates)}
-    heads = nn.ModuleDict()
-    for name in rates:
-        row = name.split("-")[0]
+    heads, rates = nn.ModuleDict(), {}
+    for row, i in itertools.product(HEADS, range(cfg.rates)):
         # CHOICE: the linear head at ten times the rates, or it does not converge in five epochs
-        rates[name] *= 10 if row == "linear" else 1
+        rates[f"{row}-{i}"] = cfg.head_lr * 2 ** i * (10 if row == "linear" else 1)
         # heads of one row start alike and differ in their rate alone
         torch.manual_seed(cfg.seed)
-        heads[name] = HEADS[row](shape.width, len(classes), segmenter.cfg.num_queries, cfg)
+        heads[f"{row}-{i}"] = HEADS[row](shape.width, len(classes), segmenter.cfg.num_queries, cfg)
     train_heads(heads.to(device), rates, sets["train"], folder, cfg, device)
     result = report(heads.eval(), rates, sets, cfg, device)
     counts = np.bincount(sets["test"].classes)

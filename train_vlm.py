@@ -31,6 +31,7 @@ import functools
 import itertools
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ from tqdm import tqdm
 import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
-from encoder import Places, TrajectoryEncoder, soft_sums
-from segmenter import normalise, one_hot, recomputed
+from encoder import TrajectoryEncoder
+from segmenter import Segmentation, fourier_codes, normalise, one_hot, recomputed
 from trajtok import TrajTokConfig, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -115,22 +116,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def project(self, x, cos, sin):
-        """x (b, s, w) -> q (b, heads, s, c), k and v (b, kv_heads, s, c)."""
+    def forward(self, x, cos, sin, memory=None):
+        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions; those of one row
+        serve all rows of x."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (rearrange(linear(x), "b s (a c) -> b a s c", c=self.head_dim) for linear in maps)
-        q = rotate_halves(self.q_norm(q), cos, sin)
-        k = rotate_halves(self.k_norm(k), cos, sin)
-        return q.to(v.dtype), k.to(v.dtype), v
-
-    def forward(self, x, cos, sin, memory=None):
-        """memory: a dict that keeps this layer's keys and values, for
-        generation."""
-        q, k, v = self.project(x, cos, sin)
+        q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         if memory is not None:
             if memory:
-                k = torch.cat((memory["k"], k), 2)
-                v = torch.cat((memory["v"], v), 2)
+                earlier = (memory[name].expand(len(x), -1, -1, -1) for name in ("k", "v"))
+                k, v = (torch.cat(pair, 2) for pair in zip(earlier, (k, v)))
             memory.update(q=q, k=k, v=v)
         s, total = q.shape[2], k.shape[2]
         # the queries are the last s of `total` positions; True = may be read:
@@ -286,7 +282,8 @@ def load_tokenizer(name="world"):
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
     texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
     texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
-    for clip in (data.script(i, story_world(32)) for i in range(1000)):
+    for i in range(1000):
+        clip = data.script(i, story_world(32))
         texts.append(clip["caption"])
         for qa in clip["qa"]:
             texts += [qa["question"], *qa["options"]]
@@ -443,36 +440,45 @@ class SigLIP2(nn.Module):
         return self.post_layernorm(x) if post_norm else x
 
     def forward(self, video):
-        x = normalise(resize(video, self.cfg.image_size), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        x = resize(normalise(video, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), self.cfg.image_size)
         x = self.features(x.flatten(0, 1), post_norm=False)
         return rearrange(x, "(v t) (h w) d -> v t h w d", v=len(video), h=self.cfg.side)
 
 
-def resize(video, size):
-    """uint8 (v, t, H, W, 3) -> the same at size x size."""
-    if video.shape[2:4] == (size, size):
-        return video
-    x = rearrange(video, "v t h w c -> (v t) c h w").float()
-    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    x = x.round().clamp(0, 255).to(torch.uint8)
-    return rearrange(x, "(v t) c h w -> v t h w c", v=len(video))
+def resize(x, size):
+    """(v, t, 3, H, W) -> (v, t, 3, size, size)"""
+    small = F.interpolate(x.flatten(0, 1), size=(size, size), mode="bilinear", antialias=True)
+    return small.unflatten(0, x.shape[:2])
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Connectors: features of windows -> tokens of the decoder's width
 # -----------------------------------------------------------------------------------------------------------
 
+def place_codes(count, dim):
+    """Learned codes (count, d) of the places along one axis. At the start neighbours are alike, and each code
+    is twice as large as a feature.
+
+    CHOICE: not encoder.Places, whose waves all features share. Of a thing that moves by a cell the waves of
+    high frequency cancel out, and their weights learn so fast that the motion is hardly found."""
+    angle = math.pi * (torch.arange(count) + 0.5)[:, None] / count * torch.arange(1, 5)
+    waves = torch.cat((angle.sin(), angle.cos()), 1)
+    return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves, dim))
+
+
 class PlacedFeatures(nn.Module):
-    """Features (v, t, h, w, d) -> LayerNorm, less what all of them share, + codes
-    of frame, row and column.
+    """Features (v, t, h, w, d), h = w = side -> LayerNorm, less what all of them share, + codes of frame, row
+    and column: a token is a mean of what it reads, and does not know where its thing was unless that says it.
 
-    CHOICE: of frozen features the mean is taken off. The mean of a nano
-    segmenter's normed features is nine tenths as long as they are; beside it a
-    decoder that trains for minutes does not see the colours."""
+    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's normed features is nine
+    tenths as long as they are; beside it a decoder that trains for minutes does not see the colours."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, window, side):
         super().__init__()
-        self.norm, self.places = nn.LayerNorm(dim), Places(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.frame = place_codes(window, dim)
+        self.row = place_codes(side, dim)
+        self.column = place_codes(side, dim)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
 
@@ -488,102 +494,88 @@ class PlacedFeatures(nn.Module):
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
     def forward(self, features):
-        t, h, w = features.shape[1:4]
         x = (self.norm(features.to(self.norm.weight.dtype)) - self.mean) / self.deviation
-        return x + self.places((t, h, w)).view(t, h, w, -1)
+        return x + self.frame[:x.shape[1], None, None] + self.row[:, None] + self.column
 
 
 class Project(nn.Module):
-    """SwiGLU from d to the decoder's width, + sines of the window's number in its
-    clip.
-
-    The output starts as large as a row of the decoder's table of words: both
-    enter the same stream. CHOICE: the time stamp says the same in words, but
-    reading it takes a layer of attention."""
+    """SwiGLU from d to the decoder's width. The output starts as large as a row of the decoder's table of
+    words: both enter the same stream."""
 
     def __init__(self, dim, width):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.gate, self.up = nn.Linear(dim, 4 * dim), nn.Linear(dim, 4 * dim)
+        self.gate = nn.Linear(dim, 4 * dim)
+        self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, width)
-        self.when = nn.Linear(16, width, bias=False)
         # silu(a) b is small where a and b have variance 1/3
         nn.init.normal_(self.down.weight, std=8 * (4 * dim * width) ** -0.5)
         nn.init.zeros_(self.down.bias)
-        nn.init.normal_(self.when.weight, std=(8 * width) ** -0.5)
 
-    def forward(self, x, window):                               # (N, d), (N,) -> (N, width)
+    def forward(self, x):                                       # (N, d) -> (N, width)
         x = self.norm(x)
-        angle = window[:, None] * 64 ** -torch.linspace(0, 1, 8, device=x.device)
-        waves = torch.cat((angle.sin(), angle.cos()), 1)
-        return self.down(F.silu(self.gate(x)) * self.up(x)) + self.when(waves)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class TrajectoryConnector(nn.Module):
-    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w), window (v,): its
-    number in its clip -> (N, width).
+    """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w) -> (N, width).
 
-    Window after window, m tokens of each live trajectory, in order of their
-    numbers. PAPER: a depth-2 Perceiver under hard masks. CHOICE: a token starts
-    at the mean under the hard mask: a soft mean would send gradient into a
-    segmenter that is frozen."""
+    Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
+    Perceiver under hard masks."""
 
-    def __init__(self, dim, shape, m, width):
+    def __init__(self, features, dim, shape, m, width):
         super().__init__()
         self.m, self.num_queries = m, shape.num_queries
-        self.features, self.project = PlacedFeatures(dim), Project(dim, width)
+        self.features, self.project = features, Project(dim, width)
         self.encoder = TrajectoryEncoder(TrajTokConfig(
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=m, out_dim=dim))
 
-    def alive(self, ids):
-        """bool (v, K): which trajectories own a point."""
-        dead = torch.zeros(len(ids), self.num_queries, dtype=torch.bool, device=ids.device)
-        return dead.scatter(1, ids.flatten(1), True)
+    def hard(self, ids):
+        """ids (v, n) -> one-hot (v, n, K); alive, bool (v, K): which trajectories own a point."""
+        masks = one_hot(ids.flatten(1), self.num_queries)
+        return masks, masks.any(1)
 
     def counts(self, ids):
         """How many tokens each window has (v,)."""
-        return self.m * self.alive(ids).sum(1)
+        return self.m * self.hard(ids)[1].sum(1)
 
     def owner(self, ids):
-        """(v, t, h, w): which of all live trajectories, counted over the windows,
-        each cell belongs to."""
-        alive = self.alive(ids)
+        """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
+        _, alive = self.hard(ids)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
 
-    def forward(self, features, ids, window):
-        x = self.features(features).flatten(1, 3)               # (v, n, d)
-        alive, ids = self.alive(ids), ids.flatten(1)
-        total, weight = soft_sums(one_hot(ids, self.num_queries), x)
-        latents = self.encoder.start(total, weight, None, self.m).to(x.dtype)
-        tokens = self.encoder.finish(self.encoder.perceiver(latents, x, ids), alive)
-        window = window.repeat_interleave(tokens.mask.sum(1))
-        return self.project(tokens.z[tokens.mask], window)
+    def forward(self, features, ids):
+        masks, alive = self.hard(ids)
+        # CHOICE: the frozen segmenter's logits would make the start of a token a soft mean. Of these the
+        # softmax over the queries is the hard mask.
+        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), alive, ids.shape[1:])
+        tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
+        return self.project(tokens.z[tokens.mask])
 
 
 class PatchConnector(nn.Module):
-    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t',
-    h', w') -> (v t' h' w', width)."""
+    """PatchVLM: features (v, t, h, w, d) -> means over the cells of a grid (t', h', w') -> (v t' h' w',
+    width)."""
     m = 1
 
-    def __init__(self, dim, grid, width):
+    def __init__(self, features, dim, grid, width):
         super().__init__()
         self.grid = tuple(grid)
-        self.features, self.project = PlacedFeatures(dim), Project(dim, width)
+        self.features, self.project = features, Project(dim, width)
 
     def counts(self, ids):
         return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
 
     def owner(self, ids):
-        """(v, t, h, w): the token, counted over the windows, that each cell is
-        pooled into."""
+        """(v, t, h, w): the token, counted over the windows, that each cell is pooled into."""
         cells = torch.arange(float(len(ids) * math.prod(self.grid))).view(len(ids), 1, *self.grid)
         return F.interpolate(cells, size=ids.shape[1:])[:, 0].long().to(ids.device)
 
-    def forward(self, features, ids, window):
+    def forward(self, features, ids):
         x = rearrange(self.features(features), "v t h w d -> v d t h w")
-        x = rearrange(F.adaptive_avg_pool3d(x, self.grid), "v d t h w -> (v t h w) d")
-        return self.project(x, window.repeat_interleave(math.prod(self.grid)))
+        x = F.adaptive_avg_pool3d(x, self.grid)
+        return self.project(rearrange(x, "v d t h w -> (v t h w) d"))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -608,16 +600,22 @@ class VLM(nn.Module):
         # only vision runs here, with gradient; the frozen segmenter ran in
         # `perceive`
         features = self.vision(seen["video"]) if self.vision else seen["features"]
-        tokens = self.connector(features, seen["ids"], seen["window"]).to(x.dtype)
+        tokens = self.connector(features, seen["ids"]).to(x.dtype)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
 
-    def forward(self, ids, visual, targets, seen=None):
-        """-> -log p of each answer's tokens, on average over them (b,)."""
-        wanted = targets >= 0
-        losses = self.decoder(self.embed(ids, visual, seen), targets)
+    def forward(self, ids, visual, targets, seen=None, shared=0):
+        """-> -log p of each row's answers, summed over their tokens (b,).
+
+        shared: all rows begin with the same so many positions, which are then computed once."""
+        x, cache = self.embed(ids, visual, seen), None
+        if shared:
+            cache = self.decoder.empty_cache()
+            self.decoder(x[:1, :shared], cache=cache)
+        wanted = targets[:, shared:] >= 0
+        losses = self.decoder(x[:, shared:], targets[:, shared:], cache)
         # losses stand row by row: add up those of each row
         row = wanted.nonzero()[:, 0]
-        return losses.new_zeros(len(ids)).index_add(0, row, losses) / wanted.sum(1)
+        return losses.new_zeros(len(ids)).index_add(0, row, losses)
 
 
 def grid_side(segmenter, vision):
@@ -631,7 +629,7 @@ def segment_windows(segmenter, video, side):
     """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d)
     and ids (v, t, h, w), h = w = side. As published, logits are resized to the
     vision grid, and then the argmax is taken."""
-    seg = segmenter(resize(video, segmenter.cfg.image_size))
+    seg = segmenter.segment(resize(normalise(video), segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
     logits = F.interpolate(logits, size=(side, side), mode="bilinear")
@@ -649,9 +647,10 @@ def assemble(cfg, decoder, segmenter, vision):
     width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
     if vision is not None:
         vision.recompute, dim = cfg.recompute, vision.cfg.hidden_size
-    connector = PatchConnector(dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
+    features = PlacedFeatures(dim, cfg.window, grid_side(segmenter, vision))
+    connector = PatchConnector(features, dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
     if cfg.connector == "trajtok":
-        connector = TrajectoryConnector(dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
+        connector = TrajectoryConnector(features, dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
     return VLM(decoder, connector, segmenter, vision)
 
 
@@ -674,14 +673,14 @@ class VLMConfig:
     vision: str | None = None               # a published SigLIP2 folder; nano: the segmenter's features
     tokenizer: str | None = None            # a published Qwen3 folder; default: the decoder's, or `world`
     segmenter: str | None = None            # a run's folder, or the authors' file; nano pre-trains one
-    segmenter_steps: int = 200              # of a segmenter that is pre-trained here
+    segmenter_steps: int = 100              # of a segmenter that is pre-trained here
     # the clips
     frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
     patch_frames: int = 2                   # patch: tokens of a window, along its frames ...
     patch_side: int = 2                     # ... and along a side of the picture
-    questions: int = 6                      # about each clip in a step
+    questions: int = 4                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
     # the training: captions first, then questions; each part has a rate in either
     # stage
@@ -724,18 +723,16 @@ class VLMConfig:
 FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
             patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
-# peak learning rates of connector, vision and decoder, on captions and on
-# questions. PAPER: the published ones. CHOICE: nano learns from random weights,
-# and goes straight to the questions.
-PUBLISHED_RATES = (dict(connector=2e-4, vision=6e-6, decoder=2e-5),
-                   dict(connector=5e-6, vision=5e-6, decoder=1e-5))
-NANO_RATES = (dict(connector=2e-3, vision=0.0, decoder=2e-3),) * 2
+# peak learning rates of each part, on captions and on questions. PAPER: the published ones. CHOICE: nano
+# learns from random weights, and goes straight to the questions.
+PUBLISHED_RATES = {"connector.": (2e-4, 5e-6), "vision.": (6e-6, 5e-6), "decoder.": (2e-5, 1e-5)}
+NANO_RATES = {"connector.": (2e-3, 2e-3), "vision.": (0.0, 0.0), "decoder.": (2e-3, 2e-3)}
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Clips and what is asked about them. A batch is a dict: caption and qa of each
-# clip, times of its frames (seconds); video (b, T, H, W, 3); or, of made stories,
-# features and ids of their windows
+# Clips and what is asked about them. A batch is a dict of lists with one item a clip: caption; qa, its
+# conversations, each a list of turns; times of its frames (seconds); and video (b, T, H, W, 3), or of made
+# stories features and ids of their windows
 # -----------------------------------------------------------------------------------------------------------
 
 def story_world(frames, size=64):
@@ -749,10 +746,9 @@ def cut_windows(video, window):
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a dict for each. The segmenter is
-    frozen: it sees them once, here."""
-    # at most 256 frames at once: the pixels of thousands of clips would not fit
-    # into memory
+    """Stories first .. first + count - 1 -> a batch of one clip for each. The segmenter is frozen: it sees
+    them once, here."""
+    # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
     world, clips = story_world(frames, segmenter.cfg.image_size), []
     batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
@@ -761,26 +757,27 @@ def draw_stories(cfg, segmenter, frames, first, count, device):
             video = cut_windows(batch["video"], cfg.window)
             features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
         # half precision and short numbers: thousands of windows are kept
-        windows = frames // cfg.window
-        features = features.to("cpu", torch.float16).split(windows)
-        ids = ids.to("cpu", torch.int16).split(windows)
-        for own in zip(batch["caption"], batch["qa"], features, ids):
-            clips.append(dict(zip(("caption", "qa", "features", "ids"), own)))
+        batch["features"] = features.to("cpu", torch.float16).split(frames // cfg.window)
+        batch["ids"] = ids.to("cpu", torch.int16).split(frames // cfg.window)
+        batch["qa"] = [[[turn] for turn in qa] for qa in batch["qa"]]
+        times = [i / FPS for i in range(frames)]
+        for j, caption in enumerate(batch["caption"]):
+            clip = {key: [batch[key][j]] for key in ("qa", "features", "ids")}
+            clips.append(clip | dict(caption=[caption], times=[times], bad=[]))
     return clips
 
 
-def join_stories(clips, frames):
-    """Dicts of stories of one length -> a batch."""
-    batch = {key: [clip[key] for clip in clips] for key in clips[0]}
-    return batch | dict(times=[[i / FPS for i in range(frames)]] * len(clips), bad=[])
+def join(clips):
+    """Batches of one clip -> one batch."""
+    return {key: [item for clip in clips for item in clip[key]] for key in clips[0]}
 
 
 class StoryBatches(Dataset):
-    """Batch i for training: a length and some of its clips, drawn from (seed,
-    step). Batches step·world and on are those of one step, and of one length.
+    """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and
+    on are those of one step, and of one length.
 
-    CHOICE: the shortest clips alone for the first two fifths: to find the right
-    token among six is learnt in minutes, among sixty not."""
+    CHOICE: the shortest clips alone for the first two fifths: to find the right token among six is learnt in
+    minutes, among sixty not."""
 
     def __init__(self, stories, cfg, world):
         self.stories, self.cfg, self.world = stories, cfg, world
@@ -791,68 +788,59 @@ class StoryBatches(Dataset):
         frames = int(rng.choice(list(self.stories))) if step >= 0.4 * self.cfg.steps else 8
         clips = self.stories[frames]
         chosen = rng.permutation(len(clips))[:self.cfg.batch * self.world]
-        return join_stories([clips[j] for j in chosen[rank::self.world]], frames)
+        return join([clips[j] for j in chosen[rank::self.world]])
 
 
 def open_stories(cfg, segmenter, world, device):
-    """-> batches for training, held-out batches. Of stories n times as long there
-    are 1 / sqrt(n) as many."""
+    """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
-    # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part
-    # of another
+    # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part of another
     for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
         count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
         stories[frames] = draw_stories(cfg, segmenter, frames, data.TRAIN + 10_000_000 * place, count, device)
-        test = draw_stories(cfg, segmenter, frames, data.TEST + 1_000_000 * place, cfg.eval_clips, device)
-        held_out += [join_stories(test[i:i + 8], frames) for i in range(0, len(test), 8)]
+        first = data.TEST + 1_000_000 * place
+        held_out += draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
     return StoryBatches(stories, cfg, world), held_out
 
 
 def open_films(cfg, size, world):
-    """Manifests -> batches of captions, batches of questions, held-out
-    batches."""
+    """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
     def batches(some, train=True):
         sets = []
         for image in (False, True):
             kind = [entry for entry in some if entry["image"] == image]
             if kind:
-                sets.append(data.VideoBatches(kind, cfg.frames, size, cfg.batch, cfg.seed, train, stride=0))
+                batch = cfg.batch if train else 1
+                sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
         if train:
             return data.Mixed(sets, [one.files for one in sets], cfg.seed, world)
         return ConcatDataset(sets)
 
     entries = data.read_manifest(cfg.data)
-    # `qa` holds single questions, `conversations` lists of turns: both become
-    # talks
     for entry in entries:
-        entry["qa"] = entry.get("qa", []) + entry.get("conversations", [])
+        # `qa` holds questions without a sequel, `conversations` lists of turns
+        entry["qa"] = [[turn] for turn in entry.get("qa", [])] + entry.get("conversations", [])
     entries = [entry for entry in entries if entry["qa"]]
     if len(entries) < 2:
         raise BadInput(f'{cfg.data}: give at least two clips with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
     # a caption may say what is asked about the same video later
-    held_out = {os.path.realpath(e["path"]) for e in test}
-    captioned = [e for e in data.read_manifest(cfg.captions or cfg.data) if e["caption"]]
-    captioned = [e for e in captioned if os.path.realpath(e["path"]) not in held_out]
+    held_out = {os.path.realpath(entry["path"]) for entry in test}
+    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
+                 if entry["caption"] and os.path.realpath(entry["path"]) not in held_out]
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
     return batches(captioned or asked), batches(asked), batches(test, train=False)
 
 
-def turns_of(talk):
-    """A question of `qa`, or a conversation of several turns -> its turns."""
-    return [talk] if isinstance(talk, dict) else talk
-
-
 def add_options(entries):
-    """Give each last question that has no options its answer and three others to
-    choose from, in a fixed order."""
-    turns = [turns_of(talk)[-1] for entry in entries for talk in entry["qa"]]
+    """Give each last question that has no options its answer and three others to choose from, in a fixed
+    order."""
+    turns = [talk[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
-        # answers to questions of the same type: others could be told apart
-        # without the video
+        # answers to questions of the same type: others could be told apart without the video
         others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
         rng = np.random.default_rng(number)
         some = rng.permutation(sorted(others - {turn["answer"]}))[:3].tolist()
@@ -860,9 +848,8 @@ def add_options(entries):
 
 
 def perceive(batch, model, cfg, device):
-    """A batch -> what the model sees of its v windows (None: blind), and of each
-    clip the windows as chat wants them: time stamp and numbers of the visual
-    tokens."""
+    """A batch -> what the model sees of its v windows (None: blind), and of each clip the windows as chat
+    wants them: time stamp and numbers of the visual tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
     seen = {}
@@ -875,18 +862,13 @@ def perceive(batch, model, cfg, device):
     else:
         seen["features"] = torch.cat(batch["features"]).float().to(device)
         seen["ids"] = torch.cat(batch["ids"]).long().to(device)
-    # visual tokens are numbered over the whole batch, clip after clip and window
-    # after window
-    windows, numbers, last = [], [], 0
-    counts = iter(model.connector.counts(seen["ids"]).tolist())
+    # visual tokens are numbered over the whole batch, clip after clip and window after window
+    ends = model.connector.counts(seen["ids"]).cumsum(0).tolist()
+    numbers = (range(first, last) for first, last in zip([0, *ends], ends))
+    windows = []
     for times in batch["times"]:
-        own = []
-        for i in range(0, len(times), cfg.window):
-            first, last = last, last + next(counts)
-            own.append((stamp(times[i:i + cfg.window]), range(first, last)))
-        numbers += range(len(own))
-        windows.append(own)
-    seen["window"] = torch.tensor(numbers, device=device)
+        marks = [stamp(times[i:i + cfg.window]) for i in range(0, len(times), cfg.window)]
+        windows.append([(mark, next(numbers)) for mark in marks])
     return seen, windows
 
 
@@ -895,66 +877,54 @@ def perceive(batch, model, cfg, device):
 # -----------------------------------------------------------------------------------------------------------
 
 def pretrain_segmenter(cfg):
-    """The folder of the segmenter that --segmenter leaves out. All runs with the
-    same --out share it."""
+    """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
     folder = Path(cfg.out) / f"segmenter-vlm-{cfg.segmenter_steps}"
-    if not (folder / "result.json").exists():
-        trajtok.pretrain(trajtok.PretrainConfig(
-            name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
+    if not folder.exists():
+        made = trajtok.pretrain(trajtok.PretrainConfig(
+            name=f"vlm-{os.getpid()}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
             warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
-            device=cfg.device, overwrite=True))
+            device=cfg.device))
+        # renamed when it is whole. Another run may have been faster: its segmenter is the same one
+        try:
+            made.rename(folder)
+        except OSError:
+            shutil.rmtree(made)
     return str(folder)
 
 
 def open_parts(cfg):
-    """-> tokenizer, decoder, segmenter, and vision (None: the segmenter's
-    features)."""
+    """-> tokenizer, decoder, segmenter (None: --segmenter is not given yet), and vision (None: the
+    segmenter's features)."""
     encoding = load_tokenizer(cfg.tokenizer or cfg.decoder or "world")
     decoder = Decoder.from_pretrained(cfg.decoder) if cfg.decoder else Decoder(DECODERS[cfg.size])
     if encoding.n_vocab > decoder.cfg.vocab_size:
         raise BadInput(f"--tokenizer: {encoding.n_vocab} ids, but the decoder has {decoder.cfg.vocab_size}")
-    segmenter = trajtok.load_segmenter(cfg.segmenter)
+    segmenter = trajtok.load_segmenter(cfg.segmenter) if cfg.segmenter else None
     return encoding, decoder, segmenter, SigLIP2.from_pretrained(cfg.vision) if cfg.vision else None
 
 
-def make_optimizer(model, cfg):
-    """AdamW; a group for each part and kind, since each part has its rate; weight
-    decay on matrices alone."""
-    groups = {}
-    for name, p in model.named_parameters():
-        # the segmenter is frozen
-        if p.requires_grad:
-            decay = cfg.weight_decay if p.dim() > 1 else 0.0
-            groups.setdefault((name.split(".")[0], decay), []).append(p)
-    groups = [dict(params=ps, part=part, weight_decay=decay) for (part, decay), ps in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
-
-
 def set_rates(optimizer, step, cfg):
-    """The learning rates of this step. Captions and questions each warm up, and
-    end at 1 %."""
-    # 0: captions, 1: questions
+    """The learning rates of this step. Captions and questions each warm up, and end at 1 %."""
     stage = int(step >= cfg.caption_steps)
-    steps = cfg.steps if stage else cfg.caption_steps
+    steps = (cfg.caption_steps, cfg.steps)[stage]
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
-    share = trajtok.learning_rate(step - stage * cfg.caption_steps, plan)
-    rates = NANO_RATES if cfg.size == "nano" else PUBLISHED_RATES
+    rate = trajtok.learning_rate(step - stage * cfg.caption_steps, plan)
     for group in optimizer.param_groups:
-        group["lr"] = share * rates[stage][group["part"]]
+        group["lr"] = rate * group["scale"][stage]
 
 
 def training_rows(batch, windows, encoding, cfg, step):
-    """cfg.questions conversations of each clip, drawn at random, again from the
-    start where a clip has fewer. Of which process a clip is does not matter."""
+    """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has
+    fewer. Of which process a clip is does not matter."""
     rank, world = ranks()
     rows = []
     for i, own in enumerate(windows):
         talks = batch["qa"][i]
         if step < cfg.caption_steps:
-            talks = [dict(question=DESCRIBE, answer=batch["caption"][i])]
+            talks = [[dict(question=DESCRIBE, answer=batch["caption"][i])]]
         order = np.random.default_rng((cfg.seed, step, rank + i * world)).permutation(len(talks))
         for j in range(cfg.questions):
-            rows.append(chat(encoding, turns_of(talks[order[j % len(talks)]]), own))
+            rows.append(chat(encoding, talks[order[j % len(talks)]], own))
     return rows
 
 
@@ -975,7 +945,8 @@ def train(cfg, folder):
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
         shard(model, device, cfg)
-    optimizer = make_optimizer(model, cfg)
+    rates = NANO_RATES if cfg.size == "nano" else PUBLISHED_RATES
+    optimizer = trajtok.make_optimizer(model, cfg, rates)
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
     print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
@@ -998,13 +969,12 @@ def train(cfg, folder):
         model.train()
         optimizer.zero_grad()
         with trajtok.precision(device, cfg.bf16):
-            # every process has as many rows: the mean over processes is that of
-            # the whole batch
-            loss = model(ids, visual, targets, seen).mean()
+            # the mean over an answer's tokens, then over the rows. Every process has as many rows: the mean
+            # over processes is that of the whole batch
+            loss = (model(ids, visual, targets, seen) / (targets >= 0).sum(1)).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        # of sharded gradients the norm is a sum over processes that is still to
-        # be made
+        # of sharded gradients the norm is a sum over processes that is still to be made
         norm = norm.full_tensor() if world > 1 else norm
         terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
@@ -1016,9 +986,8 @@ def train(cfg, folder):
                       memory_gb=trajtok.peak_memory_gb(device))
         log(step=step, **terms)
         if step % 20 == 0 or step + 1 == steps:
-            shown = [f"{key} {terms[key]:.3g}" for key in ("loss", "visual_tokens", "clips_per_second")]
             left = (time.time() - began) / (step + 1 - first) * (steps - 1 - step)
-            print(f"step {step:5d}/{steps}  {'  '.join(shown)}  {left:.0f} s left", flush=True)
+            print(f"step {step:5d}/{steps}  loss {terms['loss']:.3f}  {left:.0f} s left", flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save(folder, model, optimizer, step + 1)
     # all processes take part: the weights are sharded
@@ -1032,9 +1001,8 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """Each layer of decoder and vision is a unit: of those that do not compute
-    just now a process holds its share. The segmenter is small and runs outside of
-    forward: every process keeps it whole."""
+    """Each layer of decoder and vision is a unit: of those that do not compute just now a process holds its
+    share. The segmenter is small and runs outside of forward: every process keeps it whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
@@ -1049,17 +1017,19 @@ def shard(model, device, cfg):
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
+class Whole(dict):
+    """A state dict whose shards were gathered; trajtok.save_checkpoint takes it as it takes a model."""
+
+    def state_dict(self):
+        return dict(self)
+
+
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. Shards are gathered, so that any number of
-    processes can go on from the file."""
-    if ranks()[1] == 1:
-        return trajtok.save_checkpoint(folder, model, optimizer, step)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    if ranks()[0] == 0:
-        state = dict(model=weights, optimizer=moments, step=step)
-        data.replace(folder / "state.pt", lambda beside: torch.save(state, beside))
-        trajtok.write_weights(folder / "model.safetensors", weights)
+    """As trajtok.save_checkpoint. Any number of processes can go on from the file."""
+    if ranks()[1] > 1:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = map(Whole, get_state_dict(model, optimizer, options=options))
+    trajtok.save_checkpoint(folder, model, optimizer, step)
 
 
 def restore(folder, model, optimizer):
@@ -1078,48 +1048,42 @@ def restore(folder, model, optimizer):
 
 @torch.no_grad()
 def score(model, rows, seen, encoding, cfg, device):
-    """-log p of the answers in each conversation, summed over their tokens -> a
-    list. About 32 000 tokens go through the model at once."""
-    costs, at_once = [], max(1, 32_000 // max(len(row) for row in rows))
-    for i in range(0, len(rows), at_once):
-        some = lay_out(rows[i:i + at_once], encoding, model.decoder.cfg.max_position_embeddings, device)
-        with trajtok.precision(device, cfg.bf16):
-            mean = model(*some, seen)
-        costs += (mean * (some[2] >= 0).sum(1)).tolist()
-    return costs
+    """Conversations about one video -> -log p of the answers in each, summed over their tokens. The video,
+    with which all of them begin, is read once."""
+    # up to the last token before they differ, or before the first answer: it predicts what comes next
+    spoken = [own for _, _, own in rows[0]].index(True)
+    shared = min(len(os.path.commonprefix(rows)), spoken) - 1
+    ids, visual, targets = lay_out(rows, encoding, model.decoder.cfg.max_position_embeddings, device)
+    with trajtok.precision(device, cfg.bf16):
+        return model(ids, visual, targets, seen, shared).tolist()
 
 
 def evaluate(model, held_out, encoding, cfg, device, damage):
-    """Each held-out question is answered by its most likely option -> a dict for
-    each question."""
+    """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
     answers = []
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
         damage.add(batch["bad"])
-        if not batch["qa"]:                                     # no file of this batch could be read
+        if not batch["qa"]:                                     # the file could not be read
             continue
-        seen, windows = perceive(batch, model, cfg, device)
+        seen, (windows,) = perceive(batch, model, cfg, device)
         # a row for each option of each question
-        rows, asked = [], []
-        for talks, times, own in zip(batch["qa"], batch["times"], windows):
-            for *before, turn in map(turns_of, talks):
-                rows += [chat(encoding, [*before, turn | dict(answer=text)], own) for text in turn["options"]]
-                asked.append((turn, len(times)))
-        costs = score(model, rows, seen, encoding, cfg, device)
-        for turn, frames in asked:
-            options = turn["options"]
-            # the options' costs stand in the order of the questions
-            own, costs = costs[:len(options)], costs[len(options):]
-            right = options[own.index(min(own))] == turn["answer"]
-            kind = turn.get("type", "question")
-            answers.append(dict(type=kind, frames=frames, accuracy=float(right), chance=1 / len(own)))
+        rows = []
+        for *before, turn in batch["qa"][0]:
+            for text in turn["options"]:
+                rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
+        costs = iter(score(model, rows, seen, encoding, cfg, device))
+        for *_, turn in batch["qa"][0]:
+            cost = {text: next(costs) for text in turn["options"]}
+            right = min(cost, key=cost.get) == turn["answer"]
+            answers.append(dict(type=turn.get("type", "question"), frames=len(batch["times"][0]),
+                                accuracy=float(right), chance=1 / len(cost)))
     return answers
 
 
 def accuracies(answers):
-    """-> accuracy and chance of all questions, of each type and of each length,
-    as one flat dict."""
+    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict."""
     groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
         for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
@@ -1158,8 +1122,8 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
 # -----------------------------------------------------------------------------------------------------------
 
 def open_model(folder, device="cpu"):
-    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it
-    names must still be there."""
+    """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
+    there."""
     saved = trajtok.read_json(Path(folder) / "config.json")
     if "connector" not in saved:
         raise BadInput(f"--model {folder}: not a run of train_vlm.py")
@@ -1169,8 +1133,8 @@ def open_model(folder, device="cpu"):
 
 
 def attended(cache):
-    """How much the newest position attends to all positions so far (s,): softmax
-    weights, averaged over layers and heads."""
+    """How much the newest position attends to all positions so far (s,): softmax weights, averaged over
+    layers and heads."""
     weights = []
     for memory in cache:
         q, k = memory["q"][0, :, -1:], memory["k"][0]
@@ -1180,10 +1144,19 @@ def attended(cache):
     return torch.stack(weights).mean(0)
 
 
+def attention_picture(path, video, owner, weight):
+    """video uint8 (T, H, W, 3); owner (v, t, h, w): the trajectory or patch of each cell; weight: how much
+    each was attended to. Those above the mean are painted."""
+    owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
+    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
+    trajtok.make_folder(path.parent)
+    write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
+    print(f"wrote {path}")
+
+
 @torch.no_grad()
 def ask(argv):
-    """Ask a trained model about a video. The answer is printed, and a picture shows what it
-    attended to."""
+    """Ask a trained model about a video. The answer is printed, and a picture shows what it attended to."""
     parser = data.OneLineParser(prog="train_vlm.py ask", description=ask.__doc__, allow_abbrev=False)
     parser.add_argument("clip", help="a video or a picture")
     parser.add_argument("question", help='"What moves?"')
@@ -1196,7 +1169,8 @@ def ask(argv):
     # a picture, or frames that fill whole windows
     picture = Path(args.clip).suffix.lower() in data.IMAGE_SUFFIXES
     frames = 1 if picture else min(cfg.frames, len(data.frame_times(args.clip)))
-    frames -= frames % cfg.window if frames > cfg.window else 0
+    if frames > cfg.window:
+        frames -= frames % cfg.window
     size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
     video, times = data.decode(args.clip, frames, size)
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
@@ -1205,26 +1179,19 @@ def ask(argv):
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
     cache, weights, answer = model.decoder.empty_cache(), [], []
-    # the newest position is the one that predicts the next token of the answer
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
+        # of the position that gave this token
         weights.append(attended(cache)[:len(prompt)])
         answer.append(token)
-    weights.append(attended(cache)[:len(prompt)])
     # not token by token: one may end within a character
     print(encoding.decode(answer))
     visual = visual[0] >= 0
     print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
-    if seen is None:
-        return
-    # one weight for each trajectory or patch; those above the mean are painted
-    weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
-    owner = model.connector.owner(seen["ids"]).flatten(0, 1)
-    owner = torch.where((weight >= weight.mean())[owner], owner, -1)
-    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
-    path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
-    print(f"wrote {path}")
+    if seen is not None:
+        weights.append(attended(cache)[:len(prompt)])           # of the end of the answer
+        weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
+        path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
+        attention_picture(path, video, model.connector.owner(seen["ids"]), weight)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1239,6 +1206,8 @@ def main(argv=None):
     if cfg.resume:
         cfg = trajtok.resumed(cfg, folder, argv)
     if not cfg.segmenter:
+        # a wrong folder of another part is refused before the minutes that this takes
+        open_parts(cfg)
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
     # the segmenter was pre-trained by one process; now several may begin
     trajtok.launch(cfg)
