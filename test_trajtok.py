@@ -2574,7 +2574,7 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
 # -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("clip, flags, frames, rows, columns", (
-    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4), ("world", "--frames 3", 3, 3, 3),
+    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4), ("world", "--frames 3 --stages", 3, 3, 3),
     ("clip2.mp4", "--frames 0", 30, 2, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 2, 8)))
 def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, columns):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
@@ -2589,6 +2589,8 @@ def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, colu
     assert film.shape == (frames, 448, 224, 3)
     told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
     assert 2 <= 2 * int(told[1]) == int(told[2])
+    if "stages" in flags:                                       # frames, features, 3 soft masks, hard, read
+        assert len(read_film(tmp_path / "world-stages.png")[0]) == 7 * (128 + 4)
     if frames == 30:
         assert numbers(film[:, :224:7, ::7]) == list(range(30))
         with av.open(f"{base}.mp4") as file:
@@ -2653,6 +2655,29 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
     defaults = {"show": ["--weights", clip_run], "pretrain": SMALL}
     argv[1:1] = defaults.get(argv[0], []) if argv else []
     assert words in refused(capsys, trajtok.main, *argv)
+
+
+def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
+    """Catches: a verdict from the sign alone, one that ignores `less`, a row that is missing taken for a tie."""
+    scores = dict(high=(0.8, 0.9), low=(0.1, 0.2), noisy=(0.0, 0.9), single=(0.5,))
+    rows = [dict(name=name, flags="", script="", results=[dict(r=x, s=0.0) for x in values])
+            for name, values in scores.items()]
+    (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows)))
+    asked = [("high", "low", {}), ("low", "high", {}), ("low", "high", dict(less=True)), ("high", "noisy", {}),
+             ("high", "single", {}), ("high", "absent", {}), ("high", "high", dict(against_score="s"))]
+    claims = [dict(claim="c", paper="p", json="a.json", row=row, against=against, score="r", **more)
+              for row, against, more in asked]
+    (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
+    trajtok.main(["table", str(tmp_path / "claims.json")])
+    verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert verdicts == ["holds", "does not hold", "holds", "undecided", "undecided", "not measured", "holds"]
+
+
+def test_the_table_of_claims_is_made_from_its_json():
+    """Catches: a figure typed by hand, a table that was not made again after a run."""
+    folder = HERE / "results"
+    claims = json.loads((folder / "claims.json").read_text())["claims"]
+    assert "\n".join(trajtok.verdicts(claims, folder)) in (folder / "README.md").read_text()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2908,6 +2933,25 @@ def test_flops_of_every_tokenizer(capsys):
     for name, row in table.items():
         assert row == sorted(set(row)), name
         assert len(row) == 5
+
+
+@pytest.mark.parametrize("sees", (True, False))
+def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
+    """Catches: a model that cannot see time scored above chance, clips and twins mixed up."""
+    held_out = data.WorldBatches(data.STAGE, 8, indices=list(range(data.TEST, data.TEST + 16)))
+    ways = iter((0, 1))
+
+    def embed(model, batches, *_):
+        captions = [text for i in range(len(batches)) for text in batches[i]["captions"]]
+        side = int(batches.world.reverse and sees)
+        return dict(captions=captions, vectors=torch.eye(2)[[side] * len(captions)])
+
+    def embed_texts(model, texts, *_):
+        return torch.eye(2)[[next(ways)] * len(texts)]
+
+    monkeypatch.setattr(train_clip, "embed", embed)
+    monkeypatch.setattr(train_clip, "embed_texts", embed_texts)
+    assert train_clip.reversal(None, held_out, train_clip.ClipConfig(), None, None) == float(sees)
 
 
 # -----------------------------------------------------------------------------------------------------------
