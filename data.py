@@ -46,12 +46,10 @@ import unicodedata
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
@@ -100,22 +98,22 @@ def configure(config, sizes, argv, positional=None):
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
     values = {field.name: field.default for field in dataclasses.fields(config)}
     if sizes is not None:
-        # the size first: the other defaults, which --help shows, depend on it
+        # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--size", default=config.size if config.size in sizes else next(iter(sizes)))
+        known = config.size if config.size in sizes else next(iter(sizes))
+        parser.add_argument("--size", default=known, choices=sizes)
         size = parser.parse_known_args(argv)[0].size
-        if size not in sizes:
-            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
-    # dataclasses do not keep comments: they are read off the source
+    # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.M))
+    # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size.
     parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
                            allow_abbrev=False)
-    # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size
     for field in dataclasses.fields(config):
         name = "--" + field.name.replace("_", "-")
         text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
+        # annotations are texts here, such as "int | None"
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
         if field.name == positional:
             parser.add_argument(positional, type=kind, help=helps.get(field.name))
@@ -142,7 +140,8 @@ def replacing(path):
     """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a
     kill, sees the old file or the new one, never half of one."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # numpy and PyAV go by the suffix of a file, so it stays as it is
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield beside
         # on disk before it has the name: else a power cut could leave an empty file
@@ -169,10 +168,7 @@ def write_json(path, value):
 
 def write_npz(path, key, array):
     """One array -> a compressed .npz file that holds it as `key`."""
-    def write(beside):
-        with open(beside, "wb") as file:                        # given a name, numpy would add .npz to it
-            np.savez_compressed(file, **{key: array})
-    replace(path, write)
+    replace(path, lambda beside: np.savez_compressed(beside, **{key: array}))
 
 
 def write_png(path, image):
@@ -190,9 +186,7 @@ def write_png(path, image):
 
 def palette(count):
     """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
-    saturation, value = (0.75, 0.95, 0.5), (0.95, 0.75, 0.9)
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, saturation[i % 3], value[i // 3 % 3])
-               for i in range(count)]
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.75, 0.55)[i % 3]) for i in range(count)]
     return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
 
 
@@ -323,15 +317,13 @@ class World:
     story: bool = False             # a chain even of one act
     words: str = "all"              # captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
     shapes: int = len(SHAPES)       # how many of SHAPES there are
-    programs: tuple = MOTIONS       # what a subject of one act may do
     plain: bool = False             # one dark ground without a pattern
     reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
     def __post_init__(self):
-        if not 1 <= self.max_objects <= MAX_OBJECTS:
-            raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
-        if self.frames < 1 or self.size < 8:
-            raise BadInput(f"{self.frames} frames at {self.size} px: give at least 1 of 8 px")
+        if not 1 <= self.max_objects <= MAX_OBJECTS or self.frames < 1 or self.size < 8:
+            raise BadInput(f"max_objects {self.max_objects} in {self.frames} frames of {self.size} px: give 1 "
+                           f"to {MAX_OBJECTS}, at least 1, at least 8")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
         if self.words not in ("all", "looks", "deeds"):
@@ -487,25 +479,24 @@ def inside(paths):
 def script(index, world=World()):
     """The scene number `index`, the same on every machine: small arrays for `rasterise`, words, classes.
 
-    camera (T, 3): centre x, y and zoom;
-    light (T, 3): gain of each colour channel; place (8, T, 4): x, y, radius, angle of each object on the
-    screen, the deepest first; shape (8,); count: how many objects there are; rgb (9, 3) of the ground
-    and the objects; contrast: of the pattern on the ground.
-    caption; qa: list of dict(type, question, answer, options); appearance, colour, motion: classes of the
-    subject (motion -1: what is only seen backwards).
-    scene: dict, of what words are made. Its lists are of objects, the subject first. looks: dict(shape, colour,
-    r); act: the subject's first; deeds: in a chain; hero: the deed that is counted; bounds: frames at which acts
-    begin, and the last one ends; visits: of the others in a chain, (role, first frame of going, of coming);
-    ground: its name; film: what camera and light do; slots: of each object its index in `place`."""
+    Arrays: camera (T, 3): centre x, y and zoom; light (T, 3): gain of each colour channel; place (8, T, 4):
+    x, y, radius, angle of each object on the screen, the deepest first; shape (8,); count: how many objects
+    there are; rgb (9, 3) of the ground and the objects; contrast: of the pattern on the ground.
+
+    For learning: caption; qa: list of dict(type, question, answer, options); appearance, colour, motion:
+    classes of the subject (motion -1: what is only seen backwards).
+
+    scene: dict, of what words are made; its lists are of objects, the subject first. looks: dict(shape,
+    colour, r); act: the subject's first; deeds: in a chain; hero: the deed that is counted; bounds: frames at
+    which acts begin, and the last one ends; visits: of the others in a chain, (role, first frame of going, of
+    coming); ground: its name; film: what camera and light do; slots: of each object its index in `place`."""
     rng = np.random.default_rng((SEED, index))
     looks = cast(rng, world, index)
     deeds, hero, acts = choose_acts(rng, world, len(looks))
     bounds = [i * world.frames // len(acts) for i in range(len(acts) + 1)]
     states = np.array([(0, 0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
-    if world.chain:
-        paths, visits = chained(rng, world, states, acts, bounds)
-    else:
-        paths, visits = staged(rng, world, states, acts[0]), []
+    arrange = chained if world.chain else staged
+    paths, visits = arrange(rng, world, states, acts, bounds)
     camera, light, film = filmed(rng, world)
     act = acts[0]
     if world.reverse:
@@ -525,18 +516,18 @@ def script(index, world=World()):
     rgb = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 3))
     rgb[0] = DARK if world.plain else GROUNDS[ground]
     rgb[1:1 + len(looks)] = [list(COLOURS.values())[looks[j]["colour"]] for j in order]
-    # From the world to the screen; what is not there is far out of view.
+    # From the world to the screen: the camera moves everything the other way. What is not there is far out of
+    # view, so that all clips have arrays of one shape and the painter finds no pixel of it.
     place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
     shape = np.zeros(MAX_OBJECTS, np.int64)
     shape[:len(looks)] = [looks[j]["shape"] for j in order]
+    result = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=0.0 if world.plain else 0.12)
+    result = {name: np.asarray(array, np.float32) for name, array in result.items()}
     scene = dict(world=world, looks=looks, act=act, deeds=deeds, hero=hero, bounds=bounds, visits=visits,
                  ground=ground, film=film, slots=[order.index(j) for j in range(len(looks))])
-    contrast = 0.0 if world.plain else 0.12
-    result = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=contrast)
-    result = {name: np.asarray(array, np.float32) for name, array in result.items()}
     result |= dict(index=index, shape=shape, count=len(looks), scene=scene)
     result |= dict(caption=describe(rng, scene), qa=questions(rng, scene))
     motion = MOTIONS.index(act[0]) if act[0] in MOTIONS else -1
@@ -553,6 +544,7 @@ def cast(rng, world, index):
     count = pick(rng, [n for n in COUNTS if n <= world.max_objects])
     radius = rng.uniform(*RADIUS) * (1 - 0.06 * max(count - 3, 0))
     looks = []
+    # Shape and colour of each object are drawn until they are allowed.
     while len(looks) < count:
         shape, colour = int(rng.integers(world.shapes)), int(rng.integers(len(COLOURS)))
         if not looks and index >= HELDOUT:
@@ -569,10 +561,10 @@ def cast(rng, world, index):
 
 
 def choose_acts(rng, world, count):
-    """-> deeds, hero (see Scene), acts. In a chain two equal deeds never stand side by side: they would look
-    like one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
+    """-> deeds, hero (see `script`), acts. In a chain two equal deeds never stand side by side: they would
+    look like one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
     if not world.chain:
-        program = pick(rng, [p for p in world.programs if count > 1 or p in SOLO])
+        program = pick(rng, MOTIONS if count > 1 else SOLO)
         return [], "", [(program, pick(rng, WAYS.get(program, ("",))))]
     hero = pick(rng, tuple(DEEDS))
     times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
@@ -595,10 +587,12 @@ def beside(rng, state, other, close=True):
     return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
 
 
-def staged(rng, world, states, act):
-    """Paths (count, T, 4) of a clip of one act: places are drawn until the act fits into the box."""
-    program = act[0]
+def staged(rng, world, states, acts, bounds):
+    """-> paths (count, T, 4) of a clip of one act, and no visits. Places are drawn until the act fits into
+    the box."""
+    act, program = acts[0], acts[0][0]
     # All subjects have the sizes at which growing and shrinking begin and end, or these would tell them.
+    # `size` is the logarithm of the first radius over the mean one, in halves of log(GROWTH).
     size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
     size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
     states[0, 2] *= GROWTH ** (size / 2)
@@ -621,13 +615,14 @@ def staged(rng, world, states, act):
                 program = pick(rng, SOLO[:4])
                 path = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])[0]
         paths[j] = path
-    return paths
+    return paths, []
 
 
 def chained(rng, world, states, acts, bounds):
     """Paths (count, T, 4) of a chain, and visits. The subject acts in the middle, the others come to the
     corners and then to the sides, and go."""
     corners = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
+    # Far enough apart that the subject never hides another: who is out of sight has left.
     homes = [(0.5, 0.5), *corners, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
     states[:, :2] = homes[:len(states)] + rng.uniform(-0.03, 0.03, (len(states), 2))
     paths = np.repeat(states[:, None], world.frames, 1)
@@ -643,7 +638,8 @@ def visit(rng, path):
     frames = len(path)
     role = pick(rng, tuple(ROLES))
     goes, comes = [int(frames * rng.uniform(*when)) for when in ROLES[role]]
-    way = max(1, min(frames // 16, 4))                          # frames that going and coming take
+    # Going and coming take a few frames. `gone` is 0 where the object is at home and 1 where it is away.
+    way = max(1, min(frames // 16, 4))
     frame = np.arange(frames)
     gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
     path[:, 0] += gone * math.copysign(0.9, path[0, 0] - 0.5)
@@ -652,6 +648,7 @@ def visit(rng, path):
 
 def filmed(rng, world):
     """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
+    # From -1/2 to 1/2: in the middle of a clip everything is where and as large as without a camera.
     tau = np.linspace(-0.5, 0.5, world.frames)
     camera, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), []
     light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))         # each clip has a tint
@@ -777,6 +774,7 @@ def describe(rng, scene):
         order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
                   "there is {subject} {where} ; it {doing} {rest}"]
     text = pick(rng, order).format(subject=subject, doing=doing, where=where, rest=rest)
+    # 4. what camera and light do, in most captions and not in all: people do not always say it
     for change in scene["film"]:
         if words == "all" and rng.random() < 0.7:
             text += pick(rng, (" , ", " as ", " while ")) + change
@@ -790,8 +788,9 @@ def questions(rng, scene):
     Nothing may be answered without looking. Wrong options come from the same clip where it offers enough:
     that a thing occurs is not yet the answer. All deeds are equally likely at each place of a chain; how
     often the hero's occurs, and who comes back, was drawn first, each number and role as often."""
-    names, deeds, qa = [name_of(look) for look in scene["looks"]], scene["deeds"], []
-    subject = names[0]
+    names, deeds = [name_of(look) for look in scene["looks"]], scene["deeds"]
+    subject, *others = names
+    qa = []
 
     def ask(kind, question, answer, seen, all_of=()):
         """`seen` are the wrong options to be taken first."""
@@ -805,26 +804,30 @@ def questions(rng, scene):
     ask("what", "What colour is the largest object?", colours[0], colours, COLOURS)
     if deeds:
         ask("first", f"What does the {subject} do first?", deeds[0], deeds, DEEDS)
+    # What follows a deed that occurs several times is asked of its first time.
     if len(deeds) > 1:
         deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
         follows = deeds[deeds.index(deed) + 1]
         # A deed never follows itself.
         possible = [other for other in DEEDS if other != deed]
         seen = [other for other in possible if other in deeds]
-        ask("after", f"What does the {subject} do right after it first {third(deed)}?", follows, seen, possible)
+        question = f"What does the {subject} do right after it first {third(deed)}?"
+        ask("after", question, follows, seen, possible)
     if len(deeds) > 2:
         hero = scene["hero"]
         times = [str(n + 1) for n in range(min(3, (len(deeds) + 1) // 2))]
         ask("times", f"How many times does the {subject} {hero}?", str(deeds.count(hero)), times)
-    visits = dict(zip(names[1:], scene["visits"]))
-    goes = {name: when for name, (role, when, _) in visits.items() if role in ("leaves", "returns")}
-    back = [name for name in goes if visits[name][0] == "returns"]
+    visits = list(zip(others, scene["visits"]))
+    goes = {name: when for name, (role, when, _) in visits if role in ("leaves", "returns")}
+    back = [name for name, (role, _, _) in visits if role == "returns"]
+    # Two that come back would be two right answers.
     if len(back) == 1:
-        ask("back", "Which object leaves the view and comes back?", back[0], visits)
+        ask("back", "Which object leaves the view and comes back?", back[0], others)
     if goes:
         name = pick(rng, list(goes))
         answer = "yes" if name in back else "no"
         ask("again", f"Does the {name} come back after it left?", answer, ("yes", "no"))
+    # The order of two that leave is asked only where it is plain to see.
     pair = shuffled(rng, list(goes))[:2]
     if len(pair) == 2 and abs(goes[pair[0]] - goes[pair[1]]) >= max(2, scene["world"].frames // 16):
         ask("order", f"Which leaves first, the {pair[0]} or the {pair[1]}?", min(pair, key=goes.get), pair)
@@ -888,6 +891,7 @@ def rasterise(scripts, size, device="cpu"):
         u = (p / zoom + 0.5 + x).expand(shape).contiguous()                 # (b, t, H, W)
         v = (p[:, None] / zoom + 0.5 + y).expand(shape).contiguous()
         ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        # The object of one depth in all clips at a time. Later ones cover earlier ones.
         for j in range(int(s["count"].max())):
             where, own_u, own_v = covered(s, j, size)
             ids.view(-1)[where] = MAX_GROUNDS + j
@@ -907,6 +911,7 @@ def covered(s, j, size):
     # sqrt(2) radii to each side hold a square that is turned; 2.5 in all hold every shape of the table
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
+    # Pixel numbers of the window, and where their centres are on the object: shifted, turned back, scaled.
     column = (x * size).round().long() + offset                             # (b, t, 1, w)
     row = (y * size).round().long() + offset[:, None]                       # (b, t, w, 1)
     dx, dy = (column + 0.5) / size - x, (row + 0.5) / size - y
@@ -920,6 +925,7 @@ def covered(s, j, size):
     hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
     frame = torch.arange(b * t, device=x.device).view(b, t, 1, 1)
     pixel = (frame * size + row) * size + column
+    # Most of the window is not covered: from here on only pixels that are.
     hit = hit.flatten().nonzero()[:, 0]
     return pixel.flatten()[hit], u.flatten()[hit], v.flatten()[hit]
 
