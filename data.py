@@ -965,9 +965,9 @@ def opened(path):
         raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video or container.streams.video[0].codec_context is None:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
                 raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
-            stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if torch.utils.data.get_worker_info() is not None:
                 stream.codec_context.thread_count = 1           # the other cores are other workers'
@@ -990,15 +990,16 @@ def frame_rate(path):
         return rate_of(stream)
 
 
-def frame_count(path, container, stream):
-    """How many frames a video shows, as its header says."""
+def frame_count(path, stream):
+    """How many frames a video shows, as its header says. Of a file that does not say it the packets are
+    counted."""
     length = float((stream.duration or 0) * stream.time_base)
-    if not length and "DURATION" in stream.metadata:            # MKV
+    if not length and "DURATION" in stream.metadata:            # MKV: "00:01:02.500"
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
-    # MP4 and its kin count also frames that an edit list hides; their length is of what is shown
-    if "mov" in container.format.name and length:
+    # MP4 also counts frames that an edit list hides, but its length is of what is shown
+    if expected and "mov" in stream.container.format.name:
         return min(stream.frames or expected, expected)
     return stream.frames or expected or len(frame_times(path))
 
@@ -1008,10 +1009,10 @@ def frame_times(path):
     none is decoded; a film of an hour takes a few seconds."""
     with opened(path) as (container, stream):
         tick, rate = float(stream.time_base), rate_of(stream)
-        by_count = container.format.name == "avi"
         stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-    if by_count or None in stamps:
-        return np.arange(len(stamps)) / rate
+        # AVI has no time stamps
+        if container.format.name == "avi" or None in stamps:
+            return np.arange(len(stamps)) / rate
     return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
 
 
@@ -1036,27 +1037,16 @@ def upright(frame, size, whole=False, crop=0.5):
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
-def check_size(path, frame, first):
-    """Masks and models take one size: a stream whose frames change theirs is refused."""
-    sizes = [f"{one.width} x {one.height} px" for one in (frame, first)]
-    if sizes[0] != sizes[1]:
-        raise BadVideo(f"{path}: a frame of {sizes[0]} among those of {sizes[1]}; re-encode it at one size")
-
-
-def check_end(path, end, total, rate):
-    """Headers often announce a little too much; of a cut file, a lot."""
-    announced = total / rate
-    if announced - end > max(3 / rate, 0.05 * announced):
-        raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
-
-
 def in_order(path, container, stream):
     """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
     rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
-    first = None
+    size = None
     for count, frame in enumerate(container.decode(stream)):
-        first = first or frame
-        check_size(path, frame, first)
+        # masks have one size
+        size = size or (frame.width, frame.height)
+        if size != (frame.width, frame.height):
+            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {size[0]} x "
+                           f"{size[1]}; re-encode it at one size")
         # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
         if frame.pts is None or container.format.name == "avi":
             yield count / rate, frame
@@ -1064,71 +1054,37 @@ def in_order(path, container, stream):
             yield (frame.pts - start) * tick, frame
 
 
-def on_screen(frames, wanted):
-    """(seconds, frame) pairs in order -> a list of those on screen at the times `wanted`."""
-    shown, ahead, found = None, next(frames, None), []
+def on_screen(path, container, stream, wanted):
+    """What is on screen at the times `wanted`, ascending -> [(seconds, frame)], of each the last frame that
+    began before. None where there is no frame."""
+    tick, start = float(stream.time_base), stream.start_time or 0
+    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
+    seekable = container.format.name != "avi" and "444" not in (stream.codec_context.pix_fmt or "")
+    # frames are stored in another order than they are shown, and a key frame is some way back
+    margin = 16 / rate_of(stream)
+    frames, found = in_order(path, container, stream), []
+    shown = ahead = next(frames, None)
     for t in wanted:
-        # on screen is the last frame that began before. Nothing begins before the first.
-        while ahead and (shown is None or ahead[0] <= t):
+        if seekable and ahead and t - ahead[0] > 2 * margin:
+            container.seek(start + int((t - margin) / tick), stream=stream)
+            frames = in_order(path, container, stream)
+            shown = ahead = next(frames, None)
+            # the seek has led behind t, or to where a decoder cannot begin
+            if not ahead or ahead[0] > t or not ahead[1].key_frame:
+                container.seek(0)
+                frames, seekable = in_order(path, container, stream), False
+                shown = ahead = next(frames, None)
+        while ahead and ahead[0] <= t:
             shown, ahead = ahead, next(frames, None)
         found.append(shown)
     return found
 
 
-def by_seeking(container, stream, wanted):
-    """The same without decoding everything; None if the file does not allow it.
-
-    Packets tell when frames are shown before anything is decoded. Decoding goes from the key frame before a
-    wanted frame up to it, and leaves out frames that no other refers to: half of an ordinary H.264 file."""
-    codec, tick, start = stream.codec_context, float(stream.time_base), stream.start_time or 0
-    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
-    if container.format.name == "avi" or "444" in (codec.pix_fmt or ""):
-        return None
-    # frames are stored in another order than they are shown
-    margin = 1 + 16 / rate_of(stream)
-    if wanted[0] > margin:
-        container.seek(start + int((wanted[0] - margin) / tick), stream=stream)
-    # up to the packet that is decoded after the last wanted time: whatever comes later is shown later
-    packets = []
-    for packet in container.demux(stream):
-        if packet.size:
-            packets.append(packet)
-        if packet.dts is not None and (packet.dts - start) * tick > wanted[-1]:
-            break
-    stamps = [packet.pts for packet in packets]
-    if None in stamps:
-        return None
-    # what an edit list hides is decoded, since others may refer to it, but never on screen
-    shown = np.array(sorted(p.pts for p in packets if not p.is_discard))
-    places = np.searchsorted((shown - start) * tick, wanted, side="right") - 1
-    if len(shown) == 0 or places[0] < 0:
-        return None
-    # which packets have to be decoded: from a key frame up to a chosen one, in the order of the file. Frames
-    # between a key frame and its packet may be shown before it, and then refer to what came before.
-    chosen, needed, frames = shown[places].tolist(), set(), {}
-    for pts in set(chosen):
-        at = key = stamps.index(pts)
-        while not (packets[key].is_keyframe and stamps[key] <= pts):
-            key -= 1
-            if key < 0:
-                return None
-        needed.update(range(key, at + 1))
-
-    def keep(decoded):                                          # frames come out later than packets go in
-        frames.update({frame.pts: frame for frame in decoded if frame.pts in chosen})
-
-    for i in sorted(needed):
-        if i - 1 not in needed:                                 # a key frame: what was before it is forgotten
-            keep(codec.decode(None))
-            codec.flush_buffers()
-        # NONREF: a frame is left out if no other refers to it
-        codec.skip_frame = "DEFAULT" if stamps[i] in chosen else "NONREF"
-        keep(codec.decode(packets[i]))
-    keep(codec.decode(None))
-    codec.flush_buffers()
-    if not all(pts in frames for pts in chosen):
-        return None
-    return [((pts - start) * tick, frames[pts]) for pts in chosen]
+def check_end(path, end, announced, rate):
+    """Refuse a file that ends early. Headers often announce a few frames too many; of a cut file, a lot.
+    `end` and `announced` are in seconds."""
+    if announced - end > max(3 / rate, 0.05 * announced):
+        raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
 
 def decode(path, frames, size, start=None, stride=1, crop=0.5):
@@ -1142,7 +1098,7 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
     is waited for."""
     with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, container, stream)
+        rate, total = rate_of(stream), frame_count(path, stream)
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
         if start is None:
@@ -1152,44 +1108,30 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
             numbers = round(start * (total - 1 - (frames - 1) * stride)) + np.arange(frames) * stride
         # the middle of a frame's time: no rounding makes it a neighbour's
         wanted = (numbers + 0.5) / rate
-        # what lies far apart is sought one by one
-        far = np.flatnonzero(np.diff(wanted) > 4 * (1 + 16 / rate)) + 1
-        parts = [by_seeking(container, stream, part) for part in np.split(wanted, far)]
-        if None in parts:
-            # decode everything from the beginning on
-            container.seek(0)
-            stream.codec_context.skip_frame = "DEFAULT"
-            parts = [on_screen(in_order(path, container, stream), wanted)]
-        found = sum(parts, [])
+        found = on_screen(path, container, stream, wanted)
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
-        for _, frame in found:
-            check_size(path, frame, found[0][1])
         images = [upright(frame, size, crop=crop) for _, frame in found]
-        times = np.array([seconds for seconds, _ in found])
+    times = np.array([seconds for seconds, _ in found])
     # the last one stays long, or the file ends early? Only all its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
-        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1] * rate, rate)
+        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1], rate)
     return np.stack(images), times
 
 
 def read_frames(path, size, length=8, whole=False):
     """Every frame of a video, in order -> an iterator over uint8 (length, size, size, 3), cut as `decode`
-    cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as for `decode`."""
-    piece, end = [], 0
+    cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as
+    for `decode`."""
     with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, container, stream)
-        for seconds, frame in in_order(path, container, stream):
-            piece.append(upright(frame, size, whole))
-            end = max(end, seconds + 1 / rate)
-            if len(piece) == length:
-                yield np.stack(piece)
-                piece = []
-    if piece:
-        yield np.stack(piece)
+        rate, total = rate_of(stream), frame_count(path, stream)
+        frames, end = in_order(path, container, stream), 0
+        while piece := list(itertools.islice(frames, length)):
+            end = max(end, piece[-1][0] + 1 / rate)
+            yield np.stack([upright(frame, size, whole) for _, frame in piece])
     if not end:
         raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
-    check_end(path, end, total, rate)
+    check_end(path, end, total / rate, rate)
 
 
 def load_labels(mask_path, graph_path, times, size, video):
@@ -1197,10 +1139,14 @@ def load_labels(mask_path, graph_path, times, size, video):
     `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
     mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
     trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
-    mask, graph = sidecars(mask_path, graph_path)
+    if not (mask_path and graph_path):
+        raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
+    mask = read_npz(mask_path, "arr_0", 3)
+    graph = read_npz(graph_path, "tensor", 2)
     shown = frame_times(video)
-    if abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
-        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames, but the video has {len(shown)}; write all")
+    if graph.shape[1] != len(mask) or abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
+        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames and a graph of {graph.shape[1]} for a "
+                       f"video of {len(shown)}; write all again")
     # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
     place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
@@ -1211,34 +1157,23 @@ def load_labels(mask_path, graph_path, times, size, video):
     for label, t in zip(labels, times):
         f = min(int(np.abs(shown - t).argmin()), len(mask) - 1)
         ids = mask[f][rows[:, None], columns]
-        order = np.argsort(graph[:, f])                         # trajectories by the id that they have here
-        own = graph[order, f]                                   # ascending
-        at = np.searchsorted(own, ids).clip(max=len(own) - 1)
-        found = (ids > 0) & (own[at] == ids)
-        label[found] = order[at[found]]
+        for i in np.unique(ids[ids > 0]):
+            owner = np.flatnonzero(graph[:, f] == i)
+            label[ids == i] = owner[0] if len(owner) else -1
     return labels
 
 
-def sidecars(mask_path, graph_path):
-    """-> mask (F, H, W) and graph (M, F), whole numbers. BadVideo names the file that is wrong."""
-    if not (mask_path and graph_path):
-        raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
-    arrays = []
-    for path, key, axes in ((mask_path, "arr_0", 3), (graph_path, "tensor", 2)):
-        try:
-            with np.load(path) as file:
-                array = file[key]
-            fits = array.ndim == axes and array.dtype.kind in "iub" and array.size
-            assert fits, f"{array.dtype} {array.shape}"
-        # what numpy raises depends on where a file is damaged
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:60]}"
-            raise BadVideo(f"{path}: no labels ({reason}); whole numbers `{key}` of {axes} axes") from None
-        arrays.append(array)
-    mask, graph = arrays
-    if graph.shape[1] != len(mask):
-        raise BadVideo(f"{mask_path}: {len(mask)} frames, its graph has {graph.shape[1]}; write both again")
-    return mask, graph
+def read_npz(path, key, axes):
+    """One array of whole numbers. BadVideo says what is wrong with the file."""
+    try:
+        with np.load(path) as file:
+            array = file[key]
+    # what numpy raises depends on where a file is damaged
+    except Exception as error:
+        raise BadVideo(f"{path}: no `{key}` in it ({type(error).__name__}); write it again") from None
+    if array.ndim != axes or array.dtype.kind not in "iub" or not array.size:
+        raise BadVideo(f"{path}: `{key}` is {array.dtype} {array.shape}; give whole numbers of {axes} axes")
+    return array
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1250,7 +1185,10 @@ COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "vi
 COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
 COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
 COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
-EXPECTED = 'a JSON list of {"video": path, "caption": text}, or such an object a line'
+# what a row may hold
+TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), group=(str, int), split=str,
+             mask=str, graph=str, qa=list, conversations=list, appearance=int, colour=int, motion=int)
+EXPECTED = 'give a JSON list of {"video": path, "caption": text}, such an object a line, a CSV or a folder'
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -1260,52 +1198,42 @@ def read_manifest(path):
     label, group, split ("train", "val", "test" or None), mask, graph, and where given qa (list of dicts
     question, answer) and conversations (a list of lists of such dicts).
 
-    Rows that name the same file are one entry with all their captions and questions. Sidecars that are not
-    named are looked for beside the video. BadInput says what is wrong, and where."""
+    Rows that name the same file are one entry with all their captions and questions: as two candidates of a
+    retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
+    video. BadInput says what is wrong, and where."""
     path = Path(path)
     if path.is_dir() and (path / "manifest.json").exists():
         path = path / "manifest.json"
     folder = path if path.is_dir() else path.parent
-    entries = {}
-    for where, row in read_rows(path):
-        # the real path: a file may be named in several ways
-        try:
+    entries, where = {}, "cannot be read"
+    try:
+        for where, row in read_rows(path):
             entry = to_entry(row, folder)
+            # the real path: a file may be named in several ways
             file = os.path.realpath(entry["path"])
             entries[file] = joined(entries[file], entry) if file in entries else entry
-        except ValueError as error:
-            raise BadInput(f"{path} {where}: {error}") from None
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
     if not entries:
-        raise BadInput(f"{path}: holds no entries; expected {EXPECTED}")
+        raise BadInput(f"{path}: holds no entries; {EXPECTED}")
     return list(entries.values())
 
 
 def read_rows(path):
-    """-> (where, row) pairs of a manifest, a CSV file or a folder."""
+    """-> (where, row) pairs of a manifest, a CSV file or a folder. A row is a dict, or a line of JSON."""
     if path.is_dir():
         return folder_rows(path)
     # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8: {error.reason} at byte {error.start}"
-        raise BadInput(f"{path}: cannot be read ({reason}); give a manifest, a CSV or a folder") from None
+    text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return csv_rows(path, text)
     if text.lstrip().startswith("["):
-        return [(f"entry {number}", row) for number, row in enumerate(load_json(path, text, 1), 1)]
+        return [(f"entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
     # not splitlines: a text in JSON may hold other line separators
     lines = enumerate(text.split("\n"), 1)
-    return [(f"line {number}", load_json(path, line, number)) for number, line in lines if line.strip()]
-
-
-def load_json(path, text, line):
-    """JSON that begins in this line of a file -> its value."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise BadInput(f"{path} line {line}: not a manifest ({error}); expected {EXPECTED}") from None
+    return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
 def csv_rows(path, text):
@@ -1313,112 +1241,94 @@ def csv_rows(path, text):
     or spaces."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
+    # csv reads quoted line breaks, and both kinds of line ends
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
-    try:
-        # csv reads quoted line breaks and both kinds of line ends; cells are stripped, or " walking" and
-        # "walking" would be two classes
-        for cells in reader:
-            cells, where = [cell.strip() for cell in cells], f"line {reader.line_num}"
-            if not any(cells):
+    for cells in reader:
+        # " walking" and "walking" would be two classes
+        cells, where = [cell.strip() for cell in cells], f"{path} line {reader.line_num}"
+        if not any(cells):
+            continue
+        if header is None:
+            # Kinetics writes `path,label` and V-JEPA `path label`, without a header
+            if Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                header = ["video", "label"]
+            else:
+                header = known_columns(where, cells)
                 continue
-            if header is None:
-                # Kinetics writes `path,label` and V-JEPA `path label`, without a header
-                media = Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-                header = ["video", "label"] if media else known_columns(f"{path} {where}", cells)
-                if not media:
-                    continue
-            if len(cells) != len(header):
-                raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote separators")
-            yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
-    except csv.Error as error:
-        raise BadInput(f"{path} line {reader.line_num}: not a table ({error})") from None
+        if len(cells) != len(header):
+            raise BadInput(f"{where}: {len(cells)} cells, not {len(header)}; quote those with separators")
+        yield f"line {reader.line_num}", {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
 def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        found = ", ".join(cells)[:60]
-        raise BadInput(f"{where}: a header of {found}; name a column for the file and one for its caption or "
-                       f"label, by one of {', '.join(COLUMNS)}")
+        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
+                       f"for its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
 def folder_rows(root):
     """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out.
     Pictures count where there are no videos: beside videos they are thumbnails."""
-    videos, pictures = [], []
+    found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         # a link to a folder above would never end
-        above = os.path.realpath(folder) + os.sep
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
-                            and not above.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
-        for name in sorted(files):
-            kind = Path(name).suffix.lower()
-            if name[0] != "." and kind in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                (videos if kind in VIDEO_SUFFIXES else pictures).append(Path(folder, name).relative_to(root))
-    for file in videos or pictures:
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+        seen.add(real)
+        found += [Path(folder, name).relative_to(root) for name in sorted(files) if name[0] != "."]
+    videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
+    for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
         parts = list(file.parts[:-1])
-        row = {"video": str(file)}
-        if parts and parts[0] in SPLITS:
-            row["split"] = parts.pop(0)
-        if parts:
-            row["label"] = parts[0]
-        yield str(file), row
-
-
-def is_text(value):
-    """A text that is not empty, and can be written as UTF-8: half of a surrogate pair cannot."""
-    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+        part = parts.pop(0) if parts and parts[0] in SPLITS else None
+        label = parts[0] if parts else None
+        yield str(file), dict(video=str(file), split=part, label=label)
 
 
 def to_entry(row, folder):
     """A row of a manifest -> an entry. ValueError says what is wrong with it."""
-    if not isinstance(row, dict) or not is_text(row.get("video") or row.get("image")):
-        raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"; write {{"video": path}}')
-    # types first, so that nothing below has to think of them
-    kinds = dict(caption=(str, list), label=(str, int), group=(str, int), split=str, mask=str, graph=str,
-                 qa=list, conversations=list)
-    for key, kind in kinds.items():
-        if row.get(key) is not None and not isinstance(row[key], kind):
-            raise ValueError(f'"{key}" is {json.dumps(row[key])[:60]}; it must be {kind}')
-    file = Path(folder, row.get("video") or row["image"])
+    row = json.loads(row) if isinstance(row, str) else row
+    if not isinstance(row, dict) or not (row.get("video") or row.get("image")):
+        raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"')
+    row = {key: row.get(key) for key in TYPES}
+    for key, value in row.items():
+        if value is not None and not isinstance(value, TYPES[key]):
+            raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; it must be {TYPES[key]}')
+    file = Path(folder, row["video"] or row["image"])
     entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
-    entry["image"] = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
-    captions = [row["caption"]] if isinstance(row.get("caption"), str) else row.get("caption")
+    entry["image"] = not row["video"] or file.suffix.lower() in IMAGE_SUFFIXES
+    entry |= {key: row[key] for key in MADE if row[key] is not None}
+    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
     if captions and not all(map(is_text, captions)):
         raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give one text or several, none empty')
     entry["caption"] = captions or None
     for key in ("label", "group"):
-        entry[key] = None if row.get(key) is None else str(row[key])
-    if row.get("split") not in (None, *SPLITS):
+        entry[key] = None if row[key] is None else str(row[key])
+    if row["split"] not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
-    entry["split"] = SPLITS.get(row.get("split"))
+    entry["split"] = SPLITS.get(row["split"])
     # a sidecar that is named must be there; one that is not named may be
     for key in ("mask", "graph"):
-        sidecar = Path(folder, row[key]) if row.get(key) else file.with_name(f"{file.stem}_{key}.npz")
-        entry[key] = str(sidecar) if row.get(key) or sidecar.exists() else None
-    try:
-        if row.get("qa"):
-            entry["qa"] = [pair(qa["question"], qa["answer"], qa) for qa in row["qa"]]
-        if row.get("conversations"):
-            entry["conversations"] = [conversation(row["conversations"])]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError('"qa" is a list of {"question": text, "answer": text}, "conversations" one of '
-                         '{"from": "human", "value": text} and {"from": "gpt", "value": text}') from None
+        sidecar = Path(folder, row[key]) if row[key] else file.with_name(f"{file.stem}_{key}.npz")
+        entry[key] = str(sidecar) if row[key] or sidecar.exists() else None
+    if row["qa"]:
+        entry["qa"] = row["qa"]
+    if row["conversations"]:
+        entry["conversations"] = [conversation(row["conversations"])]
+    for pair in itertools.chain(row["qa"] or [], *entry.get("conversations", [])):
+        if not is_text(pair["question"]) or pair["answer"] not in pair.get("options", [pair["answer"]]):
+            raise ValueError(f"{json.dumps(pair)[:80]}: the answer is a text, one of the options if any")
     return entry
 
 
-def pair(question, answer, source):
-    """A question and its answer, with its kind and the answers to choose from where they are given."""
-    if not is_text(question) or not is_text(answer):
-        raise ValueError
-    more = {key: source[key] for key in ("type", "options") if key in source}
-    options = more.get("options", [answer])
-    if not isinstance(options, list) or answer not in options or not all(map(is_text, options)):
-        raise ValueError
-    return dict(question=question, answer=answer) | more
+def is_text(value):
+    """A text that is not empty."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def conversation(turns):
@@ -1427,9 +1337,9 @@ def conversation(turns):
     pairs = []
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if (human["from"], gpt["from"]) != ("human", "gpt"):
-            raise ValueError
-        text = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
-        pairs.append(pair(text, gpt["value"], human))
+            raise ValueError('a conversation goes "human", "gpt", "human", "gpt"')
+        question = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
+        pairs.append(human | dict(question=question, answer=gpt["value"]))
     return pairs
 
 
@@ -1456,9 +1366,8 @@ def split(entries):
         # names, not numbers in the list: the order of a manifest does not matter. Whole names: of
         # <id>/rgb.mp4 the last part is the same for all.
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
-        share = min(0.25, 5000 / len(entries))
         least = max(min(len(entries), 24) // 6, 1)
-        limit = max(share * 2 ** 32, sorted(hashes)[least - 1] + 1)
+        limit = max(min(0.25, 5000 / len(entries)) * 2 ** 32, sorted(hashes)[least - 1] + 1)
         held_out = [number < limit for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
@@ -1526,33 +1435,32 @@ def load_encoding(name="world"):
 
 
 def published_encoding(path):
-    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank:
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank, so
     ranks are ids."""
     path = path / "tokenizer.json" if path.is_dir() else path
+    # In these files a printable byte stands for itself, the n-th of the others for the character 256 + n.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # the byte map of these files: printable bytes stand for themselves, the others for characters 256, 257,
-    # ...
     hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        splits, composed = spec["pre_tokenizer"], spec.get("normalizer")
-        splits, vocabulary = splits.get("pretokenizers", [splits]), spec["model"]["vocab"]
-        steps = [split["type"] for split in splits]
-        odd = steps not in (["ByteLevel"], ["Split", "ByteLevel"]) or composed not in (None, {"type": "NFC"})
-        if odd or splits[0].get("behavior") not in (None, "Isolated") or splits[-1].get("add_prefix_space"):
-            raise ValueError(f"not the steps of GPT-2 or Qwen: {composed} {splits}")
-        pattern = splits[0]["pattern"]["Regex"] if len(splits) == 2 else GPT_WORDS
+        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        names = [step["type"] for step in steps]
         special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+        vocabulary = spec["model"]["vocab"]
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
         merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
-        if merged != sorted(merged) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("it is not byte-level, or its merges are not in the order of their ids")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # What is not done here, and merges in another order than that of their ids, would give other tokens.
+        assert names in (["ByteLevel"], ["Split", "ByteLevel"]), f"steps {names}"
+        assert spec.get("normalizer") in (None, {"type": "NFC"}), "another normalizer than NFC"
+        assert steps[0].get("behavior") in (None, "Isolated") and not steps[-1].get("add_prefix_space"), steps
+        assert merged == sorted(merged) and all(bytes([i]) in ranks for i in range(256)), "not byte-level"
+        pattern = steps[0]["pattern"]["Regex"] if names[0] == "Split" else GPT_WORDS
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
-    kind = Composing if composed else tiktoken.Encoding
+    kind = Composing if spec.get("normalizer") else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -1572,20 +1480,18 @@ def tokenize(encoding, texts, length):
 # 5. Batches: number i is a pure function of (seed, i)
 # -----------------------------------------------------------------------------------------------------------
 
+MADE = ("appearance", "colour", "motion")                       # classes of made clips, as numbers
 PATIENCE = 300                                                  # seconds that a batch from a worker may take
 
 
 def distinct(world, begin, count):
     """The first `count` indices from `begin` on whose captions all differ: a caption that fits two clips has
     no right answer."""
-    seen, indices = set(), []
+    indices = {}
     for index in itertools.count(begin):
         if len(indices) == count:
-            return indices
-        caption = script(index, world)["caption"]
-        if caption not in seen:
-            seen.add(caption)
-            indices.append(index)
+            return list(indices.values())
+        indices.setdefault(script(index, world)["caption"], index)
 
 
 class WorldBatches(torch.utils.data.Dataset):
@@ -1597,29 +1503,24 @@ class WorldBatches(torch.utils.data.Dataset):
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
-        self.begin, self.indices = begin, indices
+        self.indices = range(begin, begin + 10 ** 9) if indices is None else indices
 
     def __len__(self):
-        assert self.indices is not None, "made clips without `indices` never end"
         return -(-len(self.indices) // self.batch)
 
     def captions(self):
         """Captions of the first clips: enough of them to hold every word."""
-        return [script(self.begin + i, self.world)["caption"] for i in range(2000)]
+        return [script(i, self.world)["caption"] for i in self.indices[:2000]]
 
     def __getitem__(self, i):
-        first, last = i * self.batch, (i + 1) * self.batch
-        if self.indices is None:
-            indices = list(range(self.begin + first, self.begin + last))
-        else:
-            indices = self.indices[first:last]
+        indices = self.indices[i * self.batch:(i + 1) * self.batch]
         scripts = [script(j, self.world) for j in indices]
-        batch = dict(scripts=stack(scripts), size=self.world.size, index=indices, bad=[])
+        batch = dict(scripts=stack(scripts), size=self.world.size, index=list(indices), bad=[])
         batch["caption"] = [s["caption"] for s in scripts]
-        batch["captions"] = [[caption] for caption in batch["caption"]]
+        batch["captions"] = [[s["caption"]] for s in scripts]
         batch["label"] = [None] * len(scripts)
         batch["qa"] = [s["qa"] for s in scripts]
-        for key in ("appearance", "colour", "motion"):
+        for key in MADE:
             batch[key] = torch.tensor([s[key] for s in scripts])
         return batch
 
@@ -1641,8 +1542,7 @@ class VideoBatches(torch.utils.data.Dataset):
         self.entries, self.files = entries, len(entries)
         self.frames, self.size, self.batch = frames, size, batch
         self.seed, self.train, self.stride = seed, train, stride
-        kinds = {entry["image"] for entry in entries}
-        assert len(kinds) == 1, "a batch holds videos or pictures: make a dataset of each, and mix them"
+        assert len(kinds(entries)) == 1, "a batch holds videos or pictures: make a dataset of each"
 
     def __len__(self):
         """Batches of held-out clips; in training, of an epoch."""
@@ -1655,47 +1555,50 @@ class VideoBatches(torch.utils.data.Dataset):
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         """The entries' numbers as one epoch takes them. A batch may need two epochs."""
-        rng = np.random.default_rng((self.seed, epoch))
-        return rng.permutation(len(self.entries)).tolist()
+        return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
 
     def candidates(self, i):
-        """Numbers of the entries that batch i may take, in order."""
-        n, first = len(self.entries), i * self.batch
+        """Numbers of the entries that batch i may take, in order, some of them twice."""
+        first = i * self.batch
         if not self.train:
-            return range(first, min(first + self.batch, n))
+            yield from range(first, min(first + self.batch, self.files))
+            return
         # twice the length of an epoch holds each entry at least once
-        places = range(first, first + 2 * n)
-        return (self.order(place // n)[place % n] for place in places)
+        for place in range(first, first + 2 * self.files):
+            yield self.order(place // self.files)[place % self.files]
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, 1, i))
-        clips, bad, tried = [], [], set()
+        clips, bad = {}, {}
         for number in self.candidates(i):
             if len(clips) == self.batch:
                 break
-            if number in tried:
+            if number in clips or number in bad:
                 continue
-            tried.add(number)
             try:
-                clips.append(self.clip(number, rng))
+                clips[number] = self.clip(number, rng)
             except BadVideo as error:
-                bad.append((self.entries[number]["path"], str(error)))
+                bad[number] = self.entries[number]["path"], str(error)
         if self.train and not clips:
-            raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
-        batch = {key: [clip.get(key) for clip in clips] for key in self.KEYS}
+            raise BadInput(f"none of the {self.files} files can be used; the last: {bad[number][1]}")
+        batch = {key: [clip.get(key) for clip in clips.values()] for key in self.KEYS}
         for key in ("video", "labels"):
             batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
-        return batch | dict(bad=bad)
+        # made clips on disk tell their classes, too
+        for key in MADE:
+            if clips and all(key in self.entries[number] for number in clips):
+                batch[key] = torch.tensor([self.entries[number][key] for number in clips])
+        return batch | dict(bad=list(bad.values()))
 
     def clip(self, number, rng):
         """One entry, decoded. BadVideo if it cannot be used."""
         entry = self.entries[number]
-        frames = 1 if entry["image"] else self.frames
         # drawn for every clip, used or not, so that a picture or a caption more moves nothing else
         start, choice = rng.random(2)
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
             start = None
+        frames = 1 if entry["image"] else self.frames
         video, times = decode(entry["path"], frames, self.size, start, stride)
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
@@ -1730,18 +1633,13 @@ class Mixed(torch.utils.data.Dataset):
     def captions(self):
         return [text for dataset in self.datasets for text in dataset.captions()]
 
-    def place(self, step):
-        """-> (number of the dataset that step s takes, how many steps took it before)."""
-        for j, (share, phase) in enumerate(zip(self.shares, self.phases)):
-            before = math.floor(step * share + phase)
-            if math.floor((step + 1) * share + phase) > before:
-                return j, before
-            step -= before
-
     def __getitem__(self, i):
         step, rank = divmod(i, self.world)
-        j, before = self.place(step)
-        return self.datasets[j][before * self.world + rank]
+        for dataset, share, phase in zip(self.datasets, self.shares, self.phases):
+            before = math.floor(step * share + phase)
+            if math.floor((step + 1) * share + phase) > before:
+                return dataset[before * self.world + rank]
+            step -= before
 
 
 def finish(batch, device):
@@ -1750,10 +1648,9 @@ def finish(batch, device):
     if "scripts" in batch:
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
-    else:
+    for key in ("video", "labels"):
         # from pinned memory the copy runs beside the computation
-        batch["video"] = batch["video"].to(device, non_blocking=True)
-        batch["labels"] = batch["labels"].to(device, non_blocking=True)
+        batch[key] = batch[key].to(device, non_blocking=True)
     return batch
 
 
@@ -1761,28 +1658,20 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
     rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
     on that. To resume, begin at another `first`."""
-    steps = range(first * world + rank, last * world, world)
-    # a generator of its own: torch would draw the workers' seeds from the global one
-    own = torch.Generator()
-    if workers == 0:
-        return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, generator=own)
     batches = torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=steps, generator=own, num_workers=workers, timeout=PATIENCE,
-        pin_memory=torch.cuda.is_available())
-    return watched(batches)
-
-
-def watched(batches):
-    """The batches of a DataLoader with workers. A worker that gets no shared memory loses its batch without a
-    word: the time-out says where to look."""
+        dataset, batch_size=None, sampler=range(first * world + rank, last * world, world),
+        num_workers=workers, timeout=PATIENCE if workers else 0, pin_memory=torch.cuda.is_available(),
+        # a generator of its own: torch would draw the workers' seeds from the global one
+        generator=torch.Generator())
     try:
         yield from batches
     except BadInput as error:
         # torch puts the worker's traceback above the message, and its type before it
-        raise BadInput(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from None
+        raise BadInput(str(error).strip().splitlines()[-1].split("BadInput: ", 1)[-1]) from None
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
+        # a worker that gets no shared memory loses its batch without a word
         raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: "
                        "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
@@ -1805,67 +1694,52 @@ def augment(video, labels, seed, flip=True):
     contrast, saturation or grey, blur. video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same.
     `seed` (an int) decides everything. Give flip=False where captions tell left from right."""
     rng = np.random.default_rng((seed, 2))
-    b, t, h, w, _ = video.shape
+    pairs = [changed(clip, ids, rng, flip) for clip, ids in zip(video, labels)]
+    return torch.stack([clip for clip, _ in pairs]), torch.stack([ids for _, ids in pairs])
 
-    def each(values):                                           # one number a clip
-        values = torch.tensor(values, dtype=torch.float32, device=video.device)
-        return values.view(b, 1, 1, 1, 1)
 
-    # one map for all frames of a clip: a still thing stays still
-    grid = random_crops(rng, b, h, w, flip).to(video.device).repeat_interleave(t, 0)    # (b t, h, w, 2)
-    x = rearrange(video, "b t h w c -> (b t) c h w").float()
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    # outside of the picture grid_sample reads 0, so labels are moved up by one: 0 is "unlabelled"
-    ids = rearrange(labels + 1, "b t h w -> (b t) 1 h w").float()
-    ids = F.grid_sample(ids, grid, mode="nearest", align_corners=False)
-    labels = rearrange(ids, "(b t) 1 h w -> b t h w", b=b).round().long() - 1
-    x = rearrange(x, "(b t) c h w -> b t c h w", b=b)
+def changed(clip, ids, rng, flip):
+    """One clip uint8 (t, H, W, 3) and its labels (t, H, W), changed at random."""
+    h, w = ids.shape[1:]
+    x = rearrange(clip, "t h w c -> t c h w").float()
+    ids = ids[:, None].double()
+    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))        # as wide as high, to 4 / 3
+    height = min(h, round(h * math.sqrt(area / ratio)))
+    width = min(w, round(w * math.sqrt(area * ratio)))
+    top = rng.integers(h - height + 1)
+    left = rng.integers(w - width + 1)
+    x = F.interpolate(x[..., top:top + height, left:left + width], (h, w), mode="bilinear")
+    ids = F.interpolate(ids[..., top:top + height, left:left + width], (h, w), mode="nearest-exact")
+    if rng.random() < 0.5 and flip:
+        x, ids = x.flip(-1), ids.flip(-1)
+    # PAPER: colour jitter, grey and blur, each the same for a whole clip
+    brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
+    x = x * brightness
     # how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
-    # PAPER: colour jitter, grey and blur, each the same for a whole clip
-    brightness, contrast, saturation = rng.uniform(0.6, 1.4, (3, b))
-    saturation[rng.random(b) < 0.2] = 0                         # grey
-    x = x * each(brightness)
-    mean = (x * light).sum(2, keepdim=True).mean((1, 3, 4), keepdim=True)
-    x = torch.lerp(mean, x, each(contrast))
-    grey = (x * light).sum(2, keepdim=True)
-    x = torch.lerp(grey.expand_as(x), x, each(saturation))
-    strength = rng.uniform(0.3, 1.0, b) * (rng.random(b) < 0.3)
-    soft = F.avg_pool2d(x.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(x)
-    x = torch.lerp(x, soft, each(strength))
-    return x.clamp(0, 255).round().byte().movedim(2, -1).contiguous(), labels
-
-
-def random_crops(rng, b, h, w, flip):
-    """Where each pixel of b resized crops comes from, mirrored half the time: (b, h, w, 2) in -1 .. 1."""
-    area = rng.uniform(0.2, 1.0, b)
-    ratio = np.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3), b))
-    sx = np.sqrt(area * ratio).clip(max=1)                      # the crop's width and height, of 1
-    sy = np.sqrt(area / ratio).clip(max=1)
-    cx = rng.uniform(-1, 1, b) * (1 - sx)                       # its centre
-    cy = rng.uniform(-1, 1, b) * (1 - sy)
-    mirrored = flip * (rng.random(b) < 0.5)
-    # output pixel (x, y) in -1 .. 1 comes from theta (x, y, 1)
-    theta = np.zeros((b, 2, 3), np.float32)
-    theta[:, 0, 0] = np.where(mirrored, -sx, sx)
-    theta[:, 1, 1] = sy
-    theta[:, 0, 2] = cx
-    theta[:, 1, 2] = cy
-    return F.affine_grid(torch.from_numpy(theta), (b, 1, h, w), align_corners=False)
+    x = torch.lerp((x * light).sum(1).mean().expand_as(x), x, contrast)
+    grey = (x * light).sum(1, keepdim=True).expand_as(x)
+    x = torch.lerp(grey, x, saturation if rng.random() < 0.8 else 0.0)
+    if rng.random() < 0.3:
+        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = rearrange(x, "t c h w -> t h w c").clamp(0, 255).round().byte()
+    return x.contiguous(), ids[:, 0].long()
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The data of a run
 # -----------------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=4)
 def open_data(cfg, need="caption", world=1):
-    """What a run learns from -> (training dataset, held-out dataset).
+    """What a run learns from -> (training dataset, held-out dataset). Kept, so that an evaluation in the
+    middle of a run does not read the manifests anew.
 
     cfg.data: `world`, or a manifest, CSV or folder; several with commas, in the shares of cfg.mix, a batch of
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
     ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
     names = sets_of(cfg.data)
-    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else None
+    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else []
     train, held_out, shares = [], [], []
     for name, share in zip(names, read_shares(cfg, names)):
         if name == "world":
@@ -1873,15 +1747,17 @@ def open_data(cfg, need="caption", world=1):
         else:
             learnt, tested = real_clips(cfg, name, need, val)
         # within a set, videos and pictures have shares by their numbers
-        files = sum(dataset.files or 1 for dataset in learnt)
+        files = [dataset.files or 1 for dataset in learnt]
+        shares += [share * count / sum(files) for count in files]
         train += learnt
-        shares += [share * (dataset.files or 1) / files for dataset in learnt]
-        held_out += tested if val is None else []
-    if val is not None:
+        held_out += tested
+    if val:
         held_out = real_batches(cfg, val, False)
     if len(train) > 1:
         train = [Mixed(train, shares, cfg.seed, world)]
-    return train[0], held_out[0] if len(held_out) == 1 else torch.utils.data.ConcatDataset(held_out)
+    if len(held_out) > 1:
+        held_out = [torch.utils.data.ConcatDataset(held_out)]
+    return train[0], held_out[0]
 
 
 def sets_of(data):
@@ -1893,13 +1769,11 @@ def usable_entries(name, need):
     """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there
     is no other."""
     entries = read_manifest(name)
-    labels = [entry for entry in entries if need == "caption" and not entry["caption"] and entry["label"]]
-    for entry in labels:
-        entry["caption"] = [entry["label"].replace("_", " ")]
-    if labels:
-        print(f"{name}: of {len(labels)} clips the label is the caption")
-    lacking = [entry["path"] for entry in entries if not entry[need]]
+    for entry in entries:
+        if need == "caption" and entry["label"] and not entry["caption"]:
+            entry["caption"] = [entry["label"].replace("_", " ")]
     usable = [entry for entry in entries if entry[need]]
+    lacking = [entry["path"] for entry in entries if not entry[need]]
     # a video that `label` could not label is left out; a caption was forgotten
     if lacking and (need == "caption" or not usable):
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
@@ -1910,7 +1784,9 @@ def usable_entries(name, need):
 
 def read_shares(cfg, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
-    mix = getattr(cfg, "mix", None) or ",".join("1" for _ in names)
+    mix = getattr(cfg, "mix", None)
+    if not mix:
+        return [1.0] * len(names)
     try:
         shares = [float(share) for share in mix.split(",")]
     except ValueError:
@@ -1943,15 +1819,15 @@ def real_clips(cfg, name, need, val):
     """-> training datasets, held-out datasets of the manifest `name`. With `val`, the entries of another
     manifest, the latter are none."""
     entries = usable_entries(name, need)
-    if val is None:
-        train, test = split(entries)
-    else:
+    if val:
         # what is held out must not be learnt: neither what "split" says, nor what stands in both manifests
         files = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
         both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
         if both or not train:
             raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
+    else:
+        train, test = split(entries)
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
     return real_batches(cfg, train, True), real_batches(cfg, test, False)
@@ -1990,10 +1866,16 @@ def fingerprint(data, val=None):
 #
 # `classic_labels` needs no other model. CHOICE: a thing is what moves otherwise than the camera, together
 # with what looks like it in all frames. Everything is also divided by colour, texture and place, since many
-# things do not move.
+# things do not move. Eight frames of a stretch are segmented together:
+#
+#   1. superpixels: patches of one colour;
+#   2. what moves: the frame differs from its neighbours after the camera's motion is undone, and its motion
+#      differs from the camera's;
+#   3. votes: each superpixel takes the mean over those that look like it in all frames;
+#   4. each connected piece of what moves is a thing, and k-means divides the rest.
 
 PATCH = 5                                                       # pixels of a superpixel's side
-REGIONS = 38                                                    # regions by colour, texture and place
+REGIONS = 36                                                    # regions by colour, texture and place
 ANCHORS = 8                                                     # frames that are segmented together
 
 
@@ -2009,6 +1891,11 @@ def opponent(frames):
 def box(x, radius):
     """The mean over 2 radius + 1 pixels squared around each pixel, as far as they lie inside the frame."""
     return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+
+def slopes(x):
+    """Differences to the right and to the lower neighbour, each (..., h, w), 0 at the border."""
+    return F.pad(x[..., 1:] - x[..., :-1], (0, 1)), F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
 
 
 def positions(h, w):
@@ -2055,6 +1942,7 @@ def window(x):
 def refined_motion(a, b, flow):
     """Lucas and Kanade: a step solves, in a window of 5 x 5 pixels, for the shift that explains what still
     differs. Then the field is smoothed, and plain places follow those that have structure."""
+    # central differences: those to one neighbour would be half a pixel off
     gx = F.pad(a[..., 2:] - a[..., :-2], (1, 1)) / 2
     gy = F.pad(a[..., 2:, :] - a[..., :-2, :], (0, 0, 1, 1)) / 2
     # the small number keeps the system solvable where there is no structure
@@ -2150,17 +2038,28 @@ def superpixels(x):
     return torch.stack(owner).view(t, h, w), rows * columns
 
 
-def own_motion(x):
-    """x (t, 3, h, w) -> how much the motion of each pixel differs from the camera's (t, h, w). The smaller
-    difference to both neighbouring frames counts: ground that a thing uncovers is seen in the other one."""
+def unlike_the_camera(x):
+    """x (t, 3, h, w) -> (t, 2, h, w): how much each pixel differs from its neighbours in time after the
+    camera's motion is undone, and how much its motion differs from the camera's. The smaller difference to
+    the two neighbours counts: ground that a thing uncovers is seen in the other one."""
     t = len(x)
     if t == 1:
-        return torch.zeros_like(x[:, 0])
-    flow, camera = dense_motion(torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]]))
-    ahead, behind = (flow - camera).norm(dim=1).split(t - 1)
+        return torch.zeros_like(x[:, :2])
+    a, b = torch.cat([x[:-1], x[1:]]), torch.cat([x[1:], x[:-1]])
+    flow, camera = dense_motion(a, b)
+    error = box((warped(b, camera) - a).abs().sum(1, keepdim=True), 1)
+    ahead, behind = torch.cat([error, (flow - camera).norm(dim=1, keepdim=True)], 1).split(t - 1)
     # the last frame has no next one, the first has none before
-    ahead, behind = torch.cat([ahead, behind[-1:]]), torch.cat([ahead[:1], behind])
-    return torch.minimum(ahead, behind)
+    return torch.minimum(torch.cat([ahead, behind[-1:]]), torch.cat([ahead[:1], behind]))
+
+
+def stands_out(values, t):
+    """values (n,) of the superpixels of t frames -> (n,): 0 at the median of their frame, 1 at nine times the
+    usual deviation from it. Where the camera was not found everything deviates, and little stands out."""
+    values = values.view(t, -1)
+    away = values - values.median(1, keepdim=True).values
+    usual = torch.maximum(away.abs().median(1, keepdim=True).values, away.abs().median())
+    return (away / (9 * usual + 1e-2)).clamp(0, 1).flatten()
 
 
 def votes(looks, size, values, t):
@@ -2193,44 +2092,38 @@ def connected(chosen):
         ids = spread
 
 
-def described(x):
-    """x (t, 3, h, w) -> of each superpixel its looks (n, 5), place (n, 2), own motion (n,) and size in pixels
-    (n,), and the superpixel of each pixel (t, h, w)."""
-    t, _, h, w = x.shape
-    owner, per_frame = superpixels(x)
-    light = x[:, :1]
-    right = F.pad(light[..., 1:] - light[..., :-1], (0, 1)).abs()
-    down = F.pad(light[..., 1:, :] - light[..., :-1, :], (0, 0, 0, 1)).abs()
-    looks = box(torch.cat([light, 2 * x[:, 1:], 2.5 * right, 2.5 * down], 1), 1)
-    place = (positions(h, w) / min(h, w)).expand(t, 2, h, w)
-    values = torch.cat([looks, place, own_motion(x)[:, None]], 1)
-    values = rearrange(values, "t c h w -> (t h w) c")
-    values, size = averages(values, torch.ones(len(values)), owner.flatten(), t * per_frame)
-    return values[:, :5], values[:, 5:7], values[:, 7], size, owner
-
-
 def classic_segment(x):
     """Some frames of a stretch, x (t, 3, h, w) of `opponent` -> ids int64 (t, h, w)."""
     t, _, h, w = x.shape
-    looks, place, own, size, owner = described(x)
-    # 0 at the median of the motion, 1 at ten times that
-    moving = ((own / own.median().clamp(min=1e-3) - 1) / 9).clamp(0, 1)
+    owner, per_frame = superpixels(x)
+    right, down = slopes(x[:, :1])
+    looks = box(torch.cat([x[:, :1], 2 * x[:, 1:], 2 * right.abs(), 2 * down.abs()], 1), 1)
     # what is filmed is mostly near the middle
-    middle = torch.tensor([w, h]) / (2 * min(h, w))
-    moving = moving * torch.exp(-(place - middle).square().sum(1) / 0.245)
+    place = (positions(h, w) - torch.tensor([w, h]).view(2, 1, 1) / 2) / min(h, w)
+    values = torch.cat([looks, place.expand(t, 2, h, w), unlike_the_camera(x)], 1)
+    values = rearrange(values, "t c h w -> (t h w) c")
+    values, size = averages(values, torch.ones(len(values)), owner.flatten(), t * per_frame)
+    looks, place, error, own = values.split([5, 2, 1, 1], 1)
+    # where there is texture a small misfit differs much
+    error = error[:, 0] / (looks[:, 3:].sum(1) / 2 + 0.06)
+    moving = stands_out(error, t) + stands_out(own[:, 0], t)
+    moving = moving * torch.exp(-place.square().sum(1) / 0.245)
     moving = votes(torch.cat([looks, 0.25 * place], 1), size, moving, t)
     # a few bright spots must not set the scale
-    top = moving.quantile(0.98).clamp(min=1e-6)
-    moving = (moving / top).clamp(max=1)[:, None]
-    points = torch.cat([looks, 0.35 * place], 1)
+    moving = (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)[:, None]
+    points = torch.cat([looks, 0.35 * place, 0.25 * moving], 1)
     first = torch.linspace(0, len(points) - 1, REGIONS).long()
     ids = k_means(points, size, points[first])[owner]
-    # Two kinds of superpixels, still and moving. Each large piece of the moving ones is a thing.
-    chosen = k_means(moving, size, torch.tensor([[0.0], [1.0]])) == 1
-    pieces = connected(chosen[owner])
-    number, area = pieces[pieces >= 0].unique(return_counts=True)
-    for i, piece in enumerate(number[area >= 0.08 * area.sum()]):
-        ids[pieces == piece] = REGIONS + i
+    # Two kinds of superpixels, still (0) and moving (1). CHOICE: if they are not clearly two, regions by
+    # colour do less harm.
+    kind = k_means(moving, size, torch.tensor([[0.0], [1.0]]))
+    mean, _ = averages(moving, size, kind, 2)
+    if (moving - mean[kind]).var() < 0.32 * moving.var():
+        pieces = connected(kind[owner] == 1)
+        # each large piece of the moving ones is a thing
+        number, area = pieces[pieces >= 0].unique(return_counts=True)
+        for i, piece in enumerate(number[area >= 0.08 * area.sum()]):
+            ids[pieces == piece] = REGIONS + i
     return ids
 
 
@@ -2295,15 +2188,14 @@ def label_frames(pieces, method, longest):
     for frames, shared in stretches(pieces, longest):
         ids = method(torch.from_numpy(frames))
         known = {} if tracked is None else linked(tracked, ids[0])
-        kept = len(ids) - shared
-        # The last entry is read at id -1.
+        kept = ids[:len(ids) - shared]
+        # the last entry is read at id -1
         number = torch.full((int(ids.max()) + 2,), -1)
-        for i in ids[:kept].unique().tolist():
-            if i >= 0:
-                number[i] = known.get(i, count)
-                count += i not in known
-        # The next stretch segments the shared frame anew, and is linked to how it was tracked here.
-        out.append(number[ids[:kept]].int())
+        for i in kept[kept >= 0].unique().tolist():
+            number[i] = known.get(i, count)
+            count += i not in known
+        out.append(number[kept].int())
+        # the next stretch segments the shared frame anew, and is linked to how it was tracked here
         tracked = number[ids[-1]]
     return torch.cat(out)
 
@@ -2318,7 +2210,7 @@ def write_labels(mask_path, graph_path, ids):
     for t, frame in enumerate(ids):
         present = np.unique(frame[frame >= 0])
         graph[present, t] = present + 1
-    # The mask is written last and an old one removed first: beside a mask there always is its own graph.
+    # the mask is written last and an old one removed first: beside a mask there always is its own graph
     Path(mask_path).unlink(missing_ok=True)
     write_npz(graph_path, "tensor", graph)
     write_npz(mask_path, "arr_0", (ids + 1).astype(np.uint8 if count < 256 else np.uint16))
@@ -2340,7 +2232,7 @@ def load_sam2(folder):
         raise BadInput("--sam2 needs transformers: pip install transformers, or leave it out") from None
     if not Path(folder, "config.json").exists():
         raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2")
-    # The picture model leaves out the weights of the memory, and transformers would list them all.
+    # the picture model leaves out the weights of the memory, and transformers would list them all
     logging.set_verbosity_error()
     models = []
     for kind in (Sam2Model, Sam2VideoModel):
@@ -2383,28 +2275,28 @@ def sam2_labels(folder, frames):
     from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
     picture, video = load_sam2(folder)
     height, width = frames.shape[1:3]
-    size = picture.config.prompt_encoder_config.image_size
+    side = picture.config.prompt_encoder_config.image_size
     x = rearrange(frames, "t h w c -> t c h w").float() / 255
-    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    x = x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    x = x.to(video.device)
-    masks, ids = sam2_masks(picture, x[:1]), torch.full(frames.shape[:3], -1)
+    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    # ImageNet's mean and deviation, as in the published models
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    x = ((x - mean) / deviation).to(video.device)
     session = Sam2VideoInferenceSession(x, height, width, video.device, dtype=torch.float32)
-    for i, mask in enumerate(F.interpolate(masks[:, None], size=(size, size), mode="bilinear")):
+    masks = F.interpolate(sam2_masks(picture, x[:1])[:, None], (side, side), mode="bilinear")
+    ids = torch.full(frames.shape[:3], -1)
+    for i, mask in enumerate(masks):
         session.add_mask_inputs(session.obj_id_to_idx(i), 0, (mask > 0).float()[None])
     session.obj_with_new_inputs = list(range(len(masks)))
-    if len(masks):
-        for result in video.propagate_in_video_iterator(session, 0):
-            logits = F.interpolate(result.pred_masks.cpu(), size=(height, width), mode="bilinear")
-            # Of equal logits the first wins: in the first frame small things lie on large ones.
-            best, owner = logits[:, 0].max(0)
-            ids[result.frame_idx] = torch.where(best > 0, owner, -1)
+    for result in video.propagate_in_video_iterator(session, 0) if len(masks) else ():
+        logits = F.interpolate(result.pred_masks.cpu(), (height, width), mode="bilinear")
+        # of equal logits the first wins: in the first frame small things lie on large ones
+        best, owner = logits[:, 0].max(0)
+        ids[result.frame_idx] = torch.where(best > 0, owner, -1)
     return ids
 
 
 # -----------------------------------------------------------------------------------------------------------
-# python data.py make
+# python data.py make | check | label
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -2425,7 +2317,7 @@ class MakeConfig:
 
 
 def make(argv):
-    """The same clips as a training sees, on disk."""
+    """The same clips as a training sees, on disk. A run that was stopped goes on where it was."""
     cfg = configure(MakeConfig, None, argv)
     if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
         raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an "
@@ -2433,40 +2325,47 @@ def make(argv):
     # seeds as in made_clips: --data world sees the same clips
     world, out = world_of(cfg), Path(cfg.out)
     first = TRAIN + cfg.seed % 49 * 10_000_000
+    # clips that are there are kept, so they have to be of this world
+    told, settings = f"{world}, {cfg.fps} fps", out / "made_of.txt"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        old = settings.read_text() if settings.exists() else told
     except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); give another folder") from None
+        raise BadInput(f"--out {out}: cannot be used ({error.strerror}); give another folder") from None
+    if old != told:
+        raise BadInput(f"--out {out}: holds clips of {old}; give the same flags, or another folder")
+    replace(settings, lambda beside: beside.write_text(told))
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
-    workers = cores() if cfg.workers is None else cfg.workers
-    rows = [row for _, row in tqdm(in_processes(make_clip, jobs, workers), total=len(jobs), unit=" clips")]
+    rows = [row for _, row in worked(make_clip, jobs, cfg.workers, "clips")]
     write_json(out / "manifest.json", rows)
     print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'}")
+
+
+def worked(work, jobs, workers, unit):
+    """(job, work(job)) pairs in order, with a bar of progress. workers None: one for each core."""
+    workers = min(cores() if workers is None else workers, len(jobs))
+    return tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}")
 
 
 def make_clip(job):
     """One made clip as files -> its row of the manifest."""
     out, index, world, fps = job
     made = script(index, world)
-    video, labels = rasterise(stack([made]), world.size, "cpu")
     file = out / f"{index:010d}.mp4"
-    # lossless: an ordinary file blurs the objects' borders, just where labels change
+    row = dict(video=file.name, caption=made["caption"], label=MOTIONS[made["motion"]], qa=made["qa"])
+    row |= {key: int(made[key]) for key in MADE}
+    if file.exists():
+        return row
+    video, labels = rasterise(stack([made]), world.size, "cpu")
+    # row m of the graph is label m
+    mask, graph = (file.with_name(f"{file.stem}_{kind}.npz") for kind in ("mask", "graph"))
+    write_labels(mask, graph, labels[0].numpy())
+    # lossless: an ordinary file blurs the objects' borders, just where labels change. The video is written
+    # last: a clip that is there has its labels.
     with film(file, fps, exact=True) as add:
         add(video[0].numpy())
-    # object id = label + 1, since 0 is nothing; row m of the graph is label m
-    ids = labels[0].numpy().astype(np.uint8) + 1                # (t, H, W)
-    graph = np.zeros((ids.max(), len(ids)), np.int64)
-    for t, frame in enumerate(ids):
-        present = np.unique(frame)
-        graph[present - 1, t] = present
-    write_npz(file.with_name(f"{file.stem}_mask.npz"), "arr_0", ids)
-    write_npz(file.with_name(f"{file.stem}_graph.npz"), "tensor", graph)
-    return dict(video=file.name, caption=made["caption"], label=MOTIONS[made["motion"]], qa=made["qa"])
+    return row
 
-
-# -----------------------------------------------------------------------------------------------------------
-# python data.py check
-# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class CheckConfig:
@@ -2480,9 +2379,8 @@ def check(argv):
     """A line for each file that cannot be used, with the reason; exit code 1 if there is one."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
     jobs = [(entry, cfg.image_size) for entry in read_manifest(cfg.manifest)]
-    workers = cores() if cfg.workers is None else cfg.workers
     bad = 0
-    for _, reason in tqdm(in_processes(inspect_entry, jobs, workers), total=len(jobs), unit=" files"):
+    for _, reason in worked(inspect_entry, jobs, cfg.workers, "files"):
         if reason:
             tqdm.write(reason)
             bad += 1
@@ -2496,17 +2394,13 @@ def inspect_entry(job):
     entry, size = job
     try:
         # a damaged file shows only when it is decoded to its end
-        if not sum(len(piece) for piece in read_frames(entry["path"], size)):
-            return f"{entry['path']}: holds no frame"
+        for _ in read_frames(entry["path"], size):
+            pass
         if entry["mask"] or entry["graph"]:
             load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
     except BadVideo as error:
         return str(error)
 
-
-# -----------------------------------------------------------------------------------------------------------
-# python data.py label
-# -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class LabelConfig:
@@ -2519,19 +2413,30 @@ class LabelConfig:
     overwrite: bool = False             # make labels anew that are there
 
 
-def label_video(job):
-    """A file in a worker -> how many trajectories it has, or why it cannot be labelled."""
-    cfg, path, mask, graph = job
-    method = functools.partial(sam2_labels, cfg.sam2) if cfg.sam2 else classic_labels
-    try:
-        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method, cfg.stretch)
-        return write_labels(mask, graph, ids.numpy())
-    except BadVideo as error:
-        return str(error)
+def label(argv):
+    """Labels every file that has no mask. A file that cannot be labelled is named and left out."""
+    cfg = configure(LabelConfig, None, argv, positional="source")
+    if not 32 <= cfg.image_size <= 1024 or cfg.stretch < 1:
+        raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
+    workers = cfg.workers
+    if cfg.sam2:
+        # a missing package or folder is told before the work; each process would hold a SAM2 of its own
+        load_sam2(cfg.sam2)
+        workers = workers or 0
+    jobs, counts = label_jobs(cfg), []
+    for _, result in worked(label_video, jobs, workers, "videos"):
+        if isinstance(result, str):
+            tqdm.write(f"left out: {result}", file=sys.stderr)
+        else:
+            counts.append(result)
+    average = sum(counts) / max(len(counts), 1)
+    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
+    if jobs and not counts:
+        raise BadInput(f"{cfg.source}: no file could be labelled")
 
 
 def label_jobs(cfg):
-    """-> {mask to write: job of `label_video`} for every file that has no mask."""
+    """-> a job of `label_video` for every file that has no mask."""
     jobs = {}
     for entry in read_manifest(cfg.source):
         path = Path(entry["path"])
@@ -2542,33 +2447,18 @@ def label_jobs(cfg):
             raise BadInput(f"{path} and {jobs[mask][1]}: the labels of both would be {mask}; rename one")
         if cfg.overwrite or not os.path.exists(mask):
             jobs[mask] = cfg, str(path), mask, graph
-    return jobs
+    return list(jobs.values())
 
 
-def label(argv):
-    """Labels every file that has no mask. A file that cannot be labelled is named and left out."""
-    cfg = configure(LabelConfig, None, argv, positional="source")
-    if not 32 <= cfg.image_size <= 1024 or cfg.stretch < 1:
-        raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
-    if cfg.sam2:
-        # a missing package or folder is told before the work
-        load_sam2(cfg.sam2)
-    jobs = list(label_jobs(cfg).values())
-    workers = cfg.workers
-    if workers is None:
-        # each process would hold a SAM2 of its own
-        workers = 0 if cfg.sam2 else cores()
-    counts = []
-    results = in_processes(label_video, jobs, min(workers, len(jobs)))
-    for _, result in tqdm(results, total=len(jobs), desc="labels", unit=" videos"):
-        if isinstance(result, str):
-            tqdm.write(f"left out: {result}", file=sys.stderr)
-        else:
-            counts.append(result)
-    average = sum(counts) / max(len(counts), 1)
-    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
-    if jobs and not counts:
-        raise BadInput(f"{cfg.source}: no file could be labelled")
+def label_video(job):
+    """A file in a worker -> how many trajectories it has, or why it cannot be labelled."""
+    cfg, path, mask, graph = job
+    method = functools.partial(sam2_labels, cfg.sam2) if cfg.sam2 else classic_labels
+    try:
+        ids = label_frames(read_frames(path, cfg.image_size, whole=True), method, cfg.stretch)
+        return write_labels(mask, graph, ids.numpy())
+    except BadVideo as error:
+        return str(error)
 
 
 @one_line_errors
