@@ -101,8 +101,10 @@ def configure(config, sizes, argv, positional=None):
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         known = config.size if config.size in sizes else next(iter(sizes))
-        parser.add_argument("--size", default=known, choices=sizes)
+        parser.add_argument("--size", default=known)
         size = parser.parse_known_args(argv)[0].size
+        if size not in sizes:
+            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
     # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
