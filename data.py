@@ -101,8 +101,10 @@ def configure(config, sizes, argv, positional=None):
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         known = config.size if config.size in sizes else next(iter(sizes))
-        parser.add_argument("--size", default=known, choices=sizes)
+        parser.add_argument("--size", default=known)
         size = parser.parse_known_args(argv)[0].size
+        if size not in sizes:
+            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
     # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
@@ -322,7 +324,7 @@ class World:
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS or self.frames < 1 or self.size < 8:
-            raise BadInput(f"max_objects {self.max_objects} in {self.frames} frames of {self.size} px: give 1 "
+            raise BadInput(f"max_objects {self.max_objects}, {self.frames} frames of {self.size} px: give 1 "
                            f"to {MAX_OBJECTS}, at least 1, at least 8")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
@@ -516,8 +518,8 @@ def script(index, world=World()):
     rgb = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 3))
     rgb[0] = DARK if world.plain else GROUNDS[ground]
     rgb[1:1 + len(looks)] = [list(COLOURS.values())[looks[j]["colour"]] for j in order]
-    # From the world to the screen: the camera moves everything the other way. What is not there is far out of
-    # view, so that all clips have arrays of one shape and the painter finds no pixel of it.
+    # From the world to the screen: the camera moves everything the other way. What is not there is far out
+    # of view, so that all clips have arrays of one shape and the painter finds no pixel of it.
     place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
