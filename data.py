@@ -1456,7 +1456,8 @@ def published_encoding(path):
         assert names in (["ByteLevel"], ["Split", "ByteLevel"]), f"steps {names}"
         assert spec.get("normalizer") in (None, {"type": "NFC"}), "another normalizer than NFC"
         assert steps[0].get("behavior") in (None, "Isolated") and not steps[-1].get("add_prefix_space"), steps
-        assert merged == sorted(merged) and all(bytes([i]) in ranks for i in range(256)), "not byte-level"
+        assert merged == sorted(merged), "merges are not in the order of their ids"
+        assert all(bytes([i]) in ranks for i in range(256)), "not byte-level"
         pattern = steps[0]["pattern"]["Regex"] if names[0] == "Split" else GPT_WORDS
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -1803,9 +1804,9 @@ def world_of(cfg):
     name = getattr(cfg, "world", "full")
     if name not in WORLDS:
         raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
-    flags = ("max_objects", "shared_colours") if name == "full" else ()
-    flags = {flag: getattr(cfg, flag) for flag in flags if hasattr(cfg, flag)}
-    return dataclasses.replace(WORLDS[name], size=cfg.image_size, frames=cfg.frames, **flags)
+    fields = [field.name for field in dataclasses.fields(World)] if name == "full" else ()
+    flags = {field: getattr(cfg, field) for field in fields if hasattr(cfg, field)}
+    return dataclasses.replace(WORLDS[name], **flags | dict(size=cfg.image_size, frames=cfg.frames))
 
 
 def made_clips(cfg):

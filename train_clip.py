@@ -754,7 +754,8 @@ def reversal(model, held_out, cfg, device, encoding):
 
       v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0,
 
-    of those whose caption changes; chance is 1/2. None without such clips."""
+    of those whose caption changes to one of a motion that training shows; chance is 1/2. None without such
+    clips."""
     sides = []
     for world in (held_out.world, dataclasses.replace(held_out.world, reverse=True)):
         batches = data.WorldBatches(world, cfg.batch, indices=held_out.indices)
@@ -763,6 +764,8 @@ def reversal(model, held_out, cfg, device, encoding):
         sides.append((texts, clips["vectors"], embed_texts(model, texts, cfg, device, encoding)))
     (texts, v, t), (reversed_texts, v_back, t_back) = sides
     changed = torch.tensor([a != b for a, b in zip(texts, reversed_texts)])
+    # a clip in which something approaches, backwards, has no motion class
+    changed &= torch.as_tensor(clips["motion"]) >= 0
     right = ((v - v_back) * (t - t_back)).sum(1) > 0
     return right[changed].float().mean().item() if changed.any() else None
 
