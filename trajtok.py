@@ -590,8 +590,8 @@ def setup(cfg):
 
 
 def choose_device(name):
-    """--device -> torch.device. Where several processes train, each takes a GPU of its own, or its share of
-    the cores."""
+    """--device -> torch.device. Of several processes each takes a GPU of its own, or its share of the cores:
+    OMP_NUM_THREADS, which `launch` sets."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -600,8 +600,8 @@ def choose_device(name):
         torch.set_float32_matmul_precision("high")
     if name == "cpu":
         keep_memory()                                           # has to come before the first tensor
-        share = data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(min(max(share, 1), 16))
+        # threads that have to share a core wait for each other in a loop: a run becomes ten times slower
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(data.cores(), 16))))
     try:
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
@@ -631,6 +631,7 @@ def launch(cfg):
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or gpus
     if processes > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(data.cores() // processes, 1)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         os.execvp(sys.executable, [*torchrun, f"--nproc-per-node={processes}", *sys.argv])
 
