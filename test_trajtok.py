@@ -3719,7 +3719,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
     vision = siglip_folder(tmp_path / "vision", filled(train_vlm.SigLIP2(TOWERS["whole"])))
     argv = ["--size", "4b", "--decoder", decoder, "--vision", vision, "--segmenter", vlm_run / "seg",
             "--tokenizer", "world", "--data", path, "--frames", 16, "--caption-steps", 1, "--steps", 2,
-            "--batch", 2, "--warmup", 0, "--patch-frames", 2, "--out", tmp_path, "--name", "full", "--lr", 100]
+            "--batch", 2, "--warmup", 0, "--lr", 100, "--out", tmp_path, "--name", "full"]
     run(train_vlm.main, *argv)
     _, _, model = train_vlm.open_model(tmp_path / "vlm-full")
     before, after = load_file(vision / "model.safetensors"), model.vision.state_dict()
