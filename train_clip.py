@@ -585,7 +585,7 @@ def whole_step(model, batch, m, cfg):
     # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
     # sum has to be divided.
     loss = contrastive + segmentation / ranks()[1]
-    # PAPER: both train the masks, segmentation directly and the contrastive loss through z_init (encoder.py)
+    # PAPER: both losses train the masks, the segmentation loss directly, the contrastive one through z_init
     loss.backward()
     return dict(contrastive=contrastive.item(), **terms)
 
@@ -600,11 +600,11 @@ def micro_batch_step(model, batch, m, cfg):
     with torch.no_grad():
         vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
     video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))          # leaves of the graph
-    # 2. the loss, and its gradients dv, dt by the vectors
+    # 2. the loss, and its gradients dv, dt with respect to the vectors
     contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
     # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
-    # has the same gradient by the weights as the contrastive loss
+    # has the same gradient with respect to the weights as the contrastive loss
     means = {}
     for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
         v, t, segmentation, terms = encode(model, part, m, cfg)

@@ -680,8 +680,8 @@ class VLMConfig:
     frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
-    patch_frames: int = 2                   # patch: tokens of a window, along its frames ...
-    patch_side: int = 2                     # ... and along a side of the picture
+    patch_frames: int = 2                   # patch: number of tokens of a window along time ...
+    patch_side: int = 2                     # ... and along each side of the picture
     questions: int = 4                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
     # the training: captions first, then questions; each part has a rate in either
@@ -1007,8 +1007,8 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """Each layer of decoder and vision is a unit: of those that do not compute just now a process holds its
-    share. The segmenter is small and runs outside of forward: every process keeps it whole."""
+    """FSDP2: a process holds its share of the weights of each layer of decoder and vision, and gathers the whole
+    layer while it computes. The segmenter is small and runs outside of forward: every process keeps it whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
