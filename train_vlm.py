@@ -548,8 +548,8 @@ class TrajectoryConnector(nn.Module):
 
     def forward(self, features, ids):
         masks, alive = self.hard(ids)
-        # CHOICE: the frozen segmenter's logits would make the start of a token a soft mean. Of these the
-        # softmax over the queries is the hard mask.
+        # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
+        # the plain mean of its points. The softmax of 1e4 x mask is the mask.
         seg = Segmentation(None, 1e4 * masks, ids.flatten(1), alive, ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
@@ -1007,8 +1007,9 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """FSDP2: a process holds its share of the weights of each layer of decoder and vision, and gathers the whole
-    layer while it computes. The segmenter is small and runs outside of forward: every process keeps it whole."""
+    """FSDP2: a process holds its share of the weights of each layer of decoder and vision, and gathers the
+    whole layer while it computes. The segmenter is small and runs outside of forward: every process keeps it
+    whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
