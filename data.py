@@ -952,17 +952,17 @@ def coloured(s, ids, u, v):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
-# what is taken for a video or a picture in a folder, and for a clip rather than a header in a table
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv",
-                  ".flv", ".ts", ".3gp"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+# What is taken for a video or a picture in a folder, and for a clip rather than a header in a table.
+VIDEO_SUFFIXES = set(".mp4 .mkv .mov .avi .webm .m4v .mpg .mpeg .gif .asf .wmv .flv .ts .3gp".split())
+IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .webp".split())
 
 
 @contextlib.contextmanager
 def opened(path):
-    """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
-    wrong inside is a BadVideo of one line."""
-    import av                                                   # here: made clips need no av
+    """`with opened(path) as stream`: the first video stream of a file, by PyAV; the file itself is
+    `stream.container`. Whatever goes wrong inside is a BadVideo of one line."""
+    # imported here, so that training on made clips needs no PyAV
+    import av
     if not os.path.isfile(path):
         raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
@@ -971,16 +971,18 @@ def opened(path):
             if stream is None or stream.codec_context is None:
                 raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
             stream.thread_type = "AUTO"
+            # in a loader's worker one thread: the other cores belong to the other workers
             if torch.utils.data.get_worker_info() is not None:
-                stream.codec_context.thread_count = 1           # the other cores are other workers'
-            yield container, stream
+                stream.codec_context.thread_count = 1
+            yield stream
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise BadVideo(f"{path}: cannot be decoded ({reason}); re-encode or remove it") from None
 
 
 def rate_of(stream):
-    """Frames a second, as the header says; of a GIF that is a guess from its first frames."""
+    """Frames a second, as the header says."""
+    # FFmpeg guesses the rate of a GIF from its first frames; the mean over the whole file is exact
     if stream.codec_context.name == "gif" and stream.duration:
         return float(stream.frames / (stream.duration * stream.time_base))
     return float(stream.average_rate or stream.guessed_rate or 25)
@@ -988,93 +990,98 @@ def rate_of(stream):
 
 def frame_rate(path):
     """Frames a second of a video file."""
-    with opened(path) as (_, stream):
+    with opened(path) as stream:
         return rate_of(stream)
 
 
-def frame_count(path, stream):
-    """How many frames a video shows, as its header says. Of a file that does not say it the packets are
+def frame_count(stream):
+    """How many frames a video shows, as its header says. Where the header does not say it, the packets are
     counted."""
     length = float((stream.duration or 0) * stream.time_base)
-    if not length and "DURATION" in stream.metadata:            # MKV: "00:01:02.500"
+    # MKV writes the length as a text: "00:01:02.500"
+    if not length and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
-    # MP4 also counts frames that an edit list hides, but its length is of what is shown
+    # the number of frames in an MP4 includes those that its edit list hides; its length does not
     if expected and "mov" in stream.container.format.name:
         return min(stream.frames or expected, expected)
-    return stream.frames or expected or len(frame_times(path))
+    return stream.frames or expected or len(frame_times(stream.container.name))
 
 
 def frame_times(path):
     """When each frame of a video is shown, in seconds after the first: (F,), ascending. All packets are read,
-    none is decoded; a film of an hour takes a few seconds."""
-    with opened(path) as (container, stream):
-        tick, rate = float(stream.time_base), rate_of(stream)
-        stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    none is decoded: a film of an hour takes a few seconds."""
+    with opened(path) as stream:
+        packets = [p for p in stream.container.demux(stream) if p.size and not p.is_discard]
+        stamps = [p.pts for p in packets]
         # AVI has no time stamps
-        if container.format.name == "avi" or None in stamps:
-            return np.arange(len(stamps)) / rate
-    return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
+        if stream.container.format.name == "avi" or None in stamps:
+            return np.arange(len(stamps)) / rate_of(stream)
+        return (np.array(sorted(stamps)) - min(stamps, default=0)) * float(stream.time_base)
 
 
 def upright(frame, size, whole=False, crop=0.5):
-    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the
-    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels count as square ones."""
+    """A frame of PyAV -> uint8 (size, size, 3), a square cut out of it: at crop=0 from the left or upper end
+    of its longer side, at 1 from the other end. whole: (h, w, 3), all of it, its short side `size` pixels.
+    Pixels are taken for square ones."""
     import av
-    turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
+    # Below transparent pixels a file may hold any colour. Web pages show them on white, and so do we.
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
-        # below what is transparent a file may hold any colour. Pages show white.
-        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
-        alpha = rgba[..., 3:]
-        rgb = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-        frame = av.VideoFrame.from_ndarray(rgb.astype(np.uint8), format="rgb24")
+        rgba = frame.to_ndarray(format="rgba").astype(np.float32)
+        alpha = rgba[..., 3:] / 255
+        rgb = rgba[..., :3] * alpha + 255 * (1 - alpha)
+        frame = av.VideoFrame.from_ndarray(rgb.round().astype(np.uint8), format="rgb24")
     scale = size / min(frame.width, frame.height)
-    w = max(size, round(frame.width * scale))
-    h = max(size, round(frame.height * scale))
+    w, h = round(frame.width * scale), round(frame.height * scale)
     image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
     if not whole:
         top, left = int(crop * (h - size)), int(crop * (w - size))
         image = image[top:top + size, left:left + size]
-    return np.ascontiguousarray(np.rot90(image, turns))
+    # a phone that is held upright stores the picture lying on its side, and the angle
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
-def in_order(path, container, stream):
-    """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
-    rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
-    size = None
+def in_order(stream):
+    """Decode a stream from where it stands -> an iterator over (seconds after the first frame of the file,
+    frame), in the order in which they are shown."""
+    container, start = stream.container, stream.start_time or 0
+    first = None
     for count, frame in enumerate(container.decode(stream)):
-        # masks have one size
-        size = size or (frame.width, frame.height)
-        if size != (frame.width, frame.height):
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {size[0]} x "
-                           f"{size[1]}; re-encode it at one size")
+        first = first or frame
+        # an array of frames, or of masks, has one size; joined transport streams may have several
+        if (frame.width, frame.height) != (first.width, first.height):
+            raise BadVideo(f"{container.name}: a frame of {frame.width} x {frame.height} px among those of "
+                           f"{first.width} x {first.height}; re-encode it at one size")
         # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
         if frame.pts is None or container.format.name == "avi":
-            yield count / rate, frame
+            yield count / rate_of(stream), frame
         else:
-            yield (frame.pts - start) * tick, frame
+            yield float((frame.pts - start) * stream.time_base), frame
 
 
-def on_screen(path, container, stream, wanted):
-    """What is on screen at the times `wanted`, ascending -> [(seconds, frame)], of each the last frame that
+def on_screen(stream, wanted):
+    """What is on screen at the times `wanted`, ascending -> [(seconds, frame)]: for each the last frame that
     began before. None where there is no frame."""
-    tick, start = float(stream.time_base), stream.start_time or 0
-    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
-    seekable = container.format.name != "avi" and "444" not in (stream.codec_context.pix_fmt or "")
-    # frames are stored in another order than they are shown, and a key frame is some way back
+    # Seek only over long gaps: frames are stored in another order than they are shown, so a seek aims some
+    # frames early, and the key frame where decoding can begin lies earlier still.
     margin = 16 / rate_of(stream)
-    frames, found = in_order(path, container, stream), []
+    # AVI has no time stamps to seek by. With 4:4:4 colours, old versions of x264 write how the stream is to
+    # be decoded into its first frame alone.
+    if stream.container.format.name == "avi" or "444" in (stream.codec_context.pix_fmt or ""):
+        margin = math.inf
+    frames, found = in_order(stream), []
     shown = ahead = next(frames, None)
     for t in wanted:
-        if seekable and ahead and t - ahead[0] > 2 * margin:
-            container.seek(start + int((t - margin) / tick), stream=stream)
-            frames = in_order(path, container, stream)
+        if ahead and t - ahead[0] > 2 * margin:
+            first = (stream.start_time or 0) + int((t - margin) / stream.time_base)
+            stream.container.seek(first, stream=stream)
+            frames = in_order(stream)
             shown = ahead = next(frames, None)
-            # the seek has led behind t, or to where a decoder cannot begin
+            # The seek may lead behind t, or to where a decoder cannot begin: then decode from the start.
             if not ahead or ahead[0] > t or not ahead[1].key_frame:
-                container.seek(0)
-                frames, seekable = in_order(path, container, stream), False
+                stream.container.seek(0)
+                frames, margin = in_order(stream), math.inf
                 shown = ahead = next(frames, None)
         while ahead and ahead[0] <= t:
             shown, ahead = ahead, next(frames, None)
@@ -1083,8 +1090,8 @@ def on_screen(path, container, stream, wanted):
 
 
 def check_end(path, end, announced, rate):
-    """Refuse a file that ends early. Headers often announce a few frames too many; of a cut file, a lot.
-    `end` and `announced` are in seconds."""
+    """BadVideo for a file that ends early: at `end` seconds, where its header says `announced`. Headers often
+    announce a few frames too many; for a file that was cut off it is a lot."""
     if announced - end > max(3 / rate, 0.05 * announced):
         raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
@@ -1099,23 +1106,25 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     BadVideo: fewer than T frames, a file that ends early, one that fails. Not noticed are wrong pixels that a
     damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
     is waited for."""
-    with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, stream)
+    with opened(path) as stream:
+        rate, total = rate_of(stream), frame_count(stream)
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
+        numbers = np.arange(frames)
         if start is None:
-            numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
+            numbers = np.floor((numbers + 0.5) * total / frames)
         else:
             stride = max(1, min(stride, total // frames))
-            numbers = round(start * (total - 1 - (frames - 1) * stride)) + np.arange(frames) * stride
-        # the middle of a frame's time: no rounding makes it a neighbour's
+            room = total - 1 - (frames - 1) * stride
+            numbers = round(start * room) + numbers * stride
+        # ask for the middle of a frame's time, so that rounding cannot make it a neighbour's
         wanted = (numbers + 0.5) / rate
-        found = on_screen(path, container, stream, wanted)
+        found = on_screen(stream, wanted)
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
         images = [upright(frame, size, crop=crop) for _, frame in found]
     times = np.array([seconds for seconds, _ in found])
-    # the last one stays long, or the file ends early? Only all its packets tell.
+    # Either the last frame stays on screen for long, or the file ends early. Only its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
         check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1], rate)
     return np.stack(images), times
@@ -1125,9 +1134,9 @@ def read_frames(path, size, length=8, whole=False):
     """Every frame of a video, in order -> an iterator over uint8 (length, size, size, 3), cut as `decode`
     cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as
     for `decode`."""
-    with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, stream)
-        frames, end = in_order(path, container, stream), 0
+    with opened(path) as stream:
+        rate, total = rate_of(stream), frame_count(stream)
+        frames, end = in_order(stream), 0
         while piece := list(itertools.islice(frames, length)):
             end = max(end, piece[-1][0] + 1 / rate)
             yield np.stack([upright(frame, size, whole) for _, frame in piece])
@@ -1145,6 +1154,8 @@ def load_labels(mask_path, graph_path, times, size, video):
         raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     mask = read_npz(mask_path, "arr_0", 3)
     graph = read_npz(graph_path, "tensor", 2)
+    # Labels of another video would fit in size. Their number of frames may differ a little: programs
+    # disagree about frames at the end of a file.
     shown = frame_times(video)
     if graph.shape[1] != len(mask) or abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
         raise BadVideo(f"{mask_path}: masks of {len(mask)} frames and a graph of {graph.shape[1]} for a "
@@ -1152,21 +1163,20 @@ def load_labels(mask_path, graph_path, times, size, video):
     # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
     place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
-    rows = (h / 2 + place).astype(int)
-    columns = (w / 2 + place).astype(int)
-    # frames are told apart by their times: at a variable rate their number is not time x rate
+    square = np.ix_((h / 2 + place).astype(int), (w / 2 + place).astype(int))
     labels = np.full((len(times), size, size), -1)
     for label, t in zip(labels, times):
-        f = min(int(np.abs(shown - t).argmin()), len(mask) - 1)
-        ids = mask[f][rows[:, None], columns]
-        for i in np.unique(ids[ids > 0]):
-            owner = np.flatnonzero(graph[:, f] == i)
-            label[ids == i] = owner[0] if len(owner) else -1
+        # frames are told apart by their times: at a variable rate their number is not time x rate
+        f = min(np.abs(shown - t).argmin(), len(mask) - 1)
+        ids = mask[f][square]
+        # from the last to the first: of two trajectories that own the same id, the first has it
+        for m in np.flatnonzero(graph[:, f] > 0)[::-1]:
+            label[ids == graph[m, f]] = m
     return labels
 
 
 def read_npz(path, key, axes):
-    """One array of whole numbers. BadVideo says what is wrong with the file."""
+    """One array of whole numbers from an .npz file. BadVideo says what is wrong with the file."""
     try:
         with np.load(path) as file:
             array = file[key]
@@ -1183,13 +1193,13 @@ def read_npz(path, key, axes):
 # -----------------------------------------------------------------------------------------------------------
 
 # what people call the columns of a CSV file -> our name of it
-COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "video")
-COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
-COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
-COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
+COLUMNS = dict.fromkeys("video path filename file video_path".split(), "video")
+COLUMNS |= dict.fromkeys("caption text sentence".split(), "caption")
+COLUMNS |= dict.fromkeys("label class action".split(), "label")
+COLUMNS |= dict(split="split", mask="mask", graph="graph")
 # what a row may hold
-TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), group=(str, int), split=str,
-             mask=str, graph=str, qa=list, conversations=list, appearance=int, colour=int, motion=int)
+TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), split=str, mask=str, graph=str,
+             qa=list, conversations=list, appearance=int, colour=int, motion=int)
 EXPECTED = 'give a JSON list of {"video": path, "caption": text}, such an object a line, a CSV or a folder'
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -1197,8 +1207,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 def read_manifest(path):
     """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
     dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
-    label, group, split ("train", "val", "test" or None), mask, graph, and where given qa (list of dicts
-    question, answer) and conversations (a list of lists of such dicts).
+    label, split ("train", "val", "test" or None), mask, graph, qa (list of dicts question, answer) and
+    conversations (a list of lists of such dicts).
 
     Rows that name the same file are one entry with all their captions and questions: as two candidates of a
     retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
@@ -1212,10 +1222,12 @@ def read_manifest(path):
         for where, row in read_rows(path):
             entry = to_entry(row, folder)
             # the real path: a file may be named in several ways
-            file = os.path.realpath(entry["path"])
-            entries[file] = joined(entries[file], entry) if file in entries else entry
+            earlier = entries.setdefault(os.path.realpath(entry["path"]), entry)
+            if earlier is not entry:
+                add_row(earlier, entry)
     except BadInput:
         raise
+    # whatever indexing and conversion raise where JSON holds other types than expected
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
     if not entries:
@@ -1233,63 +1245,58 @@ def read_rows(path):
         return csv_rows(path, text)
     if text.lstrip().startswith("["):
         return [(f"entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
-    # not splitlines: a text in JSON may hold other line separators
+    # not splitlines, which also splits at other separators that a text in JSON may hold
     lines = enumerate(text.split("\n"), 1)
     return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
 def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons
-    or spaces."""
+    """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells stand between
+    commas, tabs, semicolons or spaces, whichever the first line has."""
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
-    # csv reads quoted line breaks, and both kinds of line ends
+    # Python's reader knows quoted line breaks and both kinds of line ends, if it may see them: newline=""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = None
-    for cells in reader:
-        # " walking" and "walking" would be two classes
-        cells, where = [cell.strip() for cell in cells], f"{path} line {reader.line_num}"
-        if not any(cells):
-            continue
-        if header is None:
-            # Kinetics writes `path,label` and V-JEPA `path label`, without a header
-            if Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                header = ["video", "label"]
-            else:
-                header = known_columns(where, cells)
-                continue
+    # stripped: " walking" and "walking" would be two classes
+    rows = [(f"line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
+    rows = [(where, cells) for where, cells in rows if any(cells)]
+    # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
+    header = ["video", "label"]
+    if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        header = known_columns(path, *rows.pop(0))
+    for where, cells in rows:
         if len(cells) != len(header):
-            raise BadInput(f"{where}: {len(cells)} cells, not {len(header)}; quote those with separators")
-        yield f"line {reader.line_num}", {key: cell for key, cell in zip(header, cells) if key and cell}
+            raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
+        yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
-def known_columns(where, cells):
+def known_columns(path, where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
-                       f"for its caption or label, by one of {', '.join(COLUMNS)}")
+        raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:60]}; name a column for the file and "
+                       f"one for its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out.
-    Pictures count where there are no videos: beside videos they are thumbnails."""
+    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed; hidden names, and the
+    folder that macOS adds to an archive, are left out."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         # a link to a folder above would never end
         real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
+        known = real in seen
         seen.add(real)
+        # os.walk goes on to the folders that are left in its list
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX" and not known)
         found += [Path(folder, name).relative_to(root) for name in sorted(files) if name[0] != "."]
+    # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
-        parts = list(file.parts[:-1])
-        part = parts.pop(0) if parts and parts[0] in SPLITS else None
-        label = parts[0] if parts else None
-        yield str(file), dict(video=str(file), split=part, label=label)
+        *parents, _ = file.parts
+        part = parents.pop(0) if parents and parents[0] in SPLITS else None
+        yield str(file), dict(video=str(file), split=part, label=parents[0] if parents else None)
 
 
 def to_entry(row, folder):
@@ -1297,6 +1304,7 @@ def to_entry(row, folder):
     row = json.loads(row) if isinstance(row, str) else row
     if not isinstance(row, dict) or not (row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"')
+    # every key that we know, None where the row does not have it
     row = {key: row.get(key) for key in TYPES}
     for key, value in row.items():
         if value is not None and not isinstance(value, TYPES[key]):
@@ -1305,32 +1313,32 @@ def to_entry(row, folder):
     entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
     entry["image"] = not row["video"] or file.suffix.lower() in IMAGE_SUFFIXES
     entry |= {key: row[key] for key in MADE if row[key] is not None}
-    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-    if captions and not all(map(is_text, captions)):
-        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give one text or several, none empty')
-    entry["caption"] = captions or None
-    for key in ("label", "group"):
-        entry[key] = None if row[key] is None else str(row[key])
+    entry["label"] = None if row["label"] is None else str(row["label"])
     if row["split"] not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
     entry["split"] = SPLITS.get(row["split"])
+    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+    entry["caption"] = captions or None
     # a sidecar that is named must be there; one that is not named may be
     for key in ("mask", "graph"):
         sidecar = Path(folder, row[key]) if row[key] else file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(sidecar) if row[key] or sidecar.exists() else None
-    if row["qa"]:
-        entry["qa"] = row["qa"]
-    if row["conversations"]:
-        entry["conversations"] = [conversation(row["conversations"])]
-    for pair in itertools.chain(row["qa"] or [], *entry.get("conversations", [])):
-        if not is_text(pair["question"]) or pair["answer"] not in pair.get("options", [pair["answer"]]):
-            raise ValueError(f"{json.dumps(pair)[:80]}: the answer is a text, one of the options if any")
+    entry["qa"] = row["qa"] or []
+    entry["conversations"] = [conversation(row["conversations"])] if row["conversations"] else []
+    check_texts(entry)
     return entry
 
 
-def is_text(value):
-    """A text that is not empty."""
-    return isinstance(value, str) and bool(value.strip())
+def check_texts(entry):
+    """ValueError for a caption or a question that is empty or no text, and for an answer that is not among
+    the options of its question."""
+    pairs = [*entry["qa"], *itertools.chain(*entry["conversations"])]
+    for text in [*(entry["caption"] or []), *(pair["question"] for pair in pairs)]:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{json.dumps(text)[:60]} as "caption" or question; give texts, none empty')
+    for pair in pairs:
+        if pair["answer"] not in pair.get("options", [pair["answer"]]):
+            raise ValueError(f"{json.dumps(pair)[:80]}: the answer is none of the options")
 
 
 def conversation(turns):
@@ -1345,17 +1353,17 @@ def conversation(turns):
     return pairs
 
 
-def joined(entry, other):
-    """Two rows of one file -> one entry with the captions and questions of both."""
-    for key in ("label", "group", "split", "mask", "graph"):
-        if None not in (entry[key], other[key]) and entry[key] != other[key]:
+def add_row(entry, other):
+    """Add to an entry what another row of the same file says. Captions may be many, a label one."""
+    for key in ("label", "split", "mask", "graph"):
+        if entry[key] is None:
+            entry[key] = other[key]
+        if other[key] not in (None, entry[key]):
             raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the file says {entry[key]!r}')
-        other[key] = other[key] if entry[key] is None else entry[key]
-    other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
-    for key in ("qa", "conversations"):
-        if key in entry:
-            other[key] = entry[key] + other.get(key, [])
-    return other
+    captions = (entry["caption"] or []) + (other["caption"] or [])
+    entry["caption"] = list(dict.fromkeys(captions)) or None
+    entry["qa"] += other["qa"]
+    entry["conversations"] += other["conversations"]
 
 
 def split(entries):
@@ -1365,12 +1373,14 @@ def split(entries):
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
-        # names, not numbers in the list: the order of a manifest does not matter. Whole names: of
-        # <id>/rgb.mp4 the last part is the same for all.
+        # Hashes of names, not numbers in the list: the order of a manifest does not matter. Of the whole
+        # names: of <id>/rgb.mp4 the last part is the same for all.
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
+        ranked = sorted(hashes)
         least = max(min(len(entries), 24) // 6, 1)
-        limit = max(min(0.25, 5000 / len(entries)) * 2 ** 32, sorted(hashes)[least - 1] + 1)
-        held_out = [number < limit for number in hashes]
+        limit = max(min(0.25, 5000 / len(entries)) * 2 ** 32, ranked[least - 1] + 1)
+        # the last hash is always trained on: of two entries both may be below a quarter
+        held_out = [number < min(limit, ranked[-1]) for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
     if not train or not test:
@@ -1383,8 +1393,9 @@ def split(entries):
 # 4. Text
 # -----------------------------------------------------------------------------------------------------------
 
-WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
-# The split of GPT-2, as in tiktoken_ext/openai_public.py.
+# a word with the blank before it; a pattern that Python's re and tiktoken read alike
+WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+# the split of GPT-2, as in tiktoken_ext/openai_public.py
 GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 
@@ -1422,9 +1433,11 @@ def load_encoding(name="world"):
     with a published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its
     <|endoftext|>."""
     if name == "world":
+        # chains of acts are told with words of their own, such as "then"
         chains = World(frames=64, acts=8)
         captions = [script(i)["caption"] for i in range(500)]
-        return word_encoding(word_list(captions + [script(i, chains)["caption"] for i in range(50)]))
+        captions += [script(i, chains)["caption"] for i in range(50)]
+        return word_encoding(word_list(captions))
     if Path(name).exists():
         return published_encoding(Path(name))
     try:
@@ -1432,29 +1445,33 @@ def load_encoding(name="world"):
     except ValueError:
         known = ", ".join(tiktoken.list_encoding_names())
         raise BadInput(f"--text {name}: no folder, no `world`, and none of tiktoken's {known}") from None
-    except OSError:                                             # those of the network among them
+    # tiktoken downloads its files; the errors of the network are kinds of OSError
+    except OSError:
         raise BadInput(f"--text {name}: cannot be fetched; put it into TIKTOKEN_CACHE_DIR") from None
 
 
 def published_encoding(path):
-    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank, so
-    ranks are ids."""
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges pairs in the
+    order of their ranks, and these files list the merges in the order of their ids: so ranks are ids."""
     path = path / "tokenizer.json" if path.is_dir() else path
-    # In these files a printable byte stands for itself, the n-th of the others for the character 256 + n.
+    # In these files a printable byte stands for itself, the n-th of the others for the character 256 + n
+    # (bytes_to_unicode in GPT-2's encoder.py).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        normalizer, first = spec.get("normalizer"), spec["pre_tokenizer"]
+        steps = first.get("pretokenizers", [first])
         names = [step["type"] for step in steps]
         special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         vocabulary = spec["model"]["vocab"]
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
         merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
-        # What is not done here, and merges in another order than that of their ids, would give other tokens.
+        # Steps that are not done here, or merges in another order than that of their ids, would give tokens
+        # that the model does not know, without any error.
         assert names in (["ByteLevel"], ["Split", "ByteLevel"]), f"steps {names}"
-        assert spec.get("normalizer") in (None, {"type": "NFC"}), "another normalizer than NFC"
+        assert normalizer in (None, {"type": "NFC"}), f"normalizer {normalizer}"
         assert steps[0].get("behavior") in (None, "Isolated") and not steps[-1].get("add_prefix_space"), steps
         assert merged == sorted(merged), "merges are not in the order of their ids"
         assert all(bytes([i]) in ranks for i in range(256)), "not byte-level"
@@ -1463,7 +1480,7 @@ def published_encoding(path):
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
-    kind = Composing if spec.get("normalizer") else tiktoken.Encoding
+    kind = Composing if normalizer else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -1483,8 +1500,10 @@ def tokenize(encoding, texts, length):
 # 5. Batches: number i is a pure function of (seed, i)
 # -----------------------------------------------------------------------------------------------------------
 
-MADE = ("appearance", "colour", "motion")                       # classes of made clips, as numbers
-PATIENCE = 300                                                  # seconds that a batch from a worker may take
+# the classes of made clips, as numbers
+MADE = ("appearance", "colour", "motion")
+# how many seconds a batch from a worker may take
+PATIENCE = 300
 
 
 def distinct(world, begin, count):
@@ -1502,7 +1521,8 @@ class WorldBatches(torch.utils.data.Dataset):
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
-    files = None                                                # made clips never end, and none is damaged
+    # None: made clips never end
+    files = None
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
@@ -1533,31 +1553,33 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Training: the entries stand in an endless row, epoch after epoch, each epoch in an order of its own. Batch
     i takes the first `batch` usable ones from place i·batch on, so it is full even where an epoch ends or a
-    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files.
+    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files:
+    a contrastive loss over one clip would be 0 whatever the model says.
     A clip is `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0:
     frames spread over the whole video.
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
+    # what a batch lists of its clips; `video` and `labels` are stacked
     KEYS = ("video", "labels", "times", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
         self.frames, self.size, self.batch = frames, size, batch
         self.seed, self.train, self.stride = seed, train, stride
-        assert len(kinds(entries)) == 1, "a batch holds videos or pictures: make a dataset of each"
 
     def __len__(self):
         """Batches of held-out clips; in training, of an epoch."""
-        return -(-len(self.entries) // self.batch)
+        return -(-self.files // self.batch)
 
     def captions(self):
         """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
+    # two epochs are kept: a batch may need the end of one and the beginning of the next
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        """The entries' numbers as one epoch takes them. A batch may need two epochs."""
+        """The entries' numbers as one epoch takes them."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
 
     def candidates(self, i):
@@ -1566,11 +1588,12 @@ class VideoBatches(torch.utils.data.Dataset):
         if not self.train:
             yield from range(first, min(first + self.batch, self.files))
             return
-        # twice the length of an epoch holds each entry at least once
+        # so many places hold a whole epoch, and with it every entry, wherever they begin
         for place in range(first, first + 2 * self.files):
             yield self.order(place // self.files)[place % self.files]
 
     def __getitem__(self, i):
+        # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
         rng = np.random.default_rng((self.seed, 1, i))
         clips, bad = {}, {}
         for number in self.candidates(i):
@@ -1584,7 +1607,7 @@ class VideoBatches(torch.utils.data.Dataset):
                 bad[number] = self.entries[number]["path"], str(error)
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[number][1]}")
-        batch = {key: [clip.get(key) for clip in clips.values()] for key in self.KEYS}
+        batch = {key: [clip[key] for clip in clips.values()] for key in self.KEYS}
         for key in ("video", "labels"):
             batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
         # made clips on disk tell their classes, too
@@ -1594,9 +1617,9 @@ class VideoBatches(torch.utils.data.Dataset):
         return batch | dict(bad=list(bad.values()))
 
     def clip(self, number, rng):
-        """One entry, decoded. BadVideo if it cannot be used."""
+        """One entry, decoded -> a dict of KEYS. BadVideo if it cannot be used."""
         entry = self.entries[number]
-        # drawn for every clip, used or not, so that a picture or a caption more moves nothing else
+        # drawn for every clip, needed or not, so that a picture or a caption more changes no other clip
         start, choice = rng.random(2)
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
@@ -1630,8 +1653,6 @@ class Mixed(torch.utils.data.Dataset):
         # of the steps that the datasets before it leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
         self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
-        counts = [dataset.files for dataset in datasets]
-        self.files = None if None in counts else sum(counts)
 
     def captions(self):
         return [text for dataset in self.datasets for text in dataset.captions()]
@@ -1674,7 +1695,8 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
-        # a worker that gets no shared memory loses its batch without a word
+        # Workers hand batches over in shared memory. One that gets none loses its batch without a word, and
+        # without the time-out the training would wait for ever.
         raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: "
                        "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
@@ -1705,13 +1727,16 @@ def changed(clip, ids, rng, flip):
     """One clip uint8 (t, H, W, 3) and its labels (t, H, W), changed at random."""
     h, w = ids.shape[1:]
     x = rearrange(clip, "t h w c -> t c h w").float()
-    ids = ids[:, None].double()
-    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))        # as wide as high, to 4 / 3
+    # F.interpolate does not take whole numbers; doubles hold them exactly
+    ids = rearrange(ids, "t h w -> t 1 h w").double()
+    # up to 4 / 3 times as wide as high, or as high as wide
+    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))
     height = min(h, round(h * math.sqrt(area / ratio)))
     width = min(w, round(w * math.sqrt(area * ratio)))
     top = rng.integers(h - height + 1)
     left = rng.integers(w - width + 1)
     x = F.interpolate(x[..., top:top + height, left:left + width], (h, w), mode="bilinear")
+    # nearest: between trajectories 2 and 8 there is no 5
     ids = F.interpolate(ids[..., top:top + height, left:left + width], (h, w), mode="nearest-exact")
     if rng.random() < 0.5 and flip:
         x, ids = x.flip(-1), ids.flip(-1)
@@ -1720,13 +1745,15 @@ def changed(clip, ids, rng, flip):
     x = x * brightness
     # how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
-    x = torch.lerp((x * light).sum(1).mean().expand_as(x), x, contrast)
-    grey = (x * light).sum(1, keepdim=True).expand_as(x)
-    x = torch.lerp(grey, x, saturation if rng.random() < 0.8 else 0.0)
+    mean = (x * light).sum(1).mean()
+    x = mean + contrast * (x - mean)
+    grey = (x * light).sum(1, keepdim=True)
+    # every fifth clip is grey
+    x = grey + (saturation if rng.random() < 0.8 else 0) * (x - grey)
     if rng.random() < 0.3:
         x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = rearrange(x, "t c h w -> t h w c").clamp(0, 255).round().byte()
-    return x.contiguous(), ids[:, 0].long()
+    return x.contiguous(), rearrange(ids, "t 1 h w -> t h w").long()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1742,13 +1769,11 @@ def open_data(cfg, need="caption", world=1):
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
     ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
     names = sets_of(cfg.data)
-    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else []
+    val = usable_entries(cfg.val, need) if cfg.val else []
     train, held_out, shares = [], [], []
-    for name, share in zip(names, read_shares(cfg, names)):
-        if name == "world":
-            learnt, tested = made_clips(cfg)
-        else:
-            learnt, tested = real_clips(cfg, name, need, val)
+    for name, share in zip(names, read_shares(cfg.mix, names)):
+        made = name == "world"
+        learnt, tested = made_clips(cfg) if made else real_clips(cfg, name, need, val)
         # within a set, videos and pictures have shares by their numbers
         files = [dataset.files or 1 for dataset in learnt]
         shares += [share * count / sum(files) for count in files]
@@ -1756,11 +1781,10 @@ def open_data(cfg, need="caption", world=1):
         held_out += tested
     if val:
         held_out = real_batches(cfg, val, False)
-    if len(train) > 1:
-        train = [Mixed(train, shares, cfg.seed, world)]
+    # one dataset stays what it is: made clips are also asked for their indices
     if len(held_out) > 1:
         held_out = [torch.utils.data.ConcatDataset(held_out)]
-    return train[0], held_out[0]
+    return Mixed(train, shares, cfg.seed, world), held_out[0]
 
 
 def sets_of(data):
@@ -1769,15 +1793,16 @@ def sets_of(data):
 
 
 def usable_entries(name, need):
-    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there
-    is no other."""
+    """The entries of a manifest that have what it is read for. A label is a caption where there is no
+    other."""
     entries = read_manifest(name)
     for entry in entries:
         if need == "caption" and entry["label"] and not entry["caption"]:
             entry["caption"] = [entry["label"].replace("_", " ")]
     usable = [entry for entry in entries if entry[need]]
     lacking = [entry["path"] for entry in entries if not entry[need]]
-    # a video that `label` could not label is left out; a caption was forgotten
+    # A caption was forgotten, and somebody will want to add it. A mask is lacking where `label` could not
+    # label a video, which is no mistake.
     if lacking and (need == "caption" or not usable):
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
     if lacking:
@@ -1785,13 +1810,10 @@ def usable_entries(name, need):
     return usable
 
 
-def read_shares(cfg, names):
+def read_shares(mix, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
-    mix = getattr(cfg, "mix", None)
-    if not mix:
-        return [1.0] * len(names)
     try:
-        shares = [float(share) for share in mix.split(",")]
+        shares = [float(share) for share in mix.split(",")] if mix else [1.0] * len(names)
     except ValueError:
         shares = []
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
@@ -1823,10 +1845,10 @@ def real_clips(cfg, name, need, val):
     manifest, the latter are none."""
     entries = usable_entries(name, need)
     if val:
-        # what is held out must not be learnt: neither what "split" says, nor what stands in both manifests
-        files = {os.path.realpath(entry["path"]) for entry in val}
+        # What is held out must not be learnt: neither what "split" says, nor what stands in both manifests.
+        held_out = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
-        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
+        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in held_out]
         if both or not train:
             raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     else:
@@ -1838,24 +1860,21 @@ def real_clips(cfg, name, need, val):
 
 def real_batches(cfg, entries, train):
     """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
-    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8)
-    return [VideoBatches(kind, *options) for kind in kinds(entries)]
-
-
-def kinds(entries):
-    """Entries -> [the videos, the pictures], without what there is none of."""
-    parts = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
-    return [part for part in parts if part]
+    videos = [entry for entry in entries if not entry["image"]]
+    pictures = [entry for entry in entries if entry["image"]]
+    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
+    return [VideoBatches(kind, *options) for kind in (videos, pictures) if kind]
 
 
 def fingerprint(data, val=None):
-    """A short text that changes when what is read from these manifests does, for a resumed run to compare."""
+    """A short text that changes when what is read from these manifests does. A run that is resumed compares
+    it: with other entries its place in the data would mean nothing."""
     crc = 0
     for name in sets_of(data) + ([val] if val else []):
         for entry in [] if name == "world" else read_manifest(name):
-            told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
-            told += [entry.get("qa"), entry.get("conversations")]
-            crc = zlib.crc32(json.dumps(told).encode(), crc)
+            # not the path: a folder may move, or be seen under another name on another node
+            texts = [entry[key] for key in ("name", "caption", "label", "split", "qa", "conversations")]
+            crc = zlib.crc32(json.dumps([*texts, bool(entry["mask"])]).encode(), crc)
     return f"{crc:08x}"
 
 

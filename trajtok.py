@@ -337,7 +337,9 @@ def load_weights(module, folder, *prefixes):
 def write_weights(path, state):
     """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    replace(path, lambda beside: save_file(state, beside))
+    with data.replacing(path) as beside:
+        save_file(state, beside)
+        beside.chmod(0o644)                                     # safetensors lets nobody but the owner read it
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
