@@ -2276,6 +2276,7 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
     del weights["output_projector.bias"]
     torch.save(weights, "lacking.pth")
     trajtok.TrajTok(TINY).save_pretrained(".")
+    assert Path("model.safetensors").stat().st_mode & 0o444 == 0o444         # everybody may read it
     damaged = {"evil.pth": "no whole file", "lacking.pth": "output_projector.bias",
                "model.safetensors": "not in the authors' layout"}
     for name, words in damaged.items():
@@ -2293,7 +2294,6 @@ CONVNEXTS = {
               (r"^norm\.", "head.norm.")], ["head.fc.weight", "head.fc.bias"]),
     "hub": ([(r"downsample_layers\.0\.0", "embeddings.patch_embeddings"),
              (r"downsample_layers\.0\.1", "embeddings.layernorm"),
-    assert Path("model.safetensors").stat().st_mode & 0o444 == 0o444         # everybody may read it
              (r"downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
              (r"^stages\.(\d)\.(\d)\.", r"encoder.stages.\1.layers.\2."), (r"gamma", "layer_scale_parameter"),
              (r"\bnorm\.", "layernorm."), (r"^", "convnext.")], ["classifier.weight", "classifier.bias"]),
