@@ -1229,14 +1229,13 @@ def read_manifest(path):
     folder = path if path.is_dir() else path.parent
     entries, where = {}, "cannot be read"
     try:
-        for where, row in read_rows(path):
+        # a list: errors in the table as such come before any row
+        for where, row in list(read_rows(path)):
             entry = to_entry(row, folder)
             # the real path: a file may be named in several ways
             earlier = entries.setdefault(os.path.realpath(entry["path"]), entry)
             if earlier is not entry:
                 add_row(earlier, entry)
-    except BadInput:
-        raise
     # whatever indexing and conversion raise where JSON holds other types than expected
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
@@ -1252,7 +1251,7 @@ def read_rows(path):
     # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return csv_rows(path, text)
+        return csv_rows(text)
     if text.lstrip().startswith("["):
         return [(f"entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
     # not splitlines, which also splits at other separators that a text in JSON may hold
@@ -1260,7 +1259,7 @@ def read_rows(path):
     return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
-def csv_rows(path, text):
+def csv_rows(text):
     """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells stand between
     commas, tabs, semicolons or spaces, whichever the first line has."""
     # a caption may hold commas, but hardly ever a tab: so the tab is looked for first
@@ -1274,19 +1273,19 @@ def csv_rows(path, text):
     # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
     header = ["video", "label"]
     if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-        header = known_columns(path, *rows.pop(0))
+        header = known_columns(*rows.pop(0))
     for where, cells in rows:
         if len(cells) != len(header):
-            raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
+            raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
         yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
-def known_columns(path, where, cells):
+def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:60]}; name a column for the file and "
-                       f"one for its caption or label, by one of {', '.join(COLUMNS)}")
+        raise ValueError(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
+                         f"for its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
@@ -1305,9 +1304,10 @@ def folder_rows(root):
     # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
-        *parents, _ = file.parts
+        parents = list(file.parts[:-1])
         part = parents.pop(0) if parents and parents[0] in SPLITS else None
-        yield str(file), dict(video=str(file), split=part, label=parents[0] if parents else None)
+        label = parents[0] if parents else None
+        yield str(file), dict(video=str(file), split=part, label=label)
 
 
 def to_entry(row, folder):
@@ -1348,9 +1348,9 @@ def check_texts(entry):
     """ValueError for a caption or a question that is empty or no text, and for an answer that is not among
     the options of its question."""
     pairs = [*entry["qa"], *itertools.chain(*entry["conversations"])]
-    for text in [*(entry["caption"] or []), *(pair["question"] for pair in pairs)]:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'{json.dumps(text)[:60]} as "caption" or question; give texts, none empty')
+    texts = (entry["caption"] or []) + [pair["question"] for pair in pairs]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
     for pair in pairs:
         if pair["answer"] not in pair.get("options", [pair["answer"]]):
             raise ValueError(f"{json.dumps(pair)[:80]}: the answer is none of the options")
@@ -1609,11 +1609,10 @@ class VideoBatches(torch.utils.data.Dataset):
         """Numbers of the entries that batch i may take, in order, some of them twice."""
         first = i * self.batch
         if not self.train:
-            yield from range(first, min(first + self.batch, self.files))
-            return
+            return range(first, min(first + self.batch, self.files))
         # so many places hold a whole epoch, and with it every entry, wherever they begin
-        for place in range(first, first + 2 * self.files):
-            yield self.order(place // self.files)[place % self.files]
+        places = range(first, first + 2 * self.files)
+        return (self.order(place // self.files)[place % self.files] for place in places)
 
     def __getitem__(self, i):
         # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
