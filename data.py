@@ -960,7 +960,8 @@ IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .webp".split())
 @contextlib.contextmanager
 def opened(path):
     """`with opened(path) as stream`: the first video stream of a file, by PyAV; the file itself is
-    `stream.container`. Whatever goes wrong inside is a BadVideo of one line."""
+    `stream.container`. Whatever goes wrong inside, also while its frames are decoded, is a BadVideo of one
+    line: training can replace the file, and a person can read which one it was."""
     # imported here, so that training on made clips needs no PyAV
     import av
     if not os.path.isfile(path):
@@ -1047,6 +1048,7 @@ def in_order(stream):
     frame), in the order in which they are shown."""
     container, start = stream.container, stream.start_time or 0
     first = None
+    # count is the frame's number only if decoding began at the start of the file: AVI is never sought
     for count, frame in enumerate(container.decode(stream)):
         first = first or frame
         # an array of frames, or of masks, has one size; joined transport streams may have several
@@ -1071,6 +1073,8 @@ def on_screen(stream, wanted):
     if stream.container.format.name == "avi" or "444" in (stream.codec_context.pix_fmt or ""):
         margin = math.inf
     frames, found = in_order(stream), []
+    # `ahead` is the frame decoded last, `shown` the one before it. Only when `ahead` begins after t is it
+    # certain that `shown` is still on screen at t. At first, and after a seek, both are the same frame.
     shown = ahead = next(frames, None)
     for t in wanted:
         if ahead and t - ahead[0] > 2 * margin:
@@ -1111,9 +1115,11 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
         numbers = np.arange(frames)
+        # numbers of frames at a constant rate; times follow from them, and at a variable rate the times count
         if start is None:
             numbers = np.floor((numbers + 0.5) * total / frames)
         else:
+            # a short video is seen at a smaller stride, rather than left out
             stride = max(1, min(stride, total // frames))
             room = total - 1 - (frames - 1) * stride
             numbers = round(start * room) + numbers * stride
@@ -1126,7 +1132,8 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     times = np.array([seconds for seconds, _ in found])
     # Either the last frame stays on screen for long, or the file ends early. Only its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
-        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1], rate)
+        end = max(times[-1], frame_times(path)[-1]) + 1 / rate
+        check_end(path, end, wanted[-1], rate)
     return np.stack(images), times
 
 
@@ -1137,6 +1144,7 @@ def read_frames(path, size, length=8, whole=False):
     with opened(path) as stream:
         rate, total = rate_of(stream), frame_count(stream)
         frames, end = in_order(stream), 0
+        # in pieces: the frames of a long film would fill the memory
         while piece := list(itertools.islice(frames, length)):
             end = max(end, piece[-1][0] + 1 / rate)
             yield np.stack([upright(frame, size, whole) for _, frame in piece])
@@ -1150,6 +1158,7 @@ def load_labels(mask_path, graph_path, times, size, video):
     `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
     mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
     trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
+    # a training that went on without the half of a pair would miss labels in silence
     if not (mask_path and graph_path):
         raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     mask = read_npz(mask_path, "arr_0", 3)
@@ -1192,15 +1201,17 @@ def read_npz(path, key, axes):
 # 3. Manifests, CSV files, folders
 # -----------------------------------------------------------------------------------------------------------
 
-# what people call the columns of a CSV file -> our name of it
+# What people call the columns of a CSV file -> our name of it. Other columns are not read, but a header
+# without a column for the file is refused: it may be a table of something else.
 COLUMNS = dict.fromkeys("video path filename file video_path".split(), "video")
 COLUMNS |= dict.fromkeys("caption text sentence".split(), "caption")
 COLUMNS |= dict.fromkeys("label class action".split(), "label")
 COLUMNS |= dict(split="split", mask="mask", graph="graph")
-# what a row may hold
+# What a row of a manifest may hold. `appearance`, `colour` and `motion` are the classes of made clips.
 TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), split=str, mask=str, graph=str,
              qa=list, conversations=list, appearance=int, colour=int, motion=int)
 EXPECTED = 'give a JSON list of {"video": path, "caption": text}, such an object a line, a CSV or a folder'
+# what people call the parts of a data set, as a value of "split" or as the name of a folder -> our name
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -1214,19 +1225,19 @@ def read_manifest(path):
     retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
     video. BadInput says what is wrong, and where."""
     path = Path(path)
+    # a folder that `make` has written
     if path.is_dir() and (path / "manifest.json").exists():
         path = path / "manifest.json"
     folder = path if path.is_dir() else path.parent
     entries, where = {}, "cannot be read"
     try:
-        for where, row in read_rows(path):
+        # a list: errors in the table as such come before any row
+        for where, row in list(read_rows(path)):
             entry = to_entry(row, folder)
             # the real path: a file may be named in several ways
             earlier = entries.setdefault(os.path.realpath(entry["path"]), entry)
             if earlier is not entry:
                 add_row(earlier, entry)
-    except BadInput:
-        raise
     # whatever indexing and conversion raise where JSON holds other types than expected
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
@@ -1242,7 +1253,7 @@ def read_rows(path):
     # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return csv_rows(path, text)
+        return csv_rows(text)
     if text.lstrip().startswith("["):
         return [(f"entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
     # not splitlines, which also splits at other separators that a text in JSON may hold
@@ -1250,9 +1261,10 @@ def read_rows(path):
     return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
-def csv_rows(path, text):
+def csv_rows(text):
     """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells stand between
     commas, tabs, semicolons or spaces, whichever the first line has."""
+    # a caption may hold commas, but hardly ever a tab: so the tab is looked for first
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
     # Python's reader knows quoted line breaks and both kinds of line ends, if it may see them: newline=""
@@ -1263,19 +1275,19 @@ def csv_rows(path, text):
     # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
     header = ["video", "label"]
     if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-        header = known_columns(path, *rows.pop(0))
+        header = known_columns(*rows.pop(0))
     for where, cells in rows:
         if len(cells) != len(header):
-            raise BadInput(f"{path} {where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
+            raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
         yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
-def known_columns(path, where, cells):
+def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{path} {where}: a header of {', '.join(cells)[:60]}; name a column for the file and "
-                       f"one for its caption or label, by one of {', '.join(COLUMNS)}")
+        raise ValueError(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
+                         f"for its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
@@ -1294,9 +1306,10 @@ def folder_rows(root):
     # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
-        *parents, _ = file.parts
+        parents = list(file.parts[:-1])
         part = parents.pop(0) if parents and parents[0] in SPLITS else None
-        yield str(file), dict(video=str(file), split=part, label=parents[0] if parents else None)
+        label = parents[0] if parents else None
+        yield str(file), dict(video=str(file), split=part, label=label)
 
 
 def to_entry(row, folder):
@@ -1309,11 +1322,15 @@ def to_entry(row, folder):
     for key, value in row.items():
         if value is not None and not isinstance(value, TYPES[key]):
             raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; it must be {TYPES[key]}')
+    # relative to the manifest: a data set can be moved, and its name and split stay the same
     file = Path(folder, row["video"] or row["image"])
-    entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
+    name = Path(os.path.relpath(file, folder)).as_posix()
+    entry = dict(path=str(file), name=name)
     entry["image"] = not row["video"] or file.suffix.lower() in IMAGE_SUFFIXES
     entry |= {key: row[key] for key in MADE if row[key] is not None}
+    # a text, always: class 3 of a JSON file is class "3" of a CSV file
     entry["label"] = None if row["label"] is None else str(row["label"])
+    # an unknown word is refused: taken for training, it would put test clips into it
     if row["split"] not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
     entry["split"] = SPLITS.get(row["split"])
@@ -1333,9 +1350,9 @@ def check_texts(entry):
     """ValueError for a caption or a question that is empty or no text, and for an answer that is not among
     the options of its question."""
     pairs = [*entry["qa"], *itertools.chain(*entry["conversations"])]
-    for text in [*(entry["caption"] or []), *(pair["question"] for pair in pairs)]:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'{json.dumps(text)[:60]} as "caption" or question; give texts, none empty')
+    texts = (entry["caption"] or []) + [pair["question"] for pair in pairs]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
     for pair in pairs:
         if pair["answer"] not in pair.get("options", [pair["answer"]]):
             raise ValueError(f"{json.dumps(pair)[:80]}: the answer is none of the options")
@@ -1345,6 +1362,7 @@ def conversation(turns):
     """LLaVA's turns -> [dict(question, answer)]. A <video> mark goes, and the words around it stay apart: the
     video always stands before the text."""
     pairs = []
+    # strict: a question without its answer is refused
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if (human["from"], gpt["from"]) != ("human", "gpt"):
             raise ValueError('a conversation goes "human", "gpt", "human", "gpt"')
@@ -1378,7 +1396,9 @@ def split(entries):
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
         ranked = sorted(hashes)
         least = max(min(len(entries), 24) // 6, 1)
-        limit = max(min(0.25, 5000 / len(entries)) * 2 ** 32, ranked[least - 1] + 1)
+        # a CRC is a number below 2 ** 32, spread evenly: a share of the names lies below that share of it
+        share = min(0.25, 5000 / len(entries))
+        limit = max(share * 2 ** 32, ranked[least - 1] + 1)
         # the last hash is always trained on: of two entries both may be below a quarter
         held_out = [number < min(limit, ranked[-1]) for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
@@ -1421,6 +1441,7 @@ def word_encoding(words, pattern=WORDS, special=(END,)):
     byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
     words is a vocabulary: a word of the list is one token, any other text falls back to its bytes."""
     ranks = {bytes([i]): i for i in range(256)}
+    # setdefault: a word of one byte is in the list already
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     tokens = {token: len(ranks) + i for i, token in enumerate(special)}
@@ -1479,6 +1500,7 @@ def published_encoding(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
+    # texts are closed by this token; a tokenizer that has none gets it behind all others
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
     kind = Composing if normalizer else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -1490,6 +1512,7 @@ def tokenize(encoding, texts, length):
     ids = torch.full((len(texts), length), encoding.eot_token, dtype=torch.int64)
     mask = torch.zeros((len(texts), length), dtype=torch.bool)
     for i, tokens in enumerate(encoding.encode_ordinary_batch(list(texts), num_threads=1)):
+        # room for the end token: the text encoder reads its output there
         tokens = tokens[:length - 1]
         ids[i, :len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         mask[i, :len(tokens) + 1] = True
@@ -1526,9 +1549,11 @@ class WorldBatches(torch.utils.data.Dataset):
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
+        # a range holds two numbers, not a thousand million
         self.indices = range(begin, begin + 10 ** 9) if indices is None else indices
 
     def __len__(self):
+        """Batches there are, the last perhaps short: the division rounds up."""
         return -(-len(self.indices) // self.batch)
 
     def captions(self):
@@ -1586,11 +1611,10 @@ class VideoBatches(torch.utils.data.Dataset):
         """Numbers of the entries that batch i may take, in order, some of them twice."""
         first = i * self.batch
         if not self.train:
-            yield from range(first, min(first + self.batch, self.files))
-            return
+            return range(first, min(first + self.batch, self.files))
         # so many places hold a whole epoch, and with it every entry, wherever they begin
-        for place in range(first, first + 2 * self.files):
-            yield self.order(place // self.files)[place % self.files]
+        places = range(first, first + 2 * self.files)
+        return (self.order(place // self.files)[place % self.files] for place in places)
 
     def __getitem__(self, i):
         # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
@@ -1605,6 +1629,7 @@ class VideoBatches(torch.utils.data.Dataset):
                 clips[number] = self.clip(number, rng)
             except BadVideo as error:
                 bad[number] = self.entries[number]["path"], str(error)
+        # in evaluation a whole batch may be left out, but a training without clips has nothing to learn
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[number][1]}")
         batch = {key: [clip[key] for clip in clips.values()] for key in self.KEYS}
@@ -1626,6 +1651,7 @@ class VideoBatches(torch.utils.data.Dataset):
             start = None
         frames = 1 if entry["image"] else self.frames
         video, times = decode(entry["path"], frames, self.size, start, stride)
+        # most videos have no sidecars: every pixel is unlabelled, and the segmentation loss ignores it
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
@@ -1655,6 +1681,7 @@ class Mixed(torch.utils.data.Dataset):
         self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
 
     def captions(self):
+        """All captions of all datasets."""
         return [text for dataset in self.datasets for text in dataset.captions()]
 
     def __getitem__(self, i):
@@ -1673,7 +1700,8 @@ def finish(batch, device):
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     for key in ("video", "labels"):
-        # from pinned memory the copy runs beside the computation
+        # Pixels travel as bytes, a quarter of what floats would be.
+        # From pinned memory the copy runs beside the computation
         batch[key] = batch[key].to(device, non_blocking=True)
     return batch
 
@@ -1682,6 +1710,7 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
     rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
     on that. To resume, begin at another `first`."""
+    # batch_size=None: an item of the dataset is a whole batch. The sampler lists the numbers of this process.
     batches = torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first * world + rank, last * world, world),
         num_workers=workers, timeout=PATIENCE if workers else 0, pin_memory=torch.cuda.is_available(),
@@ -1730,7 +1759,8 @@ def changed(clip, ids, rng, flip):
     # F.interpolate does not take whole numbers; doubles hold them exactly
     ids = rearrange(ids, "t h w -> t 1 h w").double()
     # up to 4 / 3 times as wide as high, or as high as wide
-    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))
+    area = rng.uniform(0.2, 1)
+    ratio = math.exp(rng.uniform(-0.28, 0.28))
     height = min(h, round(h * math.sqrt(area / ratio)))
     width = min(w, round(w * math.sqrt(area * ratio)))
     top = rng.integers(h - height + 1)
@@ -1743,7 +1773,8 @@ def changed(clip, ids, rng, flip):
     # PAPER: colour jitter, grey and blur, each the same for a whole clip
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
     x = x * brightness
-    # how bright red, green and blue look (ITU-R BT.601)
+    # Contrast moves colours away from the clip's mean brightness, saturation moves them away from grey.
+    # light: how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
     mean = (x * light).sum(1).mean()
     x = mean + contrast * (x - mean)
@@ -1812,9 +1843,11 @@ def usable_entries(name, need):
 
 def read_shares(mix, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
+    parts = mix.split(",") if mix else [1] * len(names)
     try:
-        shares = [float(share) for share in mix.split(",")] if mix else [1.0] * len(names)
+        shares = [float(part) for part in parts]
     except ValueError:
+        # no number: refused below, with the numbers that do not fit
         shares = []
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
         raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
@@ -1835,7 +1868,9 @@ def made_clips(cfg):
     """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of
     its own; held-out captions all differ."""
     world = world_of(cfg)
+    # a recipe that is chosen by its result on the test clips would be tested on what it was chosen by
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
+    # the clips of all seeds stay well below the index of the first validation clip
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
     return [train], [WorldBatches(world, cfg.batch, indices=distinct(world, begin, cfg.eval_clips))]
 
@@ -1853,6 +1888,7 @@ def real_clips(cfg, name, need, val):
             raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     else:
         train, test = split(entries)
+    # printed, because a column that was not read, or a split that fails, shows first in these numbers
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
     return real_batches(cfg, train, True), real_batches(cfg, test, False)
