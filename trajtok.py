@@ -339,7 +339,7 @@ def write_weights(path, state):
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with data.replacing(path) as beside:
         save_file(state, beside)
-        beside.chmod(0o644)                                     # safetensors lets nobody but the owner read it
+        beside.chmod(0o644)                                     # safetensors lets only the owner read it
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
