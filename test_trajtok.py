@@ -905,7 +905,7 @@ def test_sidecar_labels_are_the_naive_look_up(tmp_path):
     trajectory owns, a crop that is not the video's: of 12 x 20 pixels to 6, the pixel (i, j) is the
     mask's (2i+1, 2j+5)."""
     mask = np.random.default_rng(0).choice(np.array([0, 1, 7, 255, 256, 300, 65535], np.uint16), (5, 12, 20))
-    graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [0, 0, 0, 0, 0]])
+    graph = np.array([[1, 0, 300, 7, 1], [0, 256, 256, 0, 255], [300, 300, 0, 65535, 0], [300, 0, 0, 0, 0]])
     np.savez(tmp_path / "m.npz", mask)
     np.savez(tmp_path / "g.npz", tensor=graph)
     video = encode(tmp_path / "v.mp4", np.zeros((5, 48, 80, 3), np.uint8))
