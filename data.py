@@ -101,8 +101,10 @@ def configure(config, sizes, argv, positional=None):
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
         known = config.size if config.size in sizes else next(iter(sizes))
-        parser.add_argument("--size", default=known, choices=sizes)
+        parser.add_argument("--size", default=known)
         size = parser.parse_known_args(argv)[0].size
+        if size not in sizes:
+            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
     # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
@@ -322,7 +324,7 @@ class World:
 
     def __post_init__(self):
         if not 1 <= self.max_objects <= MAX_OBJECTS or self.frames < 1 or self.size < 8:
-            raise BadInput(f"max_objects {self.max_objects} in {self.frames} frames of {self.size} px: give 1 "
+            raise BadInput(f"max_objects {self.max_objects}, {self.frames} frames of {self.size} px: give 1 "
                            f"to {MAX_OBJECTS}, at least 1, at least 8")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
@@ -516,8 +518,8 @@ def script(index, world=World()):
     rgb = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 3))
     rgb[0] = DARK if world.plain else GROUNDS[ground]
     rgb[1:1 + len(looks)] = [list(COLOURS.values())[looks[j]["colour"]] for j in order]
-    # From the world to the screen: the camera moves everything the other way. What is not there is far out of
-    # view, so that all clips have arrays of one shape and the painter finds no pixel of it.
+    # From the world to the screen: the camera moves everything the other way. What is not there is far out
+    # of view, so that all clips have arrays of one shape and the painter finds no pixel of it.
     place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:len(looks)] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
@@ -950,17 +952,18 @@ def coloured(s, ids, u, v):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
-# what is taken for a video or a picture in a folder, and for a clip rather than a header in a table
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif", ".asf", ".wmv",
-                  ".flv", ".ts", ".3gp"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+# What is taken for a video or a picture in a folder, and for a clip rather than a header in a table.
+VIDEO_SUFFIXES = set(".mp4 .mkv .mov .avi .webm .m4v .mpg .mpeg .gif .asf .wmv .flv .ts .3gp".split())
+IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .webp".split())
 
 
 @contextlib.contextmanager
 def opened(path):
-    """`with opened(path) as (container, stream)`: a file and its first video stream, by PyAV. Whatever goes
-    wrong inside is a BadVideo of one line."""
-    import av                                                   # here: made clips need no av
+    """`with opened(path) as stream`: the first video stream of a file, by PyAV; the file itself is
+    `stream.container`. Whatever goes wrong inside, also while its frames are decoded, is a BadVideo of one
+    line: training can replace the file, and a person can read which one it was."""
+    # imported here, so that training on made clips needs no PyAV
+    import av
     if not os.path.isfile(path):
         raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
@@ -969,16 +972,18 @@ def opened(path):
             if stream is None or stream.codec_context is None:
                 raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
             stream.thread_type = "AUTO"
+            # in a loader's worker one thread: the other cores belong to the other workers
             if torch.utils.data.get_worker_info() is not None:
-                stream.codec_context.thread_count = 1           # the other cores are other workers'
-            yield container, stream
+                stream.codec_context.thread_count = 1
+            yield stream
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise BadVideo(f"{path}: cannot be decoded ({reason}); re-encode or remove it") from None
 
 
 def rate_of(stream):
-    """Frames a second, as the header says; of a GIF that is a guess from its first frames."""
+    """Frames a second, as the header says."""
+    # FFmpeg guesses the rate of a GIF from its first frames; the mean over the whole file is exact
     if stream.codec_context.name == "gif" and stream.duration:
         return float(stream.frames / (stream.duration * stream.time_base))
     return float(stream.average_rate or stream.guessed_rate or 25)
@@ -986,93 +991,101 @@ def rate_of(stream):
 
 def frame_rate(path):
     """Frames a second of a video file."""
-    with opened(path) as (_, stream):
+    with opened(path) as stream:
         return rate_of(stream)
 
 
-def frame_count(path, stream):
-    """How many frames a video shows, as its header says. Of a file that does not say it the packets are
+def frame_count(stream):
+    """How many frames a video shows, as its header says. Where the header does not say it, the packets are
     counted."""
     length = float((stream.duration or 0) * stream.time_base)
-    if not length and "DURATION" in stream.metadata:            # MKV: "00:01:02.500"
+    # MKV writes the length as a text: "00:01:02.500"
+    if not length and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     expected = round(length * rate_of(stream))
-    # MP4 also counts frames that an edit list hides, but its length is of what is shown
+    # the number of frames in an MP4 includes those that its edit list hides; its length does not
     if expected and "mov" in stream.container.format.name:
         return min(stream.frames or expected, expected)
-    return stream.frames or expected or len(frame_times(path))
+    return stream.frames or expected or len(frame_times(stream.container.name))
 
 
 def frame_times(path):
     """When each frame of a video is shown, in seconds after the first: (F,), ascending. All packets are read,
-    none is decoded; a film of an hour takes a few seconds."""
-    with opened(path) as (container, stream):
-        tick, rate = float(stream.time_base), rate_of(stream)
-        stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    none is decoded: a film of an hour takes a few seconds."""
+    with opened(path) as stream:
+        packets = [p for p in stream.container.demux(stream) if p.size and not p.is_discard]
+        stamps = [p.pts for p in packets]
         # AVI has no time stamps
-        if container.format.name == "avi" or None in stamps:
-            return np.arange(len(stamps)) / rate
-    return (np.array(sorted(stamps)) - min(stamps, default=0)) * tick
+        if stream.container.format.name == "avi" or None in stamps:
+            return np.arange(len(stamps)) / rate_of(stream)
+        return (np.array(sorted(stamps)) - min(stamps, default=0)) * float(stream.time_base)
 
 
 def upright(frame, size, whole=False, crop=0.5):
-    """A frame of PyAV -> uint8 (size, size, 3): the square at the fraction `crop` of the room along the
-    longer side; whole: (h, w, 3), all of it, and the short side is `size`. Pixels count as square ones."""
+    """A frame of PyAV -> uint8 (size, size, 3), a square cut out of it: at crop=0 from the left or upper end
+    of its longer side, at 1 from the other end. whole: (h, w, 3), all of it, its short side `size` pixels.
+    Pixels are taken for square ones."""
     import av
-    turns = round(frame.rotation / 90) % 4                      # phones store the picture lying on its side
+    # Below transparent pixels a file may hold any colour. Web pages show them on white, and so do we.
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
-        # below what is transparent a file may hold any colour. Pages show white.
-        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
-        alpha = rgba[..., 3:]
-        rgb = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-        frame = av.VideoFrame.from_ndarray(rgb.astype(np.uint8), format="rgb24")
+        rgba = frame.to_ndarray(format="rgba").astype(np.float32)
+        alpha = rgba[..., 3:] / 255
+        rgb = rgba[..., :3] * alpha + 255 * (1 - alpha)
+        frame = av.VideoFrame.from_ndarray(rgb.round().astype(np.uint8), format="rgb24")
     scale = size / min(frame.width, frame.height)
-    w = max(size, round(frame.width * scale))
-    h = max(size, round(frame.height * scale))
+    w, h = round(frame.width * scale), round(frame.height * scale)
     image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
     if not whole:
         top, left = int(crop * (h - size)), int(crop * (w - size))
         image = image[top:top + size, left:left + size]
-    return np.ascontiguousarray(np.rot90(image, turns))
+    # a phone that is held upright stores the picture lying on its side, and the angle
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
-def in_order(path, container, stream):
-    """All frames as they are shown -> an iterator over (seconds after the first, frame)."""
-    rate, tick, start = rate_of(stream), float(stream.time_base), stream.start_time or 0
-    size = None
+def in_order(stream):
+    """Decode a stream from where it stands -> an iterator over (seconds after the first frame of the file,
+    frame), in the order in which they are shown."""
+    container, start = stream.container, stream.start_time or 0
+    first = None
+    # count is the frame's number only if decoding began at the start of the file: AVI is never sought
     for count, frame in enumerate(container.decode(stream)):
-        # masks have one size
-        size = size or (frame.width, frame.height)
-        if size != (frame.width, frame.height):
-            raise BadVideo(f"{path}: a frame of {frame.width} x {frame.height} px among those of {size[0]} x "
-                           f"{size[1]}; re-encode it at one size")
+        first = first or frame
+        # an array of frames, or of masks, has one size; joined transport streams may have several
+        if (frame.width, frame.height) != (first.width, first.height):
+            raise BadVideo(f"{container.name}: a frame of {frame.width} x {frame.height} px among those of "
+                           f"{first.width} x {first.height}; re-encode it at one size")
         # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
         if frame.pts is None or container.format.name == "avi":
-            yield count / rate, frame
+            yield count / rate_of(stream), frame
         else:
-            yield (frame.pts - start) * tick, frame
+            yield float((frame.pts - start) * stream.time_base), frame
 
 
-def on_screen(path, container, stream, wanted):
-    """What is on screen at the times `wanted`, ascending -> [(seconds, frame)], of each the last frame that
+def on_screen(stream, wanted):
+    """What is on screen at the times `wanted`, ascending -> [(seconds, frame)]: for each the last frame that
     began before. None where there is no frame."""
-    tick, start = float(stream.time_base), stream.start_time or 0
-    # AVI has no time stamps. Of 4:4:4 an old x264 says in the first frame alone how it is to be decoded.
-    seekable = container.format.name != "avi" and "444" not in (stream.codec_context.pix_fmt or "")
-    # frames are stored in another order than they are shown, and a key frame is some way back
+    # Seek only over long gaps: frames are stored in another order than they are shown, so a seek aims some
+    # frames early, and the key frame where decoding can begin lies earlier still.
     margin = 16 / rate_of(stream)
-    frames, found = in_order(path, container, stream), []
+    # AVI has no time stamps to seek by. With 4:4:4 colours, old versions of x264 write how the stream is to
+    # be decoded into its first frame alone.
+    if stream.container.format.name == "avi" or "444" in (stream.codec_context.pix_fmt or ""):
+        margin = math.inf
+    frames, found = in_order(stream), []
+    # `ahead` is the frame decoded last, `shown` the one before it. Only when `ahead` begins after t is it
+    # certain that `shown` is still on screen at t. At first, and after a seek, both are the same frame.
     shown = ahead = next(frames, None)
     for t in wanted:
-        if seekable and ahead and t - ahead[0] > 2 * margin:
-            container.seek(start + int((t - margin) / tick), stream=stream)
-            frames = in_order(path, container, stream)
+        if ahead and t - ahead[0] > 2 * margin:
+            first = (stream.start_time or 0) + int((t - margin) / stream.time_base)
+            stream.container.seek(first, stream=stream)
+            frames = in_order(stream)
             shown = ahead = next(frames, None)
-            # the seek has led behind t, or to where a decoder cannot begin
+            # The seek may lead behind t, or to where a decoder cannot begin: then decode from the start.
             if not ahead or ahead[0] > t or not ahead[1].key_frame:
-                container.seek(0)
-                frames, seekable = in_order(path, container, stream), False
+                stream.container.seek(0)
+                frames, margin = in_order(stream), math.inf
                 shown = ahead = next(frames, None)
         while ahead and ahead[0] <= t:
             shown, ahead = ahead, next(frames, None)
@@ -1081,8 +1094,8 @@ def on_screen(path, container, stream, wanted):
 
 
 def check_end(path, end, announced, rate):
-    """Refuse a file that ends early. Headers often announce a few frames too many; of a cut file, a lot.
-    `end` and `announced` are in seconds."""
+    """BadVideo for a file that ends early: at `end` seconds, where its header says `announced`. Headers often
+    announce a few frames too many; for a file that was cut off it is a lot."""
     if announced - end > max(3 / rate, 0.05 * announced):
         raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
@@ -1097,25 +1110,30 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     BadVideo: fewer than T frames, a file that ends early, one that fails. Not noticed are wrong pixels that a
     damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
     is waited for."""
-    with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, stream)
+    with opened(path) as stream:
+        rate, total = rate_of(stream), frame_count(stream)
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
+        numbers = np.arange(frames)
+        # numbers of frames at a constant rate; times follow from them, and at a variable rate the times count
         if start is None:
-            numbers = np.floor((np.arange(frames) + 0.5) * total / frames)
+            numbers = np.floor((numbers + 0.5) * total / frames)
         else:
+            # a short video is seen at a smaller stride, rather than left out
             stride = max(1, min(stride, total // frames))
-            numbers = round(start * (total - 1 - (frames - 1) * stride)) + np.arange(frames) * stride
-        # the middle of a frame's time: no rounding makes it a neighbour's
+            room = total - 1 - (frames - 1) * stride
+            numbers = round(start * room) + numbers * stride
+        # ask for the middle of a frame's time, so that rounding cannot make it a neighbour's
         wanted = (numbers + 0.5) / rate
-        found = on_screen(path, container, stream, wanted)
+        found = on_screen(stream, wanted)
         if None in found:
             raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
         images = [upright(frame, size, crop=crop) for _, frame in found]
     times = np.array([seconds for seconds, _ in found])
-    # the last one stays long, or the file ends early? Only all its packets tell.
+    # Either the last frame stays on screen for long, or the file ends early. Only its packets tell.
     if wanted[-1] - times[-1] > 2 / rate:
-        check_end(path, max(times[-1], frame_times(path)[-1]) + 1 / rate, wanted[-1], rate)
+        end = max(times[-1], frame_times(path)[-1]) + 1 / rate
+        check_end(path, end, wanted[-1], rate)
     return np.stack(images), times
 
 
@@ -1123,9 +1141,10 @@ def read_frames(path, size, length=8, whole=False):
     """Every frame of a video, in order -> an iterator over uint8 (length, size, size, 3), cut as `decode`
     cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as
     for `decode`."""
-    with opened(path) as (container, stream):
-        rate, total = rate_of(stream), frame_count(path, stream)
-        frames, end = in_order(path, container, stream), 0
+    with opened(path) as stream:
+        rate, total = rate_of(stream), frame_count(stream)
+        frames, end = in_order(stream), 0
+        # in pieces: the frames of a long film would fill the memory
         while piece := list(itertools.islice(frames, length)):
             end = max(end, piece[-1][0] + 1 / rate)
             yield np.stack([upright(frame, size, whole) for _, frame in piece])
@@ -1139,10 +1158,13 @@ def load_labels(mask_path, graph_path, times, size, video):
     `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
     mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
     trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
+    # a training that went on without the half of a pair would miss labels in silence
     if not (mask_path and graph_path):
         raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     mask = read_npz(mask_path, "arr_0", 3)
     graph = read_npz(graph_path, "tensor", 2)
+    # Labels of another video would fit in size. Their number of frames may differ a little: programs
+    # disagree about frames at the end of a file.
     shown = frame_times(video)
     if graph.shape[1] != len(mask) or abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
         raise BadVideo(f"{mask_path}: masks of {len(mask)} frames and a graph of {graph.shape[1]} for a "
@@ -1150,21 +1172,20 @@ def load_labels(mask_path, graph_path, times, size, video):
     # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
     place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
-    rows = (h / 2 + place).astype(int)
-    columns = (w / 2 + place).astype(int)
-    # frames are told apart by their times: at a variable rate their number is not time x rate
+    square = np.ix_((h / 2 + place).astype(int), (w / 2 + place).astype(int))
     labels = np.full((len(times), size, size), -1)
     for label, t in zip(labels, times):
-        f = min(int(np.abs(shown - t).argmin()), len(mask) - 1)
-        ids = mask[f][rows[:, None], columns]
-        for i in np.unique(ids[ids > 0]):
-            owner = np.flatnonzero(graph[:, f] == i)
-            label[ids == i] = owner[0] if len(owner) else -1
+        # frames are told apart by their times: at a variable rate their number is not time x rate
+        f = min(np.abs(shown - t).argmin(), len(mask) - 1)
+        ids = mask[f][square]
+        # from the last to the first: of two trajectories that own the same id, the first has it
+        for m in np.flatnonzero(graph[:, f] > 0)[::-1]:
+            label[ids == graph[m, f]] = m
     return labels
 
 
 def read_npz(path, key, axes):
-    """One array of whole numbers. BadVideo says what is wrong with the file."""
+    """One array of whole numbers from an .npz file. BadVideo says what is wrong with the file."""
     try:
         with np.load(path) as file:
             array = file[key]
@@ -1180,40 +1201,44 @@ def read_npz(path, key, axes):
 # 3. Manifests, CSV files, folders
 # -----------------------------------------------------------------------------------------------------------
 
-# what people call the columns of a CSV file -> our name of it
-COLUMNS = dict.fromkeys(("video", "path", "filename", "file", "video_path"), "video")
-COLUMNS |= dict.fromkeys(("caption", "text", "sentence"), "caption")
-COLUMNS |= dict.fromkeys(("label", "class", "action"), "label")
-COLUMNS |= {name: name for name in ("split", "group", "mask", "graph")}
-# what a row may hold
-TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), group=(str, int), split=str,
-             mask=str, graph=str, qa=list, conversations=list, appearance=int, colour=int, motion=int)
+# What people call the columns of a CSV file -> our name of it. Other columns are not read, but a header
+# without a column for the file is refused: it may be a table of something else.
+COLUMNS = dict.fromkeys("video path filename file video_path".split(), "video")
+COLUMNS |= dict.fromkeys("caption text sentence".split(), "caption")
+COLUMNS |= dict.fromkeys("label class action".split(), "label")
+COLUMNS |= dict(split="split", mask="mask", graph="graph")
+# What a row of a manifest may hold. `appearance`, `colour` and `motion` are the classes of made clips.
+TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), split=str, mask=str, graph=str,
+             qa=list, conversations=list, appearance=int, colour=int, motion=int)
 EXPECTED = 'give a JSON list of {"video": path, "caption": text}, such an object a line, a CSV or a folder'
+# what people call the parts of a data set, as a value of "split" or as the name of a folder -> our name
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_manifest(path):
     """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
     dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
-    label, group, split ("train", "val", "test" or None), mask, graph, and where given qa (list of dicts
-    question, answer) and conversations (a list of lists of such dicts).
+    label, split ("train", "val", "test" or None), mask, graph, qa (list of dicts question, answer) and
+    conversations (a list of lists of such dicts).
 
     Rows that name the same file are one entry with all their captions and questions: as two candidates of a
     retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
     video. BadInput says what is wrong, and where."""
     path = Path(path)
+    # a folder that `make` has written
     if path.is_dir() and (path / "manifest.json").exists():
         path = path / "manifest.json"
     folder = path if path.is_dir() else path.parent
     entries, where = {}, "cannot be read"
     try:
-        for where, row in read_rows(path):
+        # a list: errors in the table as such come before any row
+        for where, row in list(read_rows(path)):
             entry = to_entry(row, folder)
             # the real path: a file may be named in several ways
-            file = os.path.realpath(entry["path"])
-            entries[file] = joined(entries[file], entry) if file in entries else entry
-    except BadInput:
-        raise
+            earlier = entries.setdefault(os.path.realpath(entry["path"]), entry)
+            if earlier is not entry:
+                add_row(earlier, entry)
+    # whatever indexing and conversion raise where JSON holds other types than expected
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
     if not entries:
@@ -1228,65 +1253,62 @@ def read_rows(path):
     # "utf-8-sig": Excel and Windows begin a file with a byte-order mark
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return csv_rows(path, text)
+        return csv_rows(text)
     if text.lstrip().startswith("["):
         return [(f"entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
-    # not splitlines: a text in JSON may hold other line separators
+    # not splitlines, which also splits at other separators that a text in JSON may hold
     lines = enumerate(text.split("\n"), 1)
     return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
-def csv_rows(path, text):
-    """A table with a header, or `path,label` rows without one. Cells stand between commas, tabs, semicolons
-    or spaces."""
+def csv_rows(text):
+    """A table with a header, or `path,label` rows without one -> (where, row) pairs. Cells stand between
+    commas, tabs, semicolons or spaces, whichever the first line has."""
+    # a caption may hold commas, but hardly ever a tab: so the tab is looked for first
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), " ")
-    # csv reads quoted line breaks, and both kinds of line ends
+    # Python's reader knows quoted line breaks and both kinds of line ends, if it may see them: newline=""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = None
-    for cells in reader:
-        # " walking" and "walking" would be two classes
-        cells, where = [cell.strip() for cell in cells], f"{path} line {reader.line_num}"
-        if not any(cells):
-            continue
-        if header is None:
-            # Kinetics writes `path,label` and V-JEPA `path label`, without a header
-            if Path(cells[0]).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                header = ["video", "label"]
-            else:
-                header = known_columns(where, cells)
-                continue
+    # stripped: " walking" and "walking" would be two classes
+    rows = [(f"line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
+    rows = [(where, cells) for where, cells in rows if any(cells)]
+    # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
+    header = ["video", "label"]
+    if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        header = known_columns(*rows.pop(0))
+    for where, cells in rows:
         if len(cells) != len(header):
-            raise BadInput(f"{where}: {len(cells)} cells, not {len(header)}; quote those with separators")
-        yield f"line {reader.line_num}", {key: cell for key, cell in zip(header, cells) if key and cell}
+            raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
+        yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
 def known_columns(where, cells):
     """A header -> our name of each column, None for those that are not read."""
     header = [COLUMNS.get(cell.lower()) for cell in cells]
     if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise BadInput(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
-                       f"for its caption or label, by one of {', '.join(COLUMNS)}")
+        raise ValueError(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
+                         f"for its caption or label, by one of {', '.join(COLUMNS)}")
     return header
 
 
 def folder_rows(root):
-    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed, hidden names left out.
-    Pictures count where there are no videos: beside videos they are thumbnails."""
+    """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed; hidden names, and the
+    folder that macOS adds to an archive, are left out."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         # a link to a folder above would never end
         real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
+        known = real in seen
         seen.add(real)
+        # os.walk goes on to the folders that are left in its list
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX" and not known)
         found += [Path(folder, name).relative_to(root) for name in sorted(files) if name[0] != "."]
+    # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
-        parts = list(file.parts[:-1])
-        part = parts.pop(0) if parts and parts[0] in SPLITS else None
-        label = parts[0] if parts else None
+        parents = list(file.parts[:-1])
+        part = parents.pop(0) if parents and parents[0] in SPLITS else None
+        label = parents[0] if parents else None
         yield str(file), dict(video=str(file), split=part, label=label)
 
 
@@ -1295,46 +1317,52 @@ def to_entry(row, folder):
     row = json.loads(row) if isinstance(row, str) else row
     if not isinstance(row, dict) or not (row.get("video") or row.get("image")):
         raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"')
+    # every key that we know, None where the row does not have it
     row = {key: row.get(key) for key in TYPES}
     for key, value in row.items():
         if value is not None and not isinstance(value, TYPES[key]):
             raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; it must be {TYPES[key]}')
+    # relative to the manifest: a data set can be moved, and its name and split stay the same
     file = Path(folder, row["video"] or row["image"])
-    entry = dict(path=str(file), name=Path(os.path.relpath(file, folder)).as_posix())
+    name = Path(os.path.relpath(file, folder)).as_posix()
+    entry = dict(path=str(file), name=name)
     entry["image"] = not row["video"] or file.suffix.lower() in IMAGE_SUFFIXES
     entry |= {key: row[key] for key in MADE if row[key] is not None}
-    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-    if captions and not all(map(is_text, captions)):
-        raise ValueError(f'"caption" is {json.dumps(captions)[:60]}; give one text or several, none empty')
-    entry["caption"] = captions or None
-    for key in ("label", "group"):
-        entry[key] = None if row[key] is None else str(row[key])
+    # a text, always: class 3 of a JSON file is class "3" of a CSV file
+    entry["label"] = None if row["label"] is None else str(row["label"])
+    # an unknown word is refused: taken for training, it would put test clips into it
     if row["split"] not in (None, *SPLITS):
         raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
     entry["split"] = SPLITS.get(row["split"])
+    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+    entry["caption"] = captions or None
     # a sidecar that is named must be there; one that is not named may be
     for key in ("mask", "graph"):
         sidecar = Path(folder, row[key]) if row[key] else file.with_name(f"{file.stem}_{key}.npz")
         entry[key] = str(sidecar) if row[key] or sidecar.exists() else None
-    if row["qa"]:
-        entry["qa"] = row["qa"]
-    if row["conversations"]:
-        entry["conversations"] = [conversation(row["conversations"])]
-    for pair in itertools.chain(row["qa"] or [], *entry.get("conversations", [])):
-        if not is_text(pair["question"]) or pair["answer"] not in pair.get("options", [pair["answer"]]):
-            raise ValueError(f"{json.dumps(pair)[:80]}: the answer is a text, one of the options if any")
+    entry["qa"] = row["qa"] or []
+    entry["conversations"] = [conversation(row["conversations"])] if row["conversations"] else []
+    check_texts(entry)
     return entry
 
 
-def is_text(value):
-    """A text that is not empty."""
-    return isinstance(value, str) and bool(value.strip())
+def check_texts(entry):
+    """ValueError for a caption or a question that is empty or no text, and for an answer that is not among
+    the options of its question."""
+    pairs = [*entry["qa"], *itertools.chain(*entry["conversations"])]
+    texts = (entry["caption"] or []) + [pair["question"] for pair in pairs]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
+    for pair in pairs:
+        if pair["answer"] not in pair.get("options", [pair["answer"]]):
+            raise ValueError(f"{json.dumps(pair)[:80]}: the answer is none of the options")
 
 
 def conversation(turns):
     """LLaVA's turns -> [dict(question, answer)]. A <video> mark goes, and the words around it stay apart: the
     video always stands before the text."""
     pairs = []
+    # strict: a question without its answer is refused
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if (human["from"], gpt["from"]) != ("human", "gpt"):
             raise ValueError('a conversation goes "human", "gpt", "human", "gpt"')
@@ -1343,17 +1371,17 @@ def conversation(turns):
     return pairs
 
 
-def joined(entry, other):
-    """Two rows of one file -> one entry with the captions and questions of both."""
-    for key in ("label", "group", "split", "mask", "graph"):
-        if None not in (entry[key], other[key]) and entry[key] != other[key]:
+def add_row(entry, other):
+    """Add to an entry what another row of the same file says. Captions may be many, a label one."""
+    for key in ("label", "split", "mask", "graph"):
+        if entry[key] is None:
+            entry[key] = other[key]
+        if other[key] not in (None, entry[key]):
             raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the file says {entry[key]!r}')
-        other[key] = other[key] if entry[key] is None else entry[key]
-    other["caption"] = list(dict.fromkeys((entry["caption"] or []) + (other["caption"] or []))) or None
-    for key in ("qa", "conversations"):
-        if key in entry:
-            other[key] = entry[key] + other.get(key, [])
-    return other
+    captions = (entry["caption"] or []) + (other["caption"] or [])
+    entry["caption"] = list(dict.fromkeys(captions)) or None
+    entry["qa"] += other["qa"]
+    entry["conversations"] += other["conversations"]
 
 
 def split(entries):
@@ -1363,12 +1391,16 @@ def split(entries):
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
-        # names, not numbers in the list: the order of a manifest does not matter. Whole names: of
-        # <id>/rgb.mp4 the last part is the same for all.
+        # Hashes of names, not numbers in the list: the order of a manifest does not matter. Of the whole
+        # names: of <id>/rgb.mp4 the last part is the same for all.
         hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
+        ranked = sorted(hashes)
         least = max(min(len(entries), 24) // 6, 1)
-        limit = max(min(0.25, 5000 / len(entries)) * 2 ** 32, sorted(hashes)[least - 1] + 1)
-        held_out = [number < limit for number in hashes]
+        # a CRC is a number below 2 ** 32, spread evenly: a share of the names lies below that share of it
+        share = min(0.25, 5000 / len(entries))
+        limit = max(share * 2 ** 32, ranked[least - 1] + 1)
+        # the last hash is always trained on: of two entries both may be below a quarter
+        held_out = [number < min(limit, ranked[-1]) for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
     if not train or not test:
@@ -1381,8 +1413,9 @@ def split(entries):
 # 4. Text
 # -----------------------------------------------------------------------------------------------------------
 
-WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"            # Python's re and tiktoken read it alike
-# The split of GPT-2, as in tiktoken_ext/openai_public.py.
+# a word with the blank before it; a pattern that Python's re and tiktoken read alike
+WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+# the split of GPT-2, as in tiktoken_ext/openai_public.py
 GPT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 
@@ -1408,6 +1441,7 @@ def word_encoding(words, pattern=WORDS, special=(END,)):
     byte-pair encoding is learnt. tiktoken looks a whole word up before it merges anything, so a list of
     words is a vocabulary: a word of the list is one token, any other text falls back to its bytes."""
     ranks = {bytes([i]): i for i in range(256)}
+    # setdefault: a word of one byte is in the list already
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     tokens = {token: len(ranks) + i for i, token in enumerate(special)}
@@ -1420,9 +1454,11 @@ def load_encoding(name="world"):
     with a published byte-level tokenizer.json, or such a file. A text is closed by `eot_token`, its
     <|endoftext|>."""
     if name == "world":
+        # chains of acts are told with words of their own, such as "then"
         chains = World(frames=64, acts=8)
         captions = [script(i)["caption"] for i in range(500)]
-        return word_encoding(word_list(captions + [script(i, chains)["caption"] for i in range(50)]))
+        captions += [script(i, chains)["caption"] for i in range(50)]
+        return word_encoding(word_list(captions))
     if Path(name).exists():
         return published_encoding(Path(name))
     try:
@@ -1430,37 +1466,43 @@ def load_encoding(name="world"):
     except ValueError:
         known = ", ".join(tiktoken.list_encoding_names())
         raise BadInput(f"--text {name}: no folder, no `world`, and none of tiktoken's {known}") from None
-    except OSError:                                             # those of the network among them
+    # tiktoken downloads its files; the errors of the network are kinds of OSError
+    except OSError:
         raise BadInput(f"--text {name}: cannot be fetched; put it into TIKTOKEN_CACHE_DIR") from None
 
 
 def published_encoding(path):
-    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges by rank, so
-    ranks are ids."""
+    """The byte-level BPE of a tokenizer.json, of the kinds of GPT-2 and Qwen. tiktoken merges pairs in the
+    order of their ranks, and these files list the merges in the order of their ids: so ranks are ids."""
     path = path / "tokenizer.json" if path.is_dir() else path
-    # In these files a printable byte stands for itself, the n-th of the others for the character 256 + n.
+    # In these files a printable byte stands for itself, the n-th of the others for the character 256 + n
+    # (bytes_to_unicode in GPT-2's encoder.py).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [i for i in range(256) if i not in printable]
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        normalizer, first = spec.get("normalizer"), spec["pre_tokenizer"]
+        steps = first.get("pretokenizers", [first])
         names = [step["type"] for step in steps]
         special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         vocabulary = spec["model"]["vocab"]
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
         merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
-        # What is not done here, and merges in another order than that of their ids, would give other tokens.
+        # Steps that are not done here, or merges in another order than that of their ids, would give tokens
+        # that the model does not know, without any error.
         assert names in (["ByteLevel"], ["Split", "ByteLevel"]), f"steps {names}"
-        assert spec.get("normalizer") in (None, {"type": "NFC"}), "another normalizer than NFC"
+        assert normalizer in (None, {"type": "NFC"}), f"normalizer {normalizer}"
         assert steps[0].get("behavior") in (None, "Isolated") and not steps[-1].get("add_prefix_space"), steps
-        assert merged == sorted(merged) and all(bytes([i]) in ranks for i in range(256)), "not byte-level"
+        assert merged == sorted(merged), "merges are not in the order of their ids"
+        assert all(bytes([i]) in ranks for i in range(256)), "not byte-level"
         pattern = steps[0]["pattern"]["Regex"] if names[0] == "Split" else GPT_WORDS
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
+    # texts are closed by this token; a tokenizer that has none gets it behind all others
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
-    kind = Composing if spec.get("normalizer") else tiktoken.Encoding
+    kind = Composing if normalizer else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -1470,6 +1512,7 @@ def tokenize(encoding, texts, length):
     ids = torch.full((len(texts), length), encoding.eot_token, dtype=torch.int64)
     mask = torch.zeros((len(texts), length), dtype=torch.bool)
     for i, tokens in enumerate(encoding.encode_ordinary_batch(list(texts), num_threads=1)):
+        # room for the end token: the text encoder reads its output there
         tokens = tokens[:length - 1]
         ids[i, :len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         mask[i, :len(tokens) + 1] = True
@@ -1480,8 +1523,10 @@ def tokenize(encoding, texts, length):
 # 5. Batches: number i is a pure function of (seed, i)
 # -----------------------------------------------------------------------------------------------------------
 
-MADE = ("appearance", "colour", "motion")                       # classes of made clips, as numbers
-PATIENCE = 300                                                  # seconds that a batch from a worker may take
+# the classes of made clips, as numbers
+MADE = ("appearance", "colour", "motion")
+# how many seconds a batch from a worker may take
+PATIENCE = 300
 
 
 def distinct(world, begin, count):
@@ -1499,13 +1544,16 @@ class WorldBatches(torch.utils.data.Dataset):
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
-    files = None                                                # made clips never end, and none is damaged
+    # None: made clips never end
+    files = None
 
     def __init__(self, world, batch, begin=TRAIN, indices=None):
         self.world, self.batch = world, batch
+        # a range holds two numbers, not a thousand million
         self.indices = range(begin, begin + 10 ** 9) if indices is None else indices
 
     def __len__(self):
+        """Batches there are, the last perhaps short: the division rounds up."""
         return -(-len(self.indices) // self.batch)
 
     def captions(self):
@@ -1530,44 +1578,46 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Training: the entries stand in an endless row, epoch after epoch, each epoch in an order of its own. Batch
     i takes the first `batch` usable ones from place i·batch on, so it is full even where an epoch ends or a
-    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files.
+    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files:
+    a contrastive loss over one clip would be 0 whatever the model says.
     A clip is `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0:
     frames spread over the whole video.
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
+    # what a batch lists of its clips; `video` and `labels` are stacked
     KEYS = ("video", "labels", "times", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
         self.frames, self.size, self.batch = frames, size, batch
         self.seed, self.train, self.stride = seed, train, stride
-        assert len(kinds(entries)) == 1, "a batch holds videos or pictures: make a dataset of each"
 
     def __len__(self):
         """Batches of held-out clips; in training, of an epoch."""
-        return -(-len(self.entries) // self.batch)
+        return -(-self.files // self.batch)
 
     def captions(self):
         """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
+    # two epochs are kept: a batch may need the end of one and the beginning of the next
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        """The entries' numbers as one epoch takes them. A batch may need two epochs."""
+        """The entries' numbers as one epoch takes them."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
 
     def candidates(self, i):
         """Numbers of the entries that batch i may take, in order, some of them twice."""
         first = i * self.batch
         if not self.train:
-            yield from range(first, min(first + self.batch, self.files))
-            return
-        # twice the length of an epoch holds each entry at least once
-        for place in range(first, first + 2 * self.files):
-            yield self.order(place // self.files)[place % self.files]
+            return range(first, min(first + self.batch, self.files))
+        # so many places hold a whole epoch, and with it every entry, wherever they begin
+        places = range(first, first + 2 * self.files)
+        return (self.order(place // self.files)[place % self.files] for place in places)
 
     def __getitem__(self, i):
+        # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
         rng = np.random.default_rng((self.seed, 1, i))
         clips, bad = {}, {}
         for number in self.candidates(i):
@@ -1579,9 +1629,10 @@ class VideoBatches(torch.utils.data.Dataset):
                 clips[number] = self.clip(number, rng)
             except BadVideo as error:
                 bad[number] = self.entries[number]["path"], str(error)
+        # in evaluation a whole batch may be left out, but a training without clips has nothing to learn
         if self.train and not clips:
             raise BadInput(f"none of the {self.files} files can be used; the last: {bad[number][1]}")
-        batch = {key: [clip.get(key) for clip in clips.values()] for key in self.KEYS}
+        batch = {key: [clip[key] for clip in clips.values()] for key in self.KEYS}
         for key in ("video", "labels"):
             batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
         # made clips on disk tell their classes, too
@@ -1591,15 +1642,16 @@ class VideoBatches(torch.utils.data.Dataset):
         return batch | dict(bad=list(bad.values()))
 
     def clip(self, number, rng):
-        """One entry, decoded. BadVideo if it cannot be used."""
+        """One entry, decoded -> a dict of KEYS. BadVideo if it cannot be used."""
         entry = self.entries[number]
-        # drawn for every clip, used or not, so that a picture or a caption more moves nothing else
+        # drawn for every clip, needed or not, so that a picture or a caption more changes no other clip
         start, choice = rng.random(2)
         stride = int(rng.integers(1, max(self.stride, 1) + 1))
         if not self.train or not self.stride:
             start = None
         frames = 1 if entry["image"] else self.frames
         video, times = decode(entry["path"], frames, self.size, start, stride)
+        # most videos have no sidecars: every pixel is unlabelled, and the segmentation loss ignores it
         labels = np.full(video.shape[:3], -1)
         if entry["mask"] or entry["graph"]:
             labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
@@ -1627,10 +1679,9 @@ class Mixed(torch.utils.data.Dataset):
         # of the steps that the datasets before it leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
         self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
-        counts = [dataset.files for dataset in datasets]
-        self.files = None if None in counts else sum(counts)
 
     def captions(self):
+        """All captions of all datasets."""
         return [text for dataset in self.datasets for text in dataset.captions()]
 
     def __getitem__(self, i):
@@ -1649,7 +1700,8 @@ def finish(batch, device):
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     for key in ("video", "labels"):
-        # from pinned memory the copy runs beside the computation
+        # Pixels travel as bytes, a quarter of what floats would be.
+        # From pinned memory the copy runs beside the computation
         batch[key] = batch[key].to(device, non_blocking=True)
     return batch
 
@@ -1658,6 +1710,7 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
     rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
     on that. To resume, begin at another `first`."""
+    # batch_size=None: an item of the dataset is a whole batch. The sampler lists the numbers of this process.
     batches = torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first * world + rank, last * world, world),
         num_workers=workers, timeout=PATIENCE if workers else 0, pin_memory=torch.cuda.is_available(),
@@ -1671,7 +1724,8 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
-        # a worker that gets no shared memory loses its batch without a word
+        # Workers hand batches over in shared memory. One that gets none loses its batch without a word, and
+        # without the time-out the training would wait for ever.
         raise BadInput(f"no batch from --workers for {PATIENCE} s, or one died for want of shared memory: "
                        "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
@@ -1702,28 +1756,35 @@ def changed(clip, ids, rng, flip):
     """One clip uint8 (t, H, W, 3) and its labels (t, H, W), changed at random."""
     h, w = ids.shape[1:]
     x = rearrange(clip, "t h w c -> t c h w").float()
-    ids = ids[:, None].double()
-    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))        # as wide as high, to 4 / 3
+    # F.interpolate does not take whole numbers; doubles hold them exactly
+    ids = rearrange(ids, "t h w -> t 1 h w").double()
+    # up to 4 / 3 times as wide as high, or as high as wide
+    area = rng.uniform(0.2, 1)
+    ratio = math.exp(rng.uniform(-0.28, 0.28))
     height = min(h, round(h * math.sqrt(area / ratio)))
     width = min(w, round(w * math.sqrt(area * ratio)))
     top = rng.integers(h - height + 1)
     left = rng.integers(w - width + 1)
     x = F.interpolate(x[..., top:top + height, left:left + width], (h, w), mode="bilinear")
+    # nearest: between trajectories 2 and 8 there is no 5
     ids = F.interpolate(ids[..., top:top + height, left:left + width], (h, w), mode="nearest-exact")
     if rng.random() < 0.5 and flip:
         x, ids = x.flip(-1), ids.flip(-1)
     # PAPER: colour jitter, grey and blur, each the same for a whole clip
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
     x = x * brightness
-    # how bright red, green and blue look (ITU-R BT.601)
+    # Contrast moves colours away from the clip's mean brightness, saturation moves them away from grey.
+    # light: how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
-    x = torch.lerp((x * light).sum(1).mean().expand_as(x), x, contrast)
-    grey = (x * light).sum(1, keepdim=True).expand_as(x)
-    x = torch.lerp(grey, x, saturation if rng.random() < 0.8 else 0.0)
+    mean = (x * light).sum(1).mean()
+    x = mean + contrast * (x - mean)
+    grey = (x * light).sum(1, keepdim=True)
+    # every fifth clip is grey
+    x = grey + (saturation if rng.random() < 0.8 else 0) * (x - grey)
     if rng.random() < 0.3:
         x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = rearrange(x, "t c h w -> t h w c").clamp(0, 255).round().byte()
-    return x.contiguous(), ids[:, 0].long()
+    return x.contiguous(), rearrange(ids, "t 1 h w -> t h w").long()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1739,13 +1800,11 @@ def open_data(cfg, need="caption", world=1):
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
     ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
     names = sets_of(cfg.data)
-    val = usable_entries(cfg.val, need) if getattr(cfg, "val", None) else []
+    val = usable_entries(cfg.val, need) if cfg.val else []
     train, held_out, shares = [], [], []
-    for name, share in zip(names, read_shares(cfg, names)):
-        if name == "world":
-            learnt, tested = made_clips(cfg)
-        else:
-            learnt, tested = real_clips(cfg, name, need, val)
+    for name, share in zip(names, read_shares(cfg.mix, names)):
+        made = name == "world"
+        learnt, tested = made_clips(cfg) if made else real_clips(cfg, name, need, val)
         # within a set, videos and pictures have shares by their numbers
         files = [dataset.files or 1 for dataset in learnt]
         shares += [share * count / sum(files) for count in files]
@@ -1753,11 +1812,10 @@ def open_data(cfg, need="caption", world=1):
         held_out += tested
     if val:
         held_out = real_batches(cfg, val, False)
-    if len(train) > 1:
-        train = [Mixed(train, shares, cfg.seed, world)]
+    # one dataset stays what it is: made clips are also asked for their indices
     if len(held_out) > 1:
         held_out = [torch.utils.data.ConcatDataset(held_out)]
-    return train[0], held_out[0]
+    return Mixed(train, shares, cfg.seed, world), held_out[0]
 
 
 def sets_of(data):
@@ -1766,15 +1824,16 @@ def sets_of(data):
 
 
 def usable_entries(name, need):
-    """The entries of a manifest; refused if one lacks what it is read for. A label is a caption where there
-    is no other."""
+    """The entries of a manifest that have what it is read for. A label is a caption where there is no
+    other."""
     entries = read_manifest(name)
     for entry in entries:
         if need == "caption" and entry["label"] and not entry["caption"]:
             entry["caption"] = [entry["label"].replace("_", " ")]
     usable = [entry for entry in entries if entry[need]]
     lacking = [entry["path"] for entry in entries if not entry[need]]
-    # a video that `label` could not label is left out; a caption was forgotten
+    # A caption was forgotten, and somebody will want to add it. A mask is lacking where `label` could not
+    # label a video, which is no mistake.
     if lacking and (need == "caption" or not usable):
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
     if lacking:
@@ -1782,14 +1841,13 @@ def usable_entries(name, need):
     return usable
 
 
-def read_shares(cfg, names):
+def read_shares(mix, names):
     """--mix "0.2,0.8" -> [0.2, 0.8]; equal shares without it."""
-    mix = getattr(cfg, "mix", None)
-    if not mix:
-        return [1.0] * len(names)
+    parts = mix.split(",") if mix else [1] * len(names)
     try:
-        shares = [float(share) for share in mix.split(",")]
+        shares = [float(part) for part in parts]
     except ValueError:
+        # no number: refused below, with the numbers that do not fit
         shares = []
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
         raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
@@ -1801,16 +1859,18 @@ def world_of(cfg):
     name = getattr(cfg, "world", "full")
     if name not in WORLDS:
         raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
-    flags = ("max_objects", "shared_colours") if name == "full" else ()
-    flags = {flag: getattr(cfg, flag) for flag in flags if hasattr(cfg, flag)}
-    return dataclasses.replace(WORLDS[name], size=cfg.image_size, frames=cfg.frames, **flags)
+    fields = [field.name for field in dataclasses.fields(World)] if name == "full" else ()
+    flags = {field: getattr(cfg, field) for field in fields if hasattr(cfg, field)}
+    return dataclasses.replace(WORLDS[name], **flags | dict(size=cfg.image_size, frames=cfg.frames))
 
 
 def made_clips(cfg):
     """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of
     its own; held-out captions all differ."""
     world = world_of(cfg)
+    # a recipe that is chosen by its result on the test clips would be tested on what it was chosen by
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
+    # the clips of all seeds stay well below the index of the first validation clip
     train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
     return [train], [WorldBatches(world, cfg.batch, indices=distinct(world, begin, cfg.eval_clips))]
 
@@ -1820,14 +1880,15 @@ def real_clips(cfg, name, need, val):
     manifest, the latter are none."""
     entries = usable_entries(name, need)
     if val:
-        # what is held out must not be learnt: neither what "split" says, nor what stands in both manifests
-        files = {os.path.realpath(entry["path"]) for entry in val}
+        # What is held out must not be learnt: neither what "split" says, nor what stands in both manifests.
+        held_out = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
-        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in files]
+        both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in held_out]
         if both or not train:
             raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     else:
         train, test = split(entries)
+    # printed, because a column that was not read, or a split that fails, shows first in these numbers
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
     return real_batches(cfg, train, True), real_batches(cfg, test, False)
@@ -1835,24 +1896,21 @@ def real_clips(cfg, name, need, val):
 
 def real_batches(cfg, entries, train):
     """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
-    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, getattr(cfg, "stride", 8)
-    return [VideoBatches(kind, *options) for kind in kinds(entries)]
-
-
-def kinds(entries):
-    """Entries -> [the videos, the pictures], without what there is none of."""
-    parts = [[entry for entry in entries if entry["image"] == image] for image in (False, True)]
-    return [part for part in parts if part]
+    videos = [entry for entry in entries if not entry["image"]]
+    pictures = [entry for entry in entries if entry["image"]]
+    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
+    return [VideoBatches(kind, *options) for kind in (videos, pictures) if kind]
 
 
 def fingerprint(data, val=None):
-    """A short text that changes when what is read from these manifests does, for a resumed run to compare."""
+    """A short text that changes when what is read from these manifests does. A run that is resumed compares
+    it: with other entries its place in the data would mean nothing."""
     crc = 0
     for name in sets_of(data) + ([val] if val else []):
         for entry in [] if name == "world" else read_manifest(name):
-            told = [entry["name"], entry["caption"], entry["label"], entry["split"], bool(entry["mask"])]
-            told += [entry.get("qa"), entry.get("conversations")]
-            crc = zlib.crc32(json.dumps(told).encode(), crc)
+            # not the path: a folder may move, or be seen under another name on another node
+            texts = [entry[key] for key in ("name", "caption", "label", "split", "qa", "conversations")]
+            crc = zlib.crc32(json.dumps([*texts, bool(entry["mask"])]).encode(), crc)
     return f"{crc:08x}"
 
 

@@ -32,8 +32,8 @@ def dense_trajectory_attention(q, k, v, ids, k_own, v_own):
 
     q (b, K, m, a, c): the tokens' queries. k_own, v_own (b, K, j, a, c): keys and values of each trajectory's
     own tokens. k, v (b, n, a, c): those of the points; ids (b, n): the trajectory of each point, -1 = of
-    none. -> (b, K, m, a, c). This is the formula. It holds a mask of K·m x n, of which all but one in K
-    entries are False."""
+    none. -> (b, K, m, a, c). This is the formula. It holds a mask of K·m x n entries, of which one
+    in K is True."""
     K, m = q.shape[1:3]
     j = k_own.shape[2]
     trajectory = torch.arange(K, device=q.device)
@@ -224,7 +224,7 @@ class TrajectoryEncoder(nn.Module):
     def forward(self, features, seg, tokens_per_trajectory=1):
         points = self.add_places(features, seg.grid)
         # softmax over the queries: each point spreads one unit over the trajectories. Soft, because an argmax
-        # has no gradient: this is the way by which the task's loss reaches the masks.
+        # has no gradient: here the gradient of the task's loss enters the masks.
         soft = seg.logits.softmax(-1)
         path = Path.sums(soft, seg.grid) if self.path else None
         latents = self.start(*soft_sums(soft, points), path, tokens_per_trajectory)

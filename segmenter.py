@@ -13,7 +13,7 @@ One differentiable pass, no tracker (paper, "Key Designs" 1):
 Training: labels are matched to queries by the Hungarian method, then Dice + focal loss.
 
 Axes in every shape comment: b clip, t frame, h w feature grid, n points in row-major (t, h, w) order, k
-query, d width, a attention head, c channels. """
+query, l label, d width, a attention head, c channels. """
 from __future__ import annotations
 
 import math
@@ -85,8 +85,9 @@ class ConvNeXt(nn.Module):
     (b, dims[i], h, w) each.
 
     A backbone of your own is any module with `.dims`, the channels of its maps, and such a forward: the
-    finest map first. The segmenter reads strides off the maps. Parameter names are those of the original
-    release. PAPER: ConvNeXt-Tiny, depths 3, 3, 9, 3 and dims 96, 192, 384, 768: 27.8 M parameters."""
+    finest map first. Its size is the grid of the points: no stride is written anywhere. Parameter names are
+    those of the original release. PAPER: ConvNeXt-Tiny, depths 3, 3, 9, 3 and dims 96, 192, 384, 768: 27.8 M
+    parameters."""
 
     def __init__(self, depths, dims, recompute=False):
         super().__init__()

@@ -93,14 +93,6 @@ def looks(s):
     return list(zip(s["shape"][:s["count"]].tolist(), colours))
 
 
-def slot_named(s, text):
-    """The object that a text names as 'colour shape'; the pair is unique in a clip."""
-    names = [f"{list(data.COLOURS)[colour]} {data.SHAPES[shape]}" for shape, colour in looks(s)]
-    found = [j for j, name in enumerate(names) if name in text]
-    assert len(found) == 1, (text, names)
-    return found[0]
-
-
 def run(main, *argv):
     return main(list(map(str, argv)))
 
@@ -214,11 +206,10 @@ CHAINS = data.World(64, 32, 4, shared_colours=False, acts=4)
 
 
 def test_script_is_a_function_of_its_index():
-    """Catches: a script that depends on what was made before it, or on the order of a set, which differs between
-    two Python processes: a resumed run, or a worker, would see other clips."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; print(data.script(7), data.script(8, {CHAINS!r}))"
-    code = code.replace("World(", "data.World(")
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    """Catches: a script that depends on what was made before it, or on the order of a set, which differs
+    between two Python processes: a resumed run, or a worker, would see other clips."""
+    code = f"from data import World, script; print(script(7), script(8, {CHAINS!r}))"
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(HERE)}
     there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     np.random.seed(1)
     data.script(99, data.World(frames=16, acts=2))
@@ -227,7 +218,8 @@ def test_script_is_a_function_of_its_index():
 
 
 def paint_naively(s, size):
-    """One clip, pixel by pixel and thing by thing -> video (T, size, size, 3) as floats, labels (T, size, size)."""
+    """One clip, pixel by pixel and thing by thing -> video (T, size, size, 3) as floats, labels (T, size,
+    size)."""
     shapes, frames = data.atlas(torch.device("cpu")).numpy(), len(s["camera"])
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
@@ -262,7 +254,8 @@ def test_pixels_and_labels_are_the_naive_painters(world):
 
 @pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
 def test_every_shape_is_drawn_whole(angle):
-    """Catches: a window around the object that is too small for it, so that corners are cut off when it is turned."""
+    """Catches: a window around the object that is too small for it, so that corners are cut off when it is
+    turned."""
     base = data.script(1, data.World(size=64, frames=1))
     for shape, name in enumerate(data.SHAPES):
         place = np.full((data.MAX_OBJECTS, 1, 4), (0.503, 0.496, 0.3, angle), np.float32)
@@ -286,8 +279,8 @@ def test_a_clip_is_the_same_whoever_stands_beside_it():
 
 
 def test_splits_and_held_out_pairs_are_disjoint():
-    """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out clip
-    without one, two objects that words cannot tell apart."""
+    """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out
+    clip without one, two objects that words cannot tell apart."""
     begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST)
     prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
     assert len(set(prints)) == len(prints)
@@ -300,7 +293,8 @@ def test_splits_and_held_out_pairs_are_disjoint():
 
 @pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
 def test_the_subject_is_the_largest(world):
-    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong one."""
+    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong
+    one."""
     for s in scripts(data.TRAIN, 400, world):
         subject, *others = s["scene"]["slots"]
         assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
@@ -308,17 +302,18 @@ def test_the_subject_is_the_largest(world):
 
 
 def test_appearance_says_nothing_of_motion():
-    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the mutual
-    information of independent classes is chi-squared: its mean, and half its variance, are the degrees of freedom."""
-    motion = np.array([s["motion"] for s in scripts(data.TRAIN, 2000)])
+    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the
+    mutual information of independent classes is chi-squared: its mean, and half its variance, are the degrees
+    of freedom."""
     for name in ("appearance", "colour"):
         table = np.zeros((10, len(data.MOTIONS)))
-        np.add.at(table, ([s[name] for s in scripts(data.TRAIN, 2000)], motion), 1)
+        for s in scripts(data.TRAIN, 2000):
+            table[s[name], s["motion"]] += 1
         p = table / table.sum()
-        expected = p.sum(1, keepdims=True) * p.sum(0)
-        mutual = (p * np.log(np.maximum(p, 1e-12) / expected)).sum()
+        shape, motion = p.sum(1, keepdims=True), p.sum(0)
+        mutual = (p * np.log(np.maximum(p, 1e-12) / (shape * motion))).sum()
         assert 2 * table.sum() * mutual < 90 + 6 * math.sqrt(180), name
-        assert p.sum(0).min() > 0.3 / len(data.MOTIONS) and p.sum(1).min() > 0.05, name
+        assert motion.min() > 0.3 / len(data.MOTIONS) and shape.min() > 0.05, name
 
 
 def deed_told(s):
@@ -339,25 +334,26 @@ def deed_told(s):
     if abs(move[0]).max() < 1e-4:
         return "moves away from {}"
     if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
-        return "passes behind {}" if s["scene"]["slots"][0] < s["scene"]["slots"][1] else "passes in front of {}"
+        subject, companion = s["scene"]["slots"][:2]
+        return "passes behind {}" if subject < companion else "passes in front of {}"
     if min(abs(move).max(0)) > 1e-3:
         turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
         return f"circles {'clockwise' if turn > 0 else 'anticlockwise'}"
     axis = abs(move).max(0).argmax()
     if np.ptp(np.sign(move[:, axis].round(3))) > 0:
         return "bounces " + ("from side to side", "up and down")[axis]
-    return "moves " + (("to the left", "to the right"), ("upwards", "downwards"))[axis][int(move[0, axis] > 0)]
+    ways = (("to the left", "to the right"), ("upwards", "downwards"))[axis]
+    return f"moves {ways[int(move[0, axis] > 0)]}"
 
 
 @pytest.mark.parametrize("reverse", (False, True))
 def test_captions_of_deeds_are_what_the_arrays_show(reverse):
-    """Catches: left for right, clockwise for anticlockwise, behind for in front, a companion that is another; of clips
-    that run backwards the caption of the clip, or pixels that are not those of the clip backwards."""
-    world = data.STAGE
+    """Catches: left for right, clockwise for anticlockwise, behind for in front, a companion that is another;
+    of clips that run backwards the caption of the clip, or pixels that are not those of the clip
+    backwards."""
     for index in range(300):
-        s = data.script(index, dataclasses.replace(world, reverse=reverse))
-        subject, *others = (f"{'an' if name[:1] in 'aeiou' or name == 'hourglass' else 'a'} {name}"
-                            for name in (data.SHAPES[s["shape"][j]] for j in s["scene"]["slots"]))
+        s = data.script(index, dataclasses.replace(data.STAGE, reverse=reverse))
+        subject, *others = (data.a(data.SHAPES[s["shape"][j]]) for j in s["scene"]["slots"])
         doing, places = deed_told(s), s["place"][:s["count"], :, :2]
         assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6       # in view
         if s["motion"] >= 0:
@@ -366,7 +362,7 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
         rest = f" with {others[0]}" if others and "{}" not in doing else ""
         assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
         if reverse:
-            forth = data.script(index, world)
+            forth = data.script(index, data.STAGE)
             np.testing.assert_array_equal(forth["place"][:, ::-1], s["place"])
 
 
@@ -388,7 +384,8 @@ def story(index, frames=32, acts=4, objects=4):
 
 
 def deed_seen(path, before):
-    """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before it."""
+    """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before
+    it."""
     away = np.abs(path[:, :2] - before[:2]).max(0)
     if np.ptp(np.append(path[:, 3], before[3])) > 1:
         return "spin"
@@ -422,36 +419,42 @@ def answer_seen(qa, names, deeds, goes, back, s):
 
 @pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
 def test_answers_to_stories_can_be_seen(frames, acts):
-    """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves when and
-    who comes back; an answer that is not among its options."""
+    """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves
+    when and who comes back; an answer that is not among its options."""
     kinds = set()
     for index in range(40 if frames < 512 else 3):
         s = story(index, frames, acts)
         slots, bounds = s["scene"]["slots"], s["scene"]["bounds"]
         place = s["place"][slots[0]].astype(float)
-        starts = [place[a - 1] if a else np.append(place[bounds[1] - 1, :3], place[0, 3]) for a in bounds[:-1]]
+        # an act begins where the one before it ended; the first one as the first ends, but for a spin
+        starts = [np.append(place[bounds[1] - 1, :3], place[0, 3]), *(place[a - 1] for a in bounds[1:-1])]
         deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
         assert deeds == s["scene"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
-        names = [f"{list(data.COLOURS)[looks(s)[j][1]]} {data.SHAPES[looks(s)[j][0]]}" for j in slots]
+        names = [data.name_of(look) for look in s["scene"]["looks"]]
+        told = [(look["shape"], look["colour"]) for look in s["scene"]["looks"]]
+        assert [looks(s)[j] for j in slots] == told
         _, labels = data.rasterise(data.stack([s]), 64)
-        seen = {name: (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).numpy() for name, j in zip(names, slots)}
+        ids = [data.MAX_GROUNDS + j for j in slots]
+        seen = {name: (labels[0] == i).flatten(1).any(1).numpy() for name, i in zip(names, ids)}
         goes = {name: int((x[:-1] & ~x[1:]).argmax()) for name, x in seen.items() if (x[:-1] & ~x[1:]).any()}
         back = [name for name in goes if seen[name][goes[name] + 1:].any()]
         assert seen[names[0]].all()
         for qa in s["qa"]:
             kinds.add(qa["type"])
             assert qa["answer"] == answer_seen(qa, names, deeds, goes, back, s), (index, qa)
-            assert qa["options"].count(qa["answer"]) == 1 and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
-    wanted = {"what", "first", "again", "back", "order"} | ({"after"} if acts > 1 else set()) | ({"times"} if acts > 2 else set())
+            assert qa["options"].count(qa["answer"]) == 1
+            assert 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
+    wanted = {"what", "first", "again", "back", "order"}
+    wanted |= {"after", "times"} if acts > 2 else {"after"} if acts > 1 else set()
     assert kinds == wanted or frames == 512
 
 
 def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of the right
-    option, would be right far more often than a guess. Measured on 600 stories."""
+    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of
+    the right option, would be right far more often than a guess. Measured on 600 stories."""
     asked, places = {}, {}
     for s in (story(i) for i in range(600)):
-        names = [f"{list(data.COLOURS)[c]} {data.SHAPES[k]}" for k, c in looks(s)]
+        names = [data.name_of(look) for look in s["scene"]["looks"]]
         for qa in s["qa"]:
             words = functools.reduce(lambda text, name: text.replace(name, "X"), names, qa["question"])
             answer = qa["answer"]
@@ -468,8 +471,8 @@ def test_stories_cannot_be_guessed_from_the_question():
 
 
 def test_controls_are_what_one_frame_gives_away():
-    """Catches: a judge that finds nothing where there is something, or something in noise; constants that are no longer
-    those of the world they stand beside."""
+    """Catches: a judge that finds nothing where there is something, or something in noise; constants that are
+    no longer those of the world they stand beside."""
     rng = np.random.default_rng(0)
     noise, y = rng.normal(size=(4000, 2)), rng.integers(0, 11, 4000)
     planted = np.concatenate((noise, y[:, None] + rng.normal(0, 0.1, (4000, 1))), 1)
@@ -487,15 +490,17 @@ def test_impossible_worlds_are_refused(change):
 
 
 def test_world_batches():
-    """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the order."""
+    """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the
+    order."""
     world = data.World(size=32, frames=2)
     dataset = data.WorldBatches(world, 3, begin=data.TEST)
     alone = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4)]
     assert [i for b in alone for i in b["index"]] == list(range(data.TEST + 3, data.TEST + 12))
     helped = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4, workers=2)]
     for a, b in zip(alone, helped, strict=True):
-        assert a["caption"] == b["caption"] and torch.equal(a["video"], b["video"]) and torch.equal(a["labels"], b["labels"])
-        assert torch.equal(a["motion"], b["motion"]) and torch.equal(a["appearance"], b["appearance"])
+        assert a["caption"] == b["caption"]
+        for key in ("video", "labels", "motion", "appearance"):
+            assert torch.equal(a[key], b[key]), key
     assert alone[0]["caption"] == [data.script(i, world)["caption"] for i in alone[0]["index"]]
     assert alone[0]["motion"].tolist() == [data.script(i, world)["motion"] for i in alone[0]["index"]]
     chosen = data.WorldBatches(world, 2, indices=[7, 3, 11])
@@ -503,8 +508,8 @@ def test_world_batches():
 
 
 def test_a_loader_leaves_the_random_state_alone():
-    """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more, and its random
-    choices are no longer those of the run that was never stopped."""
+    """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more,
+    and its random choices are no longer those of the run that was never stopped."""
     for workers in (0, 1):
         torch.manual_seed(3)
         before = torch.get_rng_state()
@@ -512,13 +517,13 @@ def test_a_loader_leaves_the_random_state_alone():
         assert torch.equal(before, torch.get_rng_state()), f"{workers} workers"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # data.py: words
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def test_a_list_of_words_is_a_vocabulary():
-    """Catches: a word of the list that is split, a word that is not of the list and does not come back, ids that are no
-    ranks; words that are not the most frequent ones."""
+    """Catches: a word of the list that is split, a word that is not of the list and does not come back, ids
+    that are no ranks; words that are not the most frequent ones."""
     texts = ["a red star, a red ring", "a star", "naïve café"]
     assert data.word_list(texts, 4) == [" red", " star", "a", " a"]
     words = data.word_list(texts)
@@ -530,60 +535,67 @@ def test_a_list_of_words_is_a_vocabulary():
     world = data.load_encoding()
     for kind in (data.World(), CHAINS, data.STAGE):
         for s in scripts(5000, 300, kind):
-            assert len(world.encode_ordinary(s["caption"])) == len(re.findall(data.WORDS, s["caption"])), s["caption"]
+            count = len(re.findall(data.WORDS, s["caption"]))
+            assert len(world.encode_ordinary(s["caption"])) == count, s["caption"]
 
 
 def test_tokenize_round_trip_end_token_and_mask():
-    """Catches: an end token that a long caption loses (the text encoder reads there), a mask that is inverted or one off."""
+    """Catches: an end token that a long caption loses (the text encoder reads there), a mask that is inverted
+    or one off."""
     encoding = data.load_encoding("world")
     texts = [data.script(i)["caption"] for i in range(20)] + ["", "Ünïcode\n✓ 123"]
     ids, mask = data.tokenize(encoding, texts, 128)
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape == (22, 128)
     for row, real_ones, text in zip(ids, mask, texts):
         n = int(real_ones.sum())
-        assert real_ones.tolist() == [True] * n + [False] * (128 - n)                                # True = a real token
+        assert real_ones.tolist() == [True] * n + [False] * (128 - n)           # True = a real token
         assert encoding.decode(row[:n - 1].tolist()) == text and row[n - 1] == encoding.eot_token
         assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
     ids, mask = data.tokenize(encoding, texts[:1], 4)
-    assert mask.all() and ids[0, 3] == encoding.eot_token and ids[0, :3].tolist() == encoding.encode_ordinary(texts[0])[:3]
+    assert mask.all()
+    assert ids[0].tolist() == encoding.encode_ordinary(texts[0])[:3] + [encoding.eot_token]
 
 
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
 
 
 def byte_level(text):
-    """How published vocabularies spell a token: printable bytes as themselves, the others as characters from 256 on, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """How published vocabularies spell a token: printable bytes as themselves, the others as characters from
+    256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return "".join(chr(b) if b in printable else chr(256 + others.index(b)) for b in text)
 
 
 def toy_vocabulary():
-    single = sorted(range(256), key=lambda b: ord(byte_level(bytes([b]))))       # the order of the files: printable first
-    tokens = [byte_level(bytes([b])) for b in single] + [byte_level(m) for m in MERGES]
+    single = sorted(byte_level(bytes([b])) for b in range(256))  # the order of the files: printable first
+    tokens = single + [byte_level(m) for m in MERGES]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def toy_qwen(folder, **changes):
-    """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level entries."""
+    """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level
+    entries."""
     vocabulary = toy_vocabulary()
     merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], [byte_level(b" "), "hello"], ["1", "2"]]
     split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     added = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]
-    spec = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
+    spec = {"normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
             "model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
 
 
 def random_text(dice):
-    """Whatever may stand in a text: blanks of every kind, contractions, digits, marks that compose, scripts, pictures. Only characters that
-    have been in Unicode for long: programs disagree about new ones."""
-    odd = ("'s", "'LL", "'re", " the", " red", "square", "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b", "e\u0301", "\u212b",
-           "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "<|im_start|>", "\U0001d15e", "\U00020000", "👍")
+    """Whatever may stand in a text: blanks of every kind, contractions, digits, marks that compose, scripts,
+    pictures. Only characters that have been in Unicode for long: programs disagree about new ones."""
+    odd = ("'s", "'LL", "'re", " the", " red", "square", "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0",
+           "\u3000", "\x1c", "\x0b", "\u200b", "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½",
+           "²", "٣", "Ⅷ", "漢字", "<|im_start|>", "\U0001d15e", "\U00020000", "👍")
     pieces = []
     for _ in range(int(dice.integers(1, 30))):
         kind = dice.random()
@@ -600,51 +612,62 @@ def random_text(dice):
 
 
 def test_published_tokenizers(tmp_path):
-    """Catches: a byte map that is off for some byte, ids that are not the file's, a split pattern that is not read, text
-    that is not composed first or becomes a special token."""
+    """Catches: a byte map that is off for some byte, ids that are not the file's, a split pattern that is not
+    read, text that is not composed first or becomes a special token."""
     vocabulary, dice = toy_vocabulary(), np.random.default_rng(0)
     toy_qwen(tmp_path / "qwen")
-    toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False})
-    qwen, gpt = data.load_encoding(str(tmp_path / "qwen")), data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
-    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(t)] for t in (b"hello", b" hello", b" ", b"12")]
-    assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]      # a digit each, though there is a merge
+    plain = {"type": "ByteLevel", "add_prefix_space": False}
+    toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer=plain)
+    qwen = data.load_encoding(str(tmp_path / "qwen"))
+    gpt = data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
+    pieces = (b"hello", b" hello", b" ", b"12")
+    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(piece)] for piece in pieces]
+    # a digit each, though there is a merge
+    assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]
     composed = [vocabulary[byte_level(bytes([b]))] for b in "é".encode()]
     assert qwen.encode_ordinary_batch(["e\u0301"]) == [composed] == [qwen.encode_ordinary("e\u0301")]
     for encoding, form in ((qwen, "NFC"), (gpt, None)):
         assert encoding.eot_token == len(vocabulary) and encoding.encode_ordinary("<|im_end|>")[0] < 256
         for text in (random_text(dice) for _ in range(300)):
-            assert encoding.decode(encoding.encode_ordinary(text)) == (unicodedata.normalize(form, text) if form else text)
+            whole = unicodedata.normalize(form, text) if form else text
+            assert encoding.decode(encoding.encode_ordinary(text)) == whole
 
 
 def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
-    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the published program
-    does: a tokenizer trained and saved by it, its own ids."""
+    """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the
+    published program does: a tokenizer trained and saved by it, its own ids."""
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     from tokenizers import normalizers, pre_tokenizers, trainers
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    texts = [s["caption"] for s in scripts(0, 60)] + ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    texts = [s["caption"] for s in scripts(0, 60)]
+    texts += ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    theirs.train_from_iterator(texts, trainer)
     theirs.add_special_tokens(list(train_vlm.SPECIAL))
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
-    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):                # theirs reads it as a special token
+    # theirs reads <|im_start|> as a special token
+    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):
         assert theirs.encode(text).ids == ours.encode_ordinary(text), ascii(text)
 
 
 @pytest.mark.parametrize("words, change", (
-    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})), ("Lowercase", dict(normalizer={"type": "Lowercase"})),
+    ("Metaspace", dict(pre_tokenizer={"type": "Metaspace"})),
+    ("normalizer", dict(normalizer={"type": "Lowercase"})),
     ("Removed", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed"}, {"type": "ByteLevel"}]})),
     ("add_prefix_space", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
     ("order of their ids", dict(model={"vocab": toy_vocabulary(), "merges": [["l", "l"], ["h", "e"]]})),
-    ("byte-level", dict(model={"vocab": {"a": 0}, "merges": []})), ("published", dict(model={"vocab": [["a", -1.5]]}))))
+    ("byte-level", dict(model={"vocab": {"a": 0}, "merges": []})),
+    ("published", dict(model={"vocab": [["a", -1.5]]}))))
 def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, change):
-    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's; a traceback for one of
-    another kind, or for a name that is mistyped."""
+    """Catches: a tokenizer whose steps are other ones, which would give ids, only not the model's; a
+    traceback for one of another kind, or for a name that is mistyped."""
     toy_qwen(tmp_path, **change)
     with pytest.raises(BadInput, match=re.escape(words)) as error:
         data.load_encoding(str(tmp_path))
@@ -706,7 +729,7 @@ def coded(path, count, codec, pixels="yuv420p", times=None, **options):
     return path
 
 
-def check_against_everything(path, size=16, slack=0):
+def check_against_everything(path, slack=0):
     """Every frame that `decode` gives is the one that a decoder that decodes everything shows at that time;
     spread frames are the middles of equal parts, to within `slack` frames."""
     times, images = [], []
@@ -715,20 +738,18 @@ def check_against_everything(path, size=16, slack=0):
         for n, frame in enumerate(file.decode(stream)):
             counted = frame.pts is None or file.format.name == "avi"
             times.append(n / float(stream.average_rate) if counted else float(frame.pts * stream.time_base))
-            images.append(data.upright(frame, size))
+            images.append(data.upright(frame, 16))
     times, images, total = np.array(times) - times[0], np.stack(images), len(times)
     for frames, start, stride in ((16, None, 1), (3, None, 1), (6, 0.0, 4), (5, 0.61, 3), (3, 1.0, 1)):
-        if frames > total:
-            continue
-        video, seen = data.decode(path, frames, size, start, stride)
+        frames = min(frames, total)
+        video, seen = data.decode(path, frames, 16, start, stride)
         where = np.abs(times[None] - seen[:, None]).argmin(1)
         np.testing.assert_allclose(times[where], seen, atol=1e-6)
         assert np.array_equal(video, images[where]), (frames, start, stride)
-        if start is None:
-            assert np.abs(where - ((np.arange(frames) + 0.5) * total / frames).astype(int)).max() <= slack
-        assert start != 0 or where[0] <= slack
-        assert start != 1 or where[-1] >= total - 1 - slack
-    assert np.array_equal(np.concatenate(list(data.read_frames(path, size))), images)
+        middles = ((np.arange(frames) + 0.5) * total / frames).astype(int)
+        expected = {None: middles, 0.0: [0, *where[1:]], 1.0: [*where[:-1], total - 1]}.get(start, where)
+        assert np.abs(where - expected).max() <= slack
+    assert np.array_equal(np.concatenate(list(data.read_frames(path, 16))), images)
     np.testing.assert_allclose(data.frame_times(path), times, atol=1e-6)
 
 
@@ -781,7 +802,7 @@ def test_variable_rates_are_read_by_time_stamps(tmp_path, name, options):
     np.testing.assert_allclose(seen, seconds[shown], atol=0.002)
     with av.open(str(path)) as file:
         rate = data.rate_of(file.streams.video[0])
-        total = data.frame_count(path, file.streams.video[0])
+        total = data.frame_count(file.streams.video[0])
     middles = (np.floor((np.arange(12) + 0.5) * total / 12) + 0.5) / rate
     assert shown == [int(np.flatnonzero(seconds <= middle + 1e-9)[-1]) for middle in middles]
 
@@ -811,20 +832,15 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
     # transparent black; its lower half blue at a quarter
     clear = np.zeros((32, 32, 4), np.uint8)
     clear[16:] = (0, 0, 255, 64)
-    forms = (("a.jpg", "mjpeg", "yuvj444p", wide), ("c.webp", "libwebp", "yuv420p", wide),
-             ("clear.png", "png", "rgba", clear))
-    for name, codec, pixels, image in forms:
-        with av.open(str(tmp_path / name), "w", format="webp" if name == "c.webp" else "image2") as file:
-            stream = file.add_stream(codec)
+    for name, pixels, image in (("wide.png", "rgb24", wide), ("clear.png", "rgba", clear)):
+        with av.open(str(tmp_path / name), "w", format="image2") as file:
+            stream = file.add_stream("png")
             stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixels
-            frame = av.VideoFrame.from_ndarray(image, format="rgba" if image is clear else "rgb24")
-            file.mux(stream.encode(frame))
-            file.mux(stream.encode())
-    for name in ("a.jpg", "c.webp"):
-        video, times = data.decode(tmp_path / name, 1, 16)
-        assert video.shape == (1, 16, 16, 3) and times.tolist() == [0]
-        assert abs(video[0, 2:-2, 2:-2].astype(int) - (250, 100, 50)).max() < 12, name
-        assert data.decode(tmp_path / name, 1, 16, crop=1.0)[0].mean() < 20
+            file.mux([*stream.encode(av.VideoFrame.from_ndarray(image, format=pixels)), *stream.encode()])
+    video, times = data.decode(tmp_path / "wide.png", 1, 16)
+    assert video.shape == (1, 16, 16, 3) and times.tolist() == [0]
+    assert abs(video[0, 2:-2, 2:-2].astype(int) - (250, 100, 50)).max() < 12
+    assert data.decode(tmp_path / "wide.png", 1, 16, crop=1.0)[0].mean() < 20
     image = data.decode(tmp_path / "clear.png", 1, 16)[0][0].astype(int)
     assert abs(image[:6] - 255).max() <= 1 and abs(image[10:] - (191, 191, 255)).max() <= 2
 
@@ -867,7 +883,8 @@ def test_files_that_cannot_be_used_are_bad_videos_of_one_line(media, broken):
 @real
 def test_real_clips_decode_as_a_decoder_that_decodes_everything():
     """Catches: seeking, frame counts and time stamps that hold only for files of our own making."""
-    for path in sorted((REAL / "clips").glob("*.mp4")):
+    # every fourth clip: all of them take a minute
+    for path in sorted((REAL / "clips").glob("*.mp4"))[::4]:
         check_against_everything(path)
     for row in csv.DictReader(open(REAL / "odd" / "odd.csv", newline="")):
         path = REAL / "odd" / row["file"]
@@ -1161,38 +1178,34 @@ def test_mixtures_keep_their_shares(shares):
         assert (pairs[2 * i], pairs[2 * i + 1]) == ((j, 2 * number), (j, 2 * number + 1))
         counts[j] += 1
         assert all(abs(n - (i + 1) * share / sum(shares)) < len(shares) for n, share in zip(counts, shares))
-    assert mixed.files == 3 * len(shares)
 
 
 def test_augment_changes_all_frames_alike_and_labels_with_them():
     """Catches: a crop or flip of its own for each frame, labels that stay where the pixels were, a change
     that is not the seed's. Four areas, darker to lighter, one of them unlabelled: after any crop, flip
     and colour change each label still has one grey, and the greys have the same order."""
-    size, clips = 40, 24
-    areas = torch.zeros(clips, 3, size, size, dtype=torch.int64)
+    areas = torch.zeros(24, 3, 40, 40, dtype=torch.int64)
     areas[..., 22:] += 1
     areas[:, :, 17:] += 2
-    video = (50 + 40 * areas)[..., None].expand(-1, -1, -1, -1, 3).to(torch.uint8)
-    labels = torch.where(areas == 3, -1, areas)
-    out, moved = data.augment(video, labels, seed=5)
-    assert out.shape == video.shape and out.dtype == torch.uint8 and moved.dtype == torch.int64
+    video = (50 + 40 * areas)[..., None].expand(-1, -1, -1, -1, 3).byte()
+    out, moved = data.augment(video, areas - 1, seed=5)
     assert torch.equal(out, out[:, :1].expand_as(out)) and torch.equal(moved, moved[:, :1].expand_as(moved))
-    areas = torch.where(moved < 0, 3, moved)[:, 0]
-    mirrored = cropped = 0
-    for grey, area in zip(out[:, 0, ..., 0].float(), areas):
+    for grey, labels in zip(out[:, 0, ..., 0].float(), moved[:, 0]):
+        parts = [grey[labels == label] for label in labels.unique()]
         # medians: near the borders the filter blends
-        greys = [grey[area == label].median() for label in area.unique()]
-        assert all((grey[area == label] - m).abs().median() <= 2 for label, m in zip(area.unique(), greys))
+        greys = [part.median() for part in parts]
         assert greys == sorted(greys)
-        mirrored += int((area[:, 0] % 2 > area[:, -1] % 2).all())
-        cropped += int(len(greys) < 4 or abs((area >= 2).float().mean() - 23 / 40) > 0.05)
-    assert 3 < mirrored < 19 and cropped > 10
-    again = data.augment(video, labels, seed=5)
+        assert all((part - middle).abs().median() <= 2 for part, middle in zip(parts, greys))
+
+    def mirrored(labels):
+        return int((labels[:, 0, 0, 0] % 2 < labels[:, 0, 0, -1] % 2).sum())
+
+    assert 3 < mirrored(moved) < 19
+    assert ((moved >= 1).float().mean((1, 2, 3)) - 23 / 40).abs().gt(0.05).sum() > 8
+    again = data.augment(video, areas - 1, seed=5)
     assert torch.equal(out, again[0]) and torch.equal(moved, again[1])
-    assert not torch.equal(out, data.augment(video, labels, seed=6)[0])
-    areas = data.augment(video, labels, seed=5, flip=False)[1][:, 0]
-    areas = torch.where(areas < 0, 3, areas)
-    assert not (areas[:, :, 0] % 2 > areas[:, :, -1] % 2).any()
+    assert not torch.equal(out, data.augment(video, areas - 1, seed=6)[0])
+    assert mirrored(data.augment(video, areas - 1, seed=5, flip=False)[1]) == 0
 
 
 @dataclass(frozen=True)
@@ -1205,6 +1218,7 @@ class Asked:
     frames: int = 2
     image_size: int = 32
     seed: int = 0
+    stride: int = 8
     eval_clips: int = 4
 
 
@@ -1213,44 +1227,38 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     batch with videos; a mixture that leaves a set out; a caption that is missing and trained on as an
     empty text; manifests that each evaluation reads anew; a change of them that is not noticed."""
     monkeypatch.chdir(tmp_path)
-    for name in (*(f"clip{i}.mp4" for i in range(6)), "still0.png", "still1.png"):
-        shutil.copy(media / name, tmp_path)
-    clips = [{"video": f"clip{i}.mp4", "caption": f"clip {i}"} for i in range(6)]
-    stills = [{"image": f"still{i}.png", "caption": "still"} for i in range(2)]
+    clips = [{"video": str(media / f"clip{i}.mp4"), "caption": f"clip {i}"} for i in range(6)]
+    stills = [{"image": str(media / f"still{i}.png"), "caption": "still"} for i in range(2)]
     manifest(tmp_path / "a.json", clips[:4] + stills)
     manifest(tmp_path / "val.json", clips[4:])
-    train, held_out = data.open_data(Asked("world,a.json", mix="1,3", val="val.json"))
+    cfg = Asked("world,a.json", mix="1,3", val="val.json")
+    train, held_out = data.open_data(cfg)
     assert "a.json: 6 clips to train on (0 with masks), 2 held out" in capsys.readouterr().out
-    assert data.open_data(Asked("world,a.json", mix="1,3", val="val.json"))[1] is held_out
-    batches = [train[i] for i in range(24)]
-    lengths = [batch["video"].shape[1] for batch in batches if "video" in batch]
+    assert data.open_data(cfg)[1] is held_out
+    lengths = [batch["video"].shape[1] for batch in map(train.__getitem__, range(24)) if "video" in batch]
     assert len(lengths) == 18 and abs(lengths.count(1) - 6) <= 1
     assert len(held_out) == 1 and held_out[0]["caption"] == ["clip 4", "clip 5"]
     assert {"clip 0", "still"} <= set(train.captions()) and "clip 4" not in train.captions()
     train, held_out = data.open_data(Asked("val.json"))
-    assert set(train.captions()) | set(held_out.captions()) == {"clip 4", "clip 5"}
-    assert train.files == len(held_out) == 1
-    for cfg, words in ((Asked("world,a.json", mix="1"), "--mix"), (Asked("a.json", val="a.json"), "in --val"),
-                       (Asked("a.json", mix="x"), "--mix"), (Asked("nothing"), "nothing")):
-        with pytest.raises(BadInput, match=words):
-            data.open_data(cfg)
-    manifest(tmp_path / "b.json", clips + [{"video": "x.mp4"}])
-    for need, lack in (("caption", 1), ("mask", 7)):
-        with pytest.raises(BadInput, match=f"{lack} entries have no {need}, the first"):
-            data.open_data(Asked("b.json"), need)
+    assert sorted(train.captions() + held_out.captions()) == ["clip 4", "clip 5"]
     before = data.fingerprint("world,a.json", "val.json")
     assert before == data.fingerprint("world,a.json", "val.json")
-    manifest(tmp_path / "val.json", clips[4:] + [{"video": "x.mp4"}])
+    manifest(tmp_path / "val.json", clips + [{"video": "x.mp4"}])
     assert data.fingerprint("world,a.json", "val.json") != before
+    for flags, need, words in ((("world,a.json", "1"), "caption", "--mix"), (("a.json", "x"), "caption", "--mix"),
+                               (("a.json", None, "a.json"), "caption", "in --val"), (("no",), "caption", "no"),
+                               (("val.json",), "caption", "1 entries have no caption, the first"),
+                               (("val.json",), "mask", "7 entries have no mask, the first")):
+        with pytest.raises(BadInput, match=words):
+            data.open_data(dataclasses.replace(Asked(*flags), batch=1), need)
 
 
-@pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "folder"))
+@pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "."))
 def test_every_form_of_own_data_trains(media, tmp_path, form):
     """Catches: a form that can be read but not trained on: three steps, a bad file among the clips, an
-    evaluation."""
-    files = [f"{'train' if i < 4 else 'val'}/run {i}/clip{i}.mp4" for i in range(6)] + ["train/x/text.mp4"]
+    evaluation. In a folder, labels are captions."""
     rows = []
-    for name in files:
+    for name in [f"{'train' if i < 4 else 'val'}/run {i}/clip{i}.mp4" for i in range(6)] + ["train/x/text.mp4"]:
         target = tmp_path / "mine" / name
         target.parent.mkdir(parents=True)
         shutil.copy(media / target.name, target)
@@ -1258,14 +1266,12 @@ def test_every_form_of_own_data_trains(media, tmp_path, form):
     table = "path,text,split\n" + "\n".join(",".join(row.values()) for row in rows)
     lines = "\n".join(map(json.dumps, rows))
     texts = {"manifest.json": json.dumps(rows), "lines.jsonl": lines, "table.csv": table}
-    path = tmp_path / "mine"                                    # of a folder, labels are captions
     if form in texts:
-        path = path / form
-        path.write_text(texts[form])
+        (tmp_path / "mine" / form).write_text(texts[form])
     flags = ["--steps", 3, "--name", "own", "--text", "world", "--out", tmp_path]
-    run(train_clip.main, *CLIP, *flags, "--data", path)
+    run(train_clip.main, *CLIP, *flags, "--data", tmp_path / "mine" / form)
     assert [line["clips"] for line in log(tmp_path / "clip-own") if "contrastive" in line] == [4, 4, 4]
-    assert json.loads((tmp_path / "clip-own" / "result.json").read_text())["clips"] == 2
+    assert read_result(tmp_path / "clip-own")["clips"] == 2
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2249,6 +2255,7 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
     del weights["output_projector.bias"]
     torch.save(weights, "lacking.pth")
     trajtok.TrajTok(TINY).save_pretrained(".")
+    assert Path("model.safetensors").stat().st_mode & 0o444 == 0o444         # everybody may read it
     damaged = {"evil.pth": "no whole file", "lacking.pth": "output_projector.bias",
                "model.safetensors": "not in the authors' layout"}
     for name, words in damaged.items():
@@ -2897,7 +2904,8 @@ def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
     def embed(model, batches, *_):
         captions = [text for i in range(len(batches)) for text in batches[i]["captions"]]
         side = int(batches.world.reverse and sees)
-        return dict(captions=captions, vectors=torch.eye(2)[[side] * len(captions)])
+        motion = torch.arange(len(captions)) - 1                # the first has no class
+        return dict(captions=captions, motion=motion, vectors=torch.eye(2)[[side] * len(captions)])
 
     def embed_texts(model, texts, *_):
         return torch.eye(2)[[next(ways)] * len(texts)]
@@ -3674,7 +3682,7 @@ def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
     vision = siglip_folder(tmp_path / "vision", filled(train_vlm.SigLIP2(TOWERS["whole"])))
     argv = ["--size", "4b", "--decoder", decoder, "--vision", vision, "--segmenter", vlm_run / "seg",
             "--tokenizer", "world", "--data", path, "--frames", 16, "--caption-steps", 1, "--steps", 2,
-            "--batch", 2, "--warmup", 0, "--patch-frames", 2, "--out", tmp_path, "--name", "full", "--lr", 100]
+            "--batch", 2, "--warmup", 0, "--lr", 100, "--out", tmp_path, "--name", "full"]
     run(train_vlm.main, *argv)
     _, _, model = train_vlm.open_model(tmp_path / "vlm-full")
     before, after = load_file(vision / "model.safetensors"), model.vision.state_dict()

@@ -585,7 +585,7 @@ def whole_step(model, batch, m, cfg):
     # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
     # sum has to be divided.
     loss = contrastive + segmentation / ranks()[1]
-    # PAPER: both train the masks, segmentation directly and the contrastive loss through z_init (encoder.py)
+    # PAPER: both losses train the masks, the segmentation loss directly, the contrastive one through z_init
     loss.backward()
     return dict(contrastive=contrastive.item(), **terms)
 
@@ -600,11 +600,11 @@ def micro_batch_step(model, batch, m, cfg):
     with torch.no_grad():
         vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
     video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))          # leaves of the graph
-    # 2. the loss, and its gradients dv, dt by the vectors
+    # 2. the loss, and its gradients dv, dt with respect to the vectors
     contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
     # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
-    # has the same gradient by the weights as the contrastive loss
+    # has the same gradient with respect to the weights as the contrastive loss
     means = {}
     for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
         v, t, segmentation, terms = encode(model, part, m, cfg)
@@ -754,7 +754,8 @@ def reversal(model, held_out, cfg, device, encoding):
 
       v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0,
 
-    of those whose caption changes; chance is 1/2. None without such clips."""
+    of those whose caption changes to one of a motion that training shows; chance is 1/2. None without such
+    clips."""
     sides = []
     for world in (held_out.world, dataclasses.replace(held_out.world, reverse=True)):
         batches = data.WorldBatches(world, cfg.batch, indices=held_out.indices)
@@ -763,6 +764,8 @@ def reversal(model, held_out, cfg, device, encoding):
         sides.append((texts, clips["vectors"], embed_texts(model, texts, cfg, device, encoding)))
     (texts, v, t), (reversed_texts, v_back, t_back) = sides
     changed = torch.tensor([a != b for a, b in zip(texts, reversed_texts)])
+    # a clip in which something approaches, backwards, has no motion class
+    changed &= torch.as_tensor(clips["motion"]) >= 0
     right = ((v - v_back) * (t - t_back)).sum(1) > 0
     return right[changed].float().mean().item() if changed.any() else None
 

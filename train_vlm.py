@@ -459,8 +459,9 @@ def place_codes(count, dim):
     """Learned codes (count, d) of the places along one axis. At the start neighbours are alike, and each code
     is twice as large as a feature.
 
-    CHOICE: not encoder.Places, whose waves all features share. Of a thing that moves by a cell the waves of
-    high frequency cancel out, and their weights learn so fast that the motion is hardly found."""
+    CHOICE: tables of codes and not the waves of encoder.Places, which has frequencies that are too high for a
+    grid of 8 x 8 cells, and whose few weights move all codes at each step. With tables the decoder finds
+    sooner how a thing moves by a cell or two."""
     angle = math.pi * (torch.arange(count) + 0.5)[:, None] / count * torch.arange(1, 5)
     waves = torch.cat((angle.sin(), angle.cos()), 1)
     return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves, dim))
@@ -547,8 +548,8 @@ class TrajectoryConnector(nn.Module):
 
     def forward(self, features, ids):
         masks, alive = self.hard(ids)
-        # CHOICE: the frozen segmenter's logits would make the start of a token a soft mean. Of these the
-        # softmax over the queries is the hard mask.
+        # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
+        # the plain mean of its points. The softmax of 1e4 x mask is the mask.
         seg = Segmentation(None, 1e4 * masks, ids.flatten(1), alive, ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
@@ -606,7 +607,8 @@ class VLM(nn.Module):
     def forward(self, ids, visual, targets, seen=None, shared=0):
         """-> -log p of each row's answers, summed over their tokens (b,).
 
-        shared: all rows begin with the same so many positions, which are then computed once."""
+        shared: all rows begin with the same so many positions. They are computed once, and a cache of their
+        keys and values serves all rows."""
         x, cache = self.embed(ids, visual, seen), None
         if shared:
             cache = self.decoder.empty_cache()
@@ -678,8 +680,8 @@ class VLMConfig:
     frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
-    patch_frames: int = 2                   # patch: tokens of a window, along its frames ...
-    patch_side: int = 2                     # ... and along a side of the picture
+    patch_frames: int = 2                   # patch: number of tokens of a window along time ...
+    patch_side: int = 2                     # ... and along each side of the picture
     questions: int = 4                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
     # the training: captions first, then questions; each part has a rate in either
@@ -768,13 +770,14 @@ def draw_stories(cfg, segmenter, frames, first, count, device):
 
 
 def join(clips):
-    """Batches of one clip -> one batch."""
+    """Batches of one clip -> one batch. The clips have as many frames, but windows of one clip have
+    different numbers of tokens, so nothing is stacked here."""
     return {key: [item for clip in clips for item in clip[key]] for key in clips[0]}
 
 
 class StoryBatches(Dataset):
     """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and
-    on are those of one step, and of one length.
+    on are those of one step, and of one length: all processes then have rows of about the same length.
 
     CHOICE: the shortest clips alone for the first two fifths: to find the right token among six is learnt in
     minutes, among sixty not."""
@@ -853,7 +856,8 @@ def perceive(batch, model, cfg, device):
     if model.connector is None:
         return None, [()] * len(batch["qa"])
     seen = {}
-    # real clips come as pixels; stories were segmented before the training
+    # Real clips come as pixels: thousands of long films fit no memory, and a vision tower that learns sees
+    # them anew at each step. Stories were segmented before the training.
     if "video" in batch:
         seen["video"] = cut_windows(batch["video"], cfg.window).to(device)
         with trajtok.precision(device, cfg.bf16):
@@ -884,7 +888,8 @@ def pretrain_segmenter(cfg):
             name=f"vlm-{os.getpid()}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
             warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
             device=cfg.device))
-        # renamed when it is whole. Another run may have been faster: its segmenter is the same one
+        # Renamed when it is whole: another run never reads half a segmenter. If that run was faster, its
+        # segmenter, made from the same seed, is kept.
         try:
             made.rename(folder)
         except OSError:
@@ -950,7 +955,8 @@ def train(cfg, folder):
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
     print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
-    # 2. batches of captions, then of questions, from the step on that was saved
+    # 2. batches of captions, then of questions, from the step on that was saved. PAPER: captions first teach
+    # the connector to speak the decoder's language
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
     batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
@@ -1001,8 +1007,9 @@ def train(cfg, folder):
 # -----------------------------------------------------------------------------------------------------------
 
 def shard(model, device, cfg):
-    """Each layer of decoder and vision is a unit: of those that do not compute just now a process holds its
-    share. The segmenter is small and runs outside of forward: every process keeps it whole."""
+    """FSDP2: a process holds its share of the weights of each layer of decoder and vision, and gathers the
+    whole layer while it computes. The segmenter is small and runs outside of forward: every process keeps it
+    whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bf16 = device.type == "cuda" if cfg.bf16 is None else cfg.bf16
@@ -1021,6 +1028,7 @@ class Whole(dict):
     """A state dict whose shards were gathered; trajtok.save_checkpoint takes it as it takes a model."""
 
     def state_dict(self):
+        # a plain dict: torch.load with weights_only refuses classes that it does not know
         return dict(self)
 
 
@@ -1048,8 +1056,10 @@ def restore(folder, model, optimizer):
 
 @torch.no_grad()
 def score(model, rows, seen, encoding, cfg, device):
-    """Conversations about one video -> -log p of the answers in each, summed over their tokens. The video,
-    with which all of them begin, is read once."""
+    """Conversations about one video -> -log p of the answers in each, summed over their tokens.
+
+    All of them begin with the video, which is read once: a clip of 64 frames has five times as many tokens as
+    a question with its answer, and there are some fifteen rows a clip."""
     # up to the last token before they differ, or before the first answer: it predicts what comes next
     spoken = [own for _, _, own in rows[0]].index(True)
     shared = min(len(os.path.commonprefix(rows)), spoken) - 1
@@ -1068,7 +1078,8 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         if not batch["qa"]:                                     # the file could not be read
             continue
         seen, (windows,) = perceive(batch, model, cfg, device)
-        # a row for each option of each question
+        # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
+        # other words would have to be judged by another model.
         rows = []
         for *before, turn in batch["qa"][0]:
             for text in turn["options"]:
@@ -1076,6 +1087,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         costs = iter(score(model, rows, seen, encoding, cfg, device))
         for *_, turn in batch["qa"][0]:
             cost = {text: next(costs) for text in turn["options"]}
+            # summed over the tokens: log p of the whole option
             right = min(cost, key=cost.get) == turn["answer"]
             answers.append(dict(type=turn.get("type", "question"), frames=len(batch["times"][0]),
                                 accuracy=float(right), chance=1 / len(cost)))
@@ -1175,12 +1187,13 @@ def ask(argv):
     video, times = data.decode(args.clip, frames, size)
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
     seen, windows = perceive(batch, model, cfg, device)
+    # the same text as in training, up to where the answer begins
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
     cache, weights, answer = model.decoder.empty_cache(), [], []
     for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
-        # of the position that gave this token
+        # the newest position is the one that gave this token: what it read, it answered from
         weights.append(attended(cache)[:len(prompt)])
         answer.append(token)
     # not token by token: one may end within a character

@@ -70,7 +70,7 @@ class TrajTokConfig:
     heads: int = 8
     depths: tuple = (3, 3, 9, 3)    # ConvNeXt-Tiny
     dims: tuple = (96, 192, 384, 768)
-    max_tokens: int = 4             # tokens of a trajectory: 1, 2 or 4
+    max_tokens: int = 4             # tokens of a trajectory at most, a power of two: 1, 2 or 4
     out_dim: int = 512              # d': width of the tokens that leave
     scale: float = 10.0             # of the mask logits at the start; learned, at most 20
     recompute: bool = False         # less memory, more time: keep few activations, compute the others again
@@ -124,7 +124,7 @@ class TrajTok(nn.Module):
 
     size: a name from SIZES or a TrajTokConfig.
     backbone: a module of your own instead of the ConvNeXt, with `.dims`, the channels of its maps, and
-    forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first; strides are read off the maps.
+    forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first.
 
     A loss on the tokens trains the masks too: its gradient reaches them through z_init, the mean of the
     features under the soft masks. It reaches the features through z_init and through the attention."""
@@ -176,7 +176,7 @@ class TrajTok(nn.Module):
                 yield first * h * w, features, None
 
         # the K queries have read the whole video before the first point is given to one of them
-        queries = perceive(segmenter.perceiver, segmenter.latents[None], read_by_queries)
+        queries = perceive_chunks(segmenter.perceiver, segmenter.latents[None], read_by_queries)
 
         def segment():                                          # -> first frame, F with places, Segmentation
             for first, video, features, grid in extract():
@@ -203,7 +203,7 @@ class TrajTok(nn.Module):
 
         # under the hard mask a token reads the tokens and the points of its own trajectory
         owner = torch.arange(self.cfg.num_queries, device=device).repeat_interleave(m)
-        z = perceive(encoder.perceiver, latents, read_by_tokens, owner if self.cfg.hard_mask else None)
+        z = perceive_chunks(encoder.perceiver, latents, read_by_tokens, owner if self.cfg.hard_mask else None)
         return encoder.finish(z, alive)
 
     @torch.no_grad()
@@ -260,11 +260,11 @@ class TrajTok(nn.Module):
 # Long video: a Perceiver that reads its points a chunk at a time
 # -----------------------------------------------------------------------------------------------------------
 
-# perceive() takes it for the trajectory of a point that every token may read (cfg.last_points)
+# perceive_chunks() takes it for the trajectory of a point that every token may read (cfg.last_points)
 EVERYONE = -2
 
 
-def perceive(perceiver, latents, chunks, owner=None):
+def perceive_chunks(perceiver, latents, chunks, owner=None):
     """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
 
     chunks() returns, once for each layer, a new iterator over (number of the first point, points (1, n, d),
@@ -337,7 +337,9 @@ def load_weights(module, folder, *prefixes):
 def write_weights(path, state):
     """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    replace(path, lambda beside: save_file(state, beside))
+    with data.replacing(path) as beside:
+        save_file(state, beside)
+        beside.chmod(0o644)                                     # safetensors lets only the owner read it
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
@@ -576,7 +578,8 @@ def sized(cfg, shape):
 
 
 def setup(cfg):
-    """-> torch.device. Joins the other processes if torchrun launched us, and seeds the weights."""
+    """-> torch.device. Joins the other processes if torchrun launched us. The seed gives all of them the same
+    weights."""
     device = choose_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # the others wait while the first process evaluates: torch's ten minutes would be too short
@@ -590,8 +593,8 @@ def setup(cfg):
 
 
 def choose_device(name):
-    """--device -> torch.device. Where several processes train, each takes a GPU of its own, or its share of
-    the cores."""
+    """--device -> torch.device. Of several processes each takes a GPU of its own, or its share of the cores:
+    OMP_NUM_THREADS, which `launch` sets."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -600,8 +603,8 @@ def choose_device(name):
         torch.set_float32_matmul_precision("high")
     if name == "cpu":
         keep_memory()                                           # has to come before the first tensor
-        share = data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(min(max(share, 1), 16))
+        # threads that have to share a core wait for each other in a loop: a run becomes ten times slower
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(data.cores(), 16))))
     try:
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
@@ -631,6 +634,7 @@ def launch(cfg):
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or gpus
     if processes > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(data.cores() // processes, 1)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         os.execvp(sys.executable, [*torchrun, f"--nproc-per-node={processes}", *sys.argv])
 
@@ -750,8 +754,8 @@ def run_folder(cfg, script, suffix=""):
 
 
 def resumed(cfg, folder, argv):
-    """With --resume or --eval-only: the saved configuration, changed by the flags in argv. The saved values
-    take the place of the size's in `configure`: defaults < saved values < flags."""
+    """With --resume or --eval-only: the saved configuration, changed by the flags in argv. Flags win over
+    saved values, and these over the defaults of the size."""
     config = folder / "config.json"
     saved = read_json(config) if config.exists() else {}
     if "size" not in saved:
@@ -779,7 +783,7 @@ def open_run(folder, cfg, **more):
     if config.exists() and not (cfg.resume or cfg.overwrite):
         raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
     if cfg.overwrite:
-        # or the new run would go on from the old state
+        # otherwise the new run would go on from the old state
         for name in ("config.json", "state.pt", "log.jsonl", "result.json", "model.safetensors"):
             (folder / name).unlink(missing_ok=True)
     if config.exists() and read_json(config).get("manifest") != more.get("manifest"):
@@ -791,7 +795,8 @@ def open_run(folder, cfg, **more):
 def save_checkpoint(folder, model, optimizer, step):
     """The state before step number `step`, for --resume, and the weights, for everybody else.
 
-    All that is random in a run is drawn from (seed, step), so model, optimizer and step are the whole state.
+    All that is random in a run is drawn from the seed and the step, so model, optimizer and step are the
+    whole state, for as many processes and as large a batch as before.
     Files are written under another name and renamed: a kill leaves the old checkpoint or the new one, never
     half of one."""
     if ranks()[0]:
