@@ -2374,7 +2374,7 @@ def make(argv):
     if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
         raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an "
                        "even number, 1 to 1000")
-    world = dataclasses.replace(world_of(cfg), acts=cfg.acts, camera=cfg.camera, light=cfg.light)
+    world = world_of(cfg)
     out = Path(cfg.out)
     # the seeds of `made_clips`, so that --data world sees the same clips
     first = TRAIN + cfg.seed % 49 * 10_000_000
