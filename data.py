@@ -2517,7 +2517,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # As a script this file is the module __main__, and its BadInput is another class than that of `data`, which
+    # As a script this file is the module __main__, whose BadInput is another class than that of `data`, which
     # other modules and worker processes import. So the imported module runs.
     import data
     data.main()
