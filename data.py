@@ -454,7 +454,8 @@ def perform(rng, world, act, frames, me, other=None):
     if world.chain:
         # Each act ends where it began, so that any act may follow any other: what comes next cannot be
         # guessed from the places. Circling and spinning do so by themselves, the others go half-way and back.
-        far = 0.7 * far
+        # A circle that is as wide as a dart is long would leave the frame.
+        far = (0.7 if program == "orbit" else 1.1) * far
         s = np.arange(1, frames + 1) / frames
         if program not in ("orbit", "spin"):
             s = 0.5 * np.sin(math.pi * s)

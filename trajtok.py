@@ -545,7 +545,7 @@ class RunConfig:
     clip: float = 1.0                   # largest gradient norm
     seed: int = 0                       # of weights, data order and augmentation
     save_every: int = 100               # steps between checkpoints
-    eval_clips: int = 64                # held-out made clips
+    eval_clips: int = 256               # held-out made clips, all captions distinct
     device: str = "auto"                # cpu, cuda, ...
     workers: int = 0                    # processes that make batches; 0: the training process
     bf16: bool | None = None            # matrix products in bfloat16; default: on a GPU
@@ -962,6 +962,7 @@ class PretrainConfig(RunConfig):
     """Trains the segmenter alone: focal + 2 dice on trajectory labels. Its data needs masks."""
     init: str | None = None             # start from the segmenter of this run, of `pretrain` or train_clip.py
     num_queries: int | None = None      # K, trajectories at most; default: the size's
+    eval_clips: int = 64                # held-out made clips
 
 
 # CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points
