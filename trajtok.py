@@ -1067,8 +1067,10 @@ def save_pictures(folder, pictures, log, terms):
     """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
     steps."""
     sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
-    if sheets:
-        write_png(folder / "trajectories.png", np.concatenate(sheets))
+    # two side by side; of three or five the last has no partner and is left out
+    pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
+    if pairs:
+        write_png(folder / "trajectories.png", np.concatenate(pairs))
     curves = {term: [(line["step"], line[term]) for line in log.lines() if term in line] for term in terms}
     # each term has a panel of its own, and its only line needs no name
     plot(folder / "curves.svg", {term: {"": curve} for term, curve in curves.items() if curve})
