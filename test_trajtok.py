@@ -1,10 +1,11 @@
 """Every test, on a CPU, without a network and without files of anybody else's (they make their own clips):
 
-    pytest                                                       # all of them, two or three minutes on two cores
-    pytest -k "resume or hungarian"                              # some of them
+    pytest                                              # all of them, about four minutes on one core
+    pytest -k "resume or hungarian"                     # some of them
 
-Each test begins by saying which bug it catches. Oracles are slow and plain on purpose: loops, brute force, cases worked
-out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few tests are skipped.
+Each test begins by saying which bug it catches. Oracles are slow and plain on purpose: loops, brute force,
+cases worked out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few
+tests are skipped.
 """
 import argparse
 import cmath
@@ -56,30 +57,34 @@ import train_vlm
 import trajtok
 from data import BadInput, BadVideo
 
-# The tensors here are tiny: a second thread would only wait for the first. One core, therefore, for the runs and processes that the
-# tests start as well (a run takes as many threads as it may use cores), which also makes their sums the same to the last bit.
+# The tensors here are tiny: a second thread would only wait for the first. One core, therefore, for the runs
+# and processes that the tests start as well, which also makes their sums the same to the last bit.
 if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 torch.set_num_threads(1)
 
-with torch.device("meta"):                                       # PyTorch notes at the first such line which functions take a device. transformers 5, while
-    torch.linspace(0, 1, 2)                                      # it loads a model, puts another linspace in the place of torch's: were that noted, meta would fail for good
+# PyTorch notes at the first such line which functions take a device. While transformers 5 loads a model, it
+# puts another linspace in the place of torch's: were that one noted, meta would fail for good.
+with torch.device("meta"):
+    torch.linspace(0, 1, 2)
 
 HERE = Path(__file__).parent
 REAL = HERE.parent / "shared" / "realdata"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real clips here")
 
 # the smallest tokenizer that has every part; and flags that make a run of the scripts a matter of seconds
-TINY = trajtok.TrajTokConfig(image_size=32, frames=2, dim=32, num_queries=6, depth=2, heads=2, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32),
-                             out_dim=32)
+TINY = trajtok.TrajTokConfig(
+    image_size=32, frames=2, dim=32, num_queries=6, depth=2, heads=2, depths=(1, 1, 1, 1),
+    dims=(8, 16, 24, 32), out_dim=32)
 SMALL = ["--image-size", 32, "--frames", 2, "--batch", 4, "--steps", 2]
-CLIP = SMALL + ["--width", 32, "--heads", 2, "--layers", 1, "--text-layers", 1, "--text-width", 32, "--embed", 16, "--eval-clips", 8,
-                "--probe-clips", 32, "--workers", 0]
+CLIP = SMALL + [
+    "--width", 32, "--heads", 2, "--layers", 1, "--text-layers", 1, "--text-width", 32, "--embed", 16,
+    "--eval-clips", 8, "--probe-clips", 32, "--workers", 0]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What several tests need
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
 def scripts(begin, count, world=data.World()):
@@ -98,7 +103,8 @@ def run(main, *argv):
 
 
 def refused(capsys, main, *argv):
-    """Run a command that must refuse: exit code 2, the last line on stderr and no other begins with "error:", no traceback."""
+    """Run a command that must refuse: exit code 2, the last line on stderr and no other begins with "error:",
+    no traceback."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(main, *argv)
@@ -110,8 +116,10 @@ def refused(capsys, main, *argv):
 
 
 def encode(path, frames, rate=10):
-    """uint8 frames (t, H, W, 3) -> a video file, with key frames every 12 and frames that refer to later ones."""
-    old = Path(path).suffix == ".avi"                            # AVI holds no times: its usual codec has frames in order
+    """uint8 frames (t, H, W, 3) -> a video file, with key frames every 12 and frames that refer to later
+    ones."""
+    # AVI holds no times: its usual codec has frames in order
+    old = Path(path).suffix == ".avi"
     with av.open(str(path), "w", format="mpegts" if Path(path).suffix == ".ts" else None) as file:
         stream = file.add_stream("mpeg4" if old else "libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
@@ -123,7 +131,8 @@ def encode(path, frames, rate=10):
 
 
 def numbered(path, count, rate=10):
-    """A clip of 48 x 64 pixels whose frames tell their number in base 12: left half the twelves, right half the ones, as greys."""
+    """A clip of 48 x 64 pixels whose frames tell their number in base 12: left half the twelves, right half
+    the ones, as greys."""
     frames = np.zeros((count, 48, 64, 3), np.uint8)
     for i in range(count):
         frames[i, :, :32], frames[i, :, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
@@ -139,7 +148,8 @@ def numbers(video):
 
 
 def labelled(folder, name, count=8, side=48, image=False):
-    """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is trajectory 1."""
+    """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is
+    trajectory 1."""
     frames, mask = np.full((count, side, side, 3), 40, np.uint8), np.zeros((count, side, side), np.uint16)
     for i in range(count):
         left = 2 + i * (side - 20) // max(count - 1, 1)
@@ -150,7 +160,8 @@ def labelled(folder, name, count=8, side=48, image=False):
     else:
         encode(path, frames)
     np.savez_compressed(folder / f"{name}_mask.npz", mask)
-    np.savez_compressed(folder / f"{name}_graph.npz", tensor=np.stack([np.zeros(count, np.int64), np.full(count, 300)]))
+    tensor = np.stack([np.zeros(count, np.int64), np.full(count, 300)])
+    np.savez_compressed(folder / f"{name}_graph.npz", tensor=tensor)
     return path
 
 
@@ -176,8 +187,8 @@ def media(tmp_path_factory):
 
 def entry(path, caption=None):
     texts = [caption] if isinstance(caption, str) else caption
-    return dict(path=str(path), name=Path(path).name, image=Path(path).suffix == ".png", caption=texts, label=None, group=None,
-                split=None, mask=None, graph=None)
+    return dict(path=str(path), name=Path(path).name, image=Path(path).suffix == ".png", caption=texts,
+                label=None, group=None, split=None, mask=None, graph=None)
 
 
 def log(folder):
@@ -1245,8 +1256,10 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     assert before == data.fingerprint("world,a.json", "val.json")
     manifest(tmp_path / "val.json", clips + [{"video": "x.mp4"}])
     assert data.fingerprint("world,a.json", "val.json") != before
-    for flags, need, words in ((("world,a.json", "1"), "caption", "--mix"), (("a.json", "x"), "caption", "--mix"),
-                               (("a.json", None, "a.json"), "caption", "in --val"), (("no",), "caption", "no"),
+    for flags, need, words in ((("world,a.json", "1"), "caption", "--mix"),
+                               (("a.json", "x"), "caption", "--mix"),
+                               (("a.json", None, "a.json"), "caption", "in --val"),
+                               (("no",), "caption", "no"),
                                (("val.json",), "caption", "1 entries have no caption, the first"),
                                (("val.json",), "mask", "7 entries have no mask, the first")):
         with pytest.raises(BadInput, match=words):
@@ -1258,7 +1271,8 @@ def test_every_form_of_own_data_trains(media, tmp_path, form):
     """Catches: a form that can be read but not trained on: three steps, a bad file among the clips, an
     evaluation. In a folder, labels are captions."""
     rows = []
-    for name in [f"{'train' if i < 4 else 'val'}/run {i}/clip{i}.mp4" for i in range(6)] + ["train/x/text.mp4"]:
+    names = [f"{'train' if i < 4 else 'val'}/run {i}/clip{i}.mp4" for i in range(6)]
+    for name in names + ["train/x/text.mp4"]:
         target = tmp_path / "mine" / name
         target.parent.mkdir(parents=True)
         shutil.copy(media / target.name, target)
@@ -2534,7 +2548,8 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
 # -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("clip, flags, frames, rows, columns", (
-    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4), ("world", "--frames 3 --stages", 3, 3, 3),
+    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4),
+    ("world", "--frames 3 --stages", 3, 3, 3),
     ("clip2.mp4", "--frames 0", 30, 2, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 2, 8)))
 def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, columns):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
@@ -2618,13 +2633,14 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
 
 
 def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
-    """Catches: a verdict from the sign alone, one that ignores `less`, a row that is missing taken for a tie."""
+    """Catches: a verdict from the sign alone, one that ignores `less`, a missing row taken for a tie."""
     scores = dict(high=(0.8, 0.9), low=(0.1, 0.2), noisy=(0.0, 0.9), single=(0.5,))
     rows = [dict(name=name, flags="", script="", results=[dict(r=x, s=0.0) for x in values])
             for name, values in scores.items()]
     (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows)))
-    asked = [("high", "low", {}), ("low", "high", {}), ("low", "high", dict(less=True)), ("high", "noisy", {}),
-             ("high", "single", {}), ("high", "absent", {}), ("high", "high", dict(against_score="s"))]
+    asked = [("high", "low", {}), ("low", "high", {}), ("low", "high", dict(less=True)),
+             ("high", "noisy", {}), ("high", "single", {}), ("high", "absent", {}),
+             ("high", "high", dict(against_score="s"))]
     claims = [dict(claim="c", paper="p", json="a.json", row=row, against=against, score="r", **more)
               for row, against, more in asked]
     (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
@@ -2750,7 +2766,7 @@ def test_tokenlearner_is_the_naive_weighted_sum():
 
 
 def test_rlt_keeps_what_changes():
-    """Catches: a comparison of the wrong frames, a mean over the wrong pixels, a first step that is dropped."""
+    """Catches: a comparison of the wrong frames, a mean over the wrong pixels, a first step dropped."""
     model, _, batch = clip_model(tokenizer="rlt", frames=8)
     x = segmenter.normalise(batch.video)
     _, kept, _ = model.video.tokenizer(batch.video)
@@ -4321,9 +4337,9 @@ def test_bad_adapter_flags(adapter_run, labelled_films, tmp_path, capsys, monkey
     assert words in refused(capsys, train_adapter.main, *ADAPTER, "--out", tmp_path / "out", *flags)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The README
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
 COMMANDS = {
@@ -4352,14 +4368,15 @@ def readme_commands():
 
 
 def parse(words):
-    """What the command's own parser makes of its flags; BadInput or SystemExit if there is one that it does not know."""
+    """What the command's own parser makes of its flags; BadInput or SystemExit if it does not know one."""
     name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
     config, sizes, *positional = COMMANDS[name]
     return data.configure(config, sizes, words[len(name.split()):], *positional)
 
 
 def test_the_readme_names_what_exists():
-    """Catches: a flag, command, file or function of the README that is gone or misspelt; a README too long to be read."""
+    """Catches: a flag, command, file or function of the README that is gone or misspelt; a README that is too
+    long to be read."""
     seen = 0
     for words in readme_commands():
         seen += 1
@@ -4382,7 +4399,8 @@ def test_the_readme_names_what_exists():
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """Catches: an example that does not run as it stands; a tokenizer in a file of one's own that cannot be trained."""
+    """Catches: an example that does not run as it stands; a tokenizer in a file of one's own that cannot be
+    trained."""
     decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(tmp_path)
     run(train_clip.main, *CLIP, "--name", "nano")
