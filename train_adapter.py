@@ -474,7 +474,10 @@ def pretrain_videomae(shape, cfg, folder, device):
     first = load_checkpoint(folder, model, optimizer)
     log = Log(folder, first)
     clips = data.WorldBatches(world_of(shape), cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000)
-    for step, batch in enumerate(tqdm(data.loader(clips, first, cfg.steps, cfg.workers), "VideoMAE"), first):
+    batches = data.loader(clips, first, cfg.steps, cfg.workers)
+    # disable=None: no bar where the output goes to a file
+    batches = tqdm(batches, "VideoMAE", cfg.steps, initial=first, leave=False, disable=None)
+    for step, batch in enumerate(batches, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         # each clip under two masks: making clips takes longer than hiding parts of them
@@ -655,7 +658,7 @@ def extract(folder, batches, views, backbone, segmenter, damage, cfg, device):
     if not complete:
         classes = []
         loader = data.loader(batches, 0, len(batches), cfg.workers)
-        for batch in tqdm(loader, f"features, {folder.name}", len(batches)):
+        for batch in tqdm(loader, f"features, {folder.name}", len(batches), disable=None):
             damage.add(batch["bad"])
             video = data.finish(batch, device)["video"]
             if len(video):
@@ -688,7 +691,7 @@ def train_heads(heads, rates, features, folder, cfg, device):
     optimizer = make_optimizer(heads, schedule, {f"{name}.": rate for name, rate in rates.items()})
     first = load_checkpoint(folder, heads, optimizer)
     log = Log(folder, first)
-    for step in tqdm(range(first, steps), "heads"):
+    for step in tqdm(range(first, steps), "heads", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule) * group["scale"]
         # an order for each epoch, drawn from the seed: a resumed run goes on in the middle of it
