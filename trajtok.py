@@ -162,6 +162,7 @@ class TrajTok(nn.Module):
         device = segmenter.latents.device
         source = chunks_of(frames, chunk)
         length = sum(video.shape[1] for video in source())
+        assert length, "an empty video: there is no frame to make tokens of"
 
         # Segmenter.segment and TrajectoryEncoder.forward follow, a chunk at a time. Each nested function is a
         # generator that decodes the video from its beginning.
