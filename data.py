@@ -323,9 +323,10 @@ class World:
     reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
     def __post_init__(self):
-        if not 1 <= self.max_objects <= MAX_OBJECTS or self.frames < 1 or self.size < 8:
-            raise BadInput(f"max_objects {self.max_objects}, {self.frames} frames of {self.size} px: give 1 "
-                           f"to {MAX_OBJECTS}, at least 1, at least 8")
+        if not 1 <= self.max_objects <= MAX_OBJECTS:
+            raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
+        if self.frames < 1 or self.size < 8:
+            raise BadInput(f"{self.frames} frames of {self.size} px: give at least 1 of at least 8 px")
         if not 1 <= self.acts <= max(1, self.frames // 4):
             raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
         if self.words not in ("all", "looks", "deeds"):
@@ -401,7 +402,8 @@ def orbit(s, way, far, phase, pair):
 
 
 def spin(s, way, far, phase, pair):
-    """3 to 5 radians. At 8 frames at most 41 degrees a frame, so that no square is seen to turn backwards."""
+    """3 to 5 radians, in a chain a tenth more. At 8 frames that is at most 41 degrees a frame, so that no
+    square is seen to turn backwards."""
     return [(0, 0, 1, TURNS[way] * 10 * far * s)]
 
 

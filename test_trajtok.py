@@ -4,8 +4,8 @@
     pytest -k "resume or hungarian"                     # some of them
 
 Each test begins by saying which bug it catches. Oracles are slow and plain on purpose: loops, brute force,
-cases worked out by hand. Real clips are used where a folder ../shared/realdata exists; without it those few
-tests are skipped.
+cases worked out by hand. Real clips are used where the folder REAL (below) exists; without it those few tests
+are skipped.
 """
 import argparse
 import cmath
@@ -2915,17 +2915,55 @@ def test_flops_of_every_tokenizer(capsys):
         assert len(row) == 5
 
 
+def test_the_stage_has_a_setting_of_its_own(capsys):
+    """Catches: --world that is not read, a stage of another size or number of queries, flags of a base class
+    without help."""
+    _, cfg = trajtok.sized(configured("--world", "stage"), trajtok.SIZES["nano"])
+    assert (cfg.image_size, cfg.frames, cfg.num_queries) == (32, 8, 8)
+    assert data.world_of(cfg) == data.STAGE
+    shape, other = trajtok.sized(configured("--world", "stage", "--frames", "4"), trajtok.SIZES["nano"])
+    assert (shape.image_size, shape.frames, data.world_of(other).frames) == (32, 4, 4)
+    _, full = trajtok.sized(configured(), trajtok.SIZES["nano"])
+    assert data.world_of(full) == data.World(64, 8, 4, False)
+    assert "--world moon" in refused(capsys, train_clip.main, *CLIP, "--world", "moon")
+    with pytest.raises(SystemExit):
+        train_clip.main(["--help"])
+    assert "peak learning rate" in capsys.readouterr().out
+
+
+def configured(*argv):
+    return data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+
+
+@pytest.mark.parametrize("name", ("vit3d", "vivit", "trajvit2"))
+def test_positions_have_the_scale_that_is_asked_for(name):
+    """Catches: --position-scale that a tokenizer does not read."""
+    sizes = []
+    for scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        flags = dict(position_scale=scale, places=name == "trajvit2")
+        model = clip_model(tokenizer=name, **flags)[0].video.tokenizer
+        if name == "trajvit2":
+            features = torch.zeros(1, 64, model.cfg.dim)
+            sizes.append(model.encoder.add_places(features, (1, 8, 8)).std())
+        else:
+            sizes.append(model.position.std())
+    nearly(sizes[1], 3 * sizes[0])
+
+
 @pytest.mark.parametrize("sees", (True, False))
 def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
     """Catches: a model that cannot see time scored above chance, clips and twins mixed up."""
     held_out = data.WorldBatches(data.STAGE, 8, indices=list(range(data.TEST, data.TEST + 16)))
-    ways = iter((0, 1))
+    ways, first = iter((0, 1)), {}
 
     def embed(model, batches, *_):
         captions = [text for i in range(len(batches)) for text in batches[i]["captions"]]
-        side = int(batches.world.reverse and sees)
-        motion = torch.arange(len(captions)) - 1                # the first has no class
-        return dict(captions=captions, motion=motion, vectors=torch.eye(2)[[side] * len(captions)])
+        motion = torch.arange(len(captions)) % 2 - 1            # every second one has no class
+        # wrong wherever it must not be counted: there a twin has the vector of its clip
+        changed = [a != b for a, b in zip(captions, first.setdefault("captions", captions))]
+        side = torch.tensor(changed) & (motion >= 0) & sees
+        return dict(captions=captions, motion=motion, vectors=torch.eye(2)[side.long()])
 
     def embed_texts(model, texts, *_):
         return torch.eye(2)[[next(ways)] * len(texts)]
@@ -3044,6 +3082,14 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     latents, norm = "video.tokenizer.segmenter.latents", "video.tokenizer.encoder.perceiver.norm_ctx.weight"
     assert not torch.equal(weights["free"][latents], start[latents])
     assert not torch.equal(weights["frozen"][norm], torch.ones(96))
+
+
+def test_clips_of_an_earlier_training_are_counted(clip_run, tmp_path):
+    """Catches: a comparison in which one row has seen more clips than the table says."""
+    run(train_clip.main, *CLIP, "--out", tmp_path, "--name", "a", "--init-segmenter", clip_run)
+    result, before = read_result(tmp_path / "clip-a"), json.loads((clip_run / "config.json").read_text())
+    assert result["clips_seen"] == 2 * 4
+    assert result["clips_before"] == before["steps"] * before["batch"]
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):

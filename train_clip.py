@@ -632,8 +632,8 @@ def recalls(similarity, prefix, right):
 
 def linear_probe(train, valid, test):
     """Each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from frozen features to
-    one-hot classes, fitted on train:  W = (X^T X + penalty I)^-1 X^T Y.  Of four penalties the one that is
-    best on valid is taken."""
+    one-hot classes, fitted on the n vectors X of train:  W = (X^T X + n penalty I)^-1 X^T Y.  Of four
+    penalties the one that is best on valid is taken."""
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
     # a column of ones for the bias
     sets = [(F.pad((x - mean) / deviation, (0, 1), value=1.0).double(), y) for x, y in (train, valid, test)]
@@ -942,7 +942,7 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
     seconds = sum(line["seconds"] for line in lines)
     seen = sum(line["clips"] for line in lines)
     if cfg.init_segmenter or cfg.init:
-        # its own training, too, of which `pretrain` keeps no count but its flags
+        # what the weights that this run started from had already seen
         before = trajtok.read_json(Path(cfg.init_segmenter or cfg.init) / "config.json")
         result["clips_before"] = before["steps"] * before["batch"]
     result |= dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,

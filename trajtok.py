@@ -571,6 +571,7 @@ def sized(cfg, shape):
     """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
     flags that were given, and the flags cfg, of which none is None any more."""
     names = ("image_size", "frames", "num_queries")
+    # the stage is small enough for minutes: its clips hold two things at most
     if cfg.data == "world" and cfg.world == "stage":
         shape = dataclasses.replace(shape, image_size=32, frames=8, num_queries=8)
     given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
