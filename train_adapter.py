@@ -529,7 +529,7 @@ class AdapterConfig:
     layers: int = 2                 # trajadapter: over the tokens; half as many encode trajectories
     heads: int = 4                  # attention heads of both (published: 16)
     # the pre-training
-    steps: int = 600                # of the VideoMAE; half as many of the segmenter
+    steps: int = 550                # of the VideoMAE; half as many of the segmenter
     lr: float = 2e-3                # peak learning rate of the VideoMAE
     warmup: int = 40                # steps of linear warm-up of the VideoMAE
     # of all
