@@ -4450,7 +4450,8 @@ def test_the_readme_names_what_exists():
 STEPS = ["--steps", 2, "--warmup", 1, "--batch", 4, "--overwrite"]
 SHORTER = {
     "train_clip.py": CLIP + ["--overwrite"],
-    "train_adapter.py": STEPS + ["--clips", 36, "--epochs", 1, "--rates", 1, "--image-size", 32, "--frames", 2],
+    "train_adapter.py": STEPS + [
+        "--clips", 36, "--epochs", 1, "--rates", 1, "--image-size", 32, "--frames", 2],
     "train_vlm.py": STEPS + ["--segmenter-steps", 2, "--clips", 4, "--eval-clips", 2, "--frames", 8],
     "trajtok.py pretrain": SMALL + ["--eval-clips", 4, "--overwrite", "--workers", 0],
     "data.py check": ["--workers", 0], "data.py label": ["--workers", 0, "--image-size", 48],
@@ -4465,7 +4466,8 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
         shutil.copy(script, tmp_path)                           # `compare` starts them in this folder
     blocks = re.findall(r"```(?:python|json)\n(.*?)```", README, re.S)
     Path("mine.py").write_text(blocks[-1])
-    for folder in ("videos", "actions/train/fall", "actions/val/fall", "actions/train/walk", "actions/val/walk"):
+    actions = [f"actions/{part}/{label}" for part in ("train", "val") for label in ("fall", "walk")]
+    for folder in ("videos", *actions):
         Path(folder).mkdir(parents=True)
         for name in ("cat", "dog"):
             numbered(f"{folder}/{name}.mp4", 20)
