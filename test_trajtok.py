@@ -1840,8 +1840,7 @@ def joint_gradients(cfg):
     tokens, seg = tokenizer(random_video(2, 2, 32, 32), 4)
     loss = tokens.z.square().mean() + sum(segmenter.segmentation_loss(seg, labels))
     loss.backward()
-    gradients = {name: p.grad for name, p in tokenizer.named_parameters()}
-    return gradients | {"loss": loss.detach()}
+    return dict(loss=loss.detach(), **{name: p.grad for name, p in tokenizer.named_parameters()})
 
 
 ABLATIONS = (dict(), dict(hard_mask=False), dict(hierarchical=False), dict(detach=False),
@@ -1850,14 +1849,16 @@ ABLATIONS = (dict(), dict(hard_mask=False), dict(hierarchical=False), dict(detac
 
 @pytest.mark.parametrize("change", ABLATIONS)
 def test_gradients_reach_every_parameter(change):
-    """Catches: a layer that is built and never used, or cut off from the loss by a detach or an argmax."""
+    """Catches: a layer that is built and never used, or cut off from the loss by a detach or an argmax; an
+    ablation that does nothing."""
     unread = r"$^"
     if "hierarchical" in change:                                # nobody reads the coarser maps
         unread = r"segmenter\.backbone\.((stages|downsample_layers)\.[123]|norm)"
-    for name, gradient in joint_gradients(tiny(**change)).items():
-        if not re.match(unread, name):
-            assert gradient is not None, name
-            assert gradient.any() and gradient.isfinite().all(), name
+    gradients = joint_gradients(tiny(**change))
+    read = [gradient for name, gradient in gradients.items() if not re.match(unread, name)]
+    assert all(gradient.any() and gradient.isfinite().all() for gradient in read)
+    if change != dict(detach=False):                            # which changes gradients alone
+        assert (gradients["loss"] != joint_gradients(TINY)["loss"]) == bool(change)
 
 
 def test_recompute_changes_nothing(monkeypatch):
@@ -1923,19 +1924,18 @@ def test_dice_and_focal_are_the_naive_loops():
     labels = torch.randint(-1, 3, (3, 20))
     labels[0, :4] = 3                                           # occurs in this clip alone
     labels[1] = -1                                              # no label at all
-    dice, focal = [], []
+    dice = focal = 0
     for soft, ids in zip(logits.softmax(-1), labels):
         regions, points = [], []
         for label in set(ids.tolist()) - {-1}:
-            mine = ids == label
-            p = soft[mine, label]
-            areas = soft[:, label].sum() + mine.sum()
+            p = soft[ids == label, label]
+            areas = soft[:, label].sum() + len(p)
             regions.append(1 - 2 * p.sum() / areas)
             points += list(-(1 - p) ** 2 * p.log())
-        dice.append(sum(regions) / max(len(regions), 1))
-        focal.append(sum(points) / max(len(points), 1))
-    for loss, clips in ((segmenter.dice_loss, dice), (segmenter.focal_loss, focal)):
-        mine, naive = loss(logits, labels), sum(clips) / 3
+        dice += sum(regions) / max(len(regions), 1) / 3
+        focal += sum(points) / max(len(points), 1) / 3
+    for mine, naive in ((segmenter.dice_loss, dice), (segmenter.focal_loss, focal)):
+        mine = mine(logits, labels)
         nearly(mine, naive)
         nearly(torch.autograd.grad(mine, logits), torch.autograd.grad(naive, logits, retain_graph=True))
 
@@ -1943,13 +1943,10 @@ def test_dice_and_focal_are_the_naive_loops():
 def test_labels_on_grid_is_the_naive_look_up():
     """Catches: rows and columns swapped, the corner of a cell instead of its middle."""
     labels = torch.randint(-1, 7, (2, 3, 13, 9))
-    naive = torch.zeros(2, 3, 3, 2).long()
+    found = segmenter.labels_on_grid(labels, (3, 3, 2), 7).view(2, 3, 3, 2)
     for i, j in itertools.product(range(3), range(2)):
-        row = int((i + 0.5) * 13 / 3)
-        column = int((j + 0.5) * 9 / 2)
-        naive[:, :, i, j] = labels[:, :, row, column]
-    found = segmenter.labels_on_grid(labels, (3, 3, 2), 7)
-    assert torch.equal(found, naive.flatten(1))
+        middle = labels[:, :, int((i + 0.5) * 13 / 3), int((j + 0.5) * 9 / 2)]
+        assert torch.equal(found[:, :, i, j], middle)
 
 
 def test_too_many_labels_lose_the_smallest():
@@ -1957,24 +1954,21 @@ def test_too_many_labels_lose_the_smallest():
     areas = torch.tensor([9, 2, 1, 7, 8])                       # of the labels 0, 1, 2, 3, 4
     names = torch.tensor([0, -1, -1, 2, 1])                     # by size
     labels = torch.arange(5).repeat_interleave(areas)
-    nothing = torch.full_like(labels, -1)
-    clips = torch.stack((labels, nothing)).view(2, 1, 3, 9)
+    clips = torch.stack((labels, torch.full_like(labels, -1))).view(2, 1, 3, 9)
     found = segmenter.labels_on_grid(clips, (1, 3, 9), 3)
-    assert torch.equal(found, torch.stack((names[labels], nothing)))
+    assert torch.equal(found[0], names[labels])
+    assert (found[1] == -1).all()
 
 
 def test_segmentation_loss_does_not_care_about_names():
     """Catches: a loss that depends on an object's id in the labels, or on the order of the queries."""
-
-    def loss(logits, labels):
-        seg = segmentation(logits, (2, 4, 4))
-        return torch.stack(segmenter.segmentation_loss(seg, labels))
-
     labels, logits = torch.randint(5, (3, 2, 4, 4)), torch.randn(3, 32, 6)
     queries, names = torch.randperm(6), torch.randperm(6)
-    nearly(loss(logits[..., queries], names[labels]), loss(logits, labels))
-    perfect = 15.0 * F.one_hot(names[labels], 6).flatten(1, 3)
-    assert loss(perfect, labels).max() < 1e-3
+    other = segmentation(logits[..., queries], (2, 4, 4))
+    expected = segmenter.segmentation_loss(segmentation(logits, (2, 4, 4)), labels)
+    nearly(segmenter.segmentation_loss(other, names[labels]), expected)
+    perfect = segmentation(15.0 * F.one_hot(names[labels], 6).flatten(1, 3), (2, 4, 4))
+    assert sum(segmenter.segmentation_loss(perfect, labels)) < 1e-3
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2032,14 +2026,13 @@ def test_trajectory_attention_is_the_dense_formula(m, own, spread):
     NaN without points, a gradient that is not the formula's, clips that leak into each other."""
     inputs = attention_inputs(m, own, spread)
     leaves = [x for x in inputs if x.requires_grad]
-    fast = encoder.trajectory_attention(*inputs)
-    dense = encoder.dense_trajectory_attention(*inputs)
-    nearly(fast, dense, 1e-4 * spread)
-    weights = torch.randn(fast.shape)
-    mine = torch.autograd.grad(fast, leaves, weights)
-    theirs = torch.autograd.grad(dense, leaves, weights)
-    nearly(mine, theirs, 2e-4 * spread)
-    assert all(x.any() for x in mine)
+    weights = torch.randn(3, 5, m, 2, 4)
+    results = []
+    for attention in (encoder.trajectory_attention, encoder.dense_trajectory_attention):
+        y = attention(*inputs)
+        results.append((y, *torch.autograd.grad(y, leaves, weights)))
+    nearly(*results, 2e-4 * spread)
+    assert all(x.any() for x in results[0])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2071,13 +2064,6 @@ def test_tokens_see_what_the_mask_lets_them_see(hard_mask, m):
     expected = owners == 3 if hard_mask else torch.ones_like(changed)
     assert torch.equal(changed[0], expected[0])
     assert not changed[1].any()
-
-
-def test_a_token_may_start_without_its_mean():
-    """Catches: an ablation that does nothing (the mean itself is compared with the release's, below)."""
-    net = encoder.TrajectoryEncoder(tiny(mean_start=False))
-    start = net.start(torch.randn(2, 6, 32), torch.ones(2, 6, 1), None, 4)
-    assert torch.equal(start[1], net.latents.flatten(0, 1))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2661,22 +2647,21 @@ def test_the_table_of_claims_is_made_from_its_json():
 # -----------------------------------------------------------------------------------------------------------
 
 def clip_model(**changes):
-    """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
+    """The smallest video CLIP and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
     small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1,
                  text_width=32, embed=64, patch=8)
     cfg = train_clip.ClipConfig(**small | changes)
-    encoding = data.load_encoding("world")
-    model = train_clip.build(cfg, encoding, torch.device("cpu"))
+    model = train_clip.build(cfg, data.load_encoding("world"), torch.device("cpu"))
     made = data.WorldBatches(data.World(cfg.image_size, cfg.frames), 8)[0]
-    return model, cfg, train_clip.prepare(made, 0, encoding, cfg, "cpu")
+    return model, train_clip.prepare(model, made, 0)
 
 
 @pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
 def test_tokens_that_are_not_real_are_not_read(name):
     """Catches: a real token that is lost, a dead one that is read, packed clips that see each other. Oracle:
     the transformer on the real tokens of each clip alone."""
-    model, _, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
+    model, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
     net = model.video
     z, mask, _ = net.tokenizer(batch.video, 2, batch.labels)
     assert 0 < mask.sum() < mask.numel()
@@ -2693,7 +2678,7 @@ def test_tokens_that_are_not_real_are_not_read(name):
 
 def test_captions_are_read_whole_and_without_their_padding():
     """Catches: a vector that depends on how its caption was padded; words that are not read."""
-    model, _, (_, _, ids, mask) = clip_model()
+    model, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     other_padding = torch.where(mask, ids, 7)
     nearly(model.embed_text(other_padding[:, :40], mask[:, :40]), vectors)
@@ -2706,12 +2691,12 @@ def test_captions_are_read_whole_and_without_their_padding():
 def test_every_tokenizer_learns_a_batch_by_heart(name):
     """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; an
     untrained loss that is no even guess; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, width=64, layers=2)
+    model, batch = clip_model(tokenizer=name, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(55):
         optimizer.zero_grad()
-        losses.append(train_clip.whole_step(model, batch, 1, cfg))
+        losses.append(train_clip.whole_step(model, batch, 1))
         optimizer.step()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert losses[-1]["contrastive"] < 0.35 * math.log(8)
@@ -2729,7 +2714,7 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 
 def test_patches_are_a_convolution():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
-    model, _, batch = clip_model(tokenizer="vit3d", frames=6)
+    model, batch = clip_model(tokenizer="vit3d", frames=6)
     net, odd = model.video.tokenizer, batch.video[:, :5]
     even = torch.cat((odd, odd[:, -1:]), 1)
     x = segmenter.normalise(even).transpose(1, 2)               # (8, channel, 6, 32, 32)
@@ -2740,7 +2725,7 @@ def test_patches_are_a_convolution():
 
 def test_vivit_is_the_naive_factorised_encoder():
     """Catches: time steps that see each other's patches, a temporal encoder without order, a lost CLS."""
-    model, _, batch = clip_model(tokenizer="vivit", frames=6)
+    model, batch = clip_model(tokenizer="vivit", frames=6)
     net, tokenizer = model.video, model.video.tokenizer
     z, _, _ = tokenizer(batch.video[:1])
     read = [net.cls[:, 0]]
@@ -2752,7 +2737,7 @@ def test_vivit_is_the_naive_factorised_encoder():
 
 def test_tokenlearner_is_the_naive_weighted_sum():
     """Catches: weights over the wrong axis, time steps that are mixed, a reduction at another depth."""
-    model, _, batch = clip_model(tokenizer="tokenlearner", frames=6, layers=3, learned_tokens=3)
+    model, batch = clip_model(tokenizer="tokenlearner", frames=6, layers=3, learned_tokens=3)
     net, tokenizer = model.video, model.video.tokenizer
     layers = net.transformer.layers
     z, _, _ = tokenizer(batch.video[:1])
@@ -2766,7 +2751,7 @@ def test_tokenlearner_is_the_naive_weighted_sum():
 
 def test_rlt_keeps_what_changes():
     """Catches: a comparison of the wrong frames, a mean over the wrong pixels, a first step dropped."""
-    model, _, batch = clip_model(tokenizer="rlt", frames=8)
+    model, batch = clip_model(tokenizer="rlt", frames=8)
     x = segmenter.normalise(batch.video)
     _, kept, _ = model.video.tokenizer(batch.video)
     difference = x[:, [3, 5, 7]] - x[:, [0, 2, 4]]              # (8, 3, channel, 32, 32)
@@ -2776,30 +2761,29 @@ def test_rlt_keeps_what_changes():
     assert torch.equal(kept[:, 16:], naive.flatten(1))
 
 
-def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points counted to another trajectory, frame or clip; unlabelled points that are read."""
-    model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
+def test_trajvit_is_the_naive_mean_of_each_mask():
+    """Catches: points counted to another trajectory, frame or clip; unlabelled points that are read; frames
+    without the trajectory that are; x, y and time in another order."""
+    model, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
     net, video, labels = model.video.tokenizer, batch.video[:2], batch.labels[:2]
-    labels[0, :, :16] = -1
+    labels[0, :2, :16] = -1
+    z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(segmenter.normalise(video))
-    points = segmenter.labels_on_grid(labels, grid, 12)
-    z, mask, _ = net(video, 1, labels)
-    assert torch.equal(mask, segmenter.one_hot(points, 12).any(1))
-    # a token is a function of its own points: the others may have any features, and no label
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
+    assert torch.equal(mask, segmenter.one_hot(points, 12).flatten(1, 3).any(1))
     for b, k in mask.nonzero().tolist():
-        own = points == k
-        net.extract = mock.Mock(return_value=(f * own[..., None], grid))
-        alone, _, _ = net(video, 1, torch.where(labels == k, 0, -1))
-        nearly(alone[b, 0], z[b, k], 1e-3)
-    # points that change frames leave the mean over the clip, and change what is read frame by frame
-    moved = rearrange(f, "b (t s) d -> b (s t) d", t=4)
-    net.extract = mock.Mock(side_effect=[(f, grid), (moved, grid)])
-    one, two = (net(video, 1, torch.zeros_like(labels))[0] for _ in range(2))
-    assert (one - two)[:, 0].abs().max() > 1e-3
-    # of points with the same features, the place alone differs
-    net.extract = mock.Mock(return_value=(torch.ones_like(f), grid))
-    z, mask, _ = net(video, 1, labels)
-    assert torch.pdist(z[mask]).min() > 1e-3
+        looks, places = [], []
+        for time in range(4):
+            y, x = (points[b, time] == k).nonzero(as_tuple=True)
+            if len(x):
+                looks.append(f.unflatten(1, grid)[b, time, y, x].mean(0))
+                places.append([x.float().mean() + 0.5, y.float().mean() + 0.5, time + 0.5])
+        centres = torch.tensor(places) / torch.tensor([8, 8, 4])
+        angles = centres[..., None] * math.pi * 2 ** torch.linspace(0, 6, 16)
+        place = net.where(segmenter.waves(angles.flatten(1)))
+        seen = torch.ones(1, len(looks)) > 0
+        token = net.out(net.appearance(torch.stack(looks)[None], seen) + net.place(place[None], seen))
+        nearly(z[b, k], token[0], 1e-3)
 
 
 @pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
@@ -2819,24 +2803,24 @@ def test_ablation_flags_reach_the_tokenizer(flag):
 # train_clip.py: one step
 # -----------------------------------------------------------------------------------------------------------
 
-def by_the_book(model, batch, m, cfg):
+def by_the_book(model, batch, m):
     """One forward pass, the loss as the paper writes it, one backward pass."""
     video, _, _, seg = model.embed_video(batch.video, m)
     logits = video @ model.embed_text(batch.ids, batch.mask).T / model.temperature
     right = torch.cat((logits.log_softmax(0).diag(), logits.log_softmax(1).diag()))
     contrastive = -right.mean()
     focal, dice = segmenter.segmentation_loss(seg, batch.labels)
-    loss = contrastive + cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
-    loss.backward()
+    segmentation = 0.5 * focal + model.cfg.dice_weight * dice
+    (contrastive + model.cfg.segmentation_weight * segmentation).backward()
     return dict(contrastive=contrastive.item(), focal=focal.item(), dice=dice.item())
 
 
-def one_step(take_step, clips=slice(None), **changes):
-    """Terms of the loss, and all gradients of a step on (some of) eight clips, labelled unevenly."""
-    model, cfg, batch = clip_model(segmentation_weight=3.0, **changes)
+def one_step(take_step, **changes):
+    """Terms of the loss, and all gradients of a step on eight clips, labelled unevenly."""
+    model, batch = clip_model(segmentation_weight=3.0, **changes)
     batch.labels[1] = -1
     batch.labels[2, :, :10] = -1
-    terms = take_step(model, train_clip.Batch(*(x[clips] for x in batch)), 2, cfg)
+    terms = take_step(model, batch, 2)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return [terms[name] for name in ("contrastive", "focal", "dice")], gradients
 
@@ -2849,27 +2833,6 @@ def test_micro_batches_are_the_whole_batch(micro_batch, dice_weight):
     mine = one_step(take_step, micro_batch=micro_batch, dice_weight=dice_weight)
     expected = one_step(by_the_book, dice_weight=dice_weight)
     nearly(mine, expected)
-
-
-@pytest.mark.parametrize("micro_batch", (0, 2))
-def test_two_processes_take_one_step(tmp_path, micro_batch):
-    """Catches: negatives of the own process only; a gradient of the gathered vectors, or of the temperature,
-    that is counted twice or not at all."""
-    step = train_clip.micro_batch_step if micro_batch else train_clip.whole_step
-
-    def work(rank):
-        trajtok.setup(train_clip.ClipConfig(device="cpu"))
-        clips = slice(4 * rank, 4 * rank + 4)
-        terms, gradients = one_step(step, clips, micro_batch=micro_batch)
-        for gradient in gradients.values():
-            torch.distributed.all_reduce(gradient)
-        gradients["temperature"] /= 2                           # each process had the whole of it
-        torch.save((trajtok.all_reduce(terms, "cpu"), gradients), tmp_path / f"{rank}.pt")
-
-    in_ranks(2, work)
-    expected = one_step(by_the_book)
-    for rank in (0, 1):
-        nearly(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2918,21 +2881,19 @@ def test_flops_of_every_tokenizer(capsys):
 def test_the_stage_has_a_setting_of_its_own(capsys):
     """Catches: --world that is not read, a stage of another size or number of queries, flags of a base class
     without help."""
-    _, cfg = trajtok.sized(configured("--world", "stage"), trajtok.SIZES["nano"])
-    assert (cfg.image_size, cfg.frames, cfg.num_queries) == (32, 8, 8)
-    assert data.world_of(cfg) == data.STAGE
-    shape, other = trajtok.sized(configured("--world", "stage", "--frames", "4"), trajtok.SIZES["nano"])
-    assert (shape.image_size, shape.frames, data.world_of(other).frames) == (32, 4, 4)
-    _, full = trajtok.sized(configured(), trajtok.SIZES["nano"])
-    assert data.world_of(full) == data.World(64, 8, 4, False)
+    def sized(*argv):
+        cfg = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+        return trajtok.sized(cfg, trajtok.SIZES["nano"])[1]
+
+    stage = sized("--world", "stage")
+    assert (stage.image_size, stage.frames, stage.num_queries) == (32, 8, 8)
+    assert data.world_of(stage) == data.STAGE
+    assert data.world_of(sized("--world", "stage", "--frames", "4")).frames == 4
+    assert data.world_of(sized()) == data.World(64, 8, 4, False)
     assert "--world moon" in refused(capsys, train_clip.main, *CLIP, "--world", "moon")
     with pytest.raises(SystemExit):
         train_clip.main(["--help"])
     assert "peak learning rate" in capsys.readouterr().out
-
-
-def configured(*argv):
-    return data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
 
 
 @pytest.mark.parametrize("name", ("vit3d", "vivit", "trajvit2"))
@@ -2940,37 +2901,35 @@ def test_positions_have_the_scale_that_is_asked_for(name):
     """Catches: --position-scale that a tokenizer does not read."""
     sizes = []
     for scale in (1.0, 3.0):
-        torch.manual_seed(0)
-        flags = dict(position_scale=scale, places=name == "trajvit2")
-        model = clip_model(tokenizer=name, **flags)[0].video.tokenizer
+        model, _ = clip_model(tokenizer=name, position_scale=scale, places=name == "trajvit2")
+        net = model.video.tokenizer
         if name == "trajvit2":
-            features = torch.zeros(1, 64, model.cfg.dim)
-            sizes.append(model.encoder.add_places(features, (1, 8, 8)).std())
+            sizes.append(net.encoder.add_places(torch.zeros(1, 64, net.cfg.dim), (1, 8, 8)))
         else:
-            sizes.append(model.position.std())
+            sizes.append(net.position)
     nearly(sizes[1], 3 * sizes[0])
 
 
 @pytest.mark.parametrize("sees", (True, False))
 def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
     """Catches: a model that cannot see time scored above chance, clips and twins mixed up."""
-    held_out = data.WorldBatches(data.STAGE, 8, indices=list(range(data.TEST, data.TEST + 16)))
-    ways, first = iter((0, 1)), {}
+    held_out = data.WorldBatches(data.STAGE, 16, indices=list(range(data.TEST, data.TEST + 16)))
+    captions = held_out[0]["captions"]
+    back, forth = torch.eye(2)
 
-    def embed(model, batches, *_):
-        captions = [text for i in range(len(batches)) for text in batches[i]["captions"]]
-        motion = torch.arange(len(captions)) % 2 - 1            # every second one has no class
+    def twins(model, batches, damage):
+        texts = batches[0]["captions"]
+        motion = torch.arange(16) % 2 - 1                       # every second one has no class
         # wrong wherever it must not be counted: there a twin has the vector of its clip
-        changed = [a != b for a, b in zip(captions, first.setdefault("captions", captions))]
-        side = torch.tensor(changed) & (motion >= 0) & sees
-        return dict(captions=captions, motion=motion, vectors=torch.eye(2)[side.long()])
+        known = torch.tensor([a != b for a, b in zip(texts, captions)]) & (motion >= 0)
+        return dict(captions=texts, motion=motion, vectors=torch.where(known[:, None] & sees, back, forth))
 
-    def embed_texts(model, texts, *_):
-        return torch.eye(2)[[next(ways)] * len(texts)]
-
-    monkeypatch.setattr(train_clip, "embed", embed)
-    monkeypatch.setattr(train_clip, "embed_texts", embed_texts)
-    assert train_clip.reversal(None, held_out, train_clip.ClipConfig(), None, None) == float(sees)
+    vectors = iter((forth, back))
+    monkeypatch.setattr(train_clip, "embed", twins)
+    monkeypatch.setattr(train_clip, "embed_texts", lambda *_: next(vectors).expand(16, 2))
+    clips = dict(captions=captions, vectors=forth.expand(16, 2))
+    model = mock.Mock(cfg=train_clip.ClipConfig())
+    assert train_clip.reversal(model, clips, held_out) == float(sees)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3024,7 +2983,7 @@ class Masks(train_clip.ViT3D):
         return x, None, seg._replace(alive=F.one_hot(seg.ids, 6).any(1))
 
 
-@pytest.mark.parametrize("name", (*train_clip.OTHERS, f"{__file__}:Masks"))
+@pytest.mark.parametrize("name", ("trajvit", "vit3d", "vivit", "tokenlearner", "rlt", f"{__file__}:Masks"))
 def test_other_tokenizers_run(tmp_path, name):
     """Catches: a tokenizer of the comparison that ends in an error; scores of masks where there are none; a
     fork that needs more than a class in a file, or whose own masks get no loss."""
@@ -3042,8 +3001,8 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     rows = [dict(video=str(media / "text.mp4"), caption="zebra " * 60, split="train")]
     for i in range(6):
         texts = [f"grey number {i}", f"a zebra counts to {i}"]
-        row = dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}")
-        rows.append(row | dict(split="val" if i < 2 else "train"))
+        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}",
+                         split="val" if i < 2 else "train"))
     path, folder = manifest(tmp_path / "m.json", rows), tmp_path / "clip-a"
     argv = [*CLIP, "--data", path, "--save-every", 1, "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
@@ -3064,16 +3023,18 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     assert [line["step"] for line in log(folder)] == list(range(5))
 
 
-def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
+def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path):
     """Catches: --init-segmenter that starts from new weights after all; --freeze-segmenter that lets them
-    move, or freezes an encoder of random weights; --init that loads a part of a run."""
-    argv = [*CLIP, "--out", tmp_path, "--warmup", 0, "--seed", 1]
-    started = ["--init-segmenter", clip_run]
+    move, or freezes an encoder of random weights; --init that loads a part of a run; a comparison in which
+    one row has seen more clips than the table says."""
+    started, weights = ["--init-segmenter", clip_run], {}
     runs = dict(frozen=[*started, "--freeze-segmenter"], free=started, same=["--init", clip_run, "--lr", 0])
-    start, weights = load_file(clip_run / "model.safetensors"), {}
     for name, flags in runs.items():
-        run(train_clip.main, *argv, *flags, "--name", name)
+        run(train_clip.main, *CLIP, *flags, "--out", tmp_path, "--warmup", 0, "--seed", 1, "--name", name)
         weights[name] = load_file(tmp_path / f"clip-{name}" / "model.safetensors")
+        result = read_result(tmp_path / f"clip-{name}")
+        assert result["clips_seen"] == result["clips_before"] == 8
+    start = load_file(clip_run / "model.safetensors")
     nearly(weights["same"], start, 0)
     for name, value in start.items():
         if name.startswith("video.tokenizer.segmenter."):
@@ -3082,14 +3043,6 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     latents, norm = "video.tokenizer.segmenter.latents", "video.tokenizer.encoder.perceiver.norm_ctx.weight"
     assert not torch.equal(weights["free"][latents], start[latents])
     assert not torch.equal(weights["frozen"][norm], torch.ones(96))
-
-
-def test_clips_of_an_earlier_training_are_counted(clip_run, tmp_path):
-    """Catches: a comparison in which one row has seen more clips than the table says."""
-    run(train_clip.main, *CLIP, "--out", tmp_path, "--name", "a", "--init-segmenter", clip_run)
-    result, before = read_result(tmp_path / "clip-a"), json.loads((clip_run / "config.json").read_text())
-    assert result["clips_seen"] == 2 * 4
-    assert result["clips_before"] == before["steps"] * before["batch"]
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
@@ -3120,12 +3073,14 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert [line["step"] for line in log(b)] == list(range(16))
 
 
-def test_two_processes_are_one_run(tmp_path, unscored):
-    """Catches: a plain command that does not start several processes; processes that see the same clips; runs
-    that drift apart from one process with the whole batch."""
+@pytest.mark.parametrize("micro_batch", (0, 2))
+def test_two_processes_are_one_run(tmp_path, unscored, micro_batch):
+    """Catches: a plain command that does not start several processes; processes that see the same clips;
+    negatives of the own process only; gradients that are counted twice or not at all."""
     argv = [*CLIP, "--steps", 4, "--warmup", 0, "--device", "cpu", "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "one", "--batch", 8)
     command = [sys.executable, HERE / "train_clip.py", *argv, "two", "--processes", 2]
+    command += ["--micro-batch", micro_batch]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, timeout=300)
     for one, two in zip(log(tmp_path / "clip-one"), log(tmp_path / "clip-two"), strict=True):
         for key in ("contrastive", "focal", "dice", "tokens", "gradient_norm", "temperature", "clips"):

@@ -127,17 +127,20 @@ CLIP_SIZES = {
 # The transformer
 # -----------------------------------------------------------------------------------------------------------
 
+def mlp(width, hidden, out):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer: self-attention among the real positions, then a GELU MLP of width 4w."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = mlp(width, 4 * width, width)
 
     def forward(self, x, mask=None, lengths=None):
         """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed, without padding:
@@ -295,7 +298,7 @@ class TokenLearner(ViT3D):
         super().__init__(cfg)
         self.at = 2 * cfg.layers // 3
         self.norm = nn.LayerNorm(cfg.width)
-        self.score = nn.Sequential(nn.Linear(cfg.width, 64), nn.GELU(), nn.Linear(64, cfg.learned_tokens))
+        self.score = mlp(cfg.width, 64, cfg.learned_tokens)
 
     def through(self, transformer, x):
         cls, x = self.by_time_step(transformer(x, end=self.at))
@@ -489,8 +492,7 @@ class VideoCLIP(nn.Module):
 
     def __init__(self, cfg, encoding):
         super().__init__()
-        self.cfg = cfg
-        self.encoding = encoding
+        self.cfg, self.encoding = cfg, encoding
         self.video = VideoEncoder(tokenizer_class(cfg.tokenizer)(cfg), cfg)
         self.text = TextEncoder(encoding.n_vocab, cfg)
         self.video_proj = nn.Linear(cfg.width, cfg.embed, bias=False)
@@ -889,10 +891,9 @@ def prepare(model, batch, number):
     cfg, device = model.cfg, model.temperature.device
     batch = data.finish(batch, device)
     video, labels = batch["video"], batch["labels"]
-    if cfg.augment:
-        # captions of made clips, which the key "motion" marks, tell left from right: no flip
-        seed = number + cfg.seed * 10 ** 6
-        video, labels = data.augment(video, labels, seed, flip="motion" not in batch)
+    # made clips are never the same twice and need no augmentation; the key "motion" marks them
+    if cfg.augment and "motion" not in batch:
+        video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6)
     if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
         raise BadInput("--tokenizer trajvit: is given its trajectories, but no clip of this batch has masks")
     ids, mask = data.tokenize(model.encoding, batch["caption"], cfg.text_length)
@@ -970,20 +971,16 @@ def score_run(model, held_out, folder, log, damage):
 def report(result, folder):
     """Print what the run scored, with chance beside it, and which command to try next."""
     n = result["clips"]
-    scores = (
-        ("caption finds its clip: R@1", "t2v_r1", 1 / n),
-        ("R@5", "t2v_r5", 5 / n),
-        ("clip finds its caption: R@1", "v2t_r1", 1 / n),
-        ("R@5", "v2t_r5", 5 / n),
-        ("zero-shot classes", "zero_shot", None),
-        ("linear probe: shape", "appearance", 1 / len(data.SHAPES)),
-        ("linear probe: motion", "motion", 1 / len(data.MOTIONS)),
-        ("which way time runs", "reversal", 1 / 2),
-        ("trajectories: best IoU of objects", "object_iou", None),
-        ("trajectories: VEQ", "veq", None),
-        ("trajectories: STQ", "stq", None))
     lines = [[f"{n} held-out clips", "score", "chance"]]
-    for name, key, chance in scores:
+    for name, key, chance in (
+            ("caption finds its clip: R@1", "t2v_r1", 1 / n), ("R@5", "t2v_r5", 5 / n),
+            ("clip finds its caption: R@1", "v2t_r1", 1 / n), ("R@5", "v2t_r5", 5 / n),
+            ("zero-shot classes", "zero_shot", None),
+            ("linear probe: shape", "appearance", 1 / len(data.SHAPES)),
+            ("linear probe: motion", "motion", 1 / len(data.MOTIONS)),
+            ("which way time runs", "reversal", 1 / 2),
+            ("trajectories: best IoU of objects", "object_iou", None),
+            ("trajectories: VEQ", "veq", None), ("trajectories: STQ", "stq", None)):
         if result.get(key) is not None:                         # None: the data or the tokenizer has none
             beside = f"{min(100 * chance, 100):.1f} %" if chance else ""
             lines.append([name, f"{100 * result[key]:.1f} %", beside])
