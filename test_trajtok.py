@@ -1784,7 +1784,7 @@ def test_normalise():
     """Catches: channels or frames in the wrong place, a mean that is taken off twice."""
     video = random_video(2, 3, 4, 5)
     naive = (video / 255 - torch.tensor(segmenter.MEAN)) / torch.tensor(segmenter.STD)
-    nearly(segmenter.normalise(video), naive.permute(0, 1, 4, 2, 3))
+    nearly(segmenter.normalise(video), naive.movedim(-1, 2))
 
 
 class Pyramid(nn.Conv2d):
@@ -2863,8 +2863,7 @@ def test_linear_probe():
     x = (4 * torch.randn(4, 12)[y] + noise) * torch.logspace(-3, 3, 12)
     x[:, 5] = 1.0                                               # never changes
     for features, least, most in ((x, 0.97, 1), (noise, 0.1, 0.4)):
-        parts = list(zip(features.split(200), y.split(200)))
-        assert least <= train_clip.linear_probe(*parts) <= most
+        assert least <= train_clip.linear_probe(*zip(features.split(200), y.split(200))) <= most
 
 
 def test_flops_of_every_tokenizer(capsys):
@@ -2873,9 +2872,7 @@ def test_flops_of_every_tokenizer(capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: list(map(float, line.split()[1:])) for line in lines}
     assert list(table) == list(train_clip.TOKENIZERS)
-    for name, row in table.items():
-        assert row == sorted(set(row)), name
-        assert len(row) == 5
+    assert all(row == sorted(set(row)) and len(row) == 5 for row in table.values())
 
 
 def test_the_stage_has_a_setting_of_its_own(capsys):
@@ -3119,8 +3116,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
         assert train.call_count == count
     written = json.loads(path.read_text())
     assert {"command", "hardware", "rows"} <= set(written)
-    for row in written["rows"]:
-        assert [result["seed"] for result in row["results"]] == [0, 1]
+    assert [[result["seed"] for result in row["results"]] for row in written["rows"]] == [[0, 1]] * 2
     config = read_config(tmp_path / "clip-detach-1")
     assert (config["detach"], config["seed"]) == (False, 1)
     for other in (["base: --no-path", *argv], [*rows, *argv, "--script", "train_vlm.py"]):
