@@ -82,24 +82,11 @@ DECODERS = {
 }
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16
-    would round the squares."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
 def rotate_halves(x, cos, sin):
     """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c);
     cos, sin (s, c/2), float32."""
-    one, two = x.float().chunk(2, -1)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
+    u, v = x.float().chunk(2, -1)
+    return torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
 
 
 class Attention(nn.Module):
@@ -109,32 +96,42 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        width = cfg.hidden_size
+        inner = cfg.num_attention_heads * cfg.head_dim
+        shared = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, shared, bias=False)
+        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, memory=None):
         """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions; those of one row
         serve all rows of x."""
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(linear(x), "b s (a c) -> b a s c", c=self.head_dim) for linear in maps)
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
+        mask = None
+        if memory:
+            k = torch.cat((memory["k"].expand(len(x), -1, -1, -1), k), 2)
+            v = torch.cat((memory["v"].expand(len(x), -1, -1, -1), v), 2)
+            mask = causal_mask(x.shape[1], k)
         if memory is not None:
-            if memory:
-                earlier = (memory[name].expand(len(x), -1, -1, -1) for name in ("k", "v"))
-                k, v = (torch.cat(pair, 2) for pair in zip(earlier, (k, v)))
             memory.update(q=q, k=k, v=v)
-        s, total = q.shape[2], k.shape[2]
-        # the queries are the last s of `total` positions; True = may be read:
-        # nothing later than the query
-        mask = None if s == total else torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
         # softmax over the keys
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
+
+    def heads(self, x):
+        return rearrange(x, "b s (a c) -> b a s c", c=self.head_dim)
+
+
+def causal_mask(s, k):
+    """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read,
+    which is nothing after the query."""
+    n = k.shape[2]
+    return torch.ones(s, n, dtype=torch.bool, device=k.device).tril(n - s)
 
 
 class SwiGLU(nn.Module):
@@ -157,9 +154,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x, cos, sin, memory=None):
@@ -184,7 +181,7 @@ class Decoder(nn.Module):
         self.cfg, self.recompute = cfg, False
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None
         if not cfg.tie_word_embeddings:
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -192,14 +189,17 @@ class Decoder(nn.Module):
             if p.dim() > 1:
                 # 1 / sqrt(fan in), the ends of branches smaller with depth. The
                 # table likewise: tied logits start near 1.
-                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.num_hidden_layers if ends else 1)) ** -0.5)
+                fan_in = p.shape[1]
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    fan_in *= 2 * cfg.num_hidden_layers
+                nn.init.normal_(p, std=fan_in ** -0.5)
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
-        cos, sin = self.rotary(x.shape[1], cache, x.device)
-        for i, layer in enumerate(self.layers):
-            x = recomputed(self.recompute, layer, x, cos, sin, None if cache is None else cache[i])
+        memories = cache or [None] * len(self.layers)
+        cos, sin = self.rotary(x.shape[1], memories[0], x.device)
+        for layer, memory in zip(self.layers, memories):
+            x = recomputed(self.recompute, layer, x, cos, sin, memory)
         x = self.norm(x)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
@@ -210,10 +210,10 @@ class Decoder(nn.Module):
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
-    def rotary(self, length, cache, device):
+    def rotary(self, length, memory, device):
         """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16
         holds no whole number above 256."""
-        first = cache[0]["k"].shape[2] if cache and cache[0] else 0
+        first = memory["k"].shape[2] if memory else 0
         positions = first + torch.arange(length, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
         angle = positions[:, None] * self.cfg.rope_theta ** -channel
@@ -237,8 +237,9 @@ def load_published(cls, config_cls, names, folder, *kinds):
     """A folder from the hub, whose model_type is one of kinds -> the model.
     names: renaming rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
-    if config.get("model_type") not in kinds:
-        raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise BadInput(f"{folder}: model_type {kind!r} is not one of {', '.join(kinds)}")
     # what we need stands at the top, or in one of these parts; the last two are
     # the older and the newer way to write the same
     for part in ("vision_config", "rope_scaling", "rope_parameters"):
@@ -280,8 +281,10 @@ def load_tokenizer(name="world"):
     # a time stamp is one token: the digits of a window's stamp would outnumber
     # its visual tokens
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
-    texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
+    texts = ["user\nassistant\n" + DESCRIBE]
+    texts += [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
+    # a thousand times: the list keeps the most frequent words
+    texts *= 1000
     for i in range(1000):
         clip = data.script(i, story_world(32))
         texts.append(clip["caption"])
@@ -315,9 +318,11 @@ def chat(encoding, turns, windows=()):
     # learnt begins
     for turn in turns:
         add([special(TURN), *encode("user\n")])
-        for mark, numbers in windows if turn is turns[0] else ():
+        for mark, numbers in windows:
             add(encode(mark))
             row.extend((special(VIDEO), number, False) for number in numbers)
+        # the video is shown once
+        windows = ()
         add([*encode(turn["question"]), special(TURN_END), *encode("\n")])
         add([special(TURN), *encode("assistant\n")])
         if turn["answer"] is not None:
@@ -333,21 +338,20 @@ def lay_out(conversations, encoding, context, device="cpu"):
     length = max(len(row) for row in conversations)
     if length > context:
         raise BadInput(f"a conversation of {length} tokens, and a context of {context}: give less --frames")
-    table = torch.tensor((encoding.encode_single_token(END), -1, 0)).repeat(len(conversations), length, 1)
-    for own, row in zip(table, conversations):
-        own[:len(row)] = torch.tensor(row)
-    ids, visual, spoken = table.to(device).unbind(-1)
+    padding = (encoding.encode_single_token(END), -1, False)
+    rows = [row + [padding] * (length - len(row)) for row in conversations]
+    ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
     # position i predicts token i + 1
     targets = torch.where(spoken == 1, ids, -1).roll(-1, 1)
     return ids, visual, targets
 
 
 @torch.no_grad()
-def generate(decoder, x, cache, stop, known=None, most=64):
+def generate(decoder, x, stop, known=None, most=64):
     """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer,
     each the most likely one; it ends before a token of `stop`. known: ids below
-    it alone (published tables have more rows than there are tokens).
-    cache: an empty one, which fills."""
+    it alone (published tables have more rows than there are tokens)."""
+    cache = decoder.empty_cache()
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
@@ -383,23 +387,26 @@ class VisionLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads, w = cfg.num_attention_heads, cfg.hidden_size
-        self.layer_norm1 = nn.LayerNorm(w, cfg.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(w, cfg.layer_norm_eps)
+        width, inner = cfg.hidden_size, cfg.intermediate_size
+        self.heads = cfg.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(width, cfg.layer_norm_eps)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(w, w) for name in names})
-        inner = cfg.intermediate_size
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, inner), fc2=nn.Linear(inner, w)))
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.layer_norm2 = nn.LayerNorm(width, cfg.layer_norm_eps)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width)))
 
-    def forward(self, x):
-        y, attention = self.layer_norm1(x), self.self_attn
-        heads = [attention[name](y) for name in ("q_proj", "k_proj", "v_proj")]
-        q, k, v = (rearrange(z, "b n (a c) -> b a n c", a=self.heads) for z in heads)
-        # softmax over all patches of the picture
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + attention["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
+    def forward(self, x):                                       # (b, n, d)
+        x = x + self.attention(self.layer_norm1(x))
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
+
+    def attention(self, x):
+        heads = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            heads.append(rearrange(self.self_attn[name](x), "b n (a c) -> b a n c", a=self.heads))
+        # softmax over all patches of the picture
+        y = F.scaled_dot_product_attention(*heads)
+        return self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
 
 
 # a published SigLIP2 also holds a text tower, a head that pools the patches, and
@@ -420,9 +427,9 @@ class SigLIP2(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.recompute = cfg, False
-        patches = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size)
-        positions = nn.Embedding(cfg.side ** 2, cfg.hidden_size)
-        self.embeddings = nn.ModuleDict(dict(patch_embedding=patches, position_embedding=positions))
+        self.embeddings = nn.ModuleDict(dict(
+            patch_embedding=nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size),
+            position_embedding=nn.Embedding(cfg.side ** 2, cfg.hidden_size)))
         layers = nn.ModuleList(VisionLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
@@ -440,7 +447,8 @@ class SigLIP2(nn.Module):
         return self.post_layernorm(x) if post_norm else x
 
     def forward(self, video):
-        x = resize(normalise(video, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), self.cfg.image_size)
+        half = (0.5, 0.5, 0.5)
+        x = resize(normalise(video, half, half), self.cfg.image_size)
         x = self.features(x.flatten(0, 1), post_norm=False)
         return rearrange(x, "(v t) (h w) d -> v t h w d", v=len(video), h=self.cfg.side)
 
@@ -489,13 +497,15 @@ class PlacedFeatures(nn.Module):
         processes. A deviation is at least 0.1: a batch that shows nothing must
         not make later features huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
-        sums = trajtok.all_reduce([len(x), *x.sum(0).tolist(), *x.square().sum(0).tolist()], x.device)
-        mean, square = (torch.tensor(sums[1:]) / sums[0]).chunk(2)
+        means = torch.cat((x.mean(0), x.square().mean(0))).tolist()
+        # every process has as many points
+        mean, square = torch.tensor(trajtok.all_reduce(means, x.device)).chunk(2)
         self.mean.copy_(mean)
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
     def forward(self, features):
-        x = (self.norm(features.to(self.norm.weight.dtype)) - self.mean) / self.deviation
+        features = features.to(self.norm.weight.dtype)
+        x = (self.norm(features) - self.mean) / self.deviation
         return x + self.frame[:x.shape[1], None, None] + self.row[:, None] + self.column
 
 
@@ -531,26 +541,26 @@ class TrajectoryConnector(nn.Module):
         self.encoder = TrajectoryEncoder(TrajTokConfig(
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=m, out_dim=dim))
 
-    def hard(self, ids):
-        """ids (v, n) -> one-hot (v, n, K); alive, bool (v, K): which trajectories own a point."""
-        masks = one_hot(ids.flatten(1), self.num_queries)
-        return masks, masks.any(1)
+    def alive(self, ids):
+        """bool (v, K): which trajectories own a point of their window."""
+        return one_hot(ids.flatten(1), self.num_queries).any(1)
 
     def counts(self, ids):
         """How many tokens each window has (v,)."""
-        return self.m * self.hard(ids)[1].sum(1)
+        return self.m * self.alive(ids).sum(1)
 
     def owner(self, ids):
         """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
-        _, alive = self.hard(ids)
+        alive = self.alive(ids)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
 
     def forward(self, features, ids):
-        masks, alive = self.hard(ids)
+        points = ids.flatten(1)
         # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
         # the plain mean of its points. The softmax of 1e4 x mask is the mask.
-        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), alive, ids.shape[1:])
+        logits = 1e4 * one_hot(points, self.num_queries)
+        seg = Segmentation(None, logits, points, self.alive(ids), ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
 
@@ -570,8 +580,10 @@ class PatchConnector(nn.Module):
 
     def owner(self, ids):
         """(v, t, h, w): the token, counted over the windows, that each cell is pooled into."""
-        cells = torch.arange(float(len(ids) * math.prod(self.grid))).view(len(ids), 1, *self.grid)
-        return F.interpolate(cells, size=ids.shape[1:])[:, 0].long().to(ids.device)
+        count = len(ids) * math.prod(self.grid)
+        cells = torch.arange(count, dtype=torch.float32, device=ids.device)
+        cells = cells.view(len(ids), 1, *self.grid)
+        return F.interpolate(cells, size=ids.shape[1:])[:, 0].long()
 
     def forward(self, features, ids):
         x = rearrange(self.features(features), "v t h w d -> v d t h w")
@@ -592,31 +604,30 @@ class VLM(nn.Module):
         self.decoder, self.connector = decoder, connector
         self.segmenter, self.vision = segmenter, vision
 
-    def embed(self, ids, visual, seen):
-        """-> (b, s, w): words, and visual tokens where they belong. seen: what
-        `perceive` gave."""
+    def embed(self, ids, visual, inputs):
+        """-> (b, s, w): words, and visual tokens where they belong. inputs: what
+        `visual_inputs` gave."""
         x = self.decoder.embed_tokens(ids)
-        if seen is None:
+        if inputs is None:
             return x
-        # only vision runs here, with gradient; the frozen segmenter ran in
-        # `perceive`
-        features = self.vision(seen["video"]) if self.vision else seen["features"]
-        tokens = self.connector(features, seen["ids"]).to(x.dtype)
+        # only vision runs here, with gradient; the frozen segmenter ran before
+        features = self.vision(inputs["video"]) if self.vision else inputs["features"]
+        tokens = self.connector(features, inputs["ids"]).to(x.dtype)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
 
-    def forward(self, ids, visual, targets, seen=None, shared=0):
+    def forward(self, ids, visual, targets, inputs=None, shared=0):
         """-> -log p of each row's answers, summed over their tokens (b,).
 
         shared: all rows begin with the same so many positions. They are computed once, and a cache of their
         keys and values serves all rows."""
-        x, cache = self.embed(ids, visual, seen), None
+        x, cache = self.embed(ids, visual, inputs), None
         if shared:
             cache = self.decoder.empty_cache()
             self.decoder(x[:1, :shared], cache=cache)
-        wanted = targets[:, shared:] >= 0
-        losses = self.decoder(x[:, shared:], targets[:, shared:], cache)
+        targets = targets[:, shared:]
+        losses = self.decoder(x[:, shared:], targets, cache)
         # losses stand row by row: add up those of each row
-        row = wanted.nonzero()[:, 0]
+        row = (targets >= 0).nonzero()[:, 0]
         return losses.new_zeros(len(ids)).index_add(0, row, losses)
 
 
@@ -627,17 +638,16 @@ def grid_side(segmenter, vision):
 
 
 @torch.no_grad()
-def segment_windows(segmenter, video, side):
-    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d)
-    and ids (v, t, h, w), h = w = side. As published, logits are resized to the
-    vision grid, and then the argmax is taken."""
-    seg = segmenter.segment(resize(normalise(video), segmenter.cfg.image_size))
+def segment_windows(segmenter, windows, side):
+    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids (v, t, h, w), h = w =
+    side. As published, logits are resized to the vision grid, and then the argmax is taken."""
+    seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
-    logits = F.interpolate(logits, size=(side, side), mode="bilinear")
+    ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)
     features = rearrange(seg.features, "v (t h w) d -> (v t) d h w", t=t, h=h)
     features = rearrange(F.adaptive_avg_pool2d(features, side), "(v t) d h w -> v t h w d", t=t)
-    return features, rearrange(logits.argmax(1), "(v t) h w -> v t h w", t=t)
+    return features, ids.unflatten(0, (-1, t))
 
 
 def assemble(cfg, decoder, segmenter, vision):
@@ -748,31 +758,31 @@ def cut_windows(video, window):
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a batch of one clip for each. The segmenter is frozen: it sees
-    them once, here."""
+    """Stories first .. first + count - 1 -> a list of clips. The segmenter is frozen: it sees them once,
+    here."""
+    world = story_world(frames, segmenter.cfg.image_size)
+    indices = range(first, first + count)
     # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
-    world, clips = story_world(frames, segmenter.cfg.image_size), []
-    batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
+    batches = data.WorldBatches(world, max(256 // frames, 1), indices=indices)
+    times = [i / FPS for i in range(frames)]
+    clips = []
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
         batch = data.finish(batches[i], device)
+        windows = cut_windows(batch["video"], cfg.window)
         with trajtok.precision(device, cfg.bf16):
-            video = cut_windows(batch["video"], cfg.window)
-            features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
+            features, ids = segment_windows(segmenter, windows, grid_side(segmenter, None))
         # half precision and short numbers: thousands of windows are kept
-        batch["features"] = features.to("cpu", torch.float16).split(frames // cfg.window)
-        batch["ids"] = ids.to("cpu", torch.int16).split(frames // cfg.window)
-        batch["qa"] = [[[turn] for turn in qa] for qa in batch["qa"]]
-        times = [i / FPS for i in range(frames)]
-        for j, caption in enumerate(batch["caption"]):
-            clip = {key: [batch[key][j]] for key in ("qa", "features", "ids")}
-            clips.append(clip | dict(caption=[caption], times=[times], bad=[]))
+        features = features.to("cpu", torch.float16).split(frames // cfg.window)
+        ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
+        for j, qa in enumerate(batch["qa"]):
+            clip = dict(caption=batch["caption"][j], qa=[[turn] for turn in qa], times=times)
+            clips.append(clip | dict(features=features[j], ids=ids[j]))
     return clips
 
 
 def join(clips):
-    """Batches of one clip -> one batch. The clips have as many frames, but windows of one clip have
-    different numbers of tokens, so nothing is stacked here."""
-    return {key: [item for clip in clips for item in clip[key]] for key in clips[0]}
+    """A list of stories -> a batch. Windows have different numbers of tokens, so nothing is stacked here."""
+    return {key: [clip[key] for clip in clips] for key in clips[0]} | dict(bad=[])
 
 
 class StoryBatches(Dataset):
@@ -783,12 +793,15 @@ class StoryBatches(Dataset):
     minutes, among sixty not."""
 
     def __init__(self, stories, cfg, world):
+        # stories {frames: clips}
         self.stories, self.cfg, self.world = stories, cfg, world
 
     def __getitem__(self, i):
         step, rank = divmod(i, self.world)
         rng = np.random.default_rng((self.cfg.seed, step))
-        frames = int(rng.choice(list(self.stories))) if step >= 0.4 * self.cfg.steps else 8
+        frames = 8
+        if step >= 0.4 * self.cfg.steps:
+            frames = int(rng.choice(list(self.stories)))
         clips = self.stories[frames]
         chosen = rng.permutation(len(clips))[:self.cfg.batch * self.world]
         return join([clips[j] for j in chosen[rank::self.world]])
@@ -798,44 +811,52 @@ def open_stories(cfg, segmenter, world, device):
     """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
     # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part of another
-    for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
-        count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
-        stories[frames] = draw_stories(cfg, segmenter, frames, data.TRAIN + 10_000_000 * place, count, device)
+    for place in range(cfg.frames.bit_length() - 3):
+        frames = 8 * 2 ** place
+        count = max(round(cfg.clips / 2 ** (place / 2)), world)
+        first = data.TRAIN + 10_000_000 * place
+        stories[frames] = draw_stories(cfg, segmenter, frames, first, count, device)
         first = data.TEST + 1_000_000 * place
-        held_out += draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
+        tested = draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
+        held_out += [join([clip]) for clip in tested]
     return StoryBatches(stories, cfg, world), held_out
 
 
 def open_films(cfg, size, world):
     """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
-    def batches(some, train=True):
-        sets = []
-        for image in (False, True):
-            kind = [entry for entry in some if entry["image"] == image]
-            if kind:
-                batch = cfg.batch if train else 1
-                sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
-        if train:
-            return data.Mixed(sets, [one.files for one in sets], cfg.seed, world)
-        return ConcatDataset(sets)
-
     entries = data.read_manifest(cfg.data)
     for entry in entries:
         # `qa` holds questions without a sequel, `conversations` lists of turns
-        entry["qa"] = [[turn] for turn in entry.get("qa", [])] + entry.get("conversations", [])
+        entry["qa"] = [[turn] for turn in entry["qa"]] + entry["conversations"]
     entries = [entry for entry in entries if entry["qa"]]
     if len(entries) < 2:
         raise BadInput(f'{cfg.data}: give at least two clips with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
     # a caption may say what is asked about the same video later
-    held_out = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
-                 if entry["caption"] and os.path.realpath(entry["path"]) not in held_out]
+    tested = {os.path.realpath(entry["path"]) for entry in test}
+    captioned = []
+    for entry in data.read_manifest(cfg.captions or cfg.data):
+        if entry["caption"] and os.path.realpath(entry["path"]) not in tested:
+            captioned.append(entry)
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
-    return batches(captioned or asked), batches(asked), batches(test, train=False)
+    training = []
+    for some in (captioned or asked, asked):
+        sets = film_batches(cfg, size, some, cfg.batch, True)
+        training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, world))
+    return *training, ConcatDataset(film_batches(cfg, size, test, 1, False))
+
+
+def film_batches(cfg, size, entries, batch, train):
+    """-> a dataset of the films and one of the pictures, whose batches have different shapes."""
+    sets = []
+    for image in (False, True):
+        kind = [entry for entry in entries if entry["image"] == image]
+        if kind:
+            sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
+    return sets
 
 
 def add_options(entries):
@@ -844,36 +865,40 @@ def add_options(entries):
     turns = [talk[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
         # answers to questions of the same type: others could be told apart without the video
-        others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
+        alike = [other for other in turns if other.get("type") == turn.get("type")]
+        others = {other["answer"] for other in alike} - {turn["answer"]}
         rng = np.random.default_rng(number)
-        some = rng.permutation(sorted(others - {turn["answer"]}))[:3].tolist()
+        some = rng.permutation(sorted(others))[:3].tolist()
         turn.setdefault("options", rng.permutation([turn["answer"], *some]).tolist())
 
 
-def perceive(batch, model, cfg, device):
+def visual_inputs(batch, model, cfg, device):
     """A batch -> what the model sees of its v windows (None: blind), and of each clip the windows as chat
     wants them: time stamp and numbers of the visual tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
-    seen = {}
     # Real clips come as pixels: thousands of long films fit no memory, and a vision tower that learns sees
     # them anew at each step. Stories were segmented before the training.
     if "video" in batch:
-        seen["video"] = cut_windows(batch["video"], cfg.window).to(device)
+        video = cut_windows(batch["video"], cfg.window).to(device)
         with trajtok.precision(device, cfg.bf16):
             side = grid_side(model.segmenter, model.vision)
-            seen["features"], seen["ids"] = segment_windows(model.segmenter, seen["video"], side)
+            features, ids = segment_windows(model.segmenter, video, side)
+        inputs = dict(video=video, features=features, ids=ids)
     else:
-        seen["features"] = torch.cat(batch["features"]).float().to(device)
-        seen["ids"] = torch.cat(batch["ids"]).long().to(device)
+        features = torch.cat(batch["features"]).float().to(device)
+        inputs = dict(features=features, ids=torch.cat(batch["ids"]).long().to(device))
     # visual tokens are numbered over the whole batch, clip after clip and window after window
-    ends = model.connector.counts(seen["ids"]).cumsum(0).tolist()
-    numbers = (range(first, last) for first, last in zip([0, *ends], ends))
-    windows = []
+    first, windows = 0, []
+    counts = iter(model.connector.counts(inputs["ids"]).tolist())
     for times in batch["times"]:
-        marks = [stamp(times[i:i + cfg.window]) for i in range(0, len(times), cfg.window)]
-        windows.append([(mark, next(numbers)) for mark in marks])
-    return seen, windows
+        own = []
+        for i in range(0, len(times), cfg.window):
+            last = first + next(counts)
+            own.append((stamp(times[i:i + cfg.window]), range(first, last)))
+            first = last
+        windows.append(own)
+    return inputs, windows
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -882,18 +907,15 @@ def perceive(batch, model, cfg, device):
 
 def pretrain_segmenter(cfg):
     """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
-    folder = Path(cfg.out) / f"segmenter-vlm-{cfg.segmenter_steps}"
-    if not folder.exists():
-        made = trajtok.pretrain(trajtok.PretrainConfig(
-            name=f"vlm-{os.getpid()}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
-            warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
-            device=cfg.device))
-        # Renamed when it is whole: another run never reads half a segmenter. If that run was faster, its
-        # segmenter, made from the same seed, is kept.
-        try:
-            made.rename(folder)
-        except OSError:
-            shutil.rmtree(made)
+    own = trajtok.PretrainConfig(
+        name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
+        warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
+        device=cfg.device, overwrite=True)
+    folder = trajtok.run_folder(own, "segmenter")
+    # It is written last. Of two runs at a time each trains the segmenter, from the same seed: whose files
+    # are kept does not matter.
+    if not (folder / "result.json").exists():
+        trajtok.pretrain(own)
     return str(folder)
 
 
@@ -910,12 +932,12 @@ def open_parts(cfg):
 
 def set_rates(optimizer, step, cfg):
     """The learning rates of this step. Captions and questions each warm up, and end at 1 %."""
-    stage = int(step >= cfg.caption_steps)
-    steps = (cfg.caption_steps, cfg.steps)[stage]
+    stage, steps = 0, cfg.caption_steps
+    if step >= cfg.caption_steps:
+        stage, step, steps = 1, step - cfg.caption_steps, cfg.steps
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
-    rate = trajtok.learning_rate(step - stage * cfg.caption_steps, plan)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"][stage]
+        group["lr"] = trajtok.learning_rate(step, plan) * group["scale"][stage]
 
 
 def training_rows(batch, windows, encoding, cfg, step):
@@ -966,18 +988,18 @@ def train(cfg, folder):
         damage.add(batch["bad"])
         set_rates(optimizer, step, cfg)
         # 3. what is seen, and one conversation a row
-        seen, windows = perceive(batch, model, cfg, device)
+        inputs, windows = visual_inputs(batch, model, cfg, device)
         rows = training_rows(batch, windows, encoding, cfg, step)
         ids, visual, targets = lay_out(rows, encoding, decoder.cfg.max_position_embeddings, device)
-        if step == 0 and seen and not vision:
-            model.connector.features.calibrate(seen["features"])
+        if step == 0 and inputs and not vision:
+            model.connector.features.calibrate(inputs["features"])
         # 4. forward, backward, step
         model.train()
         optimizer.zero_grad()
         with trajtok.precision(device, cfg.bf16):
             # the mean over an answer's tokens, then over the rows. Every process has as many rows: the mean
             # over processes is that of the whole batch
-            loss = (model(ids, visual, targets, seen) / (targets >= 0).sum(1)).mean()
+            loss = (model(ids, visual, targets, inputs) / (targets >= 0).sum(1)).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # of sharded gradients the norm is a sum over processes that is still to be made
@@ -986,11 +1008,11 @@ def train(cfg, folder):
         trajtok.check_finite(terms, step)
         optimizer.step()
         # 5. the log, the checkpoint
-        clips, seconds, mark = len(windows) * world, time.time() - mark, time.time()
-        terms |= dict(lr=optimizer.param_groups[0]["lr"], visual_tokens=int((visual >= 0).sum()) / len(rows),
-                      clips=clips, seconds=seconds, clips_per_second=clips / seconds,
-                      memory_gb=trajtok.peak_memory_gb(device))
-        log(step=step, **terms)
+        clips = len(windows) * world
+        seconds, mark = time.time() - mark, time.time()
+        log(step=step, **terms, lr=optimizer.param_groups[0]["lr"],
+            visual_tokens=int((visual >= 0).sum()) / len(rows), clips=clips, seconds=seconds,
+            clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
         if step % 20 == 0 or step + 1 == steps:
             left = (time.time() - began) / (step + 1 - first) * (steps - 1 - step)
             print(f"step {step:5d}/{steps}  loss {terms['loss']:.3f}  {left:.0f} s left", flush=True)
@@ -999,7 +1021,7 @@ def train(cfg, folder):
     # all processes take part: the weights are sharded
     answers = evaluate(model, held_out, encoding, cfg, device, damage)
     if rank == 0:
-        finish(answers, cfg, device, folder, log, damage, parameters)
+        write_results(answers, cfg, device, folder, log, damage, parameters)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1055,7 +1077,7 @@ def restore(folder, model, optimizer):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def score(model, rows, seen, encoding, cfg, device):
+def score(model, rows, inputs, encoding, cfg, device):
     """Conversations about one video -> -log p of the answers in each, summed over their tokens.
 
     All of them begin with the video, which is read once: a clip of 64 frames has five times as many tokens as
@@ -1065,7 +1087,7 @@ def score(model, rows, seen, encoding, cfg, device):
     shared = min(len(os.path.commonprefix(rows)), spoken) - 1
     ids, visual, targets = lay_out(rows, encoding, model.decoder.cfg.max_position_embeddings, device)
     with trajtok.precision(device, cfg.bf16):
-        return model(ids, visual, targets, seen, shared).tolist()
+        return model(ids, visual, targets, inputs, shared).tolist()
 
 
 def evaluate(model, held_out, encoding, cfg, device, damage):
@@ -1077,20 +1099,21 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         damage.add(batch["bad"])
         if not batch["qa"]:                                     # the file could not be read
             continue
-        seen, (windows,) = perceive(batch, model, cfg, device)
+        inputs, (windows,) = visual_inputs(batch, model, cfg, device)
         # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
         # other words would have to be judged by another model.
         rows = []
         for *before, turn in batch["qa"][0]:
             for text in turn["options"]:
                 rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
-        costs = iter(score(model, rows, seen, encoding, cfg, device))
+        costs = iter(score(model, rows, inputs, encoding, cfg, device))
         for *_, turn in batch["qa"][0]:
             cost = {text: next(costs) for text in turn["options"]}
             # summed over the tokens: log p of the whole option
-            right = min(cost, key=cost.get) == turn["answer"]
-            answers.append(dict(type=turn.get("type", "question"), frames=len(batch["times"][0]),
-                                accuracy=float(right), chance=1 / len(cost)))
+            best = min(cost, key=cost.get)
+            answers.append(dict(
+                type=turn.get("type", "question"), frames=len(batch["times"][0]),
+                accuracy=float(best == turn["answer"]), chance=1 / len(cost)))
     return answers
 
 
@@ -1107,22 +1130,23 @@ def accuracies(answers):
     return result
 
 
-def finish(answers, cfg, device, folder, log, damage, parameters):
+def write_results(answers, cfg, device, folder, log, damage, parameters):
     """Write result.json and pictures, and print what they say."""
     if not answers:
         raise BadInput(f"{cfg.data}: no held-out question can be asked; run `python data.py check` on it")
-    lines, scores = log.lines(), accuracies(answers)
-    seconds, clips = (sum(line[key] for line in lines) for key in ("seconds", "clips"))
-    result = scores | dict(questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
-                           visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
-                           clips_per_second=clips / seconds, peak_memory_gb=trajtok.peak_memory_gb(device),
-                           left_out=len(damage.files), connector=cfg.connector)
+    scores, lines = accuracies(answers), log.lines()
+    seconds = sum(line["seconds"] for line in lines)
+    result = scores | dict(
+        questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
+        visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
+        clips_per_second=sum(line["clips"] for line in lines) / seconds,
+        peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files), connector=cfg.connector)
     write_json(folder / "result.json", result)
-    trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
-    lengths = sorted({answer["frames"] for answer in answers})
-    curves = {}
-    for name in ("accuracy", "chance"):
-        curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
+    trajtok.save_pictures(folder, [], log, ["loss"])
+    curves = dict(accuracy=[], chance=[])
+    for frames in sorted({answer["frames"] for answer in answers}):
+        for name, curve in curves.items():
+            curve.append((frames, 100 * scores[f"{name}_{frames}_frames"]))
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
     print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage.files)} files left out\n"
@@ -1136,24 +1160,24 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
 def open_model(folder, device="cpu"):
     """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
     there."""
-    saved = trajtok.read_json(Path(folder) / "config.json")
-    if "connector" not in saved:
-        raise BadInput(f"--model {folder}: not a run of train_vlm.py")
-    cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
+    cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
     return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
 
 
-def attended(cache):
-    """How much the newest position attends to all positions so far (s,): softmax weights, averaged over
-    layers and heads."""
-    weights = []
+def attended(decoder, x, count):
+    """Embeddings (1, s, w) of a prompt of `count` tokens and its answer -> how much the answer attends to each
+    token of the prompt (count,): softmax weights, averaged over layers, heads and the positions that predict
+    the answer, from the last one of the prompt on."""
+    cache, weights = decoder.empty_cache(), []
+    decoder(x, cache=cache)
     for memory in cache:
-        q, k = memory["q"][0, :, -1:], memory["k"][0]
-        k = k.repeat_interleave(len(q) // len(k), 0)
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        weights.append(scores.softmax(-1).mean((0, 1)))
-    return torch.stack(weights).mean(0)
+        q, k = memory["q"][:, :, count - 1:], memory["k"]
+        # values that say where they stand: what attention gives is then its weights
+        places = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
+        mask = causal_mask(q.shape[2], k)
+        weights.append(F.scaled_dot_product_attention(q, k, places, mask, enable_gqa=True))
+    return torch.cat(weights).mean((0, 1, 2))[:count]
 
 
 def attention_picture(path, video, owner, weight):
@@ -1178,33 +1202,29 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
-    # a picture, or frames that fill whole windows
-    picture = Path(args.clip).suffix.lower() in data.IMAGE_SUFFIXES
-    frames = 1 if picture else min(cfg.frames, len(data.frame_times(args.clip)))
-    if frames > cfg.window:
-        frames -= frames % cfg.window
+    # whole windows, or less than one
+    frames = min(cfg.frames, len(data.frame_times(args.clip)))
+    frames -= frames % min(frames, cfg.window)
     size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
     video, times = data.decode(args.clip, frames, size)
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
-    seen, windows = perceive(batch, model, cfg, device)
+    inputs, windows = visual_inputs(batch, model, cfg, device)
     # the same text as in training, up to where the answer begins
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
     ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
-    cache, weights, answer = model.decoder.empty_cache(), [], []
-    for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
-        # the newest position is the one that gave this token: what it read, it answered from
-        weights.append(attended(cache)[:len(prompt)])
-        answer.append(token)
+    x = model.embed(ids, visual, inputs)
+    answer = list(generate(model.decoder, x, stop, encoding.n_vocab))
     # not token by token: one may end within a character
     print(encoding.decode(answer))
     visual = visual[0] >= 0
     print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
-    if seen is not None:
-        weights.append(attended(cache)[:len(prompt)])           # of the end of the answer
-        weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
+    if inputs:
+        said = model.decoder.embed_tokens(torch.tensor([answer], dtype=torch.int64, device=device))
+        weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt))
+        weight = weight[visual].view(-1, model.connector.m).sum(1)
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-        attention_picture(path, video, model.connector.owner(seen["ids"]), weight)
+        attention_picture(path, video, model.connector.owner(inputs["ids"]), weight)
 
 
 # -----------------------------------------------------------------------------------------------------------
