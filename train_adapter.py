@@ -501,13 +501,11 @@ def pretrain_videomae(shape, cfg, folder, device):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(trajtok.TrainConfig):
     """Probes on a frozen video backbone: linear, attentive, and TrajAdapter, which pools by trajectory."""
     size: str = "nano"              # one of ADAPTER_SIZES: nano, full (the published protocol)
     data: str = "world"             # `world` (made clips), or a manifest, CSV or folder of labelled videos
     labels: str | None = None       # these classes only, with commas; default: all
-    name: str | None = None         # the run's folder is out/adapter-<name>
-    out: str = "out"                # where runs are kept
     # what is frozen; without these two flags it is pre-trained now
     backbone: str | None = None     # a published V-JEPA2 or VideoMAE, or a `videomae` of an earlier run
     segmenter: str | None = None    # a run of train_clip.py or `trajtok.py pretrain`, or the authors' file
@@ -532,19 +530,12 @@ class AdapterConfig:
     steps: int = 550                # of the VideoMAE; half as many of the segmenter
     lr: float = 2e-3                # peak learning rate of the VideoMAE
     warmup: int = 40                # steps of linear warm-up of the VideoMAE
-    # of all
-    batch: int = 32                 # clips a step, and clips that go through the backbone at once
     weight_decay: float = 0.05      # on matrices
-    seed: int = 0                   # of weights and of the order of the clips
-    workers: int = 0                # processes that make batches; 0: this one
-    save_every: int = 100           # steps between checkpoints
-    device: str = "auto"            # cpu, cuda, ...
-    resume: bool = False            # go on with the run of this name
-    overwrite: bool = False         # start again over a run of this name
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "clips segments crops epochs rates steps batch save_every heads")
-        trajtok.at_least(self, 0, "lr head_lr warmup weight_decay workers seed stride")
+        super().__post_init__()
+        trajtok.at_least(self, 1, "clips segments crops epochs rates heads")
+        trajtok.at_least(self, 0, "head_lr stride")
         if self.ask not in ASKED:
             raise BadInput(f"--ask {self.ask}: one of {', '.join(ASKED)}")
         if self.width % 8 or self.width % self.heads:

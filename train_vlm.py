@@ -107,15 +107,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, memory=None):
-        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions; those of one row
-        serve all rows of x."""
+        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions."""
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
         if memory:
-            k = torch.cat((memory["k"].expand(len(x), -1, -1, -1), k), 2)
-            v = torch.cat((memory["v"].expand(len(x), -1, -1, -1), v), 2)
+            k = torch.cat((memory["k"], k), 2)
+            v = torch.cat((memory["v"], v), 2)
             mask = causal_mask(x.shape[1], k)
         if memory is not None:
             memory.update(q=q, k=k, v=v)
@@ -615,17 +614,9 @@ class VLM(nn.Module):
         tokens = self.connector(features, inputs["ids"]).to(x.dtype)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
 
-    def forward(self, ids, visual, targets, inputs=None, shared=0):
-        """-> -log p of each row's answers, summed over their tokens (b,).
-
-        shared: all rows begin with the same so many positions. They are computed once, and a cache of their
-        keys and values serves all rows."""
-        x, cache = self.embed(ids, visual, inputs), None
-        if shared:
-            cache = self.decoder.empty_cache()
-            self.decoder(x[:1, :shared], cache=cache)
-        targets = targets[:, shared:]
-        losses = self.decoder(x[:, shared:], targets, cache)
+    def forward(self, ids, visual, targets, inputs=None):
+        """-> -log p of each row's answers, summed over their tokens (b,)."""
+        losses = self.decoder(self.embed(ids, visual, inputs), targets)
         # losses stand row by row: add up those of each row
         row = (targets >= 0).nonzero()[:, 0]
         return losses.new_zeros(len(ids)).index_add(0, row, losses)
@@ -671,15 +662,13 @@ def assemble(cfg, decoder, segmenter, vision):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class VLMConfig:
+class VLMConfig(trajtok.TrainConfig):
     """Trains a language model that reads a video through trajectories, through
     patches, or not at all."""
     size: str = "nano"                      # one of VLM_SIZES: nano, 0.6b, 1.7b, 4b
     connector: str = "trajtok"              # trajtok, patch, or blind (no video)
     data: str = "world"                     # made stories, or a manifest with `conversations` or `qa`
     captions: str | None = None             # a manifest for the first stage; default: --data
-    name: str | None = None                 # the run is out/vlm-<name>; default: size, data and connector
-    out: str = "out"                        # where runs are kept
     # the parts
     decoder: str | None = None              # a published Qwen3 folder; nano's default: random weights
     vision: str | None = None               # a published SigLIP2 folder; nano: the segmenter's features
@@ -701,25 +690,16 @@ class VLMConfig:
     batch: int = 16                         # clips a step of each process
     lr: float = 1.0                         # a factor of the size's rates, see NANO_RATES
     warmup: int = 20                        # steps of linear warm-up in each stage; then a cosine to 1 %
-    weight_decay: float = 0.02              # on matrices
-    clip: float = 1.0                       # largest gradient norm
-    seed: int = 0                           # of weights and data order
-    save_every: int = 100                   # steps between checkpoints
-    resume: bool = False                    # go on with the run of this name
-    overwrite: bool = False                 # start again over a run of this name
-    # how it is computed
-    device: str = "auto"                    # cpu, cuda, ...
     processes: int = 0                      # on this machine, weights sharded; 0: one for each GPU
-    workers: int = 0                        # processes that decode videos; 0: the training process
-    bf16: bool | None = None                # matrix products in bfloat16; default: on a GPU
     recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
     eval_clips: int = 96                    # held-out made stories of each length
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "steps batch frames window questions clips eval_clips save_every")
-        trajtok.at_least(self, 1, "segmenter_steps patch_frames patch_side")
-        trajtok.at_least(self, 0, "caption_steps warmup lr weight_decay clip seed processes workers")
+        super().__post_init__()
+        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps")
+        trajtok.at_least(self, 1, "patch_frames patch_side")
+        trajtok.at_least(self, 0, "caption_steps processes")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
@@ -1077,22 +1057,10 @@ def restore(folder, model, optimizer):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def score(model, rows, inputs, encoding, cfg, device):
-    """Conversations about one video -> -log p of the answers in each, summed over their tokens.
-
-    All of them begin with the video, which is read once: a clip of 64 frames has five times as many tokens as
-    a question with its answer, and there are some fifteen rows a clip."""
-    # up to the last token before they differ, or before the first answer: it predicts what comes next
-    spoken = [own for _, _, own in rows[0]].index(True)
-    shared = min(len(os.path.commonprefix(rows)), spoken) - 1
-    ids, visual, targets = lay_out(rows, encoding, model.decoder.cfg.max_position_embeddings, device)
-    with trajtok.precision(device, cfg.bf16):
-        return model(ids, visual, targets, inputs, shared).tolist()
-
-
 def evaluate(model, held_out, encoding, cfg, device, damage):
     """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
+    context = model.decoder.cfg.max_position_embeddings
     answers = []
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
@@ -1102,18 +1070,19 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         inputs, (windows,) = visual_inputs(batch, model, cfg, device)
         # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
         # other words would have to be judged by another model.
-        rows = []
+        rows, counts = [], []
         for *before, turn in batch["qa"][0]:
+            counts.append(len(turn["options"]))
             for text in turn["options"]:
                 rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
-        costs = iter(score(model, rows, inputs, encoding, cfg, device))
-        for *_, turn in batch["qa"][0]:
-            cost = {text: next(costs) for text in turn["options"]}
-            # summed over the tokens: log p of the whole option
-            best = min(cost, key=cost.get)
+        with trajtok.precision(device, cfg.bf16):
+            costs = model(*lay_out(rows, encoding, context, device), inputs).split(counts)
+        for (*_, turn), cost in zip(batch["qa"][0], costs):
+            # summed over the tokens: -log p of the whole option
+            right = turn["options"][int(cost.argmin())] == turn["answer"]
             answers.append(dict(
                 type=turn.get("type", "question"), frames=len(batch["times"][0]),
-                accuracy=float(best == turn["answer"]), chance=1 / len(cost)))
+                accuracy=float(right), chance=1 / len(cost)))
     return answers
 
 
