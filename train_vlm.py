@@ -107,7 +107,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, memory=None):
-        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions."""
+        """x (b, s, w). memory: a dict that keeps the keys and values of earlier
+        positions."""
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
@@ -245,9 +246,9 @@ def load_published(cls, config_cls, names, folder, *kinds):
         config |= config.get(part) or {}
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
         raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here")
+    known = {field.name for field in dataclasses.fields(config_cls)} & config.keys()
     try:
-        fields = [field.name for field in dataclasses.fields(config_cls)]
-        cfg = config_cls(**{name: config[name] for name in fields if name in config})
+        cfg = config_cls(**{name: config[name] for name in known})
     except TypeError as error:
         raise BadInput(f"{folder}/config.json: {error}; fetch it again") from None
     weights = trajtok.rename(trajtok.read_weights(folder), names)
@@ -595,13 +596,29 @@ class PatchConnector(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 class VLM(nn.Module):
-    """Decoder, connector and segmenter (both None: blind), and vision (None: the
-    segmenter's features)."""
+    """Decoder, connector, frozen segmenter and vision. Without vision the connector reads the segmenter's
+    features; with cfg.connector == "blind" there is the decoder alone."""
 
-    def __init__(self, decoder, connector=None, segmenter=None, vision=None):
+    def __init__(self, cfg, decoder, segmenter, vision):
         super().__init__()
-        self.decoder, self.connector = decoder, connector
-        self.segmenter, self.vision = segmenter, vision
+        self.decoder, self.connector, self.segmenter, self.vision = decoder, None, None, None
+        decoder.recompute = cfg.recompute
+        if cfg.connector == "blind":
+            return
+        # CHOICE: without SigLIP2 half the segmenter's grid, as its 27 is half of 56
+        dim, self.side = segmenter.cfg.dim, segmenter.cfg.image_size // 8
+        if vision is not None:
+            vision.recompute = cfg.recompute
+            dim, self.side = vision.cfg.hidden_size, vision.cfg.side
+        width = decoder.cfg.hidden_size
+        features = PlacedFeatures(dim, cfg.window, self.side)
+        grid = (cfg.patch_frames, cfg.patch_side, cfg.patch_side)
+        self.connector = PatchConnector(features, dim, grid, width)
+        if cfg.connector == "trajtok":
+            m = cfg.tokens_per_trajectory
+            self.connector = TrajectoryConnector(features, dim, segmenter.cfg, m, width)
+        self.segmenter = segmenter.requires_grad_(False)
+        self.vision = vision
 
     def embed(self, ids, visual, inputs):
         """-> (b, s, w): words, and visual tokens where they belong. inputs: what
@@ -622,39 +639,18 @@ class VLM(nn.Module):
         return losses.new_zeros(len(ids)).index_add(0, row, losses)
 
 
-def grid_side(segmenter, vision):
-    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's
-    grid, as its 27 is half of 56."""
-    return vision.cfg.side if vision else segmenter.cfg.image_size // 8
-
-
 @torch.no_grad()
-def segment_windows(segmenter, windows, side):
+def segment_windows(segmenter, windows, side, bf16=None):
     """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids (v, t, h, w), h = w =
     side. As published, logits are resized to the vision grid, and then the argmax is taken."""
-    seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
+    with trajtok.precision(windows.device, bf16):
+        seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
     ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)
     features = rearrange(seg.features, "v (t h w) d -> (v t) d h w", t=t, h=h)
-    features = rearrange(F.adaptive_avg_pool2d(features, side), "(v t) d h w -> v t h w d", t=t)
-    return features, ids.unflatten(0, (-1, t))
-
-
-def assemble(cfg, decoder, segmenter, vision):
-    """-> VLM with the connector that the configuration names."""
-    decoder.recompute = cfg.recompute
-    if cfg.connector == "blind":
-        return VLM(decoder)
-    segmenter.requires_grad_(False)
-    width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
-    if vision is not None:
-        vision.recompute, dim = cfg.recompute, vision.cfg.hidden_size
-    features = PlacedFeatures(dim, cfg.window, grid_side(segmenter, vision))
-    connector = PatchConnector(features, dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
-    if cfg.connector == "trajtok":
-        connector = TrajectoryConnector(features, dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
-    return VLM(decoder, connector, segmenter, vision)
+    features = F.adaptive_avg_pool2d(features, side)
+    return rearrange(features, "(v t) d h w -> v t h w d", t=t), ids.unflatten(0, (-1, t))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -663,8 +659,7 @@ def assemble(cfg, decoder, segmenter, vision):
 
 @dataclass(frozen=True)
 class VLMConfig(trajtok.TrainConfig):
-    """Trains a language model that reads a video through trajectories, through
-    patches, or not at all."""
+    """Trains a language model that reads a video through trajectories, through patches, or not at all."""
     size: str = "nano"                      # one of VLM_SIZES: nano, 0.6b, 1.7b, 4b
     connector: str = "trajtok"              # trajtok, patch, or blind (no video)
     data: str = "world"                     # made stories, or a manifest with `conversations` or `qa`
@@ -749,8 +744,7 @@ def draw_stories(cfg, segmenter, frames, first, count, device):
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
         batch = data.finish(batches[i], device)
         windows = cut_windows(batch["video"], cfg.window)
-        with trajtok.precision(device, cfg.bf16):
-            features, ids = segment_windows(segmenter, windows, grid_side(segmenter, None))
+        features, ids = segment_windows(segmenter, windows, segmenter.cfg.image_size // 8, cfg.bf16)
         # half precision and short numbers: thousands of windows are kept
         features = features.to("cpu", torch.float16).split(frames // cfg.window)
         ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
@@ -829,6 +823,11 @@ def open_films(cfg, size, world):
     return *training, ConcatDataset(film_batches(cfg, size, test, 1, False))
 
 
+def frame_size(*parts):
+    """Pixels of a side at which films are decoded, for a segmenter and a vision tower or None."""
+    return max([part.cfg.image_size for part in parts if part], default=64)
+
+
 def film_batches(cfg, size, entries, batch, train):
     """-> a dataset of the films and one of the pictures, whose batches have different shapes."""
     sets = []
@@ -861,9 +860,7 @@ def visual_inputs(batch, model, cfg, device):
     # them anew at each step. Stories were segmented before the training.
     if "video" in batch:
         video = cut_windows(batch["video"], cfg.window).to(device)
-        with trajtok.precision(device, cfg.bf16):
-            side = grid_side(model.segmenter, model.vision)
-            features, ids = segment_windows(model.segmenter, video, side)
+        features, ids = segment_windows(model.segmenter, video, model.side, cfg.bf16)
         inputs = dict(video=video, features=features, ids=ids)
     else:
         features = torch.cat(batch["features"]).float().to(device)
@@ -945,9 +942,8 @@ def train(cfg, folder):
         questions, held_out = open_stories(cfg, segmenter, world, device)
         captions = questions
     else:
-        size = max(part.cfg.image_size for part in (segmenter, vision) if part)
-        captions, questions, held_out = open_films(cfg, size, world)
-    model = assemble(cfg, decoder, segmenter, vision).to(device)
+        captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), world)
+    model = VLM(cfg, decoder, segmenter, vision).to(device)
     trajtok.open_run(folder, cfg, manifest=data.fingerprint(cfg.data, cfg.captions))
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
@@ -1026,7 +1022,7 @@ def shard(model, device, cfg):
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
-class Whole(dict):
+class Gathered(dict):
     """A state dict whose shards were gathered; trajtok.save_checkpoint takes it as it takes a model."""
 
     def state_dict(self):
@@ -1034,21 +1030,23 @@ class Whole(dict):
         return dict(self)
 
 
+# Whole tensors under the names of the parameters: any number of processes can go on from the file.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. Any number of processes can go on from the file."""
-    if ranks()[1] > 1:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = map(Whole, get_state_dict(model, optimizer, options=options))
-    trajtok.save_checkpoint(folder, model, optimizer, step)
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    trajtok.save_checkpoint(folder, Gathered(weights), Gathered(moments), step)
 
 
 def restore(folder, model, optimizer):
     """-> the step to begin with: 0 if nothing was saved."""
-    if ranks()[1] == 1 or not (folder / "state.pt").exists():
-        return trajtok.load_checkpoint(folder, model, optimizer)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=WHOLE)
     return state["step"]
 
 
@@ -1131,7 +1129,7 @@ def open_model(folder, device="cpu"):
     there."""
     cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
-    return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
+    return cfg, encoding, trajtok.load_weights(VLM(cfg, *parts), folder).eval().to(device)
 
 
 def attended(decoder, x, count):
@@ -1174,8 +1172,7 @@ def ask(argv):
     # whole windows, or less than one
     frames = min(cfg.frames, len(data.frame_times(args.clip)))
     frames -= frames % min(frames, cfg.window)
-    size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
-    video, times = data.decode(args.clip, frames, size)
+    video, times = data.decode(args.clip, frames, frame_size(model.segmenter, model.vision))
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
     inputs, windows = visual_inputs(batch, model, cfg, device)
     # the same text as in training, up to where the answer begins
