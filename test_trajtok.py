@@ -4270,7 +4270,7 @@ def test_features_survive_the_disk(adapter_run, tmp_path):
     x, seg, y = features.read(np.array([8, 1]), torch.device("cpu"))
     assert y.tolist() == [9, 1]
     video = torch.cat([clips.clip(i, None)["video"] for i in (9, 1)])
-    fresh, logits = train_adapter.look(backbone, net, video)
+    fresh, logits = train_adapter.frozen_outputs(backbone, net, video)
     nearly(x, fresh, 2e-3)
     nearly(seg.logits, logits, 2e-2)
     made = (tmp_path / "f" / "features.npy").stat().st_mtime_ns
