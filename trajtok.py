@@ -1335,8 +1335,8 @@ def compare(argv):
     already is not trained again, so that a table grows over days.
 
     A row is "NAME: FLAGS", flags of the script: every claim of the paper, and every idea of your own, is a
-    line of shell. {seed} in FLAGS is the seed, as in --init out/clip-base-{seed}. The JSON: {command, hardware, rows: [{name, flags, script, results: [result.json
-    of each seed]}]}."""
+    line of shell. {seed} in FLAGS is the seed, as in --init out/clip-base-{seed}. The JSON: {command,
+    hardware, rows: [{name, flags, script, results: [result.json of each seed]}]}."""
     parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
