@@ -4132,7 +4132,7 @@ def test_features_survive_the_disk(adapter_run, tmp_path):
         path.write_text("no film")
     clips = train_adapter.Views(numbered_entries(tmp_path, paths), backbone.cfg, HEADS, 2, 1)
     damage, folder, cpu = data.Damage(), tmp_path / "f", torch.device("cpu")
-    args = (folder, clips, 2, backbone, net, damage, HEADS, cpu)
+    args = (folder, clips, backbone, net, damage, HEADS, cpu)
     features = train_adapter.extract(*args)
     assert list(damage.files) == list(map(str, bad)) and features.classes.tolist() == [0, 1, 2, 3, 5, 6, 7]
     x, seg, y = features.read(np.array([6, 1]), cpu)

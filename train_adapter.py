@@ -293,8 +293,8 @@ def join_projections(weights):
     of a query alike, and a softmax does not see that: zeros stand in its place."""
     for name in list(weights):
         if ".attn.query." in name:
-            parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-            weights[name.replace("query", "qkv")] = torch.cat(parts)
+            names = [name.replace("query", part) for part in ("query", "key", "value")]
+            weights[name.replace("query", "qkv")] = torch.cat([weights.pop(part) for part in names])
         if name.endswith("attn.q_bias"):
             q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
             weights[name.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
@@ -566,13 +566,13 @@ def world_of(shape):
 
 
 def made_clips(shape, cfg):
-    """-> {train, valid, test: (dataset, views of each clip)}, names of the classes."""
+    """-> {train, valid, test: dataset}, names of the classes."""
     # far up the training range, where no pre-training gets
     starts = dict(train=(data.TRAIN + 500_000_000, 1), valid=(data.VALIDATION, 6), test=(data.TEST, 3))
     sets = {}
     for name, (first, share) in starts.items():
         indices = range(first, first + math.ceil(cfg.clips / share))
-        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices), 1
+        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices)
     return sets, ASKED[cfg.ask]
 
 
@@ -583,15 +583,15 @@ class Views(data.VideoBatches):
 
     KEYS = ("video", "labels", "label")
 
-    def __init__(self, entries, shape, cfg, segments, crops):
+    def __init__(self, entries, shape, cfg, segments=1, crops=1):
         super().__init__(entries, shape.frames, shape.image_size, cfg.batch, train=False, stride=cfg.stride)
         # fractions of the room that there is, in time and along the longer side
-        self.places = list(itertools.product(evenly(segments), evenly(crops)))
+        self.views = list(itertools.product(evenly(segments), evenly(crops)))
 
     def clip(self, number, rng):
         entry = self.entries[number]
         views = []
-        for start, crop in self.places:
+        for start, crop in self.views:
             video, _ = data.decode(entry["path"], self.frames, self.size, start, self.stride, crop)
             views.append(torch.from_numpy(video))
         return dict(video=torch.stack(views), labels=torch.empty(0), label=entry["label"])
@@ -616,12 +616,11 @@ def real_clips(shape, cfg):
     known = {entry["label"] for entry in learnt}
     lacking = [name for i, name in enumerate(names) if i not in known]
     if lacking or not valid or not test:
-        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too few, "
-                       f"or none to learn from of {', '.join(lacking) or 'any class'}")
+        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too few,"
+                       f" or none to learn from of {', '.join(lacking) or 'any class'}")
     # several views are for testing; training and validation clips have the middle one
-    tested = Views(test, shape, cfg, cfg.segments, cfg.crops), cfg.segments * cfg.crops
-    learnt, valid = Views(learnt, shape, cfg, 1, 1), Views(valid, shape, cfg, 1, 1)
-    return dict(train=(learnt, 1), valid=(valid, 1), test=tested), names
+    return dict(train=Views(learnt, shape, cfg), valid=Views(valid, shape, cfg),
+                test=Views(test, shape, cfg, cfg.segments, cfg.crops)), names
 
 
 def labelled(entries, names):
@@ -647,21 +646,22 @@ class Features(NamedTuple):
         return x.flatten(0, 1).float(), as_segmentation(logits.flatten(0, 1).float(), self.grid), y
 
 
-def extract(folder, batches, views, backbone, segmenter, damage, cfg, device):
+def extract(folder, batches, backbone, segmenter, damage, cfg, device):
     """A dataset of clips -> Features in `folder`, kept if they are complete: classes.npy is written last.
     Clips that cannot be used are left out."""
     done = folder / "classes.npy"
     if not done.exists():
-        write_features(folder, batches, views, backbone, segmenter, damage, cfg, device)
+        write_features(folder, batches, backbone, segmenter, damage, cfg, device)
     classes = np.load(done)
     features = np.load(folder / "features.npy", mmap_mode="r")[:len(classes)]
     logits = np.load(folder / "logits.npy", mmap_mode="r")[:len(classes)]
     return Features(features, logits, classes, backbone.cfg.grid)
 
 
-def write_features(folder, batches, views, backbone, segmenter, damage, cfg, device):
+def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
     """Write the three files of `extract`. The last rows of two of them may stay empty."""
     folder.mkdir(parents=True, exist_ok=True)
+    views = len(getattr(batches, "views", [1]))                 # made clips have one
     shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid))
     arrays, size = [], 0
     for name, width in (("features", backbone.cfg.width), ("logits", segmenter.cfg.num_queries)):
@@ -803,11 +803,11 @@ def train(cfg):
     segmenter.to(device).eval()
     # names and counts the files that cannot be used
     sets, damage = {}, data.Damage()
-    for name, (batches, views) in clips.items():
+    for name, batches in clips.items():
         # features of other clips or weights go to another folder
         made_of = zlib.crc32(repr((shape, cfg.ask, vars(batches), weights)).encode())
         where = Path(cfg.features or folder / "features") / f"{name}-{made_of:08x}"
-        sets[name] = extract(where, batches, views, backbone, segmenter, damage, cfg, device)
+        sets[name] = extract(where, batches, backbone, segmenter, damage, cfg, device)
     heads, rates = nn.ModuleDict(), {}
     for row, i in itertools.product(HEADS, range(cfg.rates)):
         name, rate = f"{row}-{i}", cfg.head_lr * 2 ** i

@@ -534,12 +534,13 @@ class TrajectoryConnector(nn.Module):
     Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
     Perceiver under hard masks."""
 
-    def __init__(self, features, dim, shape, m, width):
+    def __init__(self, cfg, shape, features, dim, width):
         super().__init__()
-        self.m, self.num_queries = m, shape.num_queries
+        self.m, self.num_queries = cfg.tokens_per_trajectory, shape.num_queries
         self.features, self.project = features, Project(dim, width)
         self.encoder = TrajectoryEncoder(TrajTokConfig(
-            dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=m, out_dim=dim))
+            dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=self.m,
+            out_dim=dim))
 
     def alive(self, ids):
         """bool (v, K): which trajectories own a point of their window."""
@@ -570,9 +571,9 @@ class PatchConnector(nn.Module):
     width)."""
     m = 1
 
-    def __init__(self, features, dim, grid, width):
+    def __init__(self, cfg, features, dim, width):
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid = (cfg.patch_frames, cfg.patch_side, cfg.patch_side)
         self.features, self.project = features, Project(dim, width)
 
     def counts(self, ids):
@@ -612,11 +613,9 @@ class VLM(nn.Module):
             dim, self.side = vision.cfg.hidden_size, vision.cfg.side
         width = decoder.cfg.hidden_size
         features = PlacedFeatures(dim, cfg.window, self.side)
-        grid = (cfg.patch_frames, cfg.patch_side, cfg.patch_side)
-        self.connector = PatchConnector(features, dim, grid, width)
+        self.connector = PatchConnector(cfg, features, dim, width)
         if cfg.connector == "trajtok":
-            m = cfg.tokens_per_trajectory
-            self.connector = TrajectoryConnector(features, dim, segmenter.cfg, m, width)
+            self.connector = TrajectoryConnector(cfg, segmenter.cfg, features, dim, width)
         self.segmenter = segmenter.requires_grad_(False)
         self.vision = vision
 
@@ -1133,9 +1132,9 @@ def open_model(folder, device="cpu"):
 
 
 def attended(decoder, x, count):
-    """Embeddings (1, s, w) of a prompt of `count` tokens and its answer -> how much the answer attends to each
-    token of the prompt (count,): softmax weights, averaged over layers, heads and the positions that predict
-    the answer, from the last one of the prompt on."""
+    """Embeddings (1, s, w) of a prompt of `count` tokens and its answer -> how much the answer attends to
+    each token of the prompt (count,): softmax weights, averaged over layers, heads and the positions that
+    predict the answer, from the last one of the prompt on."""
     cache, weights = decoder.empty_cache(), []
     decoder(x, cache=cache)
     for memory in cache:
@@ -1145,16 +1144,6 @@ def attended(decoder, x, count):
         mask = causal_mask(q.shape[2], k)
         weights.append(F.scaled_dot_product_attention(q, k, places, mask, enable_gqa=True))
     return torch.cat(weights).mean((0, 1, 2))[:count]
-
-
-def attention_picture(path, video, owner, weight):
-    """video uint8 (T, H, W, 3); owner (v, t, h, w): the trajectory or patch of each cell; weight: how much
-    each was attended to. Those above the mean are painted."""
-    owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
-    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
-    trajtok.make_folder(path.parent)
-    write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
-    print(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -1189,8 +1178,15 @@ def ask(argv):
         said = model.decoder.embed_tokens(torch.tensor([answer], dtype=torch.int64, device=device))
         weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt))
         weight = weight[visual].view(-1, model.connector.m).sum(1)
+        # cells whose trajectory or patch is attended to more than the mean are painted
+        owner = model.connector.owner(inputs["ids"])            # (v, t, h, w)
+        owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
+        pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-        attention_picture(path, video, model.connector.owner(inputs["ids"]), weight)
+        trajtok.make_folder(path.parent)
+        strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
+        write_png(path, strip)
+        print(f"wrote {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
