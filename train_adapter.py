@@ -72,7 +72,7 @@ class BackboneConfig:
 
     @property
     def grid(self):
-        """(t', h', w') of a clip."""
+        """(t', h', w') of a clip: a token for each tubelet."""
         side = self.image_size // self.patch
         return self.frames // self.tubelet, side, side
 
@@ -102,6 +102,7 @@ class Attention(nn.Module):
 
 def mlp(width, inner):
     """Two linear maps and an exact GELU between them, under the names of the original releases."""
+    # the order of the dict is the order of the layers, and its keys are their names
     return nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), act=nn.GELU(), fc2=nn.Linear(inner, width)))
 
 
@@ -272,6 +273,7 @@ def backbone_config(path, weights):
     if "backbone_shape" in config:                              # a folder of ours
         return BackboneConfig(**config["backbone_shape"])
     width, _, tubelet, patch, _ = weights["patch_embed.proj.weight"].shape
+    # as published; what config.json says comes on top
     values = dict(kind="vjepa2", frames=64, image_size=256)
     if "blocks.0.attn.q_bias" in weights:
         values = dict(kind="videomae")
@@ -306,8 +308,8 @@ def join_projections(weights):
 # -----------------------------------------------------------------------------------------------------------
 
 def resize_logits(logits, grid, target):
-    """(b, t·h·w, K) -> (b, t'·h'·w', K), linear in space and time. CHOICE: as the released TrajVLM does in
-    space; frames that share a tubelet are averaged by the same rule."""
+    """(b, t·h·w, K) -> (b, t'·h'·w', K), linear in space and time. CHOICE: as the released TrajVLM does it
+    in space; frames that share a tubelet are averaged by the same rule."""
     x = rearrange(logits, "b (t h w) k -> b k t h w", t=grid[0], h=grid[1])
     x = F.interpolate(x, size=target, mode="trilinear")
     return rearrange(x, "b k t h w -> b (t h w) k")
@@ -598,7 +600,7 @@ class Views(data.VideoBatches):
 
 
 def evenly(count):
-    """`count` numbers from 0 to 1; of one, the middle."""
+    """`count` numbers from 0 to 1, ends included; of one, the middle."""
     return np.linspace(0, 1, count) if count > 1 else [0.5]
 
 
@@ -610,14 +612,15 @@ def real_clips(shape, cfg):
     if cfg.labels:
         names = cfg.labels.split(",")
     train, test = data.split(entries)
+    # a class that is not asked for is left out everywhere
     train, test = labelled(train, names), labelled(test, names)
     valid = train[1::10]
     learnt = [entry for i, entry in enumerate(train) if i % 10 != 1]
     known = {entry["label"] for entry in learnt}
     lacking = [name for i, name in enumerate(names) if i not in known]
     if lacking or not valid or not test:
-        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too few,"
-                       f" or none to learn from of {', '.join(lacking) or 'any class'}")
+        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too "
+                       f"few, or none to learn from of {', '.join(lacking) or 'any class'}")
     # several views are for testing; training and validation clips have the middle one
     return dict(train=Views(learnt, shape, cfg), valid=Views(valid, shape, cfg),
                 test=Views(test, shape, cfg, cfg.segments, cfg.crops)), names
@@ -663,6 +666,7 @@ def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
     folder.mkdir(parents=True, exist_ok=True)
     views = len(getattr(batches, "views", [1]))                 # made clips have one
     shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid))
+    # 16 bits a number: features are as large as the videos that they come from
     arrays, size = [], 0
     for name, width in (("features", backbone.cfg.width), ("logits", segmenter.cfg.num_queries)):
         array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (*shape, width))
@@ -758,6 +762,7 @@ def report(heads, rates, sets, cfg, device):
     test = accuracies(heads, sets["test"], cfg, device)
     result = {}
     for row, choices in TOKENS.items():
+        # chosen by validation clips: by test clips, the best of several would look better than it is
         names = [name for name in heads if name.startswith(row)]
         best = max(names, key=lambda name: sum(valid[name, m] for m in choices))
         for m in choices:
@@ -808,6 +813,7 @@ def train(cfg):
         made_of = zlib.crc32(repr((shape, cfg.ask, vars(batches), weights)).encode())
         where = Path(cfg.features or folder / "features") / f"{name}-{made_of:08x}"
         sets[name] = extract(where, batches, backbone, segmenter, damage, cfg, device)
+    # every row at every rate: which rate is best is decided on the validation clips
     heads, rates = nn.ModuleDict(), {}
     for row, i in itertools.product(HEADS, range(cfg.rates)):
         name, rate = f"{row}-{i}", cfg.head_lr * 2 ** i
@@ -818,6 +824,7 @@ def train(cfg):
         heads[name] = HEADS[row](shape.width, len(classes), segmenter.cfg.num_queries, cfg)
     train_heads(heads.to(device), rates, sets["train"], folder, cfg, device)
     result = report(heads.eval(), rates, sets, cfg, device)
+    # the score of a head that always says the most frequent class stands beside the others
     counts = np.bincount(sets["test"].classes)
     result |= dict(
         most_frequent=counts.max() / counts.sum(), clips=int(counts.sum()), seed=cfg.seed,

@@ -124,6 +124,7 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
 
     def heads(self, x):
+        """(b, s, a·c) -> (b, a, s, c): a heads of c channels each."""
         return rearrange(x, "b s (a c) -> b a s c", c=self.head_dim)
 
 
@@ -196,6 +197,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
+        # each layer has a memory of its own
         memories = cache or [None] * len(self.layers)
         cos, sin = self.rotary(x.shape[1], memories[0], x.device)
         for layer, memory in zip(self.layers, memories):
@@ -220,6 +222,7 @@ class Decoder(nn.Module):
         return angle.cos(), angle.sin()
 
     def empty_cache(self):
+        """A memory for each layer, which forward fills."""
         return [{} for _ in self.layers]
 
     @classmethod
@@ -321,7 +324,7 @@ def chat(encoding, turns, windows=()):
         for mark, numbers in windows:
             add(encode(mark))
             row.extend((special(VIDEO), number, False) for number in numbers)
-        # the video is shown once
+        # the video is shown once, before the first question
         windows = ()
         add([*encode(turn["question"]), special(TURN_END), *encode("\n")])
         add([special(TURN), *encode("assistant\n")])
@@ -401,6 +404,7 @@ class VisionLayer(nn.Module):
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
     def attention(self, x):
+        """Every patch reads every patch of its picture."""
         heads = []
         for name in ("q_proj", "k_proj", "v_proj"):
             heads.append(rearrange(self.self_attn[name](x), "b n (a c) -> b a n c", a=self.heads))
@@ -447,6 +451,7 @@ class SigLIP2(nn.Module):
         return self.post_layernorm(x) if post_norm else x
 
     def forward(self, video):
+        # SigLIP wants pixels from -1 to 1
         half = (0.5, 0.5, 0.5)
         x = resize(normalise(video, half, half), self.cfg.image_size)
         x = self.features(x.flatten(0, 1), post_norm=False)
@@ -504,6 +509,7 @@ class PlacedFeatures(nn.Module):
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
     def forward(self, features):
+        # under FSDP the weights may be bfloat16
         features = features.to(self.norm.weight.dtype)
         x = (self.norm(features) - self.mean) / self.deviation
         return x + self.frame[:x.shape[1], None, None] + self.row[:, None] + self.column
@@ -542,6 +548,8 @@ class TrajectoryConnector(nn.Module):
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=self.m,
             out_dim=dim))
 
+    # A dead trajectory owns no point of its window. It gives no token, so windows have different numbers.
+
     def alive(self, ids):
         """bool (v, K): which trajectories own a point of their window."""
         return one_hot(ids.flatten(1), self.num_queries).any(1)
@@ -577,6 +585,7 @@ class PatchConnector(nn.Module):
         self.features, self.project = features, Project(dim, width)
 
     def counts(self, ids):
+        """How many tokens each window has (v,): all of the grid."""
         return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
 
     def owner(self, ids):
@@ -614,6 +623,7 @@ class VLM(nn.Module):
         width = decoder.cfg.hidden_size
         features = PlacedFeatures(dim, cfg.window, self.side)
         self.connector = PatchConnector(cfg, features, dim, width)
+        # both connectors read the same features: they differ in how they pool them
         if cfg.connector == "trajtok":
             self.connector = TrajectoryConnector(cfg, segmenter.cfg, features, dim, width)
         self.segmenter = segmenter.requires_grad_(False)
@@ -642,6 +652,7 @@ class VLM(nn.Module):
 def segment_windows(segmenter, windows, side, bf16=None):
     """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids (v, t, h, w), h = w =
     side. As published, logits are resized to the vision grid, and then the argmax is taken."""
+    # the segmenter sees frames of the size that it was trained on
     with trajtok.precision(windows.device, bf16):
         seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
@@ -706,6 +717,7 @@ class VLMConfig(trajtok.TrainConfig):
             raise BadInput(f"--size {self.size}: give --decoder and --vision, a published folder each")
 
 
+# PAPER: captions, then questions, with a vision tower that learns, too. A batch is that of each process.
 FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
             patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
@@ -727,13 +739,13 @@ def story_world(frames, size=64):
 
 
 def cut_windows(video, window):
-    """(b, T, ...) -> (b·windows, t, ...)"""
+    """(b, T, ...) -> (b·windows, t, ...). A picture, or a clip shorter than a window, is one window."""
     return rearrange(video, "b (n t) ... -> (b n) t ...", t=min(video.shape[1], window))
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a list of clips. The segmenter is frozen: it sees them once,
-    here."""
+    """Stories first .. first + count - 1 -> a list of clips: dicts of caption, qa, times, and of the clip's n
+    windows features (n, t, h, w, d) and ids (n, t, h, w). The segmenter is frozen: it sees them once, here."""
     world = story_world(frames, segmenter.cfg.image_size)
     indices = range(first, first + count)
     # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
@@ -772,6 +784,7 @@ class StoryBatches(Dataset):
     def __getitem__(self, i):
         step, rank = divmod(i, self.world)
         rng = np.random.default_rng((self.cfg.seed, step))
+        # every process draws the same numbers and takes every world-th clip of them
         frames = 8
         if step >= 0.4 * self.cfg.steps:
             frames = int(rng.choice(list(self.stories)))
@@ -798,6 +811,7 @@ def open_stories(cfg, segmenter, world, device):
 def open_films(cfg, size, world):
     """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
     entries = data.read_manifest(cfg.data)
+    # every question becomes a conversation, so that all that follows knows one kind
     for entry in entries:
         # `qa` holds questions without a sequel, `conversations` lists of turns
         entry["qa"] = [[turn] for turn in entry["qa"]] + entry["conversations"]
@@ -815,6 +829,7 @@ def open_films(cfg, size, world):
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
+    # without captions the first stage has no steps, and its batches are never asked for
     training = []
     for some in (captioned or asked, asked):
         sets = film_batches(cfg, size, some, cfg.batch, True)
@@ -1034,6 +1049,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder, model, optimizer, step):
+    """As trajtok.save_checkpoint. All processes have to call it: gathering shards takes every one of them."""
     weights, moments = get_state_dict(model, optimizer, options=WHOLE)
     trajtok.save_checkpoint(folder, Gathered(weights), Gathered(moments), step)
 
@@ -1084,7 +1100,8 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
 
 
 def accuracies(answers):
-    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict."""
+    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict: accuracy,
+    chance, accuracy_8_frames, ..., accuracy_what, ... Chance is the mean of 1 / number of options."""
     groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
         for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
@@ -1108,6 +1125,7 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
         clips_per_second=sum(line["clips"] for line in lines) / seconds,
         peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files), connector=cfg.connector)
     write_json(folder / "result.json", result)
+    # the curve of the loss, then the accuracy by length with chance beside it
     trajtok.save_pictures(folder, [], log, ["loss"])
     curves = dict(accuracy=[], chance=[])
     for frames in sorted({answer["frames"] for answer in answers}):
@@ -1158,7 +1176,7 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
-    # whole windows, or less than one
+    # whole windows, or less than one; a picture is a clip of one frame
     frames = min(cfg.frames, len(data.frame_times(args.clip)))
     frames -= frames % min(frames, cfg.window)
     video, times = data.decode(args.clip, frames, frame_size(model.segmenter, model.vision))
@@ -1204,7 +1222,8 @@ def main(argv=None):
         # a wrong folder of another part is refused before the minutes that this takes
         open_parts(cfg)
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
-    # the segmenter was pre-trained by one process; now several may begin
+    # The segmenter was pre-trained by one process, before torchrun starts several. Each of them comes here
+    # again, and finds the segmenter's folder.
     trajtok.launch(cfg)
     try:
         train(cfg, folder)
