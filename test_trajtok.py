@@ -3282,6 +3282,8 @@ def test_the_decoder_gives_published_numbers_with_and_without_a_cache(name):
 
     assert said() == naive and said(stop=[naive[4]]) == naive[:naive.index(naive[4])]
     assert max(said(known=7)) < 7 and len(said(most=100, ids=toy_ids(1, 60))) == 4
+    with pytest.raises(BadInput, match="a context of 64"):
+        model(toy_ids(1, 65))
 
 
 @torch.no_grad()
@@ -3395,12 +3397,10 @@ def test_the_built_in_tokenizer_and_conversations():
     assert spoken == "a dog<|im_end|>it stops<|im_end|>"
     asked = train_vlm.chat(e, [turns[0] | dict(answer=None)])
     assert train_vlm.chat(e, turns[:1])[:len(asked)] == asked
-    ids, visual, targets = train_vlm.lay_out([row, asked], e, 200)
+    ids, visual, targets = train_vlm.lay_out([row, asked])
     assert e.decode(targets[0][targets[0] >= 0].tolist()) == spoken and (targets[1] == -1).all()
     assert visual[0][visual[0] >= 0].tolist() == [3, 4, 5]
     assert (ids[0][visual[0] >= 0] == e.encode_single_token(train_vlm.VIDEO)).all()
-    with pytest.raises(BadInput, match="a context of 20"):
-        train_vlm.lay_out([row], e, 20)
 
 
 def siglip_picture(name):
@@ -3489,11 +3489,11 @@ def test_what_all_features_share_is_taken_off():
 
 @pytest.mark.parametrize("m", (1, 2))
 def test_dead_trajectories_take_no_place(m):
-    """Catches: a place for a trajectory that owns no point, counts that are not those of the tokens,
-    tokens that depend on another window or on points that are not their own."""
+    """Catches: a place for a trajectory that owns no point, tokens that depend on another window or on
+    points that are not their own."""
     _, model, _, features, ids = vlm_parts(m=m)
     live = [len(own.unique()) for own in ids]
-    assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
+    assert len(set(live)) > 1
     tokens = model.connector(features, ids)
     assert tokens.shape == (m * sum(live), 32)
     alone = [model.connector(features[i:i + 1], ids[i:i + 1]) for i in range(6)]
@@ -3555,7 +3555,7 @@ def test_rows_are_conversations_that_can_be_learnt_by_heart(name):
     assert list(itertools.chain(*numbers)) == list(range(len(tokens)))
     rows = train_vlm.training_rows(batch, windows, e, cfg, 0)
     assert len(rows) == 6 and len({str(row) for row in rows}) == 6
-    parts = train_vlm.lay_out(rows, e, 200)
+    parts = train_vlm.lay_out(rows)
     with torch.no_grad():
         costs = torch.stack([answer_cost(model, tokens, row) for row in rows])
         close(model(*parts, inputs), costs, 1e-4)

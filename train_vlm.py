@@ -216,7 +216,10 @@ class Decoder(nn.Module):
         """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16
         holds no whole number above 256."""
         first = memory["k"].shape[2] if memory else 0
-        positions = first + torch.arange(length, device=device)
+        last, context = first + length, self.cfg.max_position_embeddings
+        if last > context:
+            raise BadInput(f"{last} tokens, and a context of {context}: give less --frames")
+        positions = torch.arange(first, last, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
         angle = positions[:, None] * self.cfg.rope_theta ** -channel
         return angle.cos(), angle.sin()
@@ -334,14 +337,12 @@ def chat(encoding, turns, windows=()):
     return row
 
 
-def lay_out(conversations, encoding, context, device="cpu"):
+def lay_out(conversations, device="cpu"):
     """What chat gave, one conversation a row, padded at the right -> ids; visual,
     -1 = a word; targets: what a position predicts, -1 = nothing. Each int64 (b,
     s)."""
     length = max(len(row) for row in conversations)
-    if length > context:
-        raise BadInput(f"a conversation of {length} tokens, and a context of {context}: give less --frames")
-    padding = (encoding.encode_single_token(END), -1, False)
+    padding = (0, -1, False)
     rows = [row + [padding] * (length - len(row)) for row in conversations]
     ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
     # position i predicts token i + 1
@@ -537,8 +538,9 @@ class Project(nn.Module):
 class TrajectoryConnector(nn.Module):
     """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w) -> (N, width).
 
-    Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
-    Perceiver under hard masks."""
+    Window after window, m tokens of each live trajectory, in order of their numbers. A dead one owns no point
+    of its window and gives no token: windows have different numbers of them. PAPER: a depth-2 Perceiver
+    under hard masks."""
 
     def __init__(self, cfg, shape, features, dim, width):
         super().__init__()
@@ -548,28 +550,17 @@ class TrajectoryConnector(nn.Module):
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=self.m,
             out_dim=dim))
 
-    # A dead trajectory owns no point of its window. It gives no token, so windows have different numbers.
-
-    def alive(self, ids):
-        """bool (v, K): which trajectories own a point of their window."""
-        return one_hot(ids.flatten(1), self.num_queries).any(1)
-
-    def counts(self, ids):
-        """How many tokens each window has (v,)."""
-        return self.m * self.alive(ids).sum(1)
-
     def owner(self, ids):
         """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
-        alive = self.alive(ids)
+        alive = one_hot(ids.flatten(1), self.num_queries).any(1)                    # (v, K)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
 
     def forward(self, features, ids):
-        points = ids.flatten(1)
+        masks = one_hot(ids.flatten(1), self.num_queries)
         # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
         # the plain mean of its points. The softmax of 1e4 x mask is the mask.
-        logits = 1e4 * one_hot(points, self.num_queries)
-        seg = Segmentation(None, logits, points, self.alive(ids), ids.shape[1:])
+        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), masks.any(1), ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
 
@@ -581,23 +572,22 @@ class PatchConnector(nn.Module):
 
     def __init__(self, cfg, features, dim, width):
         super().__init__()
-        self.grid = (cfg.patch_frames, cfg.patch_side, cfg.patch_side)
+        self.frames, self.side = cfg.patch_frames, cfg.patch_side
         self.features, self.project = features, Project(dim, width)
 
-    def counts(self, ids):
-        """How many tokens each window has (v,): all of the grid."""
-        return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
+    def grid(self, frames):
+        """(t', h', w') for windows of so many frames: a picture has one step in time."""
+        return min(self.frames, frames), self.side, self.side
 
     def owner(self, ids):
         """(v, t, h, w): the token, counted over the windows, that each cell is pooled into."""
-        count = len(ids) * math.prod(self.grid)
-        cells = torch.arange(count, dtype=torch.float32, device=ids.device)
-        cells = cells.view(len(ids), 1, *self.grid)
-        return F.interpolate(cells, size=ids.shape[1:])[:, 0].long()
+        grid = self.grid(ids.shape[1])
+        cells = torch.arange(len(ids) * math.prod(grid), dtype=torch.float32, device=ids.device)
+        return F.interpolate(cells.view(-1, 1, *grid), size=ids.shape[1:])[:, 0].long()
 
     def forward(self, features, ids):
         x = rearrange(self.features(features), "v t h w d -> v d t h w")
-        x = F.adaptive_avg_pool3d(x, self.grid)
+        x = F.adaptive_avg_pool3d(x, self.grid(ids.shape[1]))
         return self.project(rearrange(x, "v d t h w -> (v t h w) d"))
 
 
@@ -745,7 +735,7 @@ def cut_windows(video, window):
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
     """Stories first .. first + count - 1 -> a list of clips: dicts of caption, qa, times, and of the clip's n
-    windows features (n, t, h, w, d) and ids (n, t, h, w). The segmenter is frozen: it sees them once, here."""
+    windows features (n, t, h, w, d) and ids (n, t, h, w). The segmenter is frozen: it runs once, here."""
     world = story_world(frames, segmenter.cfg.image_size)
     indices = range(first, first + count)
     # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
@@ -879,13 +869,15 @@ def visual_inputs(batch, model, cfg, device):
     else:
         features = torch.cat(batch["features"]).float().to(device)
         inputs = dict(features=features, ids=torch.cat(batch["ids"]).long().to(device))
-    # visual tokens are numbered over the whole batch, clip after clip and window after window
+    # Visual tokens are numbered over the whole batch, clip after clip and window after window, m of each
+    # owner: the largest owner in a window says where the window's tokens end.
+    owner = model.connector.owner(inputs["ids"]).flatten(1).amax(1)
+    ends = iter((model.connector.m * (owner + 1)).tolist())
     first, windows = 0, []
-    counts = iter(model.connector.counts(inputs["ids"]).tolist())
     for times in batch["times"]:
         own = []
         for i in range(0, len(times), cfg.window):
-            last = first + next(counts)
+            last = next(ends)
             own.append((stamp(times[i:i + cfg.window]), range(first, last)))
             first = last
         windows.append(own)
@@ -980,7 +972,7 @@ def train(cfg, folder):
         # 3. what is seen, and one conversation a row
         inputs, windows = visual_inputs(batch, model, cfg, device)
         rows = training_rows(batch, windows, encoding, cfg, step)
-        ids, visual, targets = lay_out(rows, encoding, decoder.cfg.max_position_embeddings, device)
+        ids, visual, targets = lay_out(rows, device)
         if step == 0 and inputs and not vision:
             model.connector.features.calibrate(inputs["features"])
         # 4. forward, backward, step
@@ -1073,7 +1065,6 @@ def restore(folder, model, optimizer):
 def evaluate(model, held_out, encoding, cfg, device, damage):
     """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
-    context = model.decoder.cfg.max_position_embeddings
     answers = []
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
@@ -1089,7 +1080,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
             for text in turn["options"]:
                 rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
         with trajtok.precision(device, cfg.bf16):
-            costs = model(*lay_out(rows, encoding, context, device), inputs).split(counts)
+            costs = model(*lay_out(rows, device), inputs).split(counts)
         for (*_, turn), cost in zip(batch["qa"][0], costs):
             # summed over the tokens: -log p of the whole option
             right = turn["options"][int(cost.argmin())] == turn["answer"]
@@ -1184,7 +1175,7 @@ def ask(argv):
     inputs, windows = visual_inputs(batch, model, cfg, device)
     # the same text as in training, up to where the answer begins
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
-    ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
+    ids, visual, _ = lay_out([prompt], device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
     x = model.embed(ids, visual, inputs)
     answer = list(generate(model.decoder, x, stop, encoding.n_vocab))
