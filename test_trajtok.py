@@ -2353,7 +2353,7 @@ def test_a_stream_is_one_pass(m, change):
     first, pieces, segs = zip(*drawn[:4])
     assert first == (0, 3, 6, 9)
     assert torch.equal(torch.cat(pieces, 1)[0], video)
-    assert torch.equal(torch.cat([s.ids for s in segs], 1), seg.ids)
+    close(torch.cat([s.logits for s in segs], 1), seg.logits)
 
 
 def test_windows_are_clips_of_their_own():
@@ -2411,7 +2411,8 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
     for written in (state, inside | {"other": torch.zeros(1)}):
         trajtok.write_weights(folder / "model.safetensors", written)
         two = trajtok.TrajTok.from_pretrained(folder)
-        assert (two.cfg, two.training) == (one.cfg, False)
+        assert not two.training
+        assert json.dumps(dataclasses.asdict(two.cfg)) == json.dumps(dataclasses.asdict(one.cfg))
         assert torch.equal(one(video, 4)[0].z, two(video, 4)[0].z)
     trajtok.write_weights(folder / "model.safetensors", state | {"stranger": torch.zeros(1)})
     with pytest.raises(BadInput, match="stranger"):
@@ -2466,9 +2467,6 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         file.write('{"step": 4, "lo')                           # killed while it wrote
     trajtok.Log(folder, 3)(step=3)
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
-    (folder / "state.pt").write_bytes(b"PK not a checkpoint")
-    with pytest.raises(BadInput, match="no whole checkpoint"):
-        trajtok.load_checkpoint(folder, None, None)
     with pytest.raises(BadInput, match="--overwrite"):
         trajtok.open_run(folder, cfg)
     trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True))
@@ -2527,20 +2525,18 @@ def test_strips_paint_like_trajectories_alike():
     trajtok.filmstrip(video, {"found": found, "true": truth - 1}, 3, 1)     # -1: unlabelled
 
 
-@pytest.mark.parametrize("log_axes, middle", ((False, "97.3,230.0"), (True, "220.0,140.0")))
-def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
+def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
-    point or a constant, logarithmic axes that do not say so."""
+    point or a constant."""
     steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
     panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
-    trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
+    trajtok.plot(tmp_path / "c.svg", panels, "frames")
     nodes = list(xml.etree.ElementTree.parse(tmp_path / "c.svg").iter())
     text = [node.text for node in nodes if node.tag.endswith("text")]
     lines = [node.get("points") for node in nodes if node.tag.endswith("polyline")]
-    assert lines[:2] == ["70.0,30.0 370.0,250.0", middle]
+    assert lines[:2] == ["70.0,30.0 370.0,250.0", "97.3,230.0"]
     assert "nan" not in lines[2]
-    assert {"steep", "ours", "theirs", "1", "100"} <= set(text)
-    assert ("frames (both axes are logarithmic)" in text) == log_axes
+    assert {"steep", "ours", "theirs", "1", "100", "frames"} <= set(text)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2549,7 +2545,7 @@ def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
 
 @pytest.mark.parametrize("clip, flags, frames, rows, columns", (
     ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4),
-    ("world", "--frames 3 --stages", 3, 3, 3),
+    ("world", "--frames 3 --stages", 3, 2, 3),
     ("clip2.mp4", "--frames 0", 30, 2, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 2, 8)))
 def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, columns):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
@@ -2614,8 +2610,7 @@ def test_a_table_by_hand():
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
     ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
-    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
-    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
     ("pretrain --init no", "no/model"), ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
 
@@ -3193,7 +3188,7 @@ BAD_FLAGS = (
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
     ("--init-segmenter no", "no/model"), ("--device abacus", "abacus"), ("--text no", "--text no"),
-    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "no run"), ("--val no.json", "no.json"),
+    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "config.json"), ("--val no.json", "no.json"),
     ("--mix 1,2", "--mix 1,2"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
     ("--out SILENT", "--out"), ("--name nano", "--overwrite"),
     ("--resume --name nano --width 64", "another model or size"))

@@ -1161,7 +1161,6 @@ def attention_picture(path, video, owner, weight):
     each was attended to. Those above the mean are painted."""
     owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
     owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
-    trajtok.make_folder(path.parent)
     write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
     print(f"wrote {path}")
 
