@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
+from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
 from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
@@ -299,7 +299,8 @@ def load_weights(module, folder, *prefixes):
 def write_weights(path, state):
     """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    replace(path, lambda beside: beside.write_bytes(save(state)))
+    with replacing(path) as beside:
+        beside.write_bytes(save(state))
 
 
 # A pickle could run code, so torch.load refuses every class that is not named. The original VideoMAE release
@@ -711,7 +712,8 @@ def save_checkpoint(folder, model, optimizer, step):
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
     try:
-        replace(folder / "state.pt", lambda beside: torch.save(state, beside))
+        with replacing(folder / "state.pt") as beside:
+            torch.save(state, beside)
         write_weights(folder / "model.safetensors", model.state_dict())
     except RuntimeError as error:                               # what torch.save raises on a full disk
         raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
@@ -741,7 +743,8 @@ class Log:
         self.path = folder / "log.jsonl"
         if first is not None and not ranks()[0]:
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
-            replace(self.path, lambda beside: beside.write_text("".join(kept)))
+            with replacing(self.path) as beside:
+                beside.write_text("".join(kept))
 
     def __call__(self, **line):
         # the first process writes for all
@@ -841,7 +844,8 @@ def plot(path, panels, x="step"):
             parts.append(f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>')
             parts.append(f'<text x="378" y="{44 + 16 * j}" fill="{colour}">{name}</text>')
         parts.append("</g>")
-    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
+    with replacing(path) as beside:
+        beside.write_text("\n".join([*parts, "</svg>"]))
 
 
 def aligned(lines):
