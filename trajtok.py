@@ -206,11 +206,10 @@ class TrajTok(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> the tokenizer, in eval mode."""
-        try:
-            cfg = TrajTokConfig(**read_json(Path(folder) / "config.json")["trajtok"])
-        except (KeyError, TypeError):                           # no such entry; none, or unknown fields in it
-            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer") from None
-        return load_weights(cls(cfg), folder, "video.tokenizer.").eval()
+        saved = read_json(Path(folder) / "config.json").get("trajtok")
+        if not saved:
+            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer")
+        return load_weights(cls(TrajTokConfig(**saved)), folder, "video.tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
@@ -465,7 +464,7 @@ class RunConfig:
     data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
     mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
     val: str | None = None              # a manifest of held-out clips; default: a part of --data
-    name: str | None = None             # of the run, whose folder is named at the end; default: size and data
+    name: str | None = None             # of the run, whose folder is named at the end; default: the size
     out: str = "out"                    # where runs are kept
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
@@ -665,13 +664,8 @@ def count_gflops(run):
 # -----------------------------------------------------------------------------------------------------------
 
 def run_folder(cfg, script, suffix=""):
-    """out/<script>-<name>. Without --name it is the size, the names of the data if they are one's own, and
-    `suffix`, e.g. out/clip-nano-pets-vit3d."""
-    sets = [Path(one).resolve() for one in data.sets_of(cfg.data) if one != "world"]
-    # most manifests are called manifest.json: their folder says more
-    names = [one.parent.name if one.stem == "manifest" else one.stem for one in sets]
-    name = cfg.name or "-".join([cfg.size, *names]) + suffix
-    return Path(cfg.out) / f"{script}-{name}"
+    """out/<script>-<name>. Without --name it is the size and `suffix`, e.g. out/clip-nano-vit3d."""
+    return Path(cfg.out) / f"{script}-{cfg.name or cfg.size + suffix}"
 
 
 def resumed(cfg, folder, argv):
@@ -695,7 +689,7 @@ def open_run(folder, cfg, **more):
         for name in ("config.json", "state.pt", "log.jsonl", "result.json", "model.safetensors"):
             (folder / name).unlink(missing_ok=True)
     if config.exists() and not cfg.resume:
-        raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
+        raise BadInput(f"{folder}: holds a run; give --resume to go on, --overwrite, or another --name")
     if config.exists() and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
     write_json(config, dataclasses.asdict(cfg) | more)
@@ -809,10 +803,12 @@ def captioned(rows, scale):
     gaps."""
     lines = []
     for name, images in rows.items():
-        images = np.stack(images).repeat(scale, 1).repeat(scale, 2)
-        images = np.pad(images, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
-        line = np.pad(np.concatenate(list(images), 1), ((0, 0), (80, 0), (0, 0)), constant_values=255)
+        line = np.full((scale * len(images[0]) + 4, 80, 3), 255, np.uint8)
         write_text(line, name, len(line) // 2 - 5, 4)
+        for image in images:
+            image = image.repeat(scale, 0).repeat(scale, 1)
+            image = np.pad(image, ((0, 4), (0, 4), (0, 0)), constant_values=255)
+            line = np.concatenate((line, image), 1)
         lines.append(line)
     return np.concatenate(lines)
 
@@ -951,13 +947,14 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
             seg = segmenter(video)
         # a million: every label counts here, while training keeps the K largest
         truth = labels_on_grid(labels, seg.grid, 10 ** 6)       # (b, n), as seg.ids
-        for mine, true, alive in zip(seg.ids.cpu().split(1), truth.cpu().split(1), seg.alive):
+        found = seg.ids.cpu().split(1)
+        for mine, true, alive in zip(found, truth.cpu().split(1), seg.alive):
             if (true >= 0).any():
                 # NaN where only grounds are labelled; nanmean leaves such a clip out
                 best = best_overlaps(mine, true, first) or [math.nan]
                 scores = video_metrics(mine, true)
-                rows.append(dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"],
-                                 live_trajectories=int(alive.sum())))
+                row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
+                rows.append(row | dict(live_trajectories=int(alive.sum())))
         if not pictures:
             fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
             pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
@@ -975,7 +972,8 @@ def save_pictures(folder, pictures, log, terms):
     for term in terms:
         curve = [(line["step"], line[term]) for line in log.lines() if term in line]
         if curve:
-            curves[term] = {"": curve}                          # a panel of its own, whose only line needs no name
+            # each term has a panel of its own, and its only line needs no name
+            curves[term] = {"": curve}
     plot(folder / "curves.svg", curves)
 
 
@@ -1004,7 +1002,8 @@ def open_clip(cfg, shape):
     count = shape.frames if cfg.frames is None else cfg.frames
     if cfg.clip == "world":
         world = data.World(size=size, frames=count or shape.frames)
-        video, _ = data.rasterise(data.stack([data.script(data.TEST + cfg.index, world)]), size)
+        script = data.script(data.TEST + cfg.index, world)
+        video, _ = data.rasterise(data.stack([script]), size)
         return video[0], world.frames, 4.0
     if Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
         count = 1
@@ -1039,8 +1038,9 @@ def show(argv):
     kept = {"frames": [], "found": []}
 
     def draw(first, video, seg):                                # video (1, t, H, W, 3), from frame `first` on
+        ids = seg.masks(video.shape[2:4])[0].cpu().numpy()
         video = video[0].cpu().numpy()
-        painted = paint(video, seg.masks(video.shape[1:3])[0].cpu().numpy(), colours)
+        painted = paint(video, ids, colours)
         add(np.concatenate((video, painted), 1).repeat(scale, 1).repeat(scale, 2))
         chosen = np.isin(np.arange(first, first + len(video)), some)
         kept["frames"].extend(video[chosen])
@@ -1093,8 +1093,9 @@ def draw_stages(tokenizer, video, m, path):
     rows = {"frames": video[0].cpu().numpy()[some]}
     stride = video.shape[2] // grid[1]
     for name, x in values.items():
-        maps = rearrange(x.float(), "(t h w) c -> t h w c", t=grid[0], h=grid[1]).expand(-1, -1, -1, 3)
-        rows[name] = (255 * maps).byte().cpu().numpy()[some].repeat(stride, 1).repeat(stride, 2)
+        maps = rearrange(255 * x.float(), "(t h w) c -> t h w c", t=grid[0], h=grid[1])[some]
+        maps = maps.expand(-1, -1, -1, 3).byte().cpu().numpy()
+        rows[name] = maps.repeat(stride, 1).repeat(stride, 2)
     write_png(path, captioned(rows, max(1, 128 // video.shape[2])))
 
 
@@ -1134,16 +1135,18 @@ def summary(rows):
         names |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for name in names:
-        line, first = [name], []
-        for row in rows:
-            x = scores_of(row["results"], name)
-            line.append(spread(x))
-            if len(x) and len(first):
-                star = "*" if differ(x, first) else " "
-                line[-1] += f" ({x.mean() - first.mean():+.3f}{star})"
-            first = first if len(first) else x
-        lines.append(line)
+        columns = [scores_of(row["results"], name) for row in rows]
+        first = next(x for x in columns if len(x))
+        lines.append([name, *(cell(x, first) for x in columns)])
     return aligned(lines)
+
+
+def cell(x, first):
+    """Mean and deviation of x, then its difference to `first`, with a star if it is a clear one."""
+    if x is first or not len(x):
+        return spread(x)
+    star = "*" if differ(x, first) else " "
+    return f"{spread(x)} ({x.mean() - first.mean():+.3f}{star})"
 
 
 def read_json(path):
@@ -1228,10 +1231,7 @@ def compare(argv):
         if (row["flags"], row["script"]) != (flags, args.script):
             raise BadInput(f"{args.json}: {name} has flags {row['flags']!r} there; give it another name")
         done = [result["seed"] for result in row["results"]]
-        for seed in args.seeds:
-            if seed in done:
-                print(f"{name}, seed {seed}: taken from {args.json}")
-                continue
+        for seed in [seed for seed in args.seeds if seed not in done]:
             result = train_row(args, name, flags, seed)
             # written after each training, so that an interrupted comparison loses one of them at most; read
             # anew, because another process may have written meanwhile
@@ -1245,8 +1245,8 @@ def train_row(args, name, flags, seed):
     """Train one row with one seed, in a process of its own -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
     flags = shlex.split(flags.replace("{seed}", str(seed)))
-    command = [sys.executable, args.script, *flags, "--seed", str(seed), "--name", name, "--out", args.out]
-    command.append("--overwrite")
+    own = ["--seed", str(seed), "--name", name, "--out", args.out, "--overwrite"]
+    command = [sys.executable, args.script, *flags, *own]
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
         raise BadInput(f"{name}: {args.script} failed (see above); what was finished is in {args.json}")
