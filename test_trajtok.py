@@ -2119,67 +2119,49 @@ def plain_linear(x, w, name):
     return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
 
 
-def plain_perceiver(w, begin, latents, points, visible=None):
-    """latents (b, s, d), points (b, n, d), two layers, two heads; visible bool (b, 1, s, s + n)."""
-    def split(x):
-        return rearrange(x, "b n (a c) -> b n a c", a=2)
-
-    def rotated(x):
-        return segmenter.rotate(split(x), torch.arange(x.shape[1]))
-
-    points = plain_norm(points, w, begin + "norm_ctx")
+def plain_perceiver(w, latents, points, visible=None):
+    """Two layers of two heads: latents (b, s, d), points (b, n, d); visible bool (b, 1, s, s + n)."""
+    points = plain_norm(points, w, "norm_ctx")
     for i in range(2):
-        at, mlp = f"{begin}layers.{i}.0.", f"{begin}layers.{i}.1."
-        # the residual keeps the normed value
-        latents = plain_norm(latents, w, begin + "norm_lat")
-        x = plain_norm(latents, w, at + "norm_latents", 1e-5)
-        y = torch.cat((x, plain_norm(points, w, at + "norm_media", 1e-5)), 1)
-        k, v = plain_linear(y, w, at + "to_kv").chunk(2, -1)
-        qkv = rotated(plain_linear(x, w, at + "to_q")), rotated(k), split(v)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), visible)
-        latents = latents + plain_linear(rearrange(out, "b a s c -> b s (a c)"), w, at + "to_out")
-        z = plain_norm(latents, w, mlp + "norm")
-        z = F.silu(plain_linear(z, w, mlp + "gate")) * plain_linear(z, w, mlp + "up")
-        latents = latents + plain_linear(z, w, mlp + "down")
+        attention, mlp = trajtok.under(w, f"layers.{i}.0."), trajtok.under(w, f"layers.{i}.1.")
+        latents = plain_norm(latents, w, "norm_lat")            # the residual keeps the normed value
+        x = plain_norm(latents, attention, "norm_latents", 1e-5)
+        y = torch.cat((x, plain_norm(points, attention, "norm_media", 1e-5)), 1)
+        q, kv = plain_linear(x, attention, "to_q"), plain_linear(y, attention, "to_kv")
+        q, k, v = (rearrange(z, "b n (a c) -> b n a c", a=2) for z in (q, *kv.chunk(2, -1)))
+        q, k = (segmenter.rotate(z, torch.arange(z.shape[1])) for z in (q, k))
+        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), visible)
+        latents = latents + plain_linear(rearrange(out, "b a s c -> b s (a c)"), attention, "to_out")
+        z = plain_norm(latents, mlp, "norm")
+        z = F.silu(plain_linear(z, mlp, "gate")) * plain_linear(z, mlp, "up")
+        latents = latents + plain_linear(z, mlp, "down")
     return latents
 
 
-def plain_segmenter(w, x):
-    """The released segmenter on normalised frames x (b, t, 3, H, W) -> features, logits."""
-    backbone = segmenter.ConvNeXt(TINY.depths, TINY.dims)
-    backbone.load_state_dict(trajtok.under(w, "patch_encoder.backbone."))
-    maps = backbone(x.flatten(0, 1))
-    total = 0
-    for i, y in enumerate(maps):
-        y = F.conv2d(y, w[f"patch_encoder.proj.{i}.weight"], w[f"patch_encoder.proj.{i}.bias"])
-        y = plain_norm(y.movedim(1, -1), w, "patch_encoder.ln", 1e-5).movedim(-1, 1)
-        total = total + F.interpolate(y, size=maps[0].shape[2:], mode="bilinear")
-    features = rearrange(total, "(b t) d h w -> b (t h w) d", b=len(x))
-    latents = w["trajectory_perceiver.latents"].expand(len(x), -1, -1)
-    latents = plain_perceiver(w, "trajectory_perceiver.", latents, features)
+def plain_masks(w, features):
+    """The released segmenter on its features (b, n, d) -> logits."""
+    perceiver = trajtok.under(w, "trajectory_perceiver.")
+    queries = plain_perceiver(perceiver, perceiver["latents"].expand(len(features), -1, -1), features)
     unit = []
-    for z, name in ((features, "patch_decoder_low_res"), (latents, "traj_seg_head_low_res")):
+    for z, name in ((features, "patch_decoder_low_res"), (queries, "traj_seg_head_low_res")):
         z = plain_linear(F.relu(plain_linear(z, w, name + ".0")), w, name + ".2")
         unit.append(F.normalize(z, dim=-1))
     scale = min(math.log1p(math.exp(w["log_scale"].item())) + 1, 20.0)
-    return features, scale * unit[0] @ unit[1].mT
+    return scale * unit[0] @ unit[1].mT
 
 
-def plain_release(w, x, m):
-    """The released tokenizer on normalised frames -> features, logits, tokens."""
-    features, logits = plain_segmenter(trajtok.under(w, "segmenter."), x)
-    b, n, K = logits.shape
-    ids, soft = logits.argmax(-1), logits.softmax(-1)
+def plain_tokens(w, features, logits, m):
+    """The released encoder -> tokens."""
+    soft, ids = logits.softmax(-1), logits.argmax(-1)
     mean = soft.mT @ features / (soft.sum(1)[..., None] + 1e-6)
     z = (w["latents"][:, :m] + mean[:, :, None]).flatten(1, 2)
-    visible = torch.zeros(b, 1, K * m, K * m + n, dtype=torch.bool)
-    for i, k in itertools.product(range(b), range(K * m)):
-        own = k // m
-        visible[i, :, k, own * m:own * m + m] = True            # the tokens of its own trajectory
-        visible[i, :, k, K * m:] = ids[i] == own                # its points
-        visible[i, :, k, -2:] = True                            # and the clip's last two
-    z = plain_perceiver(w, "traj_feature_updater.", z, features, visible)
-    return features, logits, plain_linear(z, w, "output_projector")
+    owner = torch.arange(logits.shape[2]).repeat_interleave(m)[:, None]
+    own = (owner == owner.T).expand(len(ids), -1, -1)           # the tokens of its own trajectory
+    points = owner == ids[:, None]                              # its points
+    points[..., -2:] = True                                     # and the clip's last two
+    visible = torch.cat((own, points), 2)[:, None]
+    z = plain_perceiver(trajtok.under(w, "traj_feature_updater."), z, features, visible)
+    return plain_linear(z, w, "output_projector")
 
 
 # our names -> those of the release; what has none loses `encoder.`
@@ -2231,31 +2213,24 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     tokenizer = trajtok.TrajTok.load_official(file)
     assert tokenizer.cfg == tiny(image_size=224, frames=8, out_dim=24, **RELEASE)
     video = random_video(2, 3, 64, 32)
-    features, logits, z = plain_release(weights, segmenter.normalise(video), m)
     with torch.no_grad():
         tokens, seg = tokenizer(video, m)
-    close(seg.features, features)
+    logits = plain_masks(trajtok.under(weights, "segmenter."), seg.features)
     close(seg.logits, logits)
-    close(tokens.z, z)                                          # of dead trajectories, too
+    close(tokens.z, plain_tokens(weights, seg.features, logits, m))         # of dead trajectories, too
     assert 1 < seg.alive.sum() < seg.alive.numel()
-    close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
+    close(tokenizer.stream(video[0], m, chunk=2).z, tokens.z[:1])
     close(trajtok.load_segmenter(file)(video).logits, logits)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil",)
 
 
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run."""
     monkeypatch.chdir(tmp_path)
+    Path("evil.pth").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
     weights = official_weights()
-    torch.save(weights | {"meta": Evil()}, "evil.pth")
     del weights["output_projector.bias"]
     torch.save(weights, "lacking.pth")
     trajtok.TrajTok(TINY).save_pretrained(".")
-    assert Path("model.safetensors").stat().st_mode & 0o444 == 0o444         # everybody may read it
     damaged = {"evil.pth": "no whole file", "lacking.pth": "output_projector.bias",
                "model.safetensors": "not in the authors' layout"}
     for name, words in damaged.items():
@@ -2333,13 +2308,12 @@ def test_a_stream_is_one_pass(m, change):
     drawn = []
     for source, chunk in ((video, 3), (decoder, 4), (video.numpy(), 100)):
         stream = tokenizer.stream(source, m, chunk, each=lambda *x: drawn.append(x))
-        close(stream.z, tokens.z)
-        assert torch.equal(stream.mask, tokens.mask)
-        assert torch.equal(stream.trajectory, tokens.trajectory)
+        for mine, whole in zip(stream, tokens):
+            nearly(mine, whole)
     first, pieces, segs = zip(*drawn[:4])
     assert first == (0, 3, 6, 9)
     assert torch.equal(torch.cat(pieces, 1)[0], video)
-    assert torch.equal(torch.cat([s.ids for s in segs], 1), seg.ids)
+    nearly(torch.cat([s.logits for s in segs], 1), seg.logits)
 
 
 def test_windows_are_clips_of_their_own():
@@ -2391,16 +2365,16 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
     folder, video = tmp_path / "deep" / "folder", random_video(1, 2, 32, 32)
     one = trajtok.TrajTok(tiny(detach=False, scale=7.0, places=True))
     one.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    state = one.state_dict()
+    state, other = one.state_dict(), {"other": torch.zeros(1)}
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
-    for written in (state, inside | {"other": torch.zeros(1)}):
+    for written in (state, inside | other):
         trajtok.write_weights(folder / "model.safetensors", written)
         two = trajtok.TrajTok.from_pretrained(folder)
-        assert (two.cfg, two.training) == (one.cfg, False)
+        assert not two.training
+        assert json.dumps(dataclasses.asdict(two.cfg)) == json.dumps(dataclasses.asdict(one.cfg))
         assert torch.equal(one(video, 4)[0].z, two(video, 4)[0].z)
-    trajtok.write_weights(folder / "model.safetensors", state | {"stranger": torch.zeros(1)})
-    with pytest.raises(BadInput, match="stranger"):
+    trajtok.write_weights(folder / "model.safetensors", state | other)
+    with pytest.raises(BadInput, match="other"):
         trajtok.TrajTok.from_pretrained(folder)
 
 
@@ -2452,28 +2426,24 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         file.write('{"step": 4, "lo')                           # killed while it wrote
     trajtok.Log(folder, 3)(step=3)
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
-    (folder / "state.pt").write_bytes(b"PK not a checkpoint")
-    with pytest.raises(BadInput, match="no whole checkpoint"):
-        trajtok.load_checkpoint(folder, None, None)
     with pytest.raises(BadInput, match="--overwrite"):
         trajtok.open_run(folder, cfg)
     trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True))
     assert os.listdir(folder) == ["config.json"]
 
 
-@pytest.mark.parametrize("written", ("state.pt", "model.safetensors"))
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, written):
-    """Catches: a traceback of torch.save, or of safetensors; half a checkpoint in the old one's place."""
+def test_a_full_disk_is_one_line(tmp_path):
+    """Catches: a traceback of torch.save, or of the weights' writer; half a checkpoint in the old one's place."""
     net = nn.Linear(100, 100)                                   # 40 kB
     optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
     trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
-    if written == "model.safetensors":                          # the disk fills up between the two files
-        monkeypatch.setattr(torch, "save", lambda state, path: path.touch())
 
     def work(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         with pytest.raises(BadInput, match="make room"):
             trajtok.save_checkpoint(tmp_path, net, optimizer, 2)
+        with pytest.raises(BadInput, match="make room"):
+            trajtok.write_weights(tmp_path / "model.safetensors", net.state_dict())
 
     in_ranks(1, work)
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "state.pt"]
@@ -2513,49 +2483,45 @@ def test_strips_paint_like_trajectories_alike():
     trajtok.filmstrip(video, {"found": found, "true": truth - 1}, 3, 1)     # -1: unlabelled
 
 
-@pytest.mark.parametrize("log_axes, middle", ((False, "97.3,230.0"), (True, "220.0,140.0")))
-def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
+def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
-    point or a constant, logarithmic axes that do not say so."""
+    point or a constant."""
     steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
     panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
-    trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
+    trajtok.plot(tmp_path / "c.svg", panels, "frames")
     nodes = list(xml.etree.ElementTree.parse(tmp_path / "c.svg").iter())
     text = [node.text for node in nodes if node.tag.endswith("text")]
     lines = [node.get("points") for node in nodes if node.tag.endswith("polyline")]
-    assert lines[:2] == ["70.0,30.0 370.0,250.0", middle]
+    assert lines[:2] == ["70.0,30.0 370.0,250.0", "97.3,230.0"]
     assert "nan" not in lines[2]
-    assert {"steep", "ours", "theirs", "1", "100"} <= set(text)
-    assert ("frames (both axes are logarithmic)" in text) == log_axes
+    assert {"steep", "ours", "theirs", "1", "100", "frames"} <= set(text)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # trajtok.py: its commands
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clip, flags, frames, rows, columns", (
-    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4),
-    ("world", "--frames 3 --stages", 3, 3, 3),
-    ("clip2.mp4", "--frames 0", 30, 2, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 2, 8)))
-def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, columns):
+@pytest.mark.parametrize("clip, flags, frames, columns", (
+    ("still0.png", "", 1, 1), ("clip0.mp4", "--frames 4", 4, 4), ("world", "--frames 3 --stages", 3, 3),
+    ("clip2.mp4", "--frames 0", 30, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 8)))
+def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
     frames that are left out or drawn twice; a film at another pace."""
     name = clip if clip == "world" else media / clip
-    argv = ["show", name, "--weights", clip_run, "--out", tmp_path, *flags.split()]
-    run(trajtok.main, *argv, "--tokens-per-trajectory", 2)
-    base = tmp_path / f"{Path(clip).stem}-trajectories"
-    height, width, _ = read_film(f"{base}.png")[0].shape
-    assert (height // 224, width // 224) == (rows, columns)
-    film = read_film(f"{base}.mp4")
+    argv = ["show", name, "--weights", clip_run, "--out", tmp_path, "--tokens-per-trajectory", 2]
+    run(trajtok.main, *argv, *flags.split())
+    base = f"{tmp_path}/{Path(clip).stem}"
+    height, width = read_film(f"{base}-trajectories.png").shape[1:3]
+    assert (height // 224, width // 224) == (2, columns)
+    film = read_film(f"{base}-trajectories.mp4")
     assert film.shape == (frames, 448, 224, 3)
     told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
     assert 2 <= 2 * int(told[1]) == int(told[2])
     if "stages" in flags:                                       # frames, features, 3 soft masks, hard, read
-        assert len(read_film(tmp_path / "world-stages.png")[0]) == 7 * (128 + 4)
+        assert read_film(f"{base}-stages.png").shape[1] == 7 * (128 + 4)
     if frames == 30:
         assert numbers(film[:, :224:7, ::7]) == list(range(30))
-        with av.open(f"{base}.mp4") as file:
-            assert file.streams.video[0].average_rate == 10
+        assert data.frame_rate(f"{base}-trajectories.mp4") == 10
 
 
 def test_pretrain(tmp_path, capsys):
@@ -2564,9 +2530,8 @@ def test_pretrain(tmp_path, capsys):
     run that is another one, or of another size."""
     rows = []
     for i in range(8):
-        kind, count = ("image", 1) if i % 2 else ("video", 6)
-        path = labelled(tmp_path, f"v{i}", count, image=kind == "image")
-        rows.append({kind: path.name, "split": "val" if i < 3 else "train"})
+        path = labelled(tmp_path, f"v{i}", 1 if i % 2 else 6, image=bool(i % 2))
+        rows.append({"image" if i % 2 else "video": path.name, "split": "val" if i < 3 else "train"})
     for name in ("v0.mp4", "v4.mp4"):                           # one held out, one to learn from
         (tmp_path / name).write_text("no video")
     argv = ["pretrain", *SMALL, "--size", "tiny", "--steps", 4, "--out", tmp_path, "--name"]
@@ -2600,8 +2565,7 @@ def test_a_table_by_hand():
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
     ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
-    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
-    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
     ("pretrain --init no", "no/model"), ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
 
@@ -2621,18 +2585,20 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
 def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
     """Catches: a verdict from the sign alone, one that ignores `less`, a missing row taken for a tie."""
     scores = dict(high=(0.8, 0.9), low=(0.1, 0.2), noisy=(0.0, 0.9), single=(0.5,))
-    rows = [dict(name=name, flags="", script="", results=[dict(r=x, s=0.0) for x in values])
-            for name, values in scores.items()]
+    rows = []
+    for name, values in scores.items():
+        rows.append(dict(name=name, results=[dict(r=x, s=0.0) for x in values]))
     (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows)))
-    asked = [("high", "low", {}), ("low", "high", {}), ("low", "high", dict(less=True)),
-             ("high", "noisy", {}), ("high", "single", {}), ("high", "absent", {}),
-             ("high", "high", dict(against_score="s"))]
-    claims = [dict(claim="c", paper="p", json="a.json", row=row, against=against, score="r", **more)
-              for row, against, more in asked]
+    asked = {("high", "low"): "holds", ("low", "high"): "does not hold", ("low", "high", "less"): "holds",
+             ("high", "noisy"): "undecided", ("high", "single"): "undecided",
+             ("high", "absent"): "not measured"}
+    claims = [dict(claim="c", paper="p", json="a.json", row="high", against="high", score="r", against_score="s")]
+    for row, against, *less in asked:
+        claims.append(claims[0] | dict(row=row, against=against, against_score="r", less=bool(less)))
     (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
-    trajtok.main(["table", str(tmp_path / "claims.json")])
+    run(trajtok.main, "table", tmp_path / "claims.json")
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert verdicts == ["holds", "does not hold", "holds", "undecided", "undecided", "not measured", "holds"]
+    assert verdicts == ["holds", *asked.values()]
 
 
 def test_the_table_of_claims_is_made_from_its_json():
@@ -3115,7 +3081,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     rows = [f"base: {small}", f"detach: --no-detach {small}"]
     argv = ["--script", "train_clip.py", "--json", path, "--out", tmp_path, "--seeds", 0]
     for seeds, count in (([], 2), ([1], 4), ([1], 4)):
-        run(trajtok.main, "compare", *rows, *argv, *seeds)
+        run(trajtok.main, "compare", *argv, *seeds, *rows)
         assert train.call_count == count
     written = json.loads(path.read_text())
     assert {"command", "hardware", "rows"} <= set(written)
@@ -3148,7 +3114,7 @@ BAD_FLAGS = (
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
     ("--init-segmenter no", "no/model"), ("--device abacus", "abacus"), ("--text no", "--text no"),
-    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "no run"), ("--val no.json", "no.json"),
+    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "config.json"), ("--val no.json", "no.json"),
     ("--mix 1,2", "--mix 1,2"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
     ("--out SILENT", "--out"), ("--name nano", "--overwrite"),
     ("--resume --name nano --width 64", "another model or size"))
@@ -4233,25 +4199,21 @@ def parse(words):
 def test_the_readme_names_what_exists():
     """Catches: a flag, command, file or function of the README that is gone or misspelt; a README that is too
     long to be read."""
-    seen = 0
-    for words in readme_commands():
-        seen += 1
+    commands = list(readme_commands())
+    assert len(commands) >= 15
+    for words in commands:
         if words[:2] == ["trajtok.py", "compare"]:
-            rows = [word.partition(":")[2] for word in words[2:] if ":" in word]
-            assert rows and set(words[2:]) >= {"--seeds", "--json"}
-            for flags in rows:
-                parse(["train_clip.py", *shlex.split(flags)])
+            for row in words[2:words.index("--seeds")]:
+                parse(["train_clip.py", *shlex.split(row.partition(":")[2])])
         elif words[:2] != ["train_vlm.py", "ask"]:
             parse(words)
-    assert seen >= 15
     known = {field.name for config, *_ in COMMANDS.values() for field in dataclasses.fields(config)}
     for flag in re.findall(r"`--([a-z-]+)", README):
         assert flag == "help" or flag.removeprefix("no-").replace("-", "_") in known, flag
     for path in re.findall(r"\]\((?!https)([^)#]+)", README):
         assert (HERE / path).exists(), path
-    assert hasattr(trajtok.TrajTok, "load_official") and hasattr(trajtok, "load_convnext")
     words = [word for word in README.split() if re.search(r"\w", word)]
-    assert "@@" not in README and len(README.encode()) <= 15_000 and len(words) <= 2_000
+    assert len(README.encode()) <= 15_000 and len(words) <= 2_000
 
 
 # added to each command, so that it takes seconds
@@ -4263,23 +4225,25 @@ SHORTER = {
     "train_vlm.py": STEPS + ["--segmenter-steps", 2, "--clips", 4, "--eval-clips", 2, "--frames", 8],
     "trajtok.py pretrain": SMALL + ["--eval-clips", 4, "--overwrite", "--workers", 0],
     "data.py check": ["--workers", 0], "data.py label": ["--workers", 0, "--image-size", 48],
-    "data.py make": ["--clips", 2]}
+    "data.py make": ["--clips", 4]}
 
 
-def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
+def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Catches: a command that its parser knows and that fails when it is run; a command that needs what none
-    before it has made. Commands for other machines, or with weights that others published, are only read."""
+    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's own
+    that cannot be trained. Commands for other machines, or with weights that others published, are only
+    read."""
     monkeypatch.chdir(tmp_path)
     for script in HERE.glob("*.py"):
         shutil.copy(script, tmp_path)                           # `compare` starts them in this folder
-    blocks = re.findall(r"```(?:python|json)\n(.*?)```", README, re.S)
-    Path("mine.py").write_text(blocks[-1])
+    decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
+    Path("mine.py").write_text(own)
     actions = [f"actions/{part}/{label}" for part in ("train", "val") for label in ("fall", "walk")]
     for folder in ("videos", *actions):
         Path(folder).mkdir(parents=True)
         for name in ("cat", "dog"):
             numbered(f"{folder}/{name}.mp4", 20)
-    Path("videos/manifest.json").write_text(blocks[0])
+    Path("videos/manifest.json").write_text(re.search(r"```json\n(.*?)```", README, re.S)[1])
     talk = re.search(r"A line of `qa.jsonl`: `(.*)`", README)[1]
     talks = [talk.replace("cat.mp4", f"videos/{name}.mp4") for name in ("cat", "dog")]
     Path("qa.jsonl").write_text("\n".join(talks))
@@ -4299,20 +4263,9 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             words = words[:2] + [f"{row} {more}" for row in words[2:4]] + ["--json", "out/mine.json"]
         run(sys.modules[words[0].removesuffix(".py")].main, *words[1:], *shorter)
     assert len(ran) >= 15 and Path("out/mine.json").exists() and Path("out/clip-mine/result.json").exists()
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """Catches: an example that does not run as it stands; a tokenizer in a file of one's own that cannot be
-    trained."""
-    decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
-    monkeypatch.chdir(tmp_path)
-    run(train_clip.main, *CLIP, "--name", "nano")
-    run(data.main, "make", "--clips", 4, "--workers", 0)
     names = {}
     exec(decoding, names)
     assert names["masks"].shape == (1, 8, 64, 64) and names["z"].shape[:2] == names["mask"].shape
+    capsys.readouterr()
     exec(search, {})
-    assert capsys.readouterr().out.count("out/world/") >= 3
-    Path("mine.py").write_text(own)
-    run(train_clip.main, *CLIP, "--tokenizer", "mine.py:KMeans", "--name", "own")
-    assert json.loads(Path("out/clip-own/result.json").read_text())["clips"] == 8
+    assert capsys.readouterr().out.count("out/world/") == 3
