@@ -93,7 +93,7 @@ def scripts(begin, count, world=data.World()):
 
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
-    rgb = np.array(list(data.COLOURS.values()))
+    rgb = np.array([data.rgb_of(colour) for colour in data.COLOURS.values()])
     colours = [int(abs(rgb - s["rgb"][data.MAX_GROUNDS + j]).sum(1).argmin()) for j in range(s["count"])]
     return list(zip(s["shape"][:s["count"]].tolist(), colours))
 
@@ -296,9 +296,9 @@ def test_splits_and_held_out_pairs_are_disjoint():
     prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
     assert len(set(prints)) == len(prints)
     for s in (s for begin in begins for s in scripts(begin, 200)):
-        assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
+        assert not any(look[1] == data.held_out_colour(look[0]) for look in looks(s)) and len(set(looks(s))) == s["count"]
     for s in scripts(data.HELDOUT, 200):
-        held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
+        held = [j for j, look in enumerate(looks(s)) if look[1] == data.held_out_colour(look[0])]
         assert held == s["scene"]["slots"][:1]                   # the subject, and nobody else
 
 
@@ -435,15 +435,14 @@ def test_answers_to_stories_can_be_seen(frames, acts):
     kinds = set()
     for index in range(40 if frames < 512 else 3):
         s = story(index, frames, acts)
-        slots, bounds = s["scene"]["slots"], s["scene"]["bounds"]
+        slots, bounds = s["scene"]["slots"], [i * frames // acts for i in range(acts + 1)]
         place = s["place"][slots[0]].astype(float)
         # an act begins where the one before it ended; the first one as the first ends, but for a spin
         starts = [np.append(place[bounds[1] - 1, :3], place[0, 3]), *(place[a - 1] for a in bounds[1:-1])]
         deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
         assert deeds == s["scene"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
         names = [data.name_of(look) for look in s["scene"]["looks"]]
-        told = [(look["shape"], look["colour"]) for look in s["scene"]["looks"]]
-        assert [looks(s)[j] for j in slots] == told
+        assert [looks(s)[j] for j in slots] == s["scene"]["looks"]
         _, labels = data.rasterise(data.stack([s]), 64)
         ids = [data.MAX_GROUNDS + j for j in slots]
         seen = {name: (labels[0] == i).flatten(1).any(1).numpy() for name, i in zip(names, ids)}
@@ -493,10 +492,10 @@ def test_controls_are_what_one_frame_gives_away():
 
 
 @pytest.mark.parametrize("change", (
-    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some")))
+    dict(acts=3), dict(max_objects=9), dict(frames=0)))
 def test_impossible_worlds_are_refused(change):
     """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
-    with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
+    with pytest.raises(BadInput, match=next(iter(change))):
         data.World(**change)
 
 
@@ -504,7 +503,7 @@ def test_world_batches():
     """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the
     order."""
     world = data.World(size=32, frames=2)
-    dataset = data.WorldBatches(world, 3, begin=data.TEST)
+    dataset = data.WorldBatches(world, 3, range(data.TEST, data.HELDOUT))
     alone = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4)]
     assert [i for b in alone for i in b["index"]] == list(range(data.TEST + 3, data.TEST + 12))
     helped = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4, workers=2)]
@@ -1131,7 +1130,7 @@ def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsy
         assert len(batch["video"]) == 3 and len(set(batch["index"])) == 3
         damage.add(batch["bad"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(damage.files) == len(bad) + 3
+    assert len(lines) == len(damage) == len(bad) + 3
     assert sum("has 24 frames" in line for line in lines) == 3
     held_out = data.VideoBatches(entries, 3, 16, 6, train=False)
     assert [len(held_out[i]["video"]) for i in range(len(held_out))] == [6, 0]
@@ -1303,7 +1302,7 @@ def test_a_made_folder_holds_what_the_world_shows(tmp_path, capsys):
     run(data.main, "make", "--clips", 4, *flags)
     assert len(times) == 2 and all(path.stat().st_mtime_ns == then for path, then in times.items())
     made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
-    live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, begin=30_000_000)[0], "cpu")
+    live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, range(30_000_000, 30_000_004))[0], "cpu")
     assert not made["bad"] and torch.equal(made["labels"], live["labels"])
     assert (made["video"].int() - live["video"].int()).abs().max() <= 2
     assert made["caption"] == live["caption"] and made["qa"] == live["qa"]
@@ -4267,7 +4266,7 @@ def test_features_survive_the_disk(adapter_run, tmp_path):
     damage = data.Damage()
     args = (clips, 2, backbone, net, damage, HEADS, torch.device("cpu"))
     features = train_adapter.extract(tmp_path / "f", *args)
-    assert list(damage.files) == [str(paths[4])] and features.classes.tolist() == [0, 1, 2, 3, *range(5, 11)]
+    assert list(damage) == [str(paths[4])] and features.classes.tolist() == [0, 1, 2, 3, *range(5, 11)]
     x, seg, y = features.read(np.array([8, 1]), torch.device("cpu"))
     assert y.tolist() == [9, 1]
     video = torch.cat([clips.clip(i, None)["video"] for i in (9, 1)])

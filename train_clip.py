@@ -947,7 +947,7 @@ def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
         result["clips_before"] = before["steps"] * before["batch"]
     result |= dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,
                    clips_seen=seen, clips_per_second=seen / max(seconds, 1e-9),
-                   peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
+                   peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage),
                    seed=cfg.seed, tokenizer=cfg.tokenizer)
     write_json(folder / "result.json", result)
     write_png(folder / "found.png", found)

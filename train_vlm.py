@@ -1075,7 +1075,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
         damage.add(batch["bad"])
-        if not batch["qa"]:                                     # the file could not be read
+        if not batch.get("qa"):                                 # the file could not be read
             continue
         seen, (windows,) = perceive(batch, model, cfg, device)
         # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
@@ -1116,7 +1116,7 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
     result = scores | dict(questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
                            visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
                            clips_per_second=clips / seconds, peak_memory_gb=trajtok.peak_memory_gb(device),
-                           left_out=len(damage.files), connector=cfg.connector)
+                           left_out=len(damage), connector=cfg.connector)
     write_json(folder / "result.json", result)
     trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
     lengths = sorted({answer["frames"] for answer in answers})
@@ -1125,7 +1125,7 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
         curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
-    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage.files)} files left out\n"
+    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage)} files left out\n"
           f"wrote {folder}/: model.safetensors, result.json, log.jsonl, curves.svg, accuracy.svg")
 
 

@@ -47,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
+from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
 from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
@@ -338,7 +338,7 @@ def load_weights(module, folder, *prefixes):
 def write_weights(path, state):
     """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with data.replacing(path) as beside:
+    with replacing(path) as beside:
         save_file(state, beside)
         beside.chmod(0o644)                                     # safetensors lets only the owner read it
 
@@ -805,7 +805,8 @@ def save_checkpoint(folder, model, optimizer, step):
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
     try:
-        replace(folder / "state.pt", lambda beside: torch.save(state, beside))
+        with replacing(folder / "state.pt") as beside:
+            torch.save(state, beside)
         write_weights(folder / "model.safetensors", model.state_dict())
     # what the two writers raise on a full disk
     except (RuntimeError, SafetensorError) as error:
@@ -840,7 +841,8 @@ class Log:
         self.path = folder / "log.jsonl"
         if first is not None and not ranks()[0]:
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
-            replace(self.path, lambda beside: beside.write_text("".join(kept)))
+            with replacing(self.path) as beside:
+                beside.write_text("".join(kept))
 
     def __call__(self, **line):
         # the first process writes for all
@@ -942,7 +944,8 @@ def plot(path, panels, x="step", log=False):
             parts.append(f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>')
             parts.append(f'<text x="378" y="{44 + 16 * j}" fill="{colour}">{name}</text>')
         parts.append("</g>")
-    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
+    with replacing(path) as beside:
+        beside.write_text("\n".join([*parts, "</svg>"]))
 
 
 def aligned(lines):
@@ -1026,7 +1029,7 @@ def pretrain(cfg):
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
-    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
+    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
     print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, trajectories.png, curves.svg")
