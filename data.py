@@ -38,7 +38,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
@@ -178,13 +177,13 @@ def film(path, rate, exact=False):
     pixel is more than 2 of 255 off, but browsers do not play it."""
     import av
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
+    codec, pixels = "libx264", "yuv444p" if exact else "yuv420p"
     if Path(path).suffix == ".png":
-        form, codec, pixels = "image2pipe", "png", "rgb24"
-    else:
-        form, codec, pixels = "mp4", "libx264", "yuv444p" if exact else "yuv420p"
+        codec, pixels = "png", "rgb24"
+    form = "mp4" if codec == "libx264" else "image2pipe"
+    options = {"crf": "0" if exact else "18"}
     with replacing(path) as beside, av.open(str(beside), "w", format=form) as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": "0" if exact else "18"})
-        stream.pix_fmt = pixels
+        stream = container.add_stream(codec, rate=rate, options=options, pix_fmt=pixels)
 
         def add(frames):
             if not stream.codec_context.is_open:
@@ -227,7 +226,7 @@ def in_processes(work, jobs, workers):
         return
     # one thread each: together they take as many cores as there are workers.
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
-    context = multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(work, jobs)
 
@@ -552,11 +551,9 @@ def script(index, world=World()):
     the subject's first; deeds in a chain; hero: the deed that is counted; ground: its name; film: what camera
     and light do."""
     rng = np.random.default_rng((SEED, index))
-    looks, radii = cast(rng, world, index)
+    looks, states = cast(rng, world, index)
     count = len(looks)
     scene = choose_acts(rng, world, count)
-    states = np.zeros((count, 4))                                   # x, y, radius, angle
-    states[:, 2] = radii
     states[:, 3] = rng.uniform(0, 2 * math.pi, count)
     stage = stage_chain if world.chain else stage_act
     paths, visits = stage(rng, world, states, scene)
@@ -609,10 +606,11 @@ def backwards(text):
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first -> [(shape, colour)], radii"""
+    """Who is there, the subject first -> [(shape, colour)], and states (count, 4) of x, y, radius and angle,
+    of which the radii are known."""
     count = pick(rng, [n for n in COUNTS if n <= world.max_objects])
     radius = rng.uniform(*RADIUS) * (1 - 0.06 * max(count - 3, 0))
-    looks, radii = [], []
+    looks, states = [], np.zeros((count, 4))
     # Shape and colour of each object are drawn until they are allowed.
     while len(looks) < count:
         shape = int(rng.integers(world.shapes))
@@ -625,9 +623,10 @@ def cast(rng, world, index):
         shared = any(colour == other for _, other in looks)
         if (shape, colour) in looks or (shared and not world.shared_colours):
             continue
+        states[len(looks), 2] = radius * rng.uniform(*SHARE)
         looks.append((shape, colour))
-        radii.append(radius * rng.uniform(*SHARE))
-    return looks, [radius, *radii[1:]]
+    states[0, 2] = radius
+    return looks, states
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -868,22 +867,18 @@ def paint_clips(s, size):
     v = p[:, None] / zoom + 0.5 + y                                         # (b, t, H, 1)
     squares = ((5 * u).floor() + (5 * v).floor()) % 2
     gain = 1 - s["contrast"].view(-1, 1, 1, 1) * squares                    # (b, t, H, W)
-    ids = torch.zeros_like(gain, dtype=torch.int32)
+    ids = torch.zeros_like(gain, dtype=torch.int64)
     # The object of one depth in all clips at a time. Later ones cover earlier ones. One side of each is
     # lighter, so that even a circle is seen to spin.
     for j in range(int(s["count"].max())):
         where, v = covered(s, j, size)
         ids.view(-1)[where] = MAX_GROUNDS + j
         gain.view(-1)[where] = 1 + 0.25 * v
-    # the row of each pixel in the table of all colours of the batch
-    clip = torch.arange(len(ids), device=device, dtype=torch.int32).view(-1, 1, 1, 1)
-    row = (ids + clip * s["rgb"].shape[1]).flatten()
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=device)
     for c in range(3):
-        # index_select on one channel is 4 times as fast as indexing the table
-        colour = s["rgb"][..., c].flatten().index_select(0, row).view_as(ids)
+        colour = s["rgb"][..., c].gather(1, ids.flatten(1)).view_as(ids)
         video[..., c] = (colour * gain * s["light"][:, :, c, None, None]).clamp(0, 255)
-    return video, ids.long()
+    return video, ids
 
 
 def covered(s, j, size):
@@ -1708,8 +1703,7 @@ def augment(video, labels, seed, flip=True):
     contrast, saturation or grey, blur. video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same.
     `seed` (an int) decides everything. Give flip=False where captions tell left from right."""
     rng = np.random.default_rng((seed, 2))
-    pairs = [changed(clip, ids, rng, flip) for clip, ids in zip(video, labels)]
-    clips, ids = zip(*pairs)
+    clips, ids = zip(*(changed(*pair, rng, flip) for pair in zip(video, labels)))
     return torch.stack(clips), torch.stack(ids)
 
 

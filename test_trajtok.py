@@ -290,10 +290,13 @@ def test_splits_are_disjoint_and_the_subject_is_the_largest():
     for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT):
         for s in scripts(begin, 200):
             places.add(s["place"].tobytes())
-            pairs, (subject, *others) = looks(s), s["scene"]["slots"]
-            held = [j for j, (shape, colour) in enumerate(pairs) if colour == data.held_out_colour(shape)]
-            assert held == ([subject] if begin == data.HELDOUT else [])
-            assert len(set(pairs)) == s["count"] and pairs[subject] == (s["appearance"], s["colour"])
+            pairs = looks(s)
+            subject, *others = s["scene"]["slots"]
+            held = [colour == data.held_out_colour(shape) for shape, colour in pairs]
+            assert held[subject] == (begin == data.HELDOUT)
+            assert not any(held[j] for j in others)
+            assert len(set(pairs)) == s["count"]
+            assert pairs[subject] == (s["appearance"], s["colour"])
             radius = s["place"][:, :, 2]
             assert (radius[others] <= 0.7 * radius[subject]).all()
     assert len(places) == 1000
@@ -422,19 +425,23 @@ def test_answers_to_stories_can_be_seen(frames, acts, kinds):
             leaves = [f for f in range(frames - 1) if seen[f] and not seen[f + 1]]
             if leaves:
                 goes[name] = leaves[0]
-                back += [name] * any(seen[leaves[0] + 1:])
-            assert name != names[0] or all(seen)
+            if leaves and any(seen[leaves[0] + 1:]):
+                back.append(name)
+        assert names[0] not in goes
         for qa in s["qa"]:
             asked.add(qa["type"])
-            named = [name for name in names[1:] if name in qa["question"]]
-            told = [i for i, deed in enumerate(deeds) if f" {data.third(deed)}?" in qa["question"]]
-            counted = [deed for deed in deeds if f" {deed}?" in qa["question"]]
+            question, options = qa["question"], qa["options"]
+            # whom and what it names
+            others = [name for name in names[1:] if name in question]
+            again = any(name in back for name in others)
+            follows = [b for a, b in zip(deeds, deeds[1:]) if f" {data.third(a)}?" in question]
+            times = sum(f" {deed}?" in question for deed in deeds)
             seen = dict(
-                what=list(data.COLOURS)[s["colour"]], first=deeds[0], after=deeds[told[0] + 1] if told else "",
-                times=str(len(counted)), back=" ".join(back), again="yes" if set(named) & set(back) else "no",
-                order=min(named, key=goes.get, default=""))
+                what=list(data.COLOURS)[s["colour"]], first=deeds[0], after=(follows or [""])[0],
+                times=str(times), back=" ".join(back), again="yes" if again else "no",
+                order=min(others, key=goes.get, default=""))
             assert qa["answer"] == seen[qa["type"]], (index, qa)
-            assert qa["answer"] in qa["options"] and 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
+            assert qa["answer"] in options and 2 <= len(set(options)) == len(options) <= 4
     assert asked == {"what", "again", "back", "order"} | kinds
 
 
@@ -487,7 +494,8 @@ def test_world_batches():
             made = [data.script(i, world) for i in batch["index"]]
             assert batch["caption"] == [s["caption"] for s in made]
             assert batch["motion"].tolist() == [s["motion"] for s in made]
-            assert all(map(torch.equal, data.rasterise(data.stack(made), 32), (batch["video"], batch["labels"])))
+            painted = data.rasterise(data.stack(made), 32)
+            assert all(map(torch.equal, painted, (batch["video"], batch["labels"])))
     assert torch.equal(before, torch.get_rng_state())
     chosen = data.WorldBatches(world, 2, [7, 3, 11])
     assert [chosen[i]["index"] for i in range(len(chosen))] == [[7, 3], [11]]
@@ -611,8 +619,9 @@ def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
     spec["model"]["type"] = "BPE"
-    marks = ("special", "single_word", "lstrip", "rstrip", "normalized")
-    spec["added_tokens"] = [token | {mark: mark == "special" for mark in marks} for token in spec["added_tokens"]]
+    for token in spec["added_tokens"]:
+        token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token["special"] = True
     theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
     ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
     for text in (random_text(dice) for _ in range(1000)):
