@@ -1560,23 +1560,21 @@ class VideoBatches(torch.utils.data.Dataset):
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         """The entries' numbers as one epoch takes them."""
-        rng = np.random.default_rng((self.seed, epoch))
-        return rng.permutation(self.files).tolist()
-
-    def candidates(self, i):
-        """Numbers of the entries that batch i may take, in order, some of them twice."""
-        first = i * self.batch
         if not self.train:
-            return range(first, min(first + self.batch, self.files))
-        # so many places hold a whole epoch, and with it every entry, wherever they begin
-        places = range(first, first + 2 * self.files)
-        return (self.order(place // self.files)[place % self.files] for place in places)
+            return range(self.files)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
 
     def __getitem__(self, i):
         # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
         rng = np.random.default_rng((self.seed, 1, i))
+        first = i * self.batch
+        last = min(first + self.batch, self.files)
+        if self.train:
+            # so many places hold a whole epoch, and with it every entry, wherever they begin
+            last = first + 2 * self.files
         clips, bad = {}, {}
-        for number in self.candidates(i):
+        for place in range(first, last):
+            number = self.order(place // self.files)[place % self.files]
             if len(clips) == self.batch:
                 break
             if number in clips or number in bad:
