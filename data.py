@@ -277,7 +277,8 @@ SOLO = MOTIONS[:6]
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TURNS = {"clockwise": 1, "anticlockwise": -1}
 AXES = {"sideways": (1, 0), "upright": (0, 1)}
-WAYS = {"straight": tuple(DIRECTIONS), "bounce": tuple(AXES), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+WAYS = dict.fromkeys(MOTIONS, ("",)) | {
+    "straight": tuple(DIRECTIONS), "bounce": tuple(AXES), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
 # What a camera and a light may do, as rates of a logarithm.
 ZOOMS = {"in": 0.35, "out": -0.35}
 LIGHTS = {"lighter": 0.6, "darker": -0.6}
@@ -317,10 +318,12 @@ class World:
 
     def __post_init__(self):
         # An act needs four frames to be seen.
-        most = dict(frames=10 ** 6, max_objects=MAX_OBJECTS, acts=max(1, self.frames // 4))
-        for name, high in most.items():
-            if not 1 <= getattr(self, name) <= high:
-                raise BadInput(f"{name} {getattr(self, name)}: give 1 to {high}")
+        acts = max(1, self.frames // 4)
+        limits = dict(size=(8, 4096), frames=(1, 10 ** 6), max_objects=(1, MAX_OBJECTS), acts=(1, acts))
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"{name} {getattr(self, name)}: give {low} to {high}")
+        assert self.words in ("all", "looks", "deeds"), self.words
         # The acts of a chain go forth and back: reversed they look the same.
         assert not (self.reverse and self.chain), "only clips of one act can be reversed"
 
@@ -363,7 +366,7 @@ def choose_acts(rng, world, count):
     one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
     if not world.chain:
         program = pick(rng, MOTIONS if count > 1 else SOLO)
-        return dict(act=(program, pick(rng, WAYS.get(program, ("",)))), deeds=[], hero="")
+        return dict(act=(program, pick(rng, WAYS[program])), deeds=[], hero="")
     hero = pick(rng, list(DEEDS))
     times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
     # Places with a gap after each: choose among fewer places, then put the gaps in.
@@ -376,9 +379,9 @@ def choose_acts(rng, world, count):
 
 
 def perform(rng, act, s, me, other=None, reach=1):
-    """One act -> paths (1 or 2, T, 4) of those who move, the subject first. me, other: the states (x, y,
-    radius, angle) in which subject and companion begin; s (T,): how much of the act is done in each frame;
-    reach multiplies the distance."""
+    """One act -> the paths (T, 4) of the subject and of its companion. me, other: the states (x, y, radius,
+    angle) in which they begin; s (T,): how much of the act is done in each frame; reach multiplies the
+    distance."""
     program, way = act
     far = reach * rng.uniform(0.3, 0.5)
     phase = rng.uniform(0, 2 * math.pi)
@@ -415,11 +418,9 @@ def perform(rng, act, s, me, other=None, reach=1):
         # square is seen to turn backwards.
         mine[:, 3] += TURNS[way] * 10 * far * s
     mine[:, 2] *= GROWTH ** {"grow": s, "shrink": -s}.get(program, 0)
-    if program in SOLO:
-        return mine[None]
     theirs = np.full((len(s), 4), other)
     theirs[:, :2] += {"follow": 1, "collide": -1}.get(program, 0) * line
-    return np.stack((mine, theirs))
+    return mine, theirs
 
 
 def inside(paths):
@@ -456,7 +457,7 @@ def stage_act(rng, world, states, scene):
         if movers == 2:
             close = program not in ("approach", "collide")
             states[1, :2] = beside(rng, states[0], states[1], close)
-        paths[:movers] = perform(rng, scene["act"], s, *states[:2])
+        paths[:movers] = perform(rng, scene["act"], s, *states[:2])[:movers]
     # All others stand where a companion could: beside the first or the last place of something. From the
     # third object on half of them move, too.
     for j in range(movers, len(states)):
@@ -466,7 +467,7 @@ def stage_act(rng, world, states, scene):
             paths[j] = states[j]
             if j > 1 and rng.random() < 0.5:
                 program = pick(rng, SOLO[:4])
-                paths[j] = perform(rng, (program, pick(rng, WAYS[program])), s, states[j])
+                paths[j], _ = perform(rng, (program, pick(rng, WAYS[program])), s, states[j])
     return paths, []
 
 
@@ -489,7 +490,7 @@ def stage_chain(rng, world, states, scene):
             s = 0.5 * np.sin(math.pi * s)
         # A circle that is as wide as a dart is long would leave the frame.
         reach = 0.7 if program == "orbit" else 1.1
-        paths[0, begin:end] = perform(rng, DEEDS[deed], s, states[0], reach=reach)
+        paths[0, begin:end], _ = perform(rng, DEEDS[deed], s, states[0], reach=reach)
         # Only a spin does not end as it began.
         states[0, 3] = paths[0, end - 1, 3]
         begin = end
@@ -705,8 +706,8 @@ def name_of(look):
 
 def third(infinitive):
     """'dart left' -> 'darts left'"""
-    verb, *rest = infinitive.split()
-    return " ".join([verb + "s", *rest])
+    verb, blank, way = infinitive.partition(" ")
+    return f"{verb}s{blank}{way}"
 
 
 def describe(rng, scene):

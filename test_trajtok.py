@@ -473,7 +473,7 @@ def test_controls_are_what_one_frame_gives_away():
     assert 0.2 < found["control_last_frame"] < 0.45 < found["control_no_order"] < 0.85, found
 
 
-@pytest.mark.parametrize("change", (dict(acts=3), dict(max_objects=9), dict(frames=0)))
+@pytest.mark.parametrize("change", (dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4)))
 def test_impossible_worlds_are_refused(change):
     """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
     with pytest.raises(BadInput, match=next(iter(change))):
@@ -581,8 +581,8 @@ def random_text(dice):
     pictures; and a few characters of the plane that holds most of them, which are old enough for every
     program to know them."""
     pieces = [*" \n\r\t'.,!?-_09abcdefghijABsStTlLvVeEmMdD", "'s", "'LL", "'re", " the", " red", "square",
-              "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b", "e\u0301",
-              "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
+              "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b",
+              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
     for c in dice.integers(0x20, 0xfffe, 9):
         if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co"):
             pieces.append(chr(c))
