@@ -3636,7 +3636,7 @@ def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
 
     def stop(optimizer, step, cfg):
         if step == 4:
-            raise KeyboardInterrupt
+            raise SystemExit
         draw(optimizer, step, cfg)
 
     with monkeypatch.context() as patch:
@@ -4278,7 +4278,7 @@ def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
 
         def stop(now, cfg):
             if (cfg.lr == 1) == heads and now == step:
-                raise KeyboardInterrupt
+                raise SystemExit
             return rate(now, cfg)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(train_adapter, "learning_rate", stop)

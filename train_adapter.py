@@ -473,8 +473,8 @@ def pretrain_videomae(shape, cfg, folder, device):
     optimizer = make_optimizer(model, cfg)
     first = load_checkpoint(folder, model, optimizer)
     log = Log(folder, first)
-    first = data.TRAIN + cfg.seed % 49 * 10_000_000
-    clips = data.WorldBatches(world_of(shape), cfg.batch, range(first, data.VALIDATION))
+    begin = data.TRAIN + cfg.seed % 49 * 10_000_000
+    clips = data.WorldBatches(world_of(shape), cfg.batch, range(begin, data.VALIDATION))
     batches = data.loader(clips, first, cfg.steps, cfg.workers)
     # disable=None: no bar where the output goes to a file
     batches = tqdm(batches, "VideoMAE", cfg.steps, initial=first, leave=False, disable=None)
