@@ -93,9 +93,12 @@ def scripts(begin, count, world=data.World()):
 
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
-    rgb = np.array(list(data.COLOURS.values()))
-    colours = [int(abs(rgb - s["rgb"][data.MAX_GROUNDS + j]).sum(1).argmin()) for j in range(s["count"])]
-    return list(zip(s["shape"][:s["count"]].tolist(), colours))
+    table = np.array([data.rgb_of(colour) for colour in data.COLOURS.values()])
+    pairs = []
+    for j in range(s["count"]):
+        rgb = s["rgb"][data.MAX_GROUNDS + j]
+        pairs.append((int(s["shape"][j]), int(abs(table - rgb).sum(1).argmin())))
+    return pairs
 
 
 def run(main, *argv):
@@ -108,24 +111,26 @@ def refused(capsys, main, *argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(main, *argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2, lines
-    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
-    assert all(line.startswith("left out: ") for line in lines[:-1]), lines
-    return lines[-1]
+    *others, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and last.startswith("error: "), last
+    assert all(line.startswith("left out: ") for line in others), others
+    return last
 
 
 def encode(path, frames, rate=10):
     """uint8 frames (t, H, W, 3) -> a video file, with key frames every 12 and frames that refer to later
     ones."""
     # AVI holds no times: its usual codec has frames in order
-    old = Path(path).suffix == ".avi"
+    codec, options = "libx264", {"crf": "4", "g": "12", "bf": "2"}
+    if Path(path).suffix == ".avi":
+        codec, options = "mpeg4", {"qmin": "1", "qmax": "2", "g": "12"}
     with av.open(str(path), "w", format="mpegts" if Path(path).suffix == ".ts" else None) as file:
-        stream = file.add_stream("mpeg4" if old else "libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        stream.options = {"qmin": "1", "qmax": "2", "g": "12"} if old else {"crf": "4", "g": "12", "bf": "2"}
+        stream = file.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
 
@@ -135,33 +140,35 @@ def numbered(path, count, rate=10):
     the ones, as greys."""
     frames = np.zeros((count, 48, 64, 3), np.uint8)
     for i in range(count):
-        frames[i, :, :32], frames[i, :, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
+        frames[i, :, :32] = 20 + 18 * (i // 12)
+        frames[i, :, 32:] = 20 + 18 * (i % 12)
     return encode(path, frames, rate)
 
 
 def numbers(video):
     """The numbers that decoded frames (t, s, s, 3) of such a clip tell."""
     third = video.shape[2] // 3
-    halves = [video[:, :, part].mean((1, 2, 3)) for part in (slice(0, third), slice(-third, None))]
-    twelves, ones = (np.rint((half - 20) / 18).astype(int) for half in halves)
-    return (12 * twelves + ones).tolist()
+    twelves, ones = video[:, :, :third], video[:, :, -third:]
+    twelves, ones = (np.rint((half.mean((1, 2, 3)) - 20) / 18) for half in (twelves, ones))
+    return (12 * twelves + ones).astype(int).tolist()
 
 
 def labelled(folder, name, count=8, side=48, image=False):
     """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is
     trajectory 1."""
-    frames, mask = np.full((count, side, side, 3), 40, np.uint8), np.zeros((count, side, side), np.uint16)
+    mask = np.zeros((count, side, side), np.uint16)
     for i in range(count):
         left = 2 + i * (side - 20) // max(count - 1, 1)
-        frames[i, 12:28, left:left + 16], mask[i, 12:28, left:left + 16] = 220, 300
+        mask[i, 12:28, left:left + 16] = 300
+    frames = np.where(mask > 0, 220, 40).astype(np.uint8)[..., None].repeat(3, -1)
     path = folder / f"{name}{'.png' if image else '.mp4'}"
     if image:
         data.write_png(path, frames[0])
     else:
         encode(path, frames)
     np.savez_compressed(folder / f"{name}_mask.npz", mask)
-    tensor = np.stack([np.zeros(count, np.int64), np.full(count, 300)])
-    np.savez_compressed(folder / f"{name}_graph.npz", tensor=tensor)
+    graph = np.array([[0] * count, [300] * count])
+    np.savez_compressed(folder / f"{name}_graph.npz", tensor=graph)
     return path
 
 
@@ -221,30 +228,36 @@ def test_script_is_a_function_of_its_index():
     between two Python processes: a resumed run, or a worker, would see other clips."""
     code = f"from data import World, script; print(script(7), script(8, {CHAINS!r}))"
     env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(HERE)}
-    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    there = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
     np.random.seed(1)
     data.script(99, data.World(frames=16, acts=2))
-    assert there.stdout.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
+    assert there.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
     assert data.script(7)["caption"] != data.script(8)["caption"]
 
 
 def paint_naively(s, size):
     """One clip, pixel by pixel and thing by thing -> video (T, size, size, 3) as floats, labels (T, size,
     size)."""
-    shapes, frames = data.atlas(torch.device("cpu")).numpy(), len(s["camera"])
+    shapes = data.atlas(torch.device("cpu"))
+    frames = len(s["camera"])
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
         px, py = (column + 0.5) / size, (row + 0.5) / size
         cx, cy, zoom = map(float, s["camera"][f])
-        u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
-        label, gain = 0, 1 - float(s["contrast"]) * ((math.floor(5 * u) + math.floor(5 * v)) % 2)
+        u = (px - 0.5) / zoom + 0.5 + cx
+        v = (py - 0.5) / zoom + 0.5 + cy
+        square = (math.floor(5 * u) + math.floor(5 * v)) % 2
+        label, gain = 0, 1 - float(s["contrast"]) * square
         for j in range(s["count"]):
             x, y, r, angle = map(float, s["place"][j, f])
-            a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
-            b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
-            cell = int((b + 1) * data.CELLS / 2), int((a + 1) * data.CELLS / 2)
-            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j]][cell]:
-                label, gain = data.MAX_GROUNDS + j, 1 + 0.25 * b
+            # turned back, in radii
+            own = complex(px - x, py - y) * cmath.exp(-1j * angle) / r
+            across, down = own.real, own.imag
+            if abs(across) >= 1 or abs(down) >= 1:
+                continue
+            cell = int((down + 1) * data.CELLS / 2), int((across + 1) * data.CELLS / 2)
+            if shapes[s["shape"][j]][cell]:
+                label, gain = data.MAX_GROUNDS + j, 1 + 0.25 * down
         labels[f, row, column] = label
         video[f, row, column] = (s["rgb"][label] * gain * s["light"][f]).clip(0, 255)
     return video, labels
@@ -252,91 +265,67 @@ def paint_naively(s, size):
 
 @pytest.mark.parametrize("world", (data.World(32, 3), dataclasses.replace(data.STAGE, frames=3)))
 def test_pixels_and_labels_are_the_naive_painters(world):
-    """Catches: a wrong camera, rotation or depth order, a thing of another's colour, labels that are shifted
-    against the pixels. A handful of pixels on a border may fall to the other side in float32."""
-    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: -s["count"])[:4]
+    """Catches: a wrong camera, rotation or depth order, a thing of another's colour, a window that cuts its
+    corners off, labels that are shifted against the pixels, pixels that depend on how many clips are painted
+    at a time. A handful of pixels on a border may fall to the other side in float32."""
+    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: s["count"])
     video, labels = data.rasterise(data.stack(chosen), 32)
-    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (4, 3, 32, 32, 3)
-    for i, s in enumerate(chosen):
-        painted, truth = paint_naively(s, 32)
+    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (20, 3, 32, 32, 3)
+    for i in (0, 1, 2, 3, 18, 19):
+        painted, truth = paint_naively(chosen[i], 32)
         assert (labels[i].numpy() != truth).sum() <= 2
         assert (abs(video[i].numpy() - painted).max(-1) > 1.01).sum() <= 6
+        alone = data.rasterise(data.stack(chosen[i:i + 1]), 32)
+        assert torch.equal(alone[0][0], video[i]) and torch.equal(alone[1][0], labels[i])
+    # all that lies beyond a shape's table repeats its edge
+    edges = data.atlas(torch.device("cpu")).clone()
+    edges[:, 1:-1, 1:-1] = False
+    assert not edges.any()
 
 
-@pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
-def test_every_shape_is_drawn_whole(angle):
-    """Catches: a window around the object that is too small for it, so that corners are cut off when it is
-    turned."""
-    base = data.script(1, data.World(size=64, frames=1))
-    for shape, name in enumerate(data.SHAPES):
-        place = np.full((data.MAX_OBJECTS, 1, 4), (0.503, 0.496, 0.3, angle), np.float32)
-        s = base | dict(count=1, shape=np.full(data.MAX_OBJECTS, shape), place=place)
-        _, labels = data.rasterise(data.stack([s]), 64)
-        wrong = (labels[0].numpy() != paint_naively(s, 64)[1]).sum()
-        assert wrong <= 2, f"{name}: {wrong} pixels"
-        edge = data.atlas(torch.device("cpu"))[shape].clone()
-        edge[1:-1, 1:-1] = False
-        assert not edge.any(), f"{name}: what lies beyond the table would be drawn"
-
-
-def test_a_clip_is_the_same_whoever_stands_beside_it():
-    """Catches: pixels that depend on the batch or on how many clips are painted at a time."""
-    chosen = scripts(data.TEST, 24)
-    video, labels = data.rasterise(data.stack(chosen), 48)
-    for count in (1, 3):
-        parts = [data.rasterise(data.stack(chosen[i:i + count]), 48) for i in range(0, 24, count)]
-        assert torch.equal(torch.cat([part[0] for part in parts]), video)
-        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
-
-
-def test_splits_and_held_out_pairs_are_disjoint():
+def test_splits_are_disjoint_and_the_subject_is_the_largest():
     """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out
-    clip without one, two objects that words cannot tell apart."""
-    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST)
-    prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
-    assert len(set(prints)) == len(prints)
-    for s in (s for begin in begins for s in scripts(begin, 200)):
-        assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
-    for s in scripts(data.HELDOUT, 200):
-        held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
-        assert held == s["scene"]["slots"][:1]                   # the subject, and nobody else
+    clip without one; two objects that words cannot tell apart; classes of a thing that is not the largest."""
+    places = set()
+    for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT):
+        for s in scripts(begin, 200):
+            places.add(s["place"].tobytes())
+            pairs = looks(s)
+            subject, *others = s["scene"]["slots"]
+            held = [colour == data.held_out_colour(shape) for shape, colour in pairs]
+            assert held[subject] == (begin == data.HELDOUT)
+            assert not any(held[j] for j in others)
+            assert len(set(pairs)) == s["count"]
+            assert pairs[subject] == (s["appearance"], s["colour"])
+            radius = s["place"][:, :, 2]
+            assert (radius[others] <= 0.7 * radius[subject]).all()
+    assert len(places) == 1000
 
 
-@pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
-def test_the_subject_is_the_largest(world):
-    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong
-    one."""
-    for s in scripts(data.TRAIN, 400, world):
-        subject, *others = s["scene"]["slots"]
-        assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
-        assert (s["appearance"], s["colour"]) == looks(s)[subject]
-
-
-def test_appearance_says_nothing_of_motion():
-    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the
-    mutual information of independent classes is chi-squared: its mean, and half its variance, are the degrees
-    of freedom."""
-    for name in ("appearance", "colour"):
-        table = np.zeros((10, len(data.MOTIONS)))
-        for s in scripts(data.TRAIN, 2000):
-            table[s[name], s["motion"]] += 1
-        p = table / table.sum()
-        shape, motion = p.sum(1, keepdims=True), p.sum(0)
-        mutual = (p * np.log(np.maximum(p, 1e-12) / (shape * motion))).sum()
-        assert 2 * table.sum() * mutual < 90 + 6 * math.sqrt(180), name
-        assert motion.min() > 0.3 / len(data.MOTIONS) and shape.min() > 0.05, name
+@pytest.mark.parametrize("name", ("appearance", "colour"))
+def test_appearance_says_nothing_of_motion(name):
+    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. The
+    chi-squared statistic of independent classes has the mean 9 x 10, and twice that as its variance."""
+    table = np.zeros((10, len(data.MOTIONS)))
+    for s in scripts(data.TRAIN, 2000):
+        table[s[name], s["motion"]] += 1
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    assert ((table - expected) ** 2 / expected).sum() < 90 + 6 * math.sqrt(180)
+    assert table.sum(0).min() > 50 and table.sum(1).min() > 100
 
 
 def deed_told(s):
     """What a script's arrays show that its subject does, in the words of a caption of deeds alone."""
-    me, other = (s["place"][j].astype(float) for j in (s["scene"]["slots"] * 2)[:2])
+    # who is alone is its own companion
+    subject, companion = (s["scene"]["slots"] * 2)[:2]
+    me, other = s["place"][[subject, companion]].astype(float)
     move, theirs = np.diff(me[:, :2], axis=0), np.diff(other[:, :2], axis=0)
-    alone = s["count"] == 1
-    if abs(me[-1, 3] - me[0, 3]) > 1:
-        return f"spins {'clockwise' if me[-1, 3] > me[0, 3] else 'anticlockwise'}"
-    if abs(me[-1, 2] / me[0, 2] - 1) > 0.3:
-        return "grows" if me[-1, 2] > me[0, 2] else "shrinks"
-    if not alone and abs(theirs).max() > 1e-3:
+    turned, grown = me[-1, 3] - me[0, 3], me[-1, 2] / me[0, 2]
+    if abs(turned) > 1:
+        return f"spins {'clockwise' if turned > 0 else 'anticlockwise'}"
+    if abs(grown - 1) > 0.3:
+        return "grows" if grown > 1 else "shrinks"
+    if s["count"] > 1 and abs(theirs).max() > 1e-3:
         if (move[0] * theirs[0]).sum() < 0:
             return "bumps into {}"
         return "follows {}" if (move[0] * (other - me)[0, :2]).sum() > 0 else "leads {}"
@@ -344,8 +333,7 @@ def deed_told(s):
         return "moves up to {} and stops"
     if abs(move[0]).max() < 1e-4:
         return "moves away from {}"
-    if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
-        subject, companion = s["scene"]["slots"][:2]
+    if s["count"] > 1 and np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4:
         return "passes behind {}" if subject < companion else "passes in front of {}"
     if min(abs(move).max(0)) > 1e-3:
         turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
@@ -366,10 +354,12 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
         s = data.script(index, dataclasses.replace(data.STAGE, reverse=reverse))
         subject, *others = (data.a(data.SHAPES[s["shape"][j]]) for j in s["scene"]["slots"])
         doing, places = deed_told(s), s["place"][:s["count"], :, :2]
-        assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6       # in view
-        if s["motion"] >= 0:
+        # in view
+        assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6
+        if s["motion"] < 0:
+            assert doing in ("moves away from {}", "leads {}")
+        else:
             assert doing.startswith(data.VERBS[data.MOTIONS[s["motion"]]].split("|")[0])
-        assert (s["motion"] >= 0) == (s["scene"]["act"][0] not in ("leave", "lead"))
         rest = f" with {others[0]}" if others and "{}" not in doing else ""
         assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
         if reverse:
@@ -380,105 +370,96 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
 def test_captions_say_what_they_are_told_to():
     """Catches: a caption about somebody else, or one that tells what `words` leaves out."""
     verbs = {words.split()[0] for some in data.VERBS.values() for words in some.split("|")}
+    looks_and_grounds = {*data.COLOURS, *data.GROUNDS}
     for words in ("all", "looks", "deeds"):
         for s in scripts(data.TRAIN, 200, data.World(words=words)):
-            colour, shape = list(data.COLOURS)[s["colour"]], data.SHAPES[s["appearance"]]
-            told = set(re.findall(r"\w+", s["caption"]))
-            assert bool(told & verbs) == (words != "looks"), s["caption"]
-            assert bool(told & {*data.COLOURS, *data.GROUNDS}) == (words != "deeds"), s["caption"]
-            named = re.search(rf"\b{colour} (\w+ )?{shape}\b", s["caption"])
-            assert named or (words == "deeds" and shape in told), s["caption"]
+            told = re.findall(r"\w+", s["caption"])
+            assert bool(verbs & set(told)) == (words != "looks"), s["caption"]
+            assert bool(looks_and_grounds & set(told)) == (words != "deeds"), s["caption"]
+            name = data.name_of((s["appearance"], s["colour"]))
+            subject = name.split()[1] if words == "deeds" else name
+            assert re.search(rf"\b{subject}\b", s["caption"]), s["caption"]
 
 
-def story(index, frames=32, acts=4, objects=4):
-    return scripts(index, 1, data.World(64, frames, objects, shared_colours=False, acts=acts, story=True))[0]
+def story(index, frames=32, acts=4):
+    world = data.World(64, frames, 4, shared_colours=False, acts=acts, story=True)
+    return data.script(index, world)
 
 
 def deed_seen(path, before):
     """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before
     it."""
-    away = np.abs(path[:, :2] - before[:2]).max(0)
+    gone = path - before
+    away = np.abs(gone[:, :2]).max(0)
     if np.ptp(np.append(path[:, 3], before[3])) > 1:
         return "spin"
     if away.min() > 0.05:
         return "circle"
-    if away.max() > 0.05:
-        axis = away.argmax()
-        sign = int((path[:, axis] - before[axis]).sum() > 0)
-        return (("dart left", "dart right"), ("rise", "sink"))[axis][sign]
-    return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
+    if away.max() < 0.05:
+        return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
+    deeds = (("dart left", "dart right"), ("rise", "sink"))[away.argmax()]
+    return deeds[int(gone[:, away.argmax()].sum() > 0)]
 
 
-def answer_seen(qa, names, deeds, goes, back, s):
-    """The answer to a question of a story, from what was seen."""
-    question, kind = qa["question"], qa["type"]
-    if kind == "first":
-        return deeds[0]
-    if kind == "after":
-        asked = re.search(r"right after it first (\w+)s( \w+)?\?", question)
-        return deeds[deeds.index(asked[1] + (asked[2] or "")) + 1]
-    if kind == "times":
-        return str(deeds.count(re.search(rf"the {names[0]} (.+)\?", question)[1]))
-    if kind == "back":
-        return " ".join(back)
-    if kind == "again":
-        return "yes" if re.search(r"Does the (.+) come", question)[1] in back else "no"
-    if kind == "order":
-        return min(re.search(r"first, the (.+) or the (.+)\?", question).groups(), key=goes.get)
-    return list(data.COLOURS)[s["colour"]]
-
-
-@pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
-def test_answers_to_stories_can_be_seen(frames, acts):
+@pytest.mark.parametrize("frames, acts, kinds", (
+    (8, 1, {"first"}), (8, 2, {"first", "after"}), (32, 4, {"first", "after", "times"})))
+def test_answers_to_stories_can_be_seen(frames, acts, kinds):
     """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves
     when and who comes back; an answer that is not among its options."""
-    kinds = set()
-    for index in range(40 if frames < 512 else 3):
+    asked = set()
+    for index in range(40):
         s = story(index, frames, acts)
-        slots, bounds = s["scene"]["slots"], s["scene"]["bounds"]
+        slots, names = s["scene"]["slots"], [data.name_of(look) for look in s["scene"]["looks"]]
+        assert [looks(s)[j] for j in slots] == s["scene"]["looks"]
         place = s["place"][slots[0]].astype(float)
-        # an act begins where the one before it ended; the first one as the first ends, but for a spin
-        starts = [np.append(place[bounds[1] - 1, :3], place[0, 3]), *(place[a - 1] for a in bounds[1:-1])]
-        deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
+        deeds = []
+        for act in np.split(np.arange(frames), acts):
+            # an act begins where the one before it ended; the first one as the first ends, but for a spin
+            before = place[act[0] - 1] if act[0] else np.append(place[act[-1], :3], place[0, 3])
+            deeds.append(deed_seen(place[act], before))
         assert deeds == s["scene"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
-        names = [data.name_of(look) for look in s["scene"]["looks"]]
-        told = [(look["shape"], look["colour"]) for look in s["scene"]["looks"]]
-        assert [looks(s)[j] for j in slots] == told
         _, labels = data.rasterise(data.stack([s]), 64)
-        ids = [data.MAX_GROUNDS + j for j in slots]
-        seen = {name: (labels[0] == i).flatten(1).any(1).numpy() for name, i in zip(names, ids)}
-        goes = {name: int((x[:-1] & ~x[1:]).argmax()) for name, x in seen.items() if (x[:-1] & ~x[1:]).any()}
-        back = [name for name in goes if seen[name][goes[name] + 1:].any()]
-        assert seen[names[0]].all()
+        goes, back = {}, []
+        for name, j in zip(names, slots):
+            seen = (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).tolist()
+            leaves = [f for f in range(frames - 1) if seen[f] and not seen[f + 1]]
+            if leaves:
+                goes[name] = leaves[0]
+            if leaves and any(seen[leaves[0] + 1:]):
+                back.append(name)
+        assert names[0] not in goes
         for qa in s["qa"]:
-            kinds.add(qa["type"])
-            assert qa["answer"] == answer_seen(qa, names, deeds, goes, back, s), (index, qa)
-            assert qa["options"].count(qa["answer"]) == 1
-            assert 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
-    wanted = {"what", "first", "again", "back", "order"}
-    wanted |= {"after", "times"} if acts > 2 else {"after"} if acts > 1 else set()
-    assert kinds == wanted or frames == 512
+            asked.add(qa["type"])
+            question, options = qa["question"], qa["options"]
+            # whom and what it names
+            others = [name for name in names[1:] if name in question]
+            again = any(name in back for name in others)
+            follows = [b for a, b in zip(deeds, deeds[1:]) if f" {data.third(a)}?" in question]
+            times = sum(f" {deed}?" in question for deed in deeds)
+            seen = dict(
+                what=list(data.COLOURS)[s["colour"]], first=deeds[0], after=(follows or [""])[0],
+                times=str(times), back=" ".join(back), again="yes" if again else "no",
+                order=min(others, key=goes.get, default=""))
+            assert qa["answer"] == seen[qa["type"]], (index, qa)
+            assert qa["answer"] in options and 2 <= len(set(options)) == len(options) <= 4
+    assert asked == {"what", "again", "back", "order"} | kinds
 
 
 def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of
-    the right option, would be right far more often than a guess. Measured on 600 stories."""
-    asked, places = {}, {}
-    for s in (story(i) for i in range(600)):
-        names = [data.name_of(look) for look in s["scene"]["looks"]]
+    """Catches: answers that lean to one side: the most frequent answer, or the place of the right option,
+    would be right far more often than a guess. Measured on 600 stories."""
+    asked = {}
+    for s in map(story, range(600)):
         for qa in s["qa"]:
-            words = functools.reduce(lambda text, name: text.replace(name, "X"), names, qa["question"])
             answer = qa["answer"]
-            if qa["type"] == "order":                            # the first or the second that it names
-                answer = qa["question"].index(answer) == min(qa["question"].index(o) for o in qa["options"])
-            if qa["type"] != "back":                             # it names nobody
-                asked.setdefault(qa["type"], {}).setdefault(words, []).append(answer)
-            places.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
-    for kind, most in dict(what=0.19, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
-        groups = asked[kind].values()
-        share = sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups))
-        assert share < most, (kind, share)
-    assert all(max(map(p.count, set(p))) / len(p) < 1.2 / n for n, p in places.items())
+            if qa["type"] == "order":
+                # the first or the second that it names
+                answer = min(qa["options"], key=qa["question"].index) == answer
+            asked.setdefault(qa["type"], []).append(answer)
+            asked.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
+    most = {"what": 0.19, "first": 0.18, "after": 0.2, "times": 0.58, "again": 0.56, "order": 0.6}
+    for kind, limit in (most | {n: 1.2 / n for n in (2, 3, 4)}).items():
+        assert max(map(asked[kind].count, asked[kind])) < limit * len(asked[kind]), kind
 
 
 def test_controls_are_what_one_frame_gives_away():
@@ -492,40 +473,32 @@ def test_controls_are_what_one_frame_gives_away():
     assert 0.2 < found["control_last_frame"] < 0.45 < found["control_no_order"] < 0.85, found
 
 
-@pytest.mark.parametrize("change", (
-    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some")))
+@pytest.mark.parametrize("change", (dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4)))
 def test_impossible_worlds_are_refused(change):
     """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
-    with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
+    with pytest.raises(BadInput, match=next(iter(change))):
         data.World(**change)
 
 
 def test_world_batches():
     """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the
-    order."""
+    order; a loader that draws from the run's generator when it starts, so that a resumed run's random choices
+    are no longer those of the run that was never stopped."""
     world = data.World(size=32, frames=2)
-    dataset = data.WorldBatches(world, 3, begin=data.TEST)
-    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4)]
-    assert [i for b in alone for i in b["index"]] == list(range(data.TEST + 3, data.TEST + 12))
-    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4, workers=2)]
-    for a, b in zip(alone, helped, strict=True):
-        assert a["caption"] == b["caption"]
-        for key in ("video", "labels", "motion", "appearance"):
-            assert torch.equal(a[key], b[key]), key
-    assert alone[0]["caption"] == [data.script(i, world)["caption"] for i in alone[0]["index"]]
-    assert alone[0]["motion"].tolist() == [data.script(i, world)["motion"] for i in alone[0]["index"]]
-    chosen = data.WorldBatches(world, 2, indices=[7, 3, 11])
-    assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
-
-
-def test_a_loader_leaves_the_random_state_alone():
-    """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more,
-    and its random choices are no longer those of the run that was never stopped."""
+    dataset = data.WorldBatches(world, 3, range(data.TEST, data.HELDOUT))
+    before = torch.get_rng_state()
     for workers in (0, 1):
-        torch.manual_seed(3)
-        before = torch.get_rng_state()
-        list(data.loader(data.WorldBatches(data.World(size=8, frames=1), 1), 0, 2, workers))
-        assert torch.equal(before, torch.get_rng_state()), f"{workers} workers"
+        batches = [data.finish(batch, "cpu") for batch in data.loader(dataset, 1, 4, workers)]
+        assert [i for batch in batches for i in batch["index"]] == list(range(data.TEST + 3, data.TEST + 12))
+        for batch in batches:
+            made = [data.script(i, world) for i in batch["index"]]
+            assert batch["caption"] == [s["caption"] for s in made]
+            assert batch["motion"].tolist() == [s["motion"] for s in made]
+            painted = data.rasterise(data.stack(made), 32)
+            assert all(map(torch.equal, painted, (batch["video"], batch["labels"])))
+    assert torch.equal(before, torch.get_rng_state())
+    chosen = data.WorldBatches(world, 2, [7, 3, 11])
+    assert [chosen[i]["index"] for i in range(len(chosen))] == [[7, 3], [11]]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -554,22 +527,22 @@ def test_tokenize_round_trip_end_token_and_mask():
     """Catches: an end token that a long caption loses (the text encoder reads there), a mask that is inverted
     or one off."""
     encoding = data.load_encoding("world")
+    end = encoding.eot_token
     texts = [data.script(i)["caption"] for i in range(20)] + ["", "Ünïcode\n✓ 123"]
     ids, mask = data.tokenize(encoding, texts, 128)
-    assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape == (22, 128)
-    for row, real_ones, text in zip(ids, mask, texts):
-        n = int(real_ones.sum())
-        assert real_ones.tolist() == [True] * n + [False] * (128 - n)           # True = a real token
-        assert encoding.decode(row[:n - 1].tolist()) == text and row[n - 1] == encoding.eot_token
-        assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
+    for row, real_ones, text in zip(ids.tolist(), mask.tolist(), texts, strict=True):
+        own = encoding.encode_ordinary(text)
+        assert row == own + [end] * (128 - len(own))
+        # True = a real token, the first end token too
+        assert real_ones == [i <= len(own) for i in range(128)]
     ids, mask = data.tokenize(encoding, texts[:1], 4)
-    assert mask.all()
-    assert ids[0].tolist() == encoding.encode_ordinary(texts[0])[:3] + [encoding.eot_token]
+    assert mask.all() and ids[0].tolist() == encoding.encode_ordinary(texts[0])[:3] + [end]
 
 
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
+MERGES = ("h e", "l l", "he ll", "hell o", "Ġ hello", "1 2")
 
 
 def byte_level(text):
@@ -581,8 +554,9 @@ def byte_level(text):
 
 
 def toy_vocabulary():
-    single = sorted(byte_level(bytes([b])) for b in range(256))  # the order of the files: printable first
-    tokens = single + [byte_level(m) for m in MERGES]
+    # the order of the files: printable first
+    tokens = sorted(byte_level(bytes([b])) for b in range(256))
+    tokens += [merge.replace(" ", "") for merge in MERGES]
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -590,36 +564,29 @@ def toy_qwen(folder, **changes):
     """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level
     entries."""
     vocabulary = toy_vocabulary()
-    merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], [byte_level(b" "), "hello"], ["1", "2"]]
     split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     added = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]
-    spec = {"normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
-            "model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
+    spec = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
+        "model": {"vocab": vocabulary, "merges": [merge.split() for merge in MERGES]},
+        "added_tokens": added}
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(spec | changes), encoding="utf-8")
 
 
 def random_text(dice):
     """Whatever may stand in a text: blanks of every kind, contractions, digits, marks that compose, scripts,
-    pictures. Only characters that have been in Unicode for long: programs disagree about new ones."""
-    odd = ("'s", "'LL", "'re", " the", " red", "square", "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0",
-           "\u3000", "\x1c", "\x0b", "\u200b", "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½",
-           "²", "٣", "Ⅷ", "漢字", "<|im_start|>", "\U0001d15e", "\U00020000", "👍")
-    pieces = []
-    for _ in range(int(dice.integers(1, 30))):
-        kind = dice.random()
-        if kind < 0.35:
-            pieces.append(dice.choice(list(" \n\r\t'.,!?-_09")))
-        elif kind < 0.55:
-            pieces.append(dice.choice(list("abcdefghijABsStTlLvVeEmMdD")))
-        elif kind < 0.75:
-            pieces.append(dice.choice(odd))
-        else:
-            c = chr(int(dice.integers(0x20, 0xfffe)))
-            pieces.append(c if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs", "Co") else "x")
-    return "".join(pieces)
+    pictures; and a few characters of the plane that holds most of them, which are old enough for every
+    program to know them."""
+    pieces = [*" \n\r\t'.,!?-_09abcdefghijABsStTlLvVeEmMdD", "'s", "'LL", "'re", " the", " red", "square",
+              "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b",
+              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
+    for c in dice.integers(0x20, 0xfffe, 9):
+        if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co"):
+            pieces.append(chr(c))
+    return "".join(dice.choice(pieces, int(dice.integers(1, 30))))
 
 
 def test_published_tokenizers(tmp_path):
@@ -631,39 +598,33 @@ def test_published_tokenizers(tmp_path):
     toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer=plain)
     qwen = data.load_encoding(str(tmp_path / "qwen"))
     gpt = data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
-    pieces = (b"hello", b" hello", b" ", b"12")
-    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(piece)] for piece in pieces]
+    spelt = [vocabulary[token] for token in ("hello", "Ġhello", "Ġ", "12")]
+    assert gpt.encode_ordinary("hello hello 12") == spelt
     # a digit each, though there is a merge
     assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]
     composed = [vocabulary[byte_level(bytes([b]))] for b in "é".encode()]
     assert qwen.encode_ordinary_batch(["e\u0301"]) == [composed] == [qwen.encode_ordinary("e\u0301")]
-    for encoding, form in ((qwen, "NFC"), (gpt, None)):
+    for encoding in (qwen, gpt):
         assert encoding.eot_token == len(vocabulary) and encoding.encode_ordinary("<|im_end|>")[0] < 256
         for text in (random_text(dice) for _ in range(300)):
-            whole = unicodedata.normalize(form, text) if form else text
+            whole = unicodedata.normalize("NFC", text) if encoding is qwen else text
             assert encoding.decode(encoding.encode_ordinary(text)) == whole
 
 
 def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
     """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the
-    published program does: a tokenizer trained and saved by it, its own ids."""
+    published program does with the same file."""
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
-    from tokenizers import normalizers, pre_tokenizers, trainers
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    texts = [s["caption"] for s in scripts(0, 60)]
-    texts += ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    theirs.train_from_iterator(texts, trainer)
-    theirs.add_special_tokens(list(train_vlm.SPECIAL))
-    theirs.save(str(tmp_path / "tokenizer.json"))
+    toy_qwen(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
+    spec["model"]["type"] = "BPE"
+    for token in spec["added_tokens"]:
+        token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token["special"] = True
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
     ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
-    # theirs reads <|im_start|> as a special token
-    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):
+    for text in (random_text(dice) for _ in range(1000)):
         assert theirs.encode(text).ids == ours.encode_ordinary(text), ascii(text)
 
 
@@ -683,7 +644,8 @@ def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, chan
     with pytest.raises(BadInput, match=re.escape(words)) as error:
         data.load_encoding(str(tmp_path))
     assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="cl100k_base"):           # the message lists the names there are
+    # the message lists the names there are
+    with pytest.raises(BadInput, match="cl100k_base"):
         data.load_encoding("cl1000k")
 
 
@@ -707,13 +669,13 @@ def test_help_shows_the_defaults_of_the_size_asked_for(capsys):
         data.configure(Flags, sizes, ["--help", "--size", "large"], "clip")
     text = capsys.readouterr().out
     assert "(default: 77)" in text and "100 % of them" in text
-    assert data.configure(Flags, sizes, ["a.mp4", "--size", "large"], "clip") == Flags("a.mp4", "large", 77)
-    assert data.configure(Flags, sizes, ["--lr", "1", "a.mp4"], "clip") == Flags("a.mp4", "nano", 10, 1.0)
-    # saved values of another size, and no --size: a resumed run
-    assert data.configure(Flags, {"large": {"steps": 5}}, ["a"], "clip") == Flags("a", "large", 5)
-    for argv in (["--size", "huge"], ["--steps", "x"], ["--sise", "nano"], ["--steps"]):
+    for argv, values in (
+            ("--size large", ("large", 77)), ("--lr 1", ("nano", 10, 1.0)), ("--steps 3", ("nano", 3)),
+            ("--steps 3 --size large", ("large", 3))):
+        assert data.configure(Flags, sizes, ["a.mp4", *argv.split()], "clip") == Flags("a.mp4", *values)
+    for argv in ("--size huge", "--steps x", "--sise nano", "--steps"):
         with pytest.raises(BadInput) as error:
-            data.configure(Flags, sizes, ["a", *argv], "clip")
+            data.configure(Flags, sizes, ["a", *argv.split()], "clip")
         assert "\n" not in str(error.value)
 
 
@@ -1093,34 +1055,34 @@ def test_batches_are_full_and_a_function_of_seed_and_number(media):
     entries = [entry(media / f"clip{i}.mp4", [f"clip {i} {word}" for word in "abc"]) for i in range(5)]
     dataset = data.VideoBatches(entries, 3, 16, 4, seed=1)
     alone = list(data.loader(dataset, 0, 10))
-    for i, batch in enumerate(data.loader(data.VideoBatches(entries, 3, 16, 4, seed=1), 0, 10, workers=2)):
-        assert same(batch, alone[i])
+    helped = data.loader(data.VideoBatches(entries, 3, 16, 4, seed=1), 0, 10, workers=2)
+    assert all(map(same, alone, helped))
     for rank in (0, 1):
-        for step, batch in enumerate(data.loader(dataset, 1, 5, rank=rank, world=2), 1):
-            assert same(batch, alone[2 * step + rank])
+        assert all(map(same, alone[2 + rank::2], data.loader(dataset, 1, 5, rank=rank, world=2)))
     assert all(len(set(batch["index"])) == 4 for batch in alone)
     counts = np.bincount([j for batch in alone for j in batch["index"]])
-    assert counts.sum() == 40 and counts.min() >= 6
+    assert counts.sum() == 40 and counts.min() >= 6 and dataset.order(0) != dataset.order(1)
     assert len({text for batch in alone for text in batch["caption"]}) > 12 and len(dataset.captions()) == 15
     assert not same(data.VideoBatches(entries, 3, 16, 4, seed=2)[0], alone[0])
+    assert sorted(data.VideoBatches(entries, 3, 16, 9)[3]["index"]) == [0, 1, 2, 3, 4]
     held_out = data.VideoBatches(entries, 3, 16, 4, train=False)
     assert [held_out[i]["index"] for i in range(len(held_out))] == [[0, 1, 2, 3], [4]]
     assert held_out[1]["caption"] == ["clip 4 a"] and held_out[1]["captions"] == [entries[4]["caption"]]
-    assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]                  # clip2 has 30 frames
-    assert sorted(data.VideoBatches(entries, 3, 16, 9)[3]["index"]) == [0, 1, 2, 3, 4]
 
 
 def test_clips_are_windows_or_spread(media):
     """Catches: a flag that does nothing: long videos of which training only ever sees a window."""
     entries = [entry(media / "clip3.mp4")]
-    assert numbers(data.VideoBatches(entries, 3, 16, 1, stride=0)[0]["video"][0].numpy()) == [6, 18, 30]
+    for options in (dict(stride=0), dict(train=False)):
+        batch = data.VideoBatches(entries, 3, 16, 1, **options)[0]
+        assert numbers(batch["video"][0].numpy()) == [6, 18, 30]
     dataset = data.VideoBatches(entries, 3, 16, 1, stride=3)
-    steps = [np.diff(numbers(dataset[i]["video"][0].numpy())).tolist() for i in range(20)]
-    assert {tuple(step) for step in steps} == {(1, 1), (2, 2), (3, 3)}
+    steps = {tuple(np.diff(numbers(dataset[i]["video"][0].numpy()))) for i in range(20)}
+    assert steps == {(1, 1), (2, 2), (3, 3)}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsys):
+def test_a_bad_file_is_named_counted_and_replaced(media, broken, capsys):
     """Catches: a bad file that stops a run, makes a batch smaller, moves other batches, or is named at
     each step; a clip shorter than what is asked for that stops a run."""
     bad = [entry(path) for path, words in broken.items() if words in ("cannot be decoded", "no video")]
@@ -1128,23 +1090,20 @@ def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsy
     # three of the clips have 25 frames
     dataset, damage = data.VideoBatches(entries, 25, 16, 3, seed=4), data.Damage()
     for batch in data.loader(dataset, 0, 8):
-        assert len(batch["video"]) == 3 and len(set(batch["index"])) == 3
+        assert len(batch["video"]) == len(set(batch["index"])) == 3
         damage.add(batch["bad"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(damage.files) == len(bad) + 3
+    assert len(lines) == len(damage) == len(bad) + 3
     assert sum("has 24 frames" in line for line in lines) == 3
     held_out = data.VideoBatches(entries, 3, 16, 6, train=False)
-    assert [len(held_out[i]["video"]) for i in range(len(held_out))] == [6, 0]
-    assert len(data.finish(held_out[1], "cpu")["video"]) == 0
+    assert [len(data.finish(held_out[i], "cpu")["video"]) for i in range(len(held_out))] == [6, 0]
     for workers in (0, 1):
-        with pytest.raises(BadInput, match="^none of the 4 files can be used; the last: .*/") as error:
+        with pytest.raises(BadInput, match=r"\Anone of the 4 files can be used; the last: .*/.*\Z"):
             list(data.loader(data.VideoBatches(bad, 3, 16, 3), 0, 1, workers))
-        assert "\n" not in str(error.value)
 
 
 class Numbers(torch.utils.data.Dataset):
     """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
-    files = 3
 
     def __init__(self, name):
         self.name = name
@@ -1168,12 +1127,11 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
     """Catches: a training that waits for ever, or for hours, in a container with a small /dev/shm."""
     assert 60 <= data.PATIENCE <= 600
     monkeypatch.setattr(data, "PATIENCE", 2)
-    signal.alarm(60)                                            # without a time-out the next line never ends
-    began = time.monotonic()
+    # without a time-out the loader never ends
+    signal.alarm(60)
     with pytest.raises(BadInput, match="for 2 s, .*/dev/shm"):
         list(data.loader(Unsendable("a"), 0, 3, workers=1))
     signal.alarm(0)
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("shares", ((1, 1), (0.7, 0.3), (0.05, 0.6, 0.3, 0.05), (1e-3, 1)))
@@ -1181,14 +1139,14 @@ def test_mixtures_keep_their_shares(shares):
     """Catches: a share that drifts, a set whose batches are repeated or left out, processes that draw from
     different sets in one step."""
     sets = [Numbers(j) for j in range(len(shares))]
-    mixed, counts = data.Mixed(sets, shares, seed=3), [0] * len(shares)
-    pairs = data.Mixed(sets, shares, seed=3, world=2)
+    mixed, pairs = data.Mixed(sets, shares, seed=3), data.Mixed(sets, shares, seed=3, world=2)
+    counts = np.zeros(len(shares), int)
     for i in range(2000):
         j, number = mixed[i]
         assert number == counts[j]
-        assert (pairs[2 * i], pairs[2 * i + 1]) == ((j, 2 * number), (j, 2 * number + 1))
+        assert [pairs[2 * i], pairs[2 * i + 1]] == [(j, 2 * number), (j, 2 * number + 1)]
         counts[j] += 1
-        assert all(abs(n - (i + 1) * share / sum(shares)) < len(shares) for n, share in zip(counts, shares))
+        assert abs(counts - (i + 1) * np.array(shares) / sum(shares)).max() < len(shares)
 
 
 def test_augment_changes_all_frames_alike_and_labels_with_them():
@@ -1207,30 +1165,19 @@ def test_augment_changes_all_frames_alike_and_labels_with_them():
         greys = [part.median() for part in parts]
         assert greys == sorted(greys)
         assert all((part - middle).abs().median() <= 2 for part, middle in zip(parts, greys))
-
-    def mirrored(labels):
-        return int((labels[:, 0, 0, 0] % 2 < labels[:, 0, 0, -1] % 2).sum())
-
-    assert 3 < mirrored(moved) < 19
+    # where the area at the right is now at the left
+    mirrored = moved[:, 0, 0, 0] % 2 < moved[:, 0, 0, -1] % 2
+    assert 3 < mirrored.sum() < 19
     assert ((moved >= 1).float().mean((1, 2, 3)) - 23 / 40).abs().gt(0.05).sum() > 8
-    again = data.augment(video, areas - 1, seed=5)
-    assert torch.equal(out, again[0]) and torch.equal(moved, again[1])
+    assert all(map(torch.equal, data.augment(video, areas - 1, seed=5), (out, moved)))
     assert not torch.equal(out, data.augment(video, areas - 1, seed=6)[0])
-    assert mirrored(data.augment(video, areas - 1, seed=5, flip=False)[1]) == 0
+    upright = data.augment(video, areas - 1, seed=5, flip=False)[1]
+    assert not (upright[:, 0, 0, 0] % 2 < upright[:, 0, 0, -1] % 2).any()
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What open_data reads of a configuration."""
-    data: str
-    mix: str | None = None
-    val: str | None = None
-    batch: int = 2
-    frames: int = 2
-    image_size: int = 32
-    seed: int = 0
-    stride: int = 8
-    eval_clips: int = 4
+def asked(sets, mix=None, val=None, batch=1):
+    return train_clip.ClipConfig(
+        data=sets, mix=mix, val=val, batch=batch, frames=2, image_size=32, eval_clips=4)
 
 
 def test_open_data(media, tmp_path, capsys, monkeypatch):
@@ -1242,28 +1189,29 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     stills = [{"image": str(media / f"still{i}.png"), "caption": "still"} for i in range(2)]
     manifest(tmp_path / "a.json", clips[:4] + stills)
     manifest(tmp_path / "val.json", clips[4:])
-    cfg = Asked("world,a.json", mix="1,3", val="val.json")
+    cfg = asked("world,a.json", mix="1,3", val="val.json", batch=2)
     train, held_out = data.open_data(cfg)
     assert "a.json: 6 clips to train on (0 with masks), 2 held out" in capsys.readouterr().out
     assert data.open_data(cfg)[1] is held_out
-    lengths = [batch["video"].shape[1] for batch in map(train.__getitem__, range(24)) if "video" in batch]
+    lengths = [train[i]["video"].shape[1] for i in range(24) if "video" in train[i]]
     assert len(lengths) == 18 and abs(lengths.count(1) - 6) <= 1
     assert len(held_out) == 1 and held_out[0]["caption"] == ["clip 4", "clip 5"]
     assert {"clip 0", "still"} <= set(train.captions()) and "clip 4" not in train.captions()
-    train, held_out = data.open_data(Asked("val.json"))
+    train, held_out = data.open_data(asked("val.json"))
     assert sorted(train.captions() + held_out.captions()) == ["clip 4", "clip 5"]
     before = data.fingerprint("world,a.json", "val.json")
     assert before == data.fingerprint("world,a.json", "val.json")
     manifest(tmp_path / "val.json", clips + [{"video": "x.mp4"}])
     assert data.fingerprint("world,a.json", "val.json") != before
-    for flags, need, words in ((("world,a.json", "1"), "caption", "--mix"),
-                               (("a.json", "x"), "caption", "--mix"),
-                               (("a.json", None, "a.json"), "caption", "in --val"),
-                               (("no",), "caption", "no"),
-                               (("val.json",), "caption", "1 entries have no caption, the first"),
-                               (("val.json",), "mask", "7 entries have no mask, the first")):
+    for cfg, need, words in (
+            (asked("world,a.json", "1"), "caption", "--mix"),
+            (asked("a.json", "x"), "caption", "--mix"),
+            (asked("a.json", None, "a.json"), "caption", "in --val"),
+            (asked("no"), "caption", "no"),
+            (asked("val.json"), "caption", "1 entries have no caption, the first"),
+            (asked("val.json"), "mask", "7 entries have no mask, the first")):
         with pytest.raises(BadInput, match=words):
-            data.open_data(dataclasses.replace(Asked(*flags), batch=1), need)
+            data.open_data(cfg, need)
 
 
 @pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "."))
@@ -1303,7 +1251,8 @@ def test_a_made_folder_holds_what_the_world_shows(tmp_path, capsys):
     run(data.main, "make", "--clips", 4, *flags)
     assert len(times) == 2 and all(path.stat().st_mtime_ns == then for path, then in times.items())
     made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
-    live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, begin=30_000_000)[0], "cpu")
+    live = data.WorldBatches(data.World(32, 4, 4, False), 4, range(30_000_000, 40_000_000))
+    live = data.finish(live[0], "cpu")
     assert not made["bad"] and torch.equal(made["labels"], live["labels"])
     assert (made["video"].int() - live["video"].int()).abs().max() <= 2
     assert made["caption"] == live["caption"] and made["qa"] == live["qa"]
@@ -4055,7 +4004,7 @@ def test_features_survive_the_disk(adapter_run, tmp_path):
     damage, folder, cpu = data.Damage(), tmp_path / "f", torch.device("cpu")
     args = (folder, clips, backbone, net, damage, HEADS, cpu)
     features = train_adapter.extract(*args)
-    assert list(damage.files) == list(map(str, bad)) and features.classes.tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert list(damage) == list(map(str, bad)) and features.classes.tolist() == [0, 1, 2, 3, 5, 6, 7]
     x, seg, y = features.read(np.array([6, 1]), cpu)
     assert y.tolist() == [7, 1]
     video = torch.cat([clips.clip(i, None)["video"] for i in (7, 1)])

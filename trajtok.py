@@ -932,7 +932,7 @@ def pretrain(cfg):
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
-    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
+    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
     print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, trajectories.png, curves.svg")
