@@ -955,7 +955,7 @@ def score_run(model, held_out, folder, log, damage):
     seconds = sum(line["seconds"] for line in steps)
     seen = sum(line["clips"] for line in steps)
     result |= dict(parameters=count_parameters(model), seconds=seconds, clips_seen=seen,
-                   clips_per_second=seen / max(seconds, 1e-9), left_out=len(damage.files),
+                   clips_per_second=seen / max(seconds, 1e-9), left_out=len(damage),
                    peak_memory_gb=trajtok.peak_memory_gb(device), seed=cfg.seed, tokenizer=cfg.tokenizer)
     write_json(folder / "result.json", result)
     trajtok.save_pictures(folder, masks, log, TERMS)
