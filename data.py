@@ -140,6 +140,7 @@ def replacing(path):
     # numpy and PyAV go by the suffix of a file, so it stays as it is
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         # on disk before it has the name: else a power cut could leave an empty file
         with open(beside, "rb") as file:
@@ -149,7 +150,8 @@ def replacing(path):
         reason = error.strerror or error
         raise BadInput(f"{path}: cannot be written ({reason}); give another --out, or make room") from None
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def write_json(path, value):
