@@ -582,7 +582,8 @@ def random_text(dice):
     program to know them."""
     pieces = [*" \n\r\t'.,!?-_09abcdefghijABsStTlLvVeEmMdD", "'s", "'LL", "'re", " the", " red", "square",
               "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b",
-              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
+              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307",
+              "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
     for c in dice.integers(0x20, 0xfffe, 9):
         if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co"):
             pieces.append(chr(c))
@@ -1102,26 +1103,6 @@ def test_a_bad_file_is_named_counted_and_replaced(media, broken, capsys):
             list(data.loader(data.VideoBatches(bad, 3, 16, 3), 0, 1, workers))
 
 
-class Numbers(torch.utils.data.Dataset):
-    """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __getitem__(self, i):
-        return self.name, i
-
-
-class Unsendable(Numbers):
-    """Its batches never leave the worker, as when there is no shared memory."""
-
-    def __getitem__(self, i):
-        return self
-
-    def __reduce__(self):
-        raise OSError(28, "No space left on device")
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loader_without_shared_memory_ends(monkeypatch):
     """Catches: a training that waits for ever, or for hours, in a container with a small /dev/shm."""
@@ -1130,7 +1111,8 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
     # without a time-out the loader never ends
     signal.alarm(60)
     with pytest.raises(BadInput, match="for 2 s, .*/dev/shm"):
-        list(data.loader(Unsendable("a"), 0, 3, workers=1))
+        # a batch that cannot be pickled never leaves its worker
+        list(data.loader([threading.Lock()] * 3, 0, 3, workers=1))
     signal.alarm(0)
 
 
@@ -1138,7 +1120,7 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
 def test_mixtures_keep_their_shares(shares):
     """Catches: a share that drifts, a set whose batches are repeated or left out, processes that draw from
     different sets in one step."""
-    sets = [Numbers(j) for j in range(len(shares))]
+    sets = [list(zip([j] * 4000, range(4000))) for j in range(len(shares))]
     mixed, pairs = data.Mixed(sets, shares, seed=3), data.Mixed(sets, shares, seed=3, world=2)
     counts = np.zeros(len(shares), int)
     for i in range(2000):
