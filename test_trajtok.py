@@ -4222,7 +4222,9 @@ def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys):
     result = read_result(tmp_path / "adapter-films")
     assert (result["clips"], result["left_out"]) == (3, 1)
     assert "film13.mp4" in capsys.readouterr().err and TOKENS_OF <= result.keys()
-    assert next(tmp_path.glob("adapter-films/features/test-*/features.npy")).exists()
+    for name, count in (("train", 9), ("valid", 1), ("test", 3)):
+        folder, = tmp_path.glob(f"adapter-films/features/{name}-*")
+        assert len(np.load(folder / "classes.npy")) == count, name
 
 
 @pytest.mark.parametrize("flags, words", (
