@@ -479,7 +479,8 @@ def pretrain_videomae(shape, cfg, folder, device):
     optimizer = make_optimizer(model, cfg)
     first = load_checkpoint(folder, model, optimizer)
     log = Log(folder, first)
-    clips = data.WorldBatches(world_of(shape), cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000)
+    begin = data.TRAIN + cfg.seed % 49 * 10_000_000
+    clips = data.WorldBatches(world_of(shape), cfg.batch, range(begin, data.VALIDATION))
     batches = data.loader(clips, first, cfg.steps, cfg.workers)
     # disable=None: no bar where the output goes to a file
     batches = tqdm(batches, "VideoMAE", cfg.steps, initial=first, leave=False, disable=None)
@@ -582,8 +583,6 @@ class Views(data.VideoBatches):
     """Labelled videos, in order, segments x crops views of each: video (b, v, t, H, W, 3). A file that is
     shorter than a clip, or cannot be used, is left out: repeated frames would be a motion that is not
     there."""
-
-    KEYS = ("video", "labels", "label")
 
     def __init__(self, entries, shape, cfg, segments=1, crops=1):
         super().__init__(entries, shape.frames, shape.image_size, cfg.batch, train=False, stride=cfg.stride)
@@ -828,7 +827,7 @@ def train(cfg):
     counts = np.bincount(sets["test"].classes)
     result |= dict(
         most_frequent=counts.max() / counts.sum(), clips=int(counts.sum()), seed=cfg.seed,
-        left_out=len(damage.files), seconds=time.time() - began)
+        left_out=len(damage), seconds=time.time() - began)
     write_json(folder / "result.json", result)
     print("\n".join(trajtok.aligned([[key, f"{value:.4g}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, curves.svg, features/")

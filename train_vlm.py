@@ -1075,7 +1075,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
         damage.add(batch["bad"])
-        if not batch["qa"]:                                     # the file could not be read
+        if not batch.get("qa"):                                 # the file could not be read
             continue
         inputs, (windows,) = visual_inputs(batch, model, cfg, device)
         # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
@@ -1120,7 +1120,7 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
         questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
         visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
         clips_per_second=sum(line["clips"] for line in lines) / seconds,
-        peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files), connector=cfg.connector)
+        peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage), connector=cfg.connector)
     write_json(folder / "result.json", result)
     # the curve of the loss, then the accuracy by length with chance beside it
     trajtok.save_pictures(folder, [], log, ["loss"])
@@ -1130,7 +1130,7 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
             curve.append((frames, 100 * scores[f"{name}_{frames}_frames"]))
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
-    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage.files)} files left out\n"
+    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage)} files left out\n"
           f"wrote {folder}/: model.safetensors, result.json, log.jsonl, curves.svg, accuracy.svg")
 
 
