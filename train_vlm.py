@@ -1198,7 +1198,6 @@ def ask(argv):
         owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
         pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-        trajtok.make_folder(path.parent)
         strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
         write_png(path, strip)
         print(f"wrote {path}")
