@@ -4339,7 +4339,7 @@ def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", (
     (["--size", "huge"], "nano, full"), (["--epochs", 0], "--epochs 0"), (["--data", "no.csv"], "no.csv"),
-    (["--backbone", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"), (["--resume"], "no run"),
+    (["--backbone", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"), (["--resume"], "config.json"),
     (["--image-size", 33], "--image-size 33"), (["--ask", "size"], "--ask size"),
     (["--frames", 3], "--frames 3"), (["--heads", 3], "--heads 3"), (["--width", 36], "--width 36"),
     (["--data", "FILMS", "--labels", "striped,odd"], "odd"),

@@ -333,7 +333,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
     weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
     if not weights:
-        raise BadInput(f"{path}: holds no named weights; check the path, or let the run save first")
+        raise BadInput(f"{path}: holds no weights, e.g. model.safetensors; let the run save them first")
     return weights
 
 
