@@ -327,7 +327,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
     # the two readers raise exceptions of many types on a file that is not theirs
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise BadInput(f"{path}: no whole file of weights ({reason}); check the path") from None
+        raise BadInput(f"{file}: no whole file of weights ({reason}); check the path") from None
     # twice, because one wrapping may stand inside another, in either order
     for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
@@ -458,21 +458,11 @@ def load_segmenter(path):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class RunConfig:
+class TrainConfig:
     """The flags of every training. The comments are their --help."""
     size: str = "nano"                  # nano, or a larger one of the script's sizes
-    data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
-    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
-    val: str | None = None              # a manifest of held-out clips; default: a part of --data
     name: str | None = None             # of the run, whose folder is named at the end; default: the size
     out: str = "out"                    # where runs are kept
-    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None           # frames of a clip; default: the size's
-    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
-    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
-    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
-    shared_colours: bool = True         # may two objects of a made clip have the same colour?
-    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
     batch: int = 32                     # clips a step of each process
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -481,7 +471,6 @@ class RunConfig:
     clip: float = 1.0                   # largest gradient norm
     seed: int = 0                       # of weights, data order and augmentation
     save_every: int = 100               # steps between checkpoints
-    eval_clips: int = 256               # held-out made clips, all captions distinct
     device: str = "auto"                # cpu, cuda, ...
     workers: int = 0                    # processes that make batches; 0: the training process
     bf16: bool | None = None            # matrix products in bfloat16; default: on a GPU
@@ -489,8 +478,29 @@ class RunConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        at_least(self, 1, "image_size frames max_objects batch steps save_every eval_clips")
-        at_least(self, 0, "stride lr warmup weight_decay clip seed workers")
+        at_least(self, 1, "batch steps save_every")
+        at_least(self, 0, "lr warmup weight_decay clip seed workers")
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """The flags of a training on made clips, or on real ones with captions or masks."""
+    data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
+    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
+    val: str | None = None              # a manifest of held-out clips; default: a part of --data
+    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
+    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
+    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
+    shared_colours: bool = True         # may two objects of a made clip have the same colour?
+    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
+    eval_clips: int = 256               # held-out made clips, all captions distinct
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "image_size frames max_objects eval_clips")
+        at_least(self, 0, "stride")
 
 
 def at_least(cfg, least, names):
@@ -922,7 +932,7 @@ def pretrain(cfg):
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
-    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
+    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
     print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, trajectories.png, curves.svg")
