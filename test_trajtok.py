@@ -3022,9 +3022,11 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
-    without the rows of yesterday."""
+    without the rows of yesterday, or of another comparison that writes meanwhile."""
     def train_here(command):
         train_clip.main(command[2:])
+        rows = trajtok.read_rows(path) | dict(other=dict(name="other", results=[dict(seed=0), dict(seed=1)]))
+        trajtok.write_json(path, dict(rows=list(rows.values())))
         return subprocess.CompletedProcess(command, 0)
 
     train = mock.Mock(side_effect=train_here)
@@ -3044,7 +3046,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     for other in (["base: --no-path", *argv], [*rows, *argv, "--script", "train_vlm.py"]):
         assert "another name" in refused(capsys, trajtok.main, "compare", *other)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
-    assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
+    assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
