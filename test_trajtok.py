@@ -2364,7 +2364,8 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """Catches: a traceback of torch.save, or of the weights' writer; half a checkpoint in the old one's place."""
+    """Catches: a traceback of torch.save or of the weights' writer; half a checkpoint in the old one's
+    place."""
     net = nn.Linear(100, 100)                                   # 40 kB
     optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
     trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
@@ -2496,7 +2497,8 @@ def test_a_table_by_hand():
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
     ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
-    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), 
+    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
     ("pretrain --init no", "no/model"), ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
 
@@ -2523,9 +2525,10 @@ def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
     asked = {("high", "low"): "holds", ("low", "high"): "does not hold", ("low", "high", "less"): "holds",
              ("high", "noisy"): "undecided", ("high", "single"): "undecided",
              ("high", "absent"): "not measured"}
-    claims = [dict(claim="c", paper="p", json="a.json", row="high", against="high", score="r", against_score="s")]
+    first = dict(claim="c", paper="p", json="a.json", score="r")
+    claims = [first | dict(row="high", against="high", against_score="s")]
     for row, against, *less in asked:
-        claims.append(claims[0] | dict(row=row, against=against, against_score="r", less=bool(less)))
+        claims.append(first | dict(row=row, against=against, less=bool(less)))
     (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
     run(trajtok.main, "table", tmp_path / "claims.json")
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -2998,9 +3001,11 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
-    without the rows of yesterday."""
+    without the rows of yesterday, or of another comparison that writes meanwhile."""
     def train_here(command):
         train_clip.main(command[2:])
+        rows = trajtok.read_rows(path) | dict(other=dict(name="other", results=[dict(seed=0), dict(seed=1)]))
+        trajtok.write_json(path, dict(rows=list(rows.values())))
         return subprocess.CompletedProcess(command, 0)
 
     train = mock.Mock(side_effect=train_here)
@@ -3019,7 +3024,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     for other in (["base: --no-path", *argv], [*rows, *argv, "--script", "train_vlm.py"]):
         assert "another name" in refused(capsys, trajtok.main, "compare", *other)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
-    assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
+    assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
@@ -3512,7 +3517,7 @@ def same_weights(a, b, atol=0.0):
 def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
     """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
         patch.setattr(train_vlm, "set_rates", rates)
         run(train_vlm.main, *argv)
@@ -3582,7 +3587,7 @@ def test_full_size_trains_on_films_from_published_folders(vlm_run, tmp_path, cap
     (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"), (["--data", "x.json"], "--segmenter"),
     (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"),
     (["ask", "none.mp4", "What?", "--model", "RUN"], "none.mp4"),
-    (["ask", "x.mp4", "What?", "--model", "SEG"], "no run")))
+    (["ask", "x.mp4", "What?", "--model", "SEG"], "config.json")))
 def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or a run or a pre-training that begins, where one line should name the value
     and the mend."""
@@ -4036,7 +4041,7 @@ def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
     # the second save is the VideoMAE's last; of the resumed run the second is the heads' first
     for saves, flags in ((1, ADAPTER), (4, ["--resume"])):
         stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [KeyboardInterrupt], wraps=save)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train_adapter, "save_checkpoint", stop)
             run(train_adapter.main, "--out", tmp_path, *flags)
     assert len(log(again)) == 8
@@ -4159,8 +4164,8 @@ SHORTER = {
 
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Catches: a command that its parser knows and that fails when it is run; a command that needs what none
-    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's own
-    that cannot be trained. Commands for other machines, or with weights that others published, are only
+    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's
+    own that cannot be trained. Commands for other machines, or with weights that others published, are only
     read."""
     monkeypatch.chdir(tmp_path)
     for script in HERE.glob("*.py"):
