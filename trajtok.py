@@ -682,6 +682,8 @@ def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, changed by the flags in argv. Flags win over
     saved values, and these over the defaults of the size."""
     saved = read_json(folder / "config.json")
+    if "size" not in saved:
+        raise BadInput(f"{folder}: its config.json is not that of a run; give the folder of a training")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
