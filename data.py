@@ -39,7 +39,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
@@ -70,15 +69,13 @@ def one_line_errors(main):
     a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        sys.stdout.reconfigure(errors="backslashreplace")       # file names that the terminal cannot show
+        # file names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted: what was saved is whole", file=sys.stderr)
-            raise SystemExit(130) from None
     return wrapped
 
 
@@ -101,8 +98,7 @@ def configure(config, sizes, argv, positional=None):
     if sizes is not None:
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
-        known = config.size if config.size in sizes else next(iter(sizes))
-        parser.add_argument("--size", default=known)
+        parser.add_argument("--size", default=next(iter(sizes)))
         size = parser.parse_known_args(argv)[0].size
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
@@ -110,21 +106,20 @@ def configure(config, sizes, argv, positional=None):
     # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.M))
-    # SUPPRESS: a flag that is not given is not in the result, and cannot hide a default of the size.
-    parser = OneLineParser(description=config.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
-                           allow_abbrev=False)
+    parser = OneLineParser(description=config.__doc__.splitlines()[0], allow_abbrev=False)
     for field in dataclasses.fields(config):
-        name = "--" + field.name.replace("_", "-")
-        text = f"{helps.get(field.name, '')} (default: {values[field.name]})".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        default = values[field.name]
+        text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
         # annotations are texts here, such as "int | None"
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
         if field.name == positional:
-            parser.add_argument(positional, type=kind, help=helps.get(field.name))
+            parser.add_argument(positional, type=kind, help=helps.get(positional))
         elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(flag, default=default, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__, help=text)
-    return config(**values | vars(parser.parse_args(argv)))
+            parser.add_argument(flag, default=default, type=kind, metavar=kind.__name__, help=text)
+    return config(**vars(parser.parse_args(argv)))
 
 
 def dispatch(script, doc, commands, argv):
@@ -146,6 +141,7 @@ def replacing(path):
     # numpy and PyAV go by the suffix of a file, so it stays as it is
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         # on disk before it has the name: else a power cut could leave an empty file
         with open(beside, "rb") as file:
@@ -155,50 +151,26 @@ def replacing(path):
         reason = error.strerror or error
         raise BadInput(f"{path}: cannot be written ({reason}); give another --out, or make room") from None
     finally:
-        beside.unlink(missing_ok=True)
-
-
-def replace(path, write):
-    """write(beside), renamed to `path`."""
-    with replacing(path) as beside:
-        write(beside)
+        if beside.exists():
+            beside.unlink()
 
 
 def write_json(path, value):
     """A value -> a JSON file that a person can read."""
-    replace(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_npz(path, key, array):
     """One array -> a compressed .npz file that holds it as `key`."""
-    replace(path, lambda beside: np.savez_compressed(beside, **{key: array}))
+    with replacing(path) as beside:
+        np.savez_compressed(beside, **{key: array})
 
 
 def write_png(path, image):
-    """uint8 (H, W, 3) -> a PNG file. A few lines of zlib save an imaging library."""
-    def chunk(kind, body):
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-
-    h, w, _ = image.shape
-    # 8 bits of each channel, colour type 2 = RGB; each row begins with its filter, 0 = none
-    header = w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    replace(path, lambda beside: beside.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks))
-
-
-def palette(count):
-    """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.75, 0.55)[i % 3]) for i in range(count)]
-    return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
-
-
-def paint(video, ids, colours):
-    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W), -1 = none: the frame's light, the
-    trajectory's colour."""
-    grey = video.astype(np.float32).mean(-1, keepdims=True)
-    painted = 0.75 * colours[ids] + 0.35 * (grey - 64)
-    return np.where(ids[..., None] >= 0, painted, grey).clip(0, 255).astype(np.uint8)
+    """uint8 (H, W, 3) -> a PNG file, which is a film of one frame."""
+    with film(path, 1) as add:
+        add(image[None])
 
 
 @contextlib.contextmanager
@@ -208,10 +180,13 @@ def film(path, rate, exact=False):
     pixel is more than 2 of 255 off, but browsers do not play it."""
     import av
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
-    with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.pix_fmt = "yuv444p" if exact else "yuv420p"
-        stream.options = {"crf": "0" if exact else "18"}
+    codec, pixels = "libx264", "yuv444p" if exact else "yuv420p"
+    if Path(path).suffix == ".png":
+        codec, pixels = "png", "rgb24"
+    form = "mp4" if codec == "libx264" else "image2pipe"
+    options = {"crf": "0" if exact else "18"}
+    with replacing(path) as beside, av.open(str(beside), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate, options=options, pix_fmt=pixels)
 
         def add(frames):
             if not stream.codec_context.is_open:
@@ -223,27 +198,40 @@ def film(path, rate, exact=False):
         container.mux(stream.encode())
 
 
+def palette(count):
+    """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
+    colours = np.empty((count, 3))
+    for i in range(count):
+        colours[i] = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.75, 0.55)[i % 3])
+    return (255 * colours).round().astype(np.uint8)
+
+
+def paint(video, ids, colours):
+    """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W), -1 = none: the frame's light, the
+    trajectory's colour."""
+    grey = video.astype(np.float32).mean(-1, keepdims=True)
+    painted = 0.75 * colours[ids] + 0.35 * (grey - 64)
+    painted = np.where(ids[..., None] >= 0, painted, grey)
+    return painted.clip(0, 255).astype(np.uint8)
+
+
 def cores():
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_processes(work, jobs, workers):
-    """An iterator over (job, work(job)), in order; in `workers` processes of their own (0: in this one)."""
-    if workers < 0:
-        raise BadInput(f"--workers {workers}: give a number from 0 on")
-    if not workers:
-        yield from ((job, work(job)) for job in jobs)
+    """An iterator over work(job), in order; in `workers` processes of their own (0: in this one)."""
+    if workers < 1:
+        yield from map(work, jobs)
         return
     # one thread each: together they take as many cores as there are workers.
     # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
-    try:
-        yield from zip(jobs, pool.map(work, jobs))
-    finally:
-        # after an error, or ctrl-C, what has not begun does not begin any more
-        pool.shutdown(cancel_futures=True)
+    context = torch.multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(work, jobs)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -255,27 +243,31 @@ def in_processes(work, jobs, workers):
 # each other: a probe for one cannot be answered by looking at another.
 
 SEED = 20260222
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon", "arrow", "hourglass")
+SHAPES = tuple("circle square triangle star cross ring heart moon arrow hourglass".split())
 COLOURS = {
-    "red": (220, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 50), "green": (45, 165, 60),
-    "cyan": (60, 215, 225), "blue": (45, 80, 225), "purple": (130, 50, 175), "pink": (250, 130, 190),
-    "white": (248, 248, 248), "black": (22, 22, 26)}
+    "red": "#dc2828", "orange": "#f58c19", "yellow": "#f5e132", "green": "#2da53c",
+    "cyan": "#3cd7e1", "blue": "#2d50e1", "purple": "#8232af", "pink": "#fa82be",
+    "white": "#f8f8f8", "black": "#16161a"}
 # Grounds are muted and objects saturated, so no object can vanish on its ground.
 GROUNDS = {
-    "sand": (205, 180, 130), "grass": (92, 128, 78), "water": (98, 138, 170), "snow": (208, 216, 226),
-    "brick": (150, 92, 78), "stone": (128, 128, 132), "earth": (98, 76, 58), "tiles": (170, 170, 150)}
-DARK = (64, 64, 72)                                             # the ground of a plain world
-MAX_OBJECTS, MAX_GROUNDS = 8, 1                                 # labels: 0 is the ground, 1..8 objects
+    "sand": "#cdb482", "grass": "#5c804e", "water": "#628aaa", "snow": "#d0d8e2",
+    "brick": "#965c4e", "stone": "#808084", "earth": "#624c3a", "tiles": "#aaaa96"}
+# the ground of a plain world
+DARK = "#404048"
+# labels: 0 is the ground, 1..8 objects
+MAX_OBJECTS, MAX_GROUNDS = 8, 1
 
 # The mean radius of the subject, as a fraction of the frame; of more than three objects all are smaller.
 RADIUS = (0.185, 0.255)
 # Growing and shrinking change the subject's radius by the factor GROWTH, from sqrt(1 / GROWTH) to
 # sqrt(GROWTH) times its mean or back. The others have a SHARE of the mean, so that "the largest object" is
 # the subject at every moment: 0.53 * sqrt(1.7) = 0.69 of its radius at most.
-GROWTH, SHARE = 1.7, (0.43, 0.53)
+GROWTH = 1.7
+SHARE = (0.43, 0.53)
 # A clip has one of these numbers of objects.
 COUNTS = (1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)
-LOW, HIGH = 0.12, 0.88                                          # centres stay inside this box
+# Centres stay inside this box.
+LOW, HIGH = 0.12, 0.88
 
 # Clips are numbered. Training starts at TRAIN and never reaches VALIDATION: that would take 10^9 clips.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
@@ -283,12 +275,16 @@ TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_00
 # An act is a motion program and a way, such as ("orbit", "clockwise"). The program is the motion class that
 # probes ask for; the way is told by captions alone. y grows downwards, as in every image.
 MOTIONS = tuple("straight bounce orbit spin grow shrink approach follow collide behind front".split())
-SOLO = MOTIONS[:6]                                              # programs that need no companion
+# The first six programs need no companion.
+SOLO = MOTIONS[:6]
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TURNS = {"clockwise": 1, "anticlockwise": -1}
-WAYS = {
-    "straight": tuple(DIRECTIONS), "bounce": ("sideways", "upright"),
-    "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+AXES = {"sideways": (1, 0), "upright": (0, 1)}
+WAYS = dict.fromkeys(MOTIONS, ("",)) | {
+    "straight": tuple(DIRECTIONS), "bounce": tuple(AXES), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
+# What a camera and a light may do, as rates of a logarithm.
+ZOOMS = {"in": 0.35, "out": -0.35}
+LIGHTS = {"lighter": 0.6, "darker": -0.6}
 # In a chain the subject does one deed after another. Each is an infinitive, as questions use it; its third
 # person is made by `third`.
 DEEDS = {
@@ -324,14 +320,13 @@ class World:
     reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
     def __post_init__(self):
-        if not 1 <= self.max_objects <= MAX_OBJECTS:
-            raise BadInput(f"max_objects {self.max_objects}: give 1 to {MAX_OBJECTS}")
-        if self.frames < 1 or self.size < 8:
-            raise BadInput(f"{self.frames} frames of {self.size} px: give at least 1 of at least 8 px")
-        if not 1 <= self.acts <= max(1, self.frames // 4):
-            raise BadInput(f"acts {self.acts} in {self.frames} frames: an act needs at least 4 frames")
-        if self.words not in ("all", "looks", "deeds"):
-            raise BadInput(f"words {self.words!r}: one of all, looks, deeds")
+        # An act needs four frames to be seen.
+        acts = max(1, self.frames // 4)
+        limits = dict(size=(8, 4096), frames=(1, 10 ** 6), max_objects=(1, MAX_OBJECTS), acts=(1, acts))
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"{name} {getattr(self, name)}: give {low} to {high}")
+        assert self.words in ("all", "looks", "deeds"), self.words
         # The acts of a chain go forth and back: reversed they look the same.
         assert not (self.reverse and self.chain), "only clips of one act can be reversed"
 
@@ -346,10 +341,10 @@ STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", 
 WORLDS = {"full": World(), "stage": STAGE}
 
 
-def held_out(shape, colour):
-    """Is this pair kept out of training, validation and test? One colour for each shape. In the HELDOUT range
-    the subject always has such a pair: accuracy there measures composition, not memory."""
-    return (3 * shape + colour) % len(COLOURS) == 7
+def held_out_colour(shape):
+    """The colour that this shape never has in training, validation and test. In the HELDOUT range the subject
+    always has it: accuracy there measures composition, not memory."""
+    return (7 - 3 * shape) % len(COLOURS)
 
 
 def pick(rng, options):
@@ -363,119 +358,182 @@ def shuffled(rng, options):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 1. The procedural world: motion programs
+# 1. The procedural world: motion
 # -----------------------------------------------------------------------------------------------------------
-# A program gets `s` (T,): how much of the act is done in each frame; the way; `far`, a distance, and `phase`,
-# an angle, both random; and `pair`, what `toward` says of the subject and its companion. It returns how those
-# who move change, the subject first: (added to x, added to y, multiplies the radius, added to the angle).
-#
 # A motion class should need motion. It cannot be hidden entirely: a thing that stands beside another may have
 # come there, a spread of radii is growing or shrinking. `known_controls` measures how much single frames and
 # statistics without order give away, and stands beside every probe of motion.
 
-STILL = (0, 0, 1, 0)
+def choose_acts(rng, world, count):
+    """-> act, deeds and hero, see `script`. Two equal deeds never stand side by side: they would look like
+    one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
+    if not world.chain:
+        program = pick(rng, MOTIONS if count > 1 else SOLO)
+        return dict(act=(program, pick(rng, WAYS[program])), deeds=[], hero="")
+    hero = pick(rng, list(DEEDS))
+    times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
+    # Places with a gap after each: choose among fewer places, then put the gaps in.
+    places = np.sort(rng.permutation(world.acts - times + 1)[:times]) + np.arange(times)
+    deeds = []
+    for i in range(world.acts):
+        others = [deed for deed in DEEDS if deed != hero and deed not in deeds[-1:]]
+        deeds.append(hero if i in places else pick(rng, others))
+    return dict(act=DEEDS[deeds[0]], deeds=deeds, hero=hero)
 
 
-def toward(me, other):
-    """-> unit vector x, y from one state to the other; their distance; the distance at which they touch"""
+def perform(rng, act, s, me, other=None, reach=1):
+    """One act -> the paths (T, 4) of the subject and of its companion. me, other: the states (x, y, radius,
+    angle) in which they begin; s (T,): how much of the act is done in each frame; reach multiplies the
+    distance."""
+    program, way = act
+    far = reach * rng.uniform(0.3, 0.5)
+    phase = rng.uniform(0, 2 * math.pi)
+    other = me if other is None else other
     x, y = other[:2] - me[:2]
     away = max(math.hypot(x, y), 1e-6)
-    return x / away, y / away, away, 0.95 * (me[2] + other[2])
-
-
-def straight(s, way, far, phase, pair):
-    """Once along a line."""
-    x, y = DIRECTIONS[way]
-    return [(far * s * x, far * s * y, 1, 0)]
-
-
-def bounce(s, way, far, phase, pair):
-    """Forth, back and forth again, to either side first."""
-    wave = far * (1 - np.abs(1 - 3 * s % 2)) * math.copysign(1, phase - math.pi)
-    return [(wave, 0, 1, 0) if way == "sideways" else (0, wave, 1, 0)]
-
-
-def orbit(s, way, far, phase, pair):
-    """Once round a circle through the place where it begins."""
-    angle = phase + TURNS[way] * 2 * math.pi * s
-    x, y = np.cos(angle) - math.cos(phase), np.sin(angle) - math.sin(phase)
-    return [(0.44 * far * x, 0.44 * far * y, 1, 0)]
-
-
-def spin(s, way, far, phase, pair):
-    """3 to 5 radians, in a chain a tenth more. At 8 frames that is at most 41 degrees a frame, so that no
-    square is seen to turn backwards."""
-    return [(0, 0, 1, TURNS[way] * 10 * far * s)]
-
-
-def grow(s, way, far, phase, pair):
-    """By the factor GROWTH, evenly in the logarithm."""
-    return [(0, 0, GROWTH ** s, 0)]
-
-
-def shrink(s, way, far, phase, pair):
-    """The reverse of growing."""
-    return [(0, 0, GROWTH ** -s, 0)]
-
-
-def approach(s, way, far, phase, pair):
-    """Up to the companion, which stays, and a rest beside it."""
-    x, y, away, touching = pair
-    gone = (away - touching * (1 + 0.025 * phase)) * np.minimum(s / 0.6, 1)
-    return [(gone * x, gone * y, 1, 0), STILL]
-
-
-def follow(s, way, far, phase, pair):
-    """Both go the same way, the companion ahead."""
-    x, y, _, _ = pair
-    gone = 0.6 * far * s
-    return [(gone * x, gone * y, 1, 0), (gone * x, gone * y, 1, 0)]
-
-
-def collide(s, way, far, phase, pair):
-    """Both meet half-way and spring back."""
-    x, y, away, touching = pair
-    gone = (away - touching) / 2 * (1 - np.abs(1 - 2 * s))
-    return [(gone * x, gone * y, 1, 0), (-gone * x, -gone * y, 1, 0)]
-
-
-def passing(s, way, far, phase, pair):
-    """Through the companion's place, behind it or in front of it, and out on its far side."""
-    x, y, away, _ = pair
-    return [(2 * away * s * x, 2 * away * s * y, 1, 0), STILL]
-
-
-PROGRAMS = dict(zip(MOTIONS, (
-    straight, bounce, orbit, spin, grow, shrink, approach, follow, collide, passing, passing)))
-
-
-def perform(rng, world, act, frames, me, other=None):
-    """One act from these states (x, y, r, angle) on -> paths (1 or 2, frames, 4) of those who move"""
-    program, way = act
-    far, phase = rng.uniform(0.3, 0.5), rng.uniform(0, 2 * math.pi)
-    s = np.linspace(0, 1, frames)
-    if world.chain:
-        # Each act ends where it began, so that any act may follow any other: what comes next cannot be
-        # guessed from the places. Circling and spinning do so by themselves, the others go half-way and back.
-        # A circle that is as wide as a dart is long would leave the frame.
-        far = (0.7 if program == "orbit" else 1.1) * far
-        s = np.arange(1, frames + 1) / frames
-        if program not in ("orbit", "spin"):
-            s = 0.5 * np.sin(math.pi * s)
-    pair = None if other is None else toward(me, other)
-    changes = PROGRAMS[program](s, way, far, phase, pair)
-    paths = np.empty((len(changes), frames, 4))
-    for path, state, (x, y, r, angle) in zip(paths, (me, other), changes):
-        path[:, 0] = state[0] + x
-        path[:, 1] = state[1] + y
-        path[:, 2] = state[2] * r
-        path[:, 3] = state[3] + angle
-    return paths
+    touching = 0.95 * (me[2] + other[2])
+    # how far the subject has come along a line
+    along = {
+        "straight": far * s,
+        # forth, back and forth again, to either side first
+        "bounce": far * (1 - np.abs(1 - 3 * s % 2)) * math.copysign(1, phase - math.pi),
+        # up to the companion, and a rest beside it
+        "approach": (away - touching * (1 + 0.025 * phase)) * np.minimum(s / 0.6, 1),
+        # both go the same way, the companion ahead
+        "follow": 0.6 * far * s,
+        # both meet half-way and spring back
+        "collide": (away - touching) / 2 * (1 - np.abs(1 - 2 * s)),
+        # through the companion's place, behind it or in front of it, and out on its far side
+        "behind": 2 * away * s,
+        "front": 2 * away * s}
+    # the line leads where `way` says, or else to the companion
+    direction = (DIRECTIONS | AXES).get(way, (x / away, y / away))
+    line = np.outer(along.get(program, 0 * s), direction)           # (T, 2)
+    mine = np.full((len(s), 4), me)
+    mine[:, :2] += line
+    if program == "orbit":
+        # once round a circle through the place where it begins
+        angle = phase + TURNS[way] * 2 * math.pi * s
+        mine[:, 0] += 0.44 * far * (np.cos(angle) - math.cos(phase))
+        mine[:, 1] += 0.44 * far * (np.sin(angle) - math.sin(phase))
+    if program == "spin":
+        # 3 to 5 radians, in a chain a tenth more. At 8 frames that is at most 41 degrees a frame, so that no
+        # square is seen to turn backwards.
+        mine[:, 3] += TURNS[way] * 10 * far * s
+    mine[:, 2] *= GROWTH ** {"grow": s, "shrink": -s}.get(program, 0)
+    theirs = np.full((len(s), 4), other)
+    theirs[:, :2] += {"follow": 1, "collide": -1}.get(program, 0) * line
+    return mine, theirs
 
 
 def inside(paths):
     """Do all places of (..., 4) lie in the box?"""
-    return LOW <= paths[..., :2].min() and paths[..., :2].max() <= HIGH
+    places = paths[..., :2]
+    return LOW <= places.min() and places.max() <= HIGH
+
+
+def beside(rng, state, other, close=True):
+    """A random place (2,) for `other` beside `state`: half of the time touching or nearly so, if `close` is
+    allowed, else farther away."""
+    away = rng.uniform(0.9, 1.1) * (state[2] + other[2])
+    if not close or rng.random() < 0.5:
+        away += rng.uniform(0.2, 0.45)
+    angle = rng.uniform(0, 2 * math.pi)
+    return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
+
+
+def stage_act(rng, world, states, scene):
+    """-> paths (count, T, 4) of a clip of one act; no visits. Places are drawn until each path fits into the
+    box."""
+    program, _ = scene["act"]
+    s = np.linspace(0, 1, world.frames)
+    # All subjects have the sizes at which growing and shrinking begin and end, or these would tell them.
+    # `size` is the logarithm of the first radius over the mean one, in halves of log(GROWTH).
+    size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
+    size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
+    states[0, 2] *= GROWTH ** (size / 2)
+    movers = 1 if program in SOLO else 2
+    # nobody is anywhere yet
+    paths = np.full((len(states), world.frames, 4), np.inf)
+    while not inside(paths[:movers]):
+        states[0, :2] = rng.uniform(LOW, HIGH, 2)
+        if movers == 2:
+            close = program not in ("approach", "collide")
+            states[1, :2] = beside(rng, states[0], states[1], close)
+        paths[:movers] = perform(rng, scene["act"], s, *states[:2])[:movers]
+    # All others stand where a companion could: beside the first or the last place of something. From the
+    # third object on half of them move, too.
+    for j in range(movers, len(states)):
+        while not inside(paths[j]):
+            neighbour = paths[rng.integers(j), pick(rng, (0, -1))]
+            states[j, :2] = beside(rng, neighbour, states[j])
+            paths[j] = states[j]
+            if j > 1 and rng.random() < 0.5:
+                program = pick(rng, SOLO[:4])
+                paths[j], _ = perform(rng, (program, pick(rng, WAYS[program])), s, states[j])
+    return paths, []
+
+
+def stage_chain(rng, world, states, scene):
+    """-> paths (count, T, 4) of a chain; visits. The subject acts in the middle, the others come to the
+    corners and the sides, and go."""
+    corners = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
+    # Far enough apart that the subject never hides another: who is out of sight has left.
+    homes = [(0.5, 0.5), *corners, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
+    states[:, :2] = homes[:len(states)] + rng.uniform(-0.03, 0.03, (len(states), 2))
+    paths = np.repeat(states[:, None], world.frames, 1)
+    begin = 0
+    for i, deed in enumerate(scene["deeds"], 1):
+        end = i * world.frames // world.acts
+        program, _ = DEEDS[deed]
+        # Each act ends where it began, so that any act may follow any other: what comes next cannot be
+        # guessed from the places. Circling and spinning do so by themselves, the others go half-way and back.
+        s = np.arange(1, end - begin + 1) / (end - begin)
+        if program not in ("orbit", "spin"):
+            s = 0.5 * np.sin(math.pi * s)
+        # A circle that is as wide as a dart is long would leave the frame.
+        reach = 0.7 if program == "orbit" else 1.1
+        paths[0, begin:end], _ = perform(rng, DEEDS[deed], s, states[0], reach=reach)
+        # Only a spin does not end as it began.
+        states[0, 3] = paths[0, end - 1, 3]
+        begin = end
+    return paths, [visit(rng, path) for path in paths[1:]]
+
+
+def visit(rng, path):
+    """Let an object leave to the left or right, and come, as a random role says: its `path` is changed.
+    -> role, first frame of going"""
+    role = pick(rng, list(ROLES))
+    goes, comes = [int(len(path) * rng.uniform(*when)) for when in ROLES[role]]
+    # Going and coming take a few frames. `gone` is 0 where the object is at home and 1 where it is away.
+    way = max(1, min(len(path) // 16, 4))
+    frame = np.arange(len(path))
+    gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
+    path[:, 0] += gone * math.copysign(0.9, path[0, 0] - 0.5)
+    return role, goes
+
+
+def filmed(rng, world):
+    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
+    # From -1/2 to 1/2: in the middle of a clip everything is where and as large as without a camera.
+    tau = np.linspace(-0.5, 0.5, world.frames)
+    camera = np.tile((0.0, 0.0, 1.0), (world.frames, 1))
+    # each clip has a tint
+    light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))
+    film = []
+    if world.camera and not world.chain and rng.random() < 0.35:
+        way = pick(rng, (*DIRECTIONS, *ZOOMS))
+        if way in ZOOMS:
+            camera[:, 2] = np.exp(ZOOMS[way] * tau)
+            film.append(f"the camera zooms {way}")
+        else:
+            camera[:, :2] = np.outer(tau, DIRECTIONS[way]) * rng.uniform(0.12, 0.25)
+            film.append(f"the camera pans {way}")
+    if world.light and rng.random() < 0.25:
+        way = pick(rng, tuple(LIGHTS))
+        light *= np.exp(LIGHTS[way] * tau - 0.3)[:, None]
+        film.append(f"it gets {way}")
+    return camera, light, film
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -492,52 +550,58 @@ def script(index, world=World()):
     For learning: caption; qa: list of dict(type, question, answer, options); appearance, colour, motion:
     classes of the subject (motion -1: what is only seen backwards).
 
-    scene: dict, of what words are made; its lists are of objects, the subject first. looks: dict(shape,
-    colour, r); act: the subject's first; deeds: in a chain; hero: the deed that is counted; bounds: frames at
-    which acts begin, and the last one ends; visits: of the others in a chain, (role, first frame of going, of
-    coming); ground: its name; film: what camera and light do; slots: of each object its index in `place`."""
+    scene: dict, of what words are made. Its lists are of objects, the subject first: looks, (shape, colour)
+    of each; slots, its index in `place`; visits of the others in a chain, (role, first frame of going). act:
+    the subject's first; deeds in a chain; hero: the deed that is counted; ground: its name; film: what camera
+    and light do."""
     rng = np.random.default_rng((SEED, index))
-    looks = cast(rng, world, index)
-    deeds, hero, acts = choose_acts(rng, world, len(looks))
-    bounds = [i * world.frames // len(acts) for i in range(len(acts) + 1)]
-    states = np.array([(0, 0, look["r"], rng.uniform(0, 2 * math.pi)) for look in looks])
-    arrange = chained if world.chain else staged
-    paths, visits = arrange(rng, world, states, acts, bounds)
+    looks, states = cast(rng, world, index)
+    count = len(looks)
+    scene = choose_acts(rng, world, count)
+    states[:, 3] = rng.uniform(0, 2 * math.pi, count)
+    stage = stage_chain if world.chain else stage_act
+    paths, visits = stage(rng, world, states, scene)
     camera, light, film = filmed(rng, world)
-    act = acts[0]
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
-        act = [backwards(word) for word in act]
+        scene["act"] = [backwards(word) for word in scene["act"]]
         film = [backwards(text) for text in film]
+    program = scene["act"][0]
 
     # The order of painting, the deepest first, is random, but for two of whom one passes behind the other.
     # In a chain the subject is the nearest, so that what is asked about is seen.
-    depth = rng.random(len(looks))
+    depth = rng.random(count)
     if world.chain:
         depth[0] = 1
-    elif act[0] in ("behind", "front"):
-        depth[:2] = sorted(depth[:2], reverse=act[0] == "front")
-    order = depth.argsort().tolist()
-    ground = "a dark ground" if world.plain else pick(rng, list(GROUNDS))
-    rgb = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 3))
-    rgb[0] = DARK if world.plain else GROUNDS[ground]
-    rgb[1:1 + len(looks)] = [list(COLOURS.values())[looks[j]["colour"]] for j in order]
-    # From the world to the screen: the camera moves everything the other way. What is not there is far out
-    # of view, so that all clips have arrays of one shape and the painter finds no pixel of it.
+    elif program in ("behind", "front"):
+        depth[:2] = sorted(depth[:2], reverse=program == "front")
+    order = depth.argsort()
+    # What is not there is far out of view, so that all clips have arrays of one shape and the painter finds
+    # no pixel of it. The camera moves everything on the screen the other way.
     place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
-    place[:len(looks)] = paths[order]
+    place[:count] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
     place[..., 2] *= camera[:, 2]
+    ground = "a dark ground" if world.plain else pick(rng, list(GROUNDS))
     shape = np.zeros(MAX_OBJECTS, np.int64)
-    shape[:len(looks)] = [looks[j]["shape"] for j in order]
-    result = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=0.0 if world.plain else 0.12)
-    result = {name: np.asarray(array, np.float32) for name, array in result.items()}
-    scene = dict(world=world, looks=looks, act=act, deeds=deeds, hero=hero, bounds=bounds, visits=visits,
-                 ground=ground, film=film, slots=[order.index(j) for j in range(len(looks))])
-    result |= dict(index=index, shape=shape, count=len(looks), scene=scene)
-    result |= dict(caption=describe(rng, scene), qa=questions(rng, scene))
-    motion = MOTIONS.index(act[0]) if act[0] in MOTIONS else -1
-    return result | dict(appearance=looks[0]["shape"], colour=looks[0]["colour"], motion=motion)
+    rgb = np.zeros((MAX_GROUNDS + MAX_OBJECTS, 3))
+    rgb[0] = rgb_of(GROUNDS.get(ground, DARK))
+    for j, who in enumerate(order):
+        shape[j], colour = looks[who]
+        rgb[MAX_GROUNDS + j] = rgb_of(list(COLOURS.values())[colour])
+    arrays = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=0 if world.plain else 0.12)
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    slots = order.argsort().tolist()
+    scene |= dict(world=world, looks=looks, slots=slots, visits=visits, ground=ground, film=film)
+    text = dict(caption=describe(rng, scene), qa=questions(rng, scene), scene=scene)
+    motion = MOTIONS.index(program) if program in MOTIONS else -1
+    classes = dict(appearance=looks[0][0], colour=looks[0][1], motion=motion)
+    return arrays | text | classes | dict(index=index, shape=shape, count=count)
+
+
+def rgb_of(colour):
+    """'#ff8000' -> (255, 128, 0)"""
+    return tuple(bytes.fromhex(colour[1:]))
 
 
 def backwards(text):
@@ -546,131 +610,27 @@ def backwards(text):
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first -> looks, see `script`"""
+    """Who is there, the subject first -> [(shape, colour)], and states (count, 4) of x, y, radius and angle,
+    of which the radii are known."""
     count = pick(rng, [n for n in COUNTS if n <= world.max_objects])
     radius = rng.uniform(*RADIUS) * (1 - 0.06 * max(count - 3, 0))
-    looks = []
+    looks, states = [], np.zeros((count, 4))
     # Shape and colour of each object are drawn until they are allowed.
     while len(looks) < count:
-        shape, colour = int(rng.integers(world.shapes)), int(rng.integers(len(COLOURS)))
+        shape = int(rng.integers(world.shapes))
+        colour = int(rng.integers(len(COLOURS)))
         if not looks and index >= HELDOUT:
-            colour = (7 - 3 * shape) % len(COLOURS)
-        elif held_out(shape, colour):
+            colour = held_out_colour(shape)
+        elif colour == held_out_colour(shape):
             continue
         # Two objects of a clip never share both shape and colour, so that words can point at one of them.
-        alike = [look for look in looks if look["colour"] == colour]
-        if any(look["shape"] == shape or not world.shared_colours for look in alike):
+        shared = any(colour == other for _, other in looks)
+        if (shape, colour) in looks or (shared and not world.shared_colours):
             continue
-        looks.append(dict(shape=shape, colour=colour, r=radius * rng.uniform(*SHARE)))
-    looks[0]["r"] = radius
-    return looks
-
-
-def choose_acts(rng, world, count):
-    """-> deeds, hero (see `script`), acts. In a chain two equal deeds never stand side by side: they would
-    look like one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
-    if not world.chain:
-        program = pick(rng, MOTIONS if count > 1 else SOLO)
-        return [], "", [(program, pick(rng, WAYS.get(program, ("",))))]
-    hero = pick(rng, tuple(DEEDS))
-    times = 1 + rng.integers(min(3, (world.acts + 1) // 2))
-    # Places with a gap after each: choose among fewer places, then put the gaps in.
-    at = np.sort(rng.permutation(world.acts - times + 1)[:times]) + np.arange(times)
-    deeds = []
-    for i in range(world.acts):
-        others = [deed for deed in DEEDS if deed != hero and deed not in deeds[-1:]]
-        deeds.append(hero if i in at else pick(rng, others))
-    return deeds, hero, [DEEDS[deed] for deed in deeds]
-
-
-def beside(rng, state, other, close=True):
-    """A random place (2,) for `other` beside `state`: half of the time touching or nearly so, if `close` is
-    allowed, else farther away."""
-    away = rng.uniform(0.9, 1.1) * (state[2] + other[2])
-    if not close or rng.random() < 0.5:
-        away += rng.uniform(0.2, 0.45)
-    angle = rng.uniform(0, 2 * math.pi)
-    return state[:2] + away * np.array((math.cos(angle), math.sin(angle)))
-
-
-def staged(rng, world, states, acts, bounds):
-    """-> paths (count, T, 4) of a clip of one act, and no visits. Places are drawn until the act fits into
-    the box."""
-    act, program = acts[0], acts[0][0]
-    # All subjects have the sizes at which growing and shrinking begin and end, or these would tell them.
-    # `size` is the logarithm of the first radius over the mean one, in halves of log(GROWTH).
-    size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
-    size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
-    states[0, 2] *= GROWTH ** (size / 2)
-    moving = np.full(4, np.inf)
-    while not inside(moving):
-        states[0, :2] = rng.uniform(LOW, HIGH, 2)
-        if program not in SOLO:
-            states[1, :2] = beside(rng, states[0], states[1], program not in ("approach", "collide"))
-        moving = perform(rng, world, act, world.frames, *states[:2])
-    paths = np.repeat(states[:, None], world.frames, 1)
-    paths[:len(moving)] = moving
-    # All others stand where a companion could: beside the first or the last place of something. From the
-    # third object on half of them move, too.
-    for j in range(len(moving), len(states)):
-        path = np.full(4, np.inf)
-        while not inside(path):
-            states[j, :2] = beside(rng, paths[rng.integers(j), pick(rng, (0, -1))], states[j])
-            path = states[j]
-            if j > 1 and rng.random() < 0.5:
-                program = pick(rng, SOLO[:4])
-                path = perform(rng, world, (program, pick(rng, WAYS[program])), world.frames, states[j])[0]
-        paths[j] = path
-    return paths, []
-
-
-def chained(rng, world, states, acts, bounds):
-    """Paths (count, T, 4) of a chain, and visits. The subject acts in the middle, the others come to the
-    corners and then to the sides, and go."""
-    corners = shuffled(rng, [(0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84)])
-    # Far enough apart that the subject never hides another: who is out of sight has left.
-    homes = [(0.5, 0.5), *corners, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
-    states[:, :2] = homes[:len(states)] + rng.uniform(-0.03, 0.03, (len(states), 2))
-    paths = np.repeat(states[:, None], world.frames, 1)
-    for act, begin, end in zip(acts, bounds, bounds[1:]):
-        paths[0, begin:end] = perform(rng, world, act, end - begin, states[0])[0]
-        states[0, 3] = paths[0, end - 1, 3]                     # only a spin does not end as it began
-    return paths, [visit(rng, path) for path in paths[1:]]
-
-
-def visit(rng, path):
-    """Let an object leave to the left or right, and come, as a random role says: its `path` is changed.
-    -> role, first frame of going, of coming"""
-    frames = len(path)
-    role = pick(rng, tuple(ROLES))
-    goes, comes = [int(frames * rng.uniform(*when)) for when in ROLES[role]]
-    # Going and coming take a few frames. `gone` is 0 where the object is at home and 1 where it is away.
-    way = max(1, min(frames // 16, 4))
-    frame = np.arange(frames)
-    gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
-    path[:, 0] += gone * math.copysign(0.9, path[0, 0] - 0.5)
-    return role, goes, comes
-
-
-def filmed(rng, world):
-    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
-    # From -1/2 to 1/2: in the middle of a clip everything is where and as large as without a camera.
-    tau = np.linspace(-0.5, 0.5, world.frames)
-    camera, film = np.tile((0.0, 0.0, 1.0), (world.frames, 1)), []
-    light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))         # each clip has a tint
-    if world.camera and not world.chain and rng.random() < 0.35:
-        way = pick(rng, (*DIRECTIONS, "in", "out"))
-        if way in DIRECTIONS:
-            camera[:, :2] = np.outer(tau, DIRECTIONS[way]) * rng.uniform(0.12, 0.25)
-            film.append(f"the camera pans {way}")
-        else:
-            camera[:, 2] = np.exp(tau * (0.35 if way == "in" else -0.35))
-            film.append(f"the camera zooms {way}")
-    if world.light and rng.random() < 0.25:
-        way = pick(rng, ("lighter", "darker"))
-        light *= np.exp(0.6 * (tau if way == "lighter" else -tau) - 0.3)[:, None]
-        film.append(f"it gets {way}")
-    return camera, light, film
+        states[len(looks), 2] = radius * rng.uniform(*SHARE)
+        looks.append((shape, colour))
+    states[0, 2] = radius
+    return looks, states
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -684,13 +644,14 @@ def known_controls(world, clips=3000):
     which hold no order. A probe of a video model proves use of order only where it is above the second."""
     states, motion = [], []
     for s in (script(i, world) for i in range(clips)):
-        slots = s["scene"]["slots"]
-        # who is alone is its own companion; depth: which of the two is nearer
-        me, other = s["place"][slots[0]], s["place"][slots[:2][-1]]         # (T, 4)
-        depth = np.full((world.frames, 1), np.sign(slots[:2][-1] - slots[0]))
+        # who is alone is its own companion
+        mine, theirs = (s["scene"]["slots"] * 2)[:2]
+        me, other = s["place"][[mine, theirs]]                      # (T, 4)
+        # which of the two is nearer
+        depth = np.full((world.frames, 1), np.sign(theirs - mine))
         states.append(np.concatenate((me, other - me, depth), -1))
         motion.append(s["motion"])
-    states, motion = np.stack(states), np.array(motion)                     # (clips, T, 9), (clips,)
+    states, motion = np.stack(states), np.array(motion)             # (clips, T, 9), (clips,)
     no_order = np.concatenate((states.mean(1), states.std(1)), -1)
     return dict(control_last_frame=guessed(states[:, -1], motion), control_no_order=guessed(no_order, motion))
 
@@ -702,10 +663,12 @@ def guessed(x, y, hidden=1000):
     n = 3 * len(y) // 4
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-3)
     rng = np.random.default_rng(0)
-    h = np.maximum(x @ rng.normal(size=(x.shape[1], hidden)) / x.shape[1] ** 0.5 + rng.normal(size=hidden), 0)
+    first, bias = rng.normal(size=(x.shape[1], hidden)), rng.normal(size=hidden)
+    h = np.maximum(x @ first / x.shape[1] ** 0.5 + bias, 0)
     classes = np.eye(y.max() + 1)[y]
     # (h'h + 30) W = h' classes: the 30 keeps weights small where clips are few
-    weights = np.linalg.solve(h[:n].T @ h[:n] + 30 * np.eye(hidden), h[:n].T @ classes[:n])
+    fitted = h[:n]
+    weights = np.linalg.solve(fitted.T @ fitted + 30 * np.eye(hidden), fitted.T @ classes[:n])
     return float(((h[n:] @ weights).argmax(-1) == y[n:]).mean())
 
 
@@ -734,53 +697,55 @@ ADVERBS = {
 
 def a(phrase):
     """'a star', 'an arrow', 'an hourglass'"""
-    return ("an " if phrase.startswith(("a", "e", "i", "o", "u", "hour")) else "a ") + phrase
+    vowels = ("a", "e", "i", "o", "u", "hour")
+    return ("an " if phrase.startswith(vowels) else "a ") + phrase
 
 
 def name_of(look):
-    """'red star', enough to point at it: no other of the clip is one."""
-    return f"{list(COLOURS)[look['colour']]} {SHAPES[look['shape']]}"
+    """(0, 0) -> 'red circle', enough to point at it: no other of the clip is one."""
+    shape, colour = look
+    return f"{list(COLOURS)[colour]} {SHAPES[shape]}"
 
 
 def third(infinitive):
     """'dart left' -> 'darts left'"""
-    verb, *rest = infinitive.split()
-    return " ".join([verb + "s", *rest])
+    verb, blank, way = infinitive.partition(" ")
+    return f"{verb}s{blank}{way}"
 
 
 def describe(rng, scene):
     """A caption. Subject, companion, deeds and ground are always told, the rest by chance. `words`: "looks"
     leaves out the deeds; "deeds" tells shapes and deeds alone, always in the same words."""
-    words, chain, (program, way) = scene["world"].words, scene["world"].chain, scene["act"]
+    words, deeds = scene["world"].words, scene["deeds"]
+    program, way = scene["act"]
     names = [a(name_of(look)) for look in scene["looks"]]
     verbs, adverbs = VERBS[program].split("|"), ADVERBS[way].split("|")
     verb, adverb = pick(rng, verbs), pick(rng, adverbs)
     where = pick(rng, ("on ", "over ", "against ")) + scene["ground"]
     rest = pick(rng, ("with {} nearby", "and there is {}", "next to {}", "along with {}"))
     if words == "deeds":
-        names = [a(SHAPES[look["shape"]]) for look in scene["looks"]]
+        names = [a(SHAPES[shape]) for shape, _ in scene["looks"]]
         verb, adverb, where, rest = verbs[0], adverbs[0], "", "with {}"
-    # 1. what the subject does
     subject, *others = names
-    doing = f"{verb} {adverb}"
-    if chain:
-        doing = ", then ".join(map(third, scene["deeds"]))
-    elif "{}" in verb:
-        doing = verb.format(others.pop(0))
+    # 1. what the subject does, and who else is there
+    if deeds:
+        doing = ", then ".join(map(third, deeds))
+        rest = "".join(f", {name} {role}" for name, (role, _) in zip(others, scene["visits"]))
+    else:
+        doing = f"{verb} {adverb}".format(*others)
+        others = others[verb.count("{}"):]
+        rest = rest.format(" and ".join(others[:2])) if others else ""
     if words == "looks":
         doing = ""
-    # 2. who else is there
-    if chain:
-        rest = "".join(f", {name} {role}" for name, (role, _, _) in zip(others, scene["visits"]))
-    else:
-        rest = rest.format(" and ".join(others[:2])) if others else ""
-    # 3. the sentence
+    # 2. the sentence
     order = ["{subject} {doing} {where} {rest}"]
-    if words == "all" and not chain:
-        order += ["{subject} {doing} {rest} , {where}", "{where} , {subject} {doing} {rest}",
-                  "there is {subject} {where} ; it {doing} {rest}"]
+    if words == "all" and not deeds:
+        order += [
+            "{subject} {doing} {rest} , {where}",
+            "{where} , {subject} {doing} {rest}",
+            "there is {subject} {where} ; it {doing} {rest}"]
     text = pick(rng, order).format(subject=subject, doing=doing, where=where, rest=rest)
-    # 4. what camera and light do, in most captions and not in all: people do not always say it
+    # 3. what camera and light do, in most captions and not in all: people do not always say it
     for change in scene["film"]:
         if words == "all" and rng.random() < 0.7:
             text += pick(rng, (" , ", " as ", " while ")) + change
@@ -810,22 +775,19 @@ def questions(rng, scene):
     ask("what", "What colour is the largest object?", colours[0], colours, COLOURS)
     if deeds:
         ask("first", f"What does the {subject} do first?", deeds[0], deeds, DEEDS)
-    # What follows a deed that occurs several times is asked of its first time.
     if len(deeds) > 1:
+        # What follows a deed that occurs several times is asked of its first time. It is another deed.
         deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
         follows = deeds[deeds.index(deed) + 1]
-        # A deed never follows itself.
         possible = [other for other in DEEDS if other != deed]
-        seen = [other for other in possible if other in deeds]
         question = f"What does the {subject} do right after it first {third(deed)}?"
-        ask("after", question, follows, seen, possible)
+        ask("after", question, follows, set(deeds) - {deed}, possible)
     if len(deeds) > 2:
-        hero = scene["hero"]
-        times = [str(n + 1) for n in range(min(3, (len(deeds) + 1) // 2))]
+        hero, times = scene["hero"], "123"[:(len(deeds) + 1) // 2]
         ask("times", f"How many times does the {subject} {hero}?", str(deeds.count(hero)), times)
     visits = list(zip(others, scene["visits"]))
-    goes = {name: when for name, (role, when, _) in visits if role in ("leaves", "returns")}
-    back = [name for name, (role, _, _) in visits if role == "returns"]
+    goes = {name: when for name, (role, when) in visits if role in ("leaves", "returns")}
+    back = [name for name, (role, _) in visits if role == "returns"]
     # Two that come back would be two right answers.
     if len(back) == 1:
         ask("back", "Which object leaves the view and comes back?", back[0], others)
@@ -833,10 +795,12 @@ def questions(rng, scene):
         name = pick(rng, list(goes))
         answer = "yes" if name in back else "no"
         ask("again", f"Does the {name} come back after it left?", answer, ("yes", "no"))
-    # The order of two that leave is asked only where it is plain to see.
-    pair = shuffled(rng, list(goes))[:2]
-    if len(pair) == 2 and abs(goes[pair[0]] - goes[pair[1]]) >= max(2, scene["world"].frames // 16):
-        ask("order", f"Which leaves first, the {pair[0]} or the {pair[1]}?", min(pair, key=goes.get), pair)
+    if len(goes) > 1:
+        one, two = shuffled(rng, list(goes))[:2]
+        # The order of two that leave is asked only where it is plain to see.
+        if abs(goes[one] - goes[two]) >= max(2, scene["world"].frames // 16):
+            question = f"Which leaves first, the {one} or the {two}?"
+            ask("order", question, min(one, two, key=goes.get), (one, two))
     return qa
 
 
@@ -844,7 +808,8 @@ def questions(rng, scene):
 # 1. The procedural world: pixels
 # -----------------------------------------------------------------------------------------------------------
 
-CELLS = 128                                                     # sides of the tables of shapes
+# the side of the tables of shapes
+CELLS = 128
 
 
 @functools.lru_cache(maxsize=None)
@@ -858,6 +823,7 @@ def atlas(device):
     fifth = (angle + math.pi / 2) * 5 / (2 * math.pi) % 1
     hx, hy = 1.15 * x, 0.15 - 1.15 * y
     shaft = (abs(x) < 0.36) & (y > -0.1) & (y < 0.95)
+    head = (y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))
     shapes = np.stack((
         radius < 0.92,                                                      # circle
         np.maximum(abs(x), abs(y)) < 0.8,                                   # square
@@ -867,7 +833,7 @@ def atlas(device):
         (radius < 0.96) & (radius > 0.42),                                  # ring
         (hx ** 2 + hy ** 2 - 0.6) ** 3 < 1.12 * hx ** 2 * hy ** 3,          # heart
         (radius < 0.95) & (np.hypot(x - 0.55, y) > 0.62),                   # moon
-        shaft | ((y <= 0.05) & (y > -0.95) & (abs(x) < 0.9 * (y + 0.95))),  # arrow
+        shaft | head,                                                       # arrow
         (abs(x) < abs(y) * 0.8 + 0.2) & (abs(y) < 0.85)))                   # hourglass
     return torch.tensor(shapes, device=device)
 
@@ -881,75 +847,70 @@ def stack(scripts):
 @torch.no_grad()
 def rasterise(scripts, size, device="cpu"):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on
-    `device`. Painter's algorithm: the ground, then objects from the deepest to the nearest. Each pixel
-    remembers the last surface that covered it and its own coordinates on that surface, and is coloured
-    once, at the end."""
+    `device`."""
     device = torch.device(device)
     # So many clips at once: on a CPU their planes stay in its cache.
     chunk = 16 if device.type == "cpu" else 64
-    videos, labels = [], []
+    painted = []
     for i in range(0, len(scripts["count"]), chunk):
-        s = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
-        # The ground is a plane that the camera looks at.
-        p = (torch.arange(size, device=device) + 0.5) / size - 0.5
-        x, y, zoom = s["camera"][..., None, None].unbind(2)                 # (b, t, 1, 1)
-        shape = *x.shape[:2], size, size
-        u = (p / zoom + 0.5 + x).expand(shape).contiguous()                 # (b, t, H, W)
-        v = (p[:, None] / zoom + 0.5 + y).expand(shape).contiguous()
-        ids = torch.zeros(shape, dtype=torch.int32, device=device)
-        # The object of one depth in all clips at a time. Later ones cover earlier ones.
-        for j in range(int(s["count"].max())):
-            where, own_u, own_v = covered(s, j, size)
-            ids.view(-1)[where] = MAX_GROUNDS + j
-            u.view(-1)[where] = own_u
-            v.view(-1)[where] = own_v
-        videos.append(coloured(s, ids, u, v))
-        labels.append(ids.long())
+        part = {key: value[i:i + chunk].to(device) for key, value in scripts.items()}
+        painted.append(paint_clips(part, size))
+    videos, labels = zip(*painted)
     return torch.cat(videos), torch.cat(labels)
 
 
+def paint_clips(s, size):
+    """Painter's algorithm: the ground, then objects from the deepest to the nearest. `ids` holds the surface
+    that covers each pixel last, `gain` how bright it is there; colours come once, at the end."""
+    device = s["rgb"].device
+    # The ground is a plane that the camera looks at, laid in lighter and darker squares, so that a camera
+    # that pans is told from a thing that moves.
+    x, y, zoom = s["camera"][..., None, None].unbind(2)                     # (b, t, 1, 1)
+    p = (torch.arange(size, device=device) + 0.5) / size - 0.5
+    u = p / zoom + 0.5 + x                                                  # (b, t, 1, W)
+    v = p[:, None] / zoom + 0.5 + y                                         # (b, t, H, 1)
+    squares = ((5 * u).floor() + (5 * v).floor()) % 2
+    gain = 1 - s["contrast"].view(-1, 1, 1, 1) * squares                    # (b, t, H, W)
+    ids = torch.zeros_like(gain, dtype=torch.int64)
+    # The object of one depth in all clips at a time. Later ones cover earlier ones. One side of each is
+    # lighter, so that even a circle is seen to spin.
+    for j in range(int(s["count"].max())):
+        where, v = covered(s, j, size)
+        ids.view(-1)[where] = MAX_GROUNDS + j
+        gain.view(-1)[where] = 1 + 0.25 * v
+    video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=device)
+    for c in range(3):
+        colour = s["rgb"][..., c].gather(1, ids.flatten(1)).view_as(ids)
+        video[..., c] = (colour * gain * s["light"][:, :, c, None, None]).clamp(0, 255)
+    return video, ids
+
+
 def covered(s, j, size):
-    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and their coordinates
-    (n,) on it, along its own axes, in radii. Only a square window around the object is looked at: at 64 px
+    """-> numbers (n,) of the pixels of the batch that object j of each clip covers, and how far down they lie
+    on it (n,), along its own axis, in radii. Only a square window around the object is looked at: at 64 px
     this is 6 times as fast as looking at every pixel of the frame."""
-    b, t = s["camera"].shape[:2]
-    x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)            # (b, t, 1, 1)
+    x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)           # (b, t, 1, 1)
     # sqrt(2) radii to each side hold a square that is turned; 2.5 in all hold every shape of the table
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
     # Pixel numbers of the window, and where their centres are on the object: shifted, turned back, scaled.
     column = (x * size).round().long() + offset                             # (b, t, 1, w)
     row = (y * size).round().long() + offset[:, None]                       # (b, t, w, 1)
-    dx, dy = (column + 0.5) / size - x, (row + 0.5) / size - y
-    u = (dx * torch.cos(angle) + dy * torch.sin(angle)) / r                 # (b, t, w, w)
-    v = (dy * torch.cos(angle) - dx * torch.sin(angle)) / r
+    dx = (column + 0.5) / size - x
+    dy = (row + 0.5) / size - y
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    u = (dx * cos + dy * sin) / r                                           # (b, t, w, w)
+    v = (dy * cos - dx * sin) / r
     # What lies outside the table reads its edge, where no shape is.
-    cell_u = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
-    cell_v = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
-    kind = s["shape"][:, j, None, None, None]
-    hit = atlas(x.device).flatten()[(kind * CELLS + cell_v) * CELLS + cell_u]
-    hit = hit & (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    frame = torch.arange(b * t, device=x.device).view(b, t, 1, 1)
-    pixel = (frame * size + row) * size + column
+    across = ((u + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    down = ((v + 1) * (CELLS / 2)).long().clamp(0, CELLS - 1)
+    cell = (s["shape"][:, j, None, None, None] * CELLS + down) * CELLS + across
+    seen = (column >= 0) & (column < size) & (row >= 0) & (row < size)
     # Most of the window is not covered: from here on only pixels that are.
-    hit = hit.flatten().nonzero()[:, 0]
-    return pixel.flatten()[hit], u.flatten()[hit], v.flatten()[hit]
-
-
-def coloured(s, ids, u, v):
-    """Surface of each pixel (b, t, H, W) and coordinates on it -> video uint8 (b, t, H, W, 3)"""
-    # A ground is laid in lighter and darker squares, so that a camera that pans is told from a thing that
-    # moves. One side of each object is lighter, so that even a circle is seen to spin.
-    squares = ((5 * u).floor() + (5 * v).floor()) % 2
-    gain = torch.where(ids < MAX_GROUNDS, 1 - s["contrast"].view(-1, 1, 1, 1) * squares, 1 + 0.25 * v)
-    # index_select on one channel is 4 times as fast as indexing the table (b, 12, 3)
-    clip = torch.arange(len(ids), device=ids.device, dtype=torch.int32)[:, None, None, None]
-    row = (ids + clip * (MAX_GROUNDS + MAX_OBJECTS)).flatten()
-    video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=ids.device)
-    for c in range(3):
-        colour = s["rgb"][..., c].flatten().index_select(0, row).view(ids.shape)
-        video[..., c] = (colour * gain * s["light"][:, :, c, None, None]).clamp(0, 255)
-    return video
+    hit = (atlas(x.device).view(-1)[cell] & seen).flatten().nonzero()[:, 0]
+    frame = torch.arange(x.numel(), device=x.device).view_as(x)
+    pixel = (frame * size + row) * size + column
+    return pixel.flatten()[hit], v.flatten()[hit]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1408,8 +1369,8 @@ def load_encoding(name="world"):
     # tiktoken downloads its files; the errors of the network are kinds of OSError
     except (ValueError, OSError) as error:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--text {name}: no folder, not `world`, and none of tiktoken's {known}, or neither in "
-                       f"TIKTOKEN_CACHE_DIR nor to be fetched ({type(error).__name__})") from None
+        raise BadInput(f"--text {name}: no folder, not `world`, and none of tiktoken's {known}, or neither "
+                       f"in TIKTOKEN_CACHE_DIR nor to be fetched ({type(error).__name__})") from None
 
 
 def published_encoding(path):
@@ -1470,29 +1431,26 @@ PATIENCE = 300
 def distinct(world, begin, count):
     """The first `count` indices from `begin` on whose captions all differ: a caption that fits two clips has
     no right answer."""
-    indices = {}
-    for index in itertools.count(begin):
-        if len(indices) == count:
-            return list(indices.values())
+    indices, index = {}, begin
+    while len(indices) < count:
         indices.setdefault(script(index, world)["caption"], index)
+        index += 1
+    return list(indices.values())
 
 
 class WorldBatches(torch.utils.data.Dataset):
-    """Batch i of made clips: numbers begin + i·batch and on, or the next ones of the list `indices`.
+    """Batch i of made clips: the next ones of `indices`, a list or a range.
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
-    # None: made clips never end
-    files = None
 
-    def __init__(self, world, batch, begin=TRAIN, indices=None):
-        self.world, self.batch = world, batch
-        # a range holds two numbers, not a thousand million
-        self.indices = range(begin, begin + 10 ** 9) if indices is None else indices
+    def __init__(self, world, batch, indices=range(TRAIN, VALIDATION)):
+        self.world, self.batch, self.indices = world, batch, indices
+        self.files = len(indices)
 
     def __len__(self):
-        """Batches there are, the last perhaps short: the division rounds up."""
-        return -(-len(self.indices) // self.batch)
+        """Batches there are, the last perhaps short."""
+        return math.ceil(self.files / self.batch)
 
     def captions(self):
         """Captions of the first clips: enough of them to hold every word."""
@@ -1500,15 +1458,14 @@ class WorldBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         indices = self.indices[i * self.batch:(i + 1) * self.batch]
-        scripts = [script(j, self.world) for j in indices]
-        batch = dict(scripts=stack(scripts), size=self.world.size, index=list(indices), bad=[])
-        batch["caption"] = [s["caption"] for s in scripts]
-        batch["captions"] = [[s["caption"]] for s in scripts]
-        batch["label"] = [None] * len(scripts)
-        batch["qa"] = [s["qa"] for s in scripts]
+        scripts = [script(index, self.world) for index in indices]
+        batch = dict(scripts=stack(scripts), size=self.world.size, bad=[])
+        for key in ("index", "caption", "qa", *MADE):
+            batch[key] = [s[key] for s in scripts]
         for key in MADE:
-            batch[key] = torch.tensor([s[key] for s in scripts])
-        return batch
+            batch[key] = torch.tensor(batch[key])
+        captions = [[caption] for caption in batch["caption"]]
+        return batch | dict(captions=captions, label=[None] * len(scripts))
 
 
 class VideoBatches(torch.utils.data.Dataset):
@@ -1523,8 +1480,6 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Held out (train=False): entries in order, frames spread over the whole video. Files that cannot be used
     are left out, and the last batch may be short."""
-    # what a batch lists of its clips; `video` and `labels` are stacked
-    KEYS = ("video", "labels", "times", "caption", "captions", "label", "qa", "index")
 
     def __init__(self, entries, frames, size, batch, seed=0, train=True, stride=8):
         self.entries, self.files = entries, len(entries)
@@ -1533,7 +1488,7 @@ class VideoBatches(torch.utils.data.Dataset):
 
     def __len__(self):
         """Batches of held-out clips; in training, of an epoch."""
-        return -(-self.files // self.batch)
+        return math.ceil(self.files / self.batch)
 
     def captions(self):
         """All captions of all clips: what a vocabulary is made of."""
@@ -1543,22 +1498,21 @@ class VideoBatches(torch.utils.data.Dataset):
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         """The entries' numbers as one epoch takes them."""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
-
-    def candidates(self, i):
-        """Numbers of the entries that batch i may take, in order, some of them twice."""
-        first = i * self.batch
         if not self.train:
-            return range(first, min(first + self.batch, self.files))
-        # so many places hold a whole epoch, and with it every entry, wherever they begin
-        places = range(first, first + 2 * self.files)
-        return (self.order(place // self.files)[place % self.files] for place in places)
+            return range(self.files)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.files).tolist()
 
     def __getitem__(self, i):
         # seeded by (seed, i) alone: a resumed run, and any number of workers, draw the same numbers
         rng = np.random.default_rng((self.seed, 1, i))
+        first = i * self.batch
+        last = min(first + self.batch, self.files)
+        if self.train:
+            # so many places hold a whole epoch, and with it every entry, wherever they begin
+            last = first + 2 * self.files
         clips, bad = {}, {}
-        for number in self.candidates(i):
+        for place in range(first, last):
+            number = self.order(place // self.files)[place % self.files]
             if len(clips) == self.batch:
                 break
             if number in clips or number in bad:
@@ -1567,20 +1521,20 @@ class VideoBatches(torch.utils.data.Dataset):
                 clips[number] = self.clip(number, rng)
             except BadVideo as error:
                 bad[number] = self.entries[number]["path"], str(error)
+        clips, bad = list(clips.values()), list(bad.values())
+        batch = dict(video=torch.empty(0), labels=torch.empty(0), bad=bad)
+        if clips:
+            # what all of them have: classes, for example, stand in manifests of made clips alone
+            for key in set(clips[0]).intersection(*clips):
+                values = [clip[key] for clip in clips]
+                batch[key] = torch.stack(values) if torch.is_tensor(values[0]) else values
         # in evaluation a whole batch may be left out, but a training without clips has nothing to learn
-        if self.train and not clips:
-            raise BadInput(f"none of the {self.files} files can be used; the last: {bad[number][1]}")
-        batch = {key: [clip[key] for clip in clips.values()] for key in self.KEYS}
-        for key in ("video", "labels"):
-            batch[key] = torch.stack(batch[key]) if clips else torch.empty(0)
-        # made clips on disk tell their classes, too
-        for key in MADE:
-            if clips and all(key in self.entries[number] for number in clips):
-                batch[key] = torch.tensor([self.entries[number][key] for number in clips])
-        return batch | dict(bad=list(bad.values()))
+        elif self.train:
+            raise BadInput(f"none of the {self.files} files can be used; the last: {bad[-1][1]}")
+        return batch
 
     def clip(self, number, rng):
-        """One entry, decoded -> a dict of KEYS. BadVideo if it cannot be used."""
+        """One entry, decoded. BadVideo if it cannot be used."""
         entry = self.entries[number]
         # drawn for every clip, needed or not, so that a picture or a caption more changes no other clip
         start, choice = rng.random(2)
@@ -1596,9 +1550,10 @@ class VideoBatches(torch.utils.data.Dataset):
         # one of several captions in training; evaluation has all of them, as `captions`
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
-        return dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), times=times.tolist(),
-                    caption=caption, captions=texts, label=entry["label"], qa=entry.get("qa", []),
-                    index=number)
+        clip = dict(video=torch.from_numpy(video), labels=torch.from_numpy(labels), times=times.tolist())
+        clip |= {key: torch.tensor(entry[key]) for key in MADE if key in entry}
+        return clip | dict(index=number, caption=caption, captions=texts, label=entry["label"],
+                           qa=entry.get("qa", []))
 
 
 class Mixed(torch.utils.data.Dataset):
@@ -1612,7 +1567,6 @@ class Mixed(torch.utils.data.Dataset):
     sqrt(s)."""
 
     def __init__(self, datasets, shares, seed=0, world=1):
-        assert len(datasets) == len(shares) and min(shares) > 0, f"shares {shares}: one above 0 for each"
         self.datasets, self.world = datasets, world
         # of the steps that the datasets before it leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
@@ -1626,7 +1580,8 @@ class Mixed(torch.utils.data.Dataset):
         step, rank = divmod(i, self.world)
         for dataset, share, phase in zip(self.datasets, self.shares, self.phases):
             before = math.floor(step * share + phase)
-            if math.floor((step + 1) * share + phase) > before:
+            after = math.floor((step + 1) * share + phase)
+            if after > before:
                 return dataset[before * self.world + rank]
             step -= before
 
@@ -1638,8 +1593,8 @@ def finish(batch, device):
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     for key in ("video", "labels"):
-        # Pixels travel as bytes, a quarter of what floats would be.
-        # From pinned memory the copy runs beside the computation
+        # Pixels travel as bytes, a quarter of what floats would be. From pinned memory the copy runs beside
+        # the computation.
         batch[key] = batch[key].to(device, non_blocking=True)
     return batch
 
@@ -1649,16 +1604,17 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
     rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
     on that. To resume, begin at another `first`."""
     # batch_size=None: an item of the dataset is a whole batch. The sampler lists the numbers of this process.
+    # generator: torch would draw the workers' seeds from the global one.
     batches = torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first * world + rank, last * world, world),
-        num_workers=workers, timeout=PATIENCE if workers else 0, pin_memory=torch.cuda.is_available(),
-        # a generator of its own: torch would draw the workers' seeds from the global one
-        generator=torch.Generator())
+        num_workers=workers, timeout=PATIENCE if workers else 0,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator())
     try:
         yield from batches
     except BadInput as error:
         # torch puts the worker's traceback above the message, and its type before it
-        raise BadInput(str(error).strip().splitlines()[-1].split("BadInput: ", 1)[-1]) from None
+        line = str(error).strip().splitlines()[-1]
+        raise BadInput(line.removeprefix("data.BadInput: ")) from None
     except RuntimeError as error:
         if "timed out" not in str(error) and "Bus error" not in str(error):
             raise
@@ -1668,16 +1624,13 @@ def loader(dataset, first, last, workers=0, rank=0, world=1):
                        "make /dev/shm larger (docker run --shm-size=8g), or give --workers 0") from None
 
 
-class Damage:
-    """Files that could not be used: each is named once on stderr; `files` holds them with the reason."""
-
-    def __init__(self):
-        self.files = {}
+class Damage(dict):
+    """Files that could not be used -> the reason. Each is named once on stderr."""
 
     def add(self, bad):
         for path, reason in bad:
-            if path not in self.files:
-                self.files[path] = reason
+            if path not in self:
+                self[path] = reason
                 print(f"cannot be used: {reason}", file=sys.stderr)
 
 
@@ -1686,43 +1639,41 @@ def augment(video, labels, seed, flip=True):
     contrast, saturation or grey, blur. video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same.
     `seed` (an int) decides everything. Give flip=False where captions tell left from right."""
     rng = np.random.default_rng((seed, 2))
-    pairs = [changed(clip, ids, rng, flip) for clip, ids in zip(video, labels)]
-    return torch.stack([clip for clip, _ in pairs]), torch.stack([ids for _, ids in pairs])
+    clips, ids = zip(*(changed(*pair, rng, flip) for pair in zip(video, labels)))
+    return torch.stack(clips), torch.stack(ids)
 
 
 def changed(clip, ids, rng, flip):
     """One clip uint8 (t, H, W, 3) and its labels (t, H, W), changed at random."""
     h, w = ids.shape[1:]
-    x = rearrange(clip, "t h w c -> t c h w").float()
-    # F.interpolate does not take whole numbers; doubles hold them exactly
-    ids = rearrange(ids, "t h w -> t 1 h w").double()
     # up to 4 / 3 times as wide as high, or as high as wide
-    area = rng.uniform(0.2, 1)
-    ratio = math.exp(rng.uniform(-0.28, 0.28))
+    area, ratio = rng.uniform(0.2, 1), math.exp(rng.uniform(-0.28, 0.28))
     height = min(h, round(h * math.sqrt(area / ratio)))
     width = min(w, round(w * math.sqrt(area * ratio)))
-    top = rng.integers(h - height + 1)
-    left = rng.integers(w - width + 1)
-    x = F.interpolate(x[..., top:top + height, left:left + width], (h, w), mode="bilinear")
-    # nearest: between trajectories 2 and 8 there is no 5
-    ids = F.interpolate(ids[..., top:top + height, left:left + width], (h, w), mode="nearest-exact")
+    top, left = rng.integers(h - height + 1), rng.integers(w - width + 1)
+    clip = clip[:, top:top + height, left:left + width]
+    ids = ids[:, top:top + height, left:left + width]
+    x = F.interpolate(rearrange(clip, "t h w c -> t c h w").float(), (h, w), mode="bilinear")
+    # nearest: between trajectories 2 and 8 there is no 5. It does not take whole numbers; doubles hold them.
+    ids = F.interpolate(ids[:, None].double(), (h, w), mode="nearest-exact")[:, 0].long()
     if rng.random() < 0.5 and flip:
         x, ids = x.flip(-1), ids.flip(-1)
-    # PAPER: colour jitter, grey and blur, each the same for a whole clip
+    # PAPER: colour jitter, grey and blur, each the same for a whole clip. Contrast moves colours away from
+    # the clip's mean brightness, saturation moves them away from grey.
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
-    x = x * brightness
-    # Contrast moves colours away from the clip's mean brightness, saturation moves them away from grey.
-    # light: how bright red, green and blue look (ITU-R BT.601)
+    # how bright red, green and blue look (ITU-R BT.601)
     light = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(3, 1, 1)
+    x = x * brightness
     mean = (x * light).sum(1).mean()
     x = mean + contrast * (x - mean)
     grey = (x * light).sum(1, keepdim=True)
     # every fifth clip is grey
-    x = grey + (saturation if rng.random() < 0.8 else 0) * (x - grey)
+    if rng.random() >= 0.8:
+        saturation = 0
+    x = grey + saturation * (x - grey)
     if rng.random() < 0.3:
         x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    x = rearrange(x, "t c h w -> t h w c").clamp(0, 255).round().byte()
-    return x.contiguous(), rearrange(ids, "t 1 h w -> t h w").long()
+    return rearrange(x, "t c h w -> t h w c").clamp(0, 255).round().byte().contiguous(), ids
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1741,11 +1692,10 @@ def open_data(cfg, need="caption", world=1):
     val = usable_entries(cfg.val, need) if cfg.val else []
     train, held_out, shares = [], [], []
     for name, share in zip(names, read_shares(cfg.mix, names)):
-        made = name == "world"
-        learnt, tested = made_clips(cfg) if made else real_clips(cfg, name, need, val)
+        learnt, tested = made_clips(cfg) if name == "world" else real_clips(cfg, name, need, val)
         # within a set, videos and pictures have shares by their numbers
-        files = [dataset.files or 1 for dataset in learnt]
-        shares += [share * count / sum(files) for count in files]
+        files = sum(dataset.files for dataset in learnt)
+        shares += [share * dataset.files / files for dataset in learnt]
         train += learnt
         held_out += tested
     if val:
@@ -1787,7 +1737,7 @@ def read_shares(mix, names):
     except ValueError:
         # no number: refused below, with the numbers that do not fit
         shares = []
-    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+    if len(shares) != len(names) or min(shares) <= 0:
         raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
     return shares
 
@@ -1797,8 +1747,8 @@ def world_of(cfg):
     name = getattr(cfg, "world", "full")
     if name not in WORLDS:
         raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
-    fields = [field.name for field in dataclasses.fields(World)] if name == "full" else ()
-    flags = {field: getattr(cfg, field) for field in fields if hasattr(cfg, field)}
+    fields = World.__dataclass_fields__ if name == "full" else ()
+    flags = {field: value for field, value in vars(cfg).items() if field in fields}
     return dataclasses.replace(WORLDS[name], **flags | dict(size=cfg.image_size, frames=cfg.frames))
 
 
@@ -1808,9 +1758,11 @@ def made_clips(cfg):
     world = world_of(cfg)
     # a recipe that is chosen by its result on the test clips would be tested on what it was chosen by
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
+    indices = distinct(world, begin, cfg.eval_clips)
     # the clips of all seeds stay well below the index of the first validation clip
-    train = WorldBatches(world, cfg.batch, TRAIN + cfg.seed % 49 * 10_000_000)
-    return [train], [WorldBatches(world, cfg.batch, indices=distinct(world, begin, cfg.eval_clips))]
+    first = TRAIN + cfg.seed % 49 * 10_000_000
+    train = WorldBatches(world, cfg.batch, range(first, VALIDATION))
+    return [train], [WorldBatches(world, cfg.batch, indices)]
 
 
 def real_clips(cfg, name, need, val):
@@ -2311,8 +2263,7 @@ def make(argv):
 def worked(work, jobs, workers, unit):
     """[work(job)] in order, with a progress bar. workers None: one for each core."""
     workers = min(cores() if workers is None else workers, len(jobs))
-    results = tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}")
-    return [result for _, result in results]
+    return list(tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}"))
 
 
 def make_clip(job):

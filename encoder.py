@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from segmenter import CrossAttention, Perceiver, fourier_codes
+from segmenter import CrossAttention, Perceiver, fourier_codes, waves
 
 # -----------------------------------------------------------------------------------------------------------
 # Attention under the hard mask: the formula, and the same in time and memory O(n)
@@ -31,24 +31,22 @@ def dense_trajectory_attention(q, k, v, ids, k_own, v_own):
     """PAPER: masked cross-attention. A token attends to its own trajectory's points and tokens only.
 
     q (b, K, m, a, c): the tokens' queries. k_own, v_own (b, K, j, a, c): keys and values of each trajectory's
-    own tokens. k, v (b, n, a, c): those of the points; ids (b, n): the trajectory of each point, -1 = of
-    none. -> (b, K, m, a, c). This is the formula. It holds a mask of K·m x n entries, of which one
-    in K is True."""
-    K, m = q.shape[1:3]
-    j = k_own.shape[2]
+    own tokens. k, v (b, n, a, c): those of the points; ids (b, n): the trajectory of each point.
+    -> (b, K, m, a, c). This is the formula. It holds a mask of K·m x n entries, of which one in K is True."""
+    b, K, m = q.shape[:3]
     trajectory = torch.arange(K, device=q.device)
-    mine = trajectory.repeat_interleave(m)[:, None]             # (K·m, 1): the trajectory of each token
-    sees_tokens = mine == trajectory.repeat_interleave(j)       # (K·m, K·j), True = may read
-    sees_points = mine == ids[:, None]                          # (b, K·m, n)
-    sees_tokens = sees_tokens.expand(len(q), -1, -1)
-    mask = torch.cat((sees_tokens, sees_points), 2)
-    queries = q.flatten(1, 2)                                   # (b, K·m, a, c)
+    reader = trajectory.repeat_interleave(m)                    # (K·m,): the trajectory of each query
+    own = trajectory.repeat_interleave(k_own.shape[2])
+    owner = torch.cat((own.expand(b, -1), ids), 1)              # (b, K·j + n): the trajectory of each key
+    mask = reader[:, None] == owner[:, None]                    # (b, K·m, K·j + n), True = may be read
     keys = torch.cat((k_own.flatten(1, 2), k), 1)               # (b, K·j + n, a, c)
     values = torch.cat((v_own.flatten(1, 2), v), 1)
-    # PyTorch wants heads before positions. Softmax over what a token may read.
-    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None])
-    return out.transpose(1, 2).unflatten(1, (K, m))
+    queries = rearrange(q, "b K m a c -> b a (K m) c")          # PyTorch wants heads before positions
+    keys = keys.transpose(1, 2)
+    values = values.transpose(1, 2)
+    # softmax over what a token may read
+    out = F.scaled_dot_product_attention(queries, keys, values, mask[:, None])
+    return rearrange(out, "b a (K m) c -> b K m a c", m=m)
 
 
 def trajectory_attention(q, k, v, ids, k_own, v_own):
@@ -58,17 +56,16 @@ def trajectory_attention(q, k, v, ids, k_own, v_own):
     one reader: n scores a head instead of K·n, and a softmax over segments of points."""
     b, K, m, a, c = q.shape
     # clip and trajectory become one axis of b·K segments
-    clip = torch.arange(b, device=ids.device)[:, None]
-    segment = (ids.clamp(min=0) + K * clip).flatten()           # (b·n,)
-    unowned = (ids < 0).flatten()[:, None]                      # True = a point that no token reads
+    clip = torch.arange(b, device=ids.device)
+    segment = (ids + K * clip[:, None]).flatten()               # (b·n,)
     q = q.flatten(0, 1) * c ** -0.5                             # (b·K, m, a, c)
-    k_own, v_own = k_own.flatten(0, 1), v_own.flatten(0, 1)     # (b·K, j, a, c)
+    k_own = k_own.flatten(0, 1)                                 # (b·K, j, a, c)
+    v_own = v_own.flatten(0, 1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                     # (b·n, a, c)
     out = []
     for i in range(m):                                          # the i-th token of every trajectory
         reader = q[:, i]                                        # (b·K, a, c)
         s = (reader[segment] * k).sum(-1)                       # (b·n, a)
-        s = s.masked_fill(unowned, -math.inf)
         s_own = (reader[:, None] * k_own).sum(-1)               # (b·K, j, a)
         # the softmax runs over a segment's points and its tokens together; scores are shifted by the
         # segment's largest, or exp would overflow. A shift does not change a softmax: it needs no gradient.
@@ -89,27 +86,45 @@ class TrajectoryAttention(CrossAttention):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.num_queries, self.last_points = cfg.num_queries, cfg.last_points
+        self.num_queries = cfg.num_queries
+        self.last_points = cfg.last_points
 
     def forward(self, latents, points, ids):
-        K, last = self.num_queries, self.last_points
-        q, k_own, v_own, k, v = self.project(latents, points, latents.shape[1])
-        q, k_own, v_own = (x.unflatten(1, (K, -1)) for x in (q, k_own, v_own))
-        if last:
-            # the authors' checkpoints were trained with the clip's last two points visible to every token
-            k_last = repeat(k[:, -last:], "b j a c -> b k j a c", k=K)
-            v_last = repeat(v[:, -last:], "b j a c -> b k j a c", k=K)
-            k_own = torch.cat((k_own, k_last), 2)
-            v_own = torch.cat((v_own, v_last), 2)
-            k, v, ids = k[:, :-last], v[:, :-last], ids[:, :-last]
+        projected = self.project(latents, points, latents.shape[1])
         # float32, also under autocast: weights of thousands of points are summed
-        y = trajectory_attention(q.float(), k.float(), v.float(), ids, k_own.float(), v_own.float())
+        q, k_own, v_own, k, v = (x.float() for x in projected)
+        per_trajectory = (self.num_queries, -1)
+        q = q.unflatten(1, per_trajectory)                      # (b, K, m, a, c)
+        k_own = k_own.unflatten(1, per_trajectory)
+        v_own = v_own.unflatten(1, per_trajectory)
+        if self.last_points:
+            # the authors' checkpoints were trained with the clip's last two points visible to every token
+            n = k.shape[1] - self.last_points
+            k_own = self.with_last(k_own, k[:, n:])
+            v_own = self.with_last(v_own, v[:, n:])
+            k, v, ids = k[:, :n], v[:, :n], ids[:, :n]
+        y = trajectory_attention(q, k, v, ids, k_own, v_own)
         return self.to_out(rearrange(y, "b k m a c -> b (k m) (a c)"))
+
+    def with_last(self, own, last):
+        """Keys or values of each trajectory's tokens (b, K, j, a, c), and those of the last points."""
+        last = repeat(last, "b j a c -> b k j a c", k=self.num_queries)
+        return torch.cat((own, last), 2)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Two small extensions of ours: where and when a thing was, and how it moved
 # -----------------------------------------------------------------------------------------------------------
+
+def times_and_places(grid, device, first=0, frames=None):
+    """Time, row and column of each point of a grid (t, h, w) -> (n, 3), each in (0, 1). The grid begins at
+    frame `first` of a clip of `frames` (a long video comes in chunks)."""
+    t, h, w = grid
+    time = (first + torch.arange(t, device=device) + 0.5) / (frames or t)
+    row = (torch.arange(h, device=device) + 0.5) / h
+    column = (torch.arange(w, device=device) + 0.5) / w
+    return torch.cartesian_prod(time, row, column)
+
 
 class Places(nn.Module):
     """Fourier codes of each point's time, row and column, added to features: grid (t, h, w) -> (n, dim).
@@ -125,16 +140,12 @@ class Places(nn.Module):
         nn.init.uniform_(self.linear.weight, -8 ** -0.5, 8 ** -0.5)
 
     def forward(self, grid, first=0, frames=None):
-        """The frames first, first + 1, ... of a clip of `frames` (a long video comes in chunks)."""
-        t, h, w = grid
         device = self.linear.weight.device
-        time = (first + torch.arange(t, device=device) + 0.5) / (frames or t)
-        row = (torch.arange(h, device=device) + 0.5) / h
-        column = (torch.arange(w, device=device) + 0.5) / w
-        place = torch.cartesian_prod(time, row, column)         # (n, 3), each in (0, 1)
-        angle = math.pi * place[..., None] * 2 ** torch.arange(4, device=device)
-        waves = torch.cat((angle.sin(), angle.cos()), -1)       # (n, 3, 8)
-        return self.gain * self.linear(waves.flatten(1))
+        places = times_and_places(grid, device, first, frames)
+        frequencies = math.pi * 2 ** torch.arange(4, device=device)
+        angles = places[..., None] * frequencies                # (n, 3, 4)
+        codes = waves(angles).flatten(1)                        # (n, 3 · 8)
+        return self.gain * self.linear(codes)
 
 
 class Path(nn.Module):
@@ -144,7 +155,8 @@ class Path(nn.Module):
     DEVIATION: added to z_init. Attention normalises its weights, so without it a token knows neither how many
     points its thing has nor how they move. Differentiable through M_soft: the task's loss also moves the
     masks."""
-    moments, gain = 8, 4.0
+    moments = 8
+    gain = 4.0
 
     def __init__(self, dim):
         super().__init__()
@@ -155,27 +167,32 @@ class Path(nn.Module):
     def sums(soft, grid):
         """M_soft (b, n, K) -> (b, t, K, 6): in each frame the mean over its points of 1, x, y, x², y², xy."""
         t, h, w = grid
-        place = torch.cartesian_prod(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w))
-        y, x = place.to(soft.device).unbind(-1)                 # (h·w,)
+        rows = torch.linspace(-1, 1, h)
+        columns = torch.linspace(-1, 1, w)
+        places = torch.cartesian_prod(rows, columns)
+        y, x = places.to(soft.device).unbind(-1)                # (h·w,)
         frames = soft.float().unflatten(1, (t, h * w))
         # products and means, no matrix product: autocast would round it to bfloat16, and x² - x x is small
-        moments = []
+        sums = []
         for term in (torch.ones_like(x), x, y, x * x, y * y, x * y):
-            moments.append((frames * term[:, None]).mean(2))    # (b, t, K)
-        return torch.stack(moments, -1)
+            weighted = frames * term[:, None]                   # (b, t, h·w, K)
+            sums.append(weighted.mean(2))
+        return torch.stack(sums, -1)
 
     def forward(self, sums):                                    # (b, t, K, 6)
-        area = sums[..., :1]
-        x, y, xx, yy, xy = (sums[..., 1:] / (area + 1e-4)).unbind(-1)
-        side = area[..., 0].clamp(min=1e-8).sqrt()
-        centre = torch.stack((x, y), -1)
-        spread = torch.stack((xx - x * x, yy - y * y, xy - x * y), -1)
+        area = sums[..., 0]
+        means = sums[..., 1:] / (area[..., None] + 1e-4)
+        x, y, xx, yy, xy = means.unbind(-1)                     # (b, t, K): moments of the mask
+        side = area.clamp(min=1e-8).sqrt()
         # the factors bring all six to about the same size
-        track = torch.cat((2 * centre, 4 * side[..., None], 8 * spread), -1)
+        place = 2 * x, 2 * y, 4 * side
+        spread = 8 * (xx - x * x), 8 * (yy - y * y), 8 * (xy - x * y)
+        track = torch.stack((*place, *spread), -1)              # (b, t, K, 6)
         b = len(track)
         track = rearrange(track, "b t k c -> (b k) c t")
         track = F.interpolate(track, size=self.moments, mode="linear", align_corners=True)
-        return self.gain * self.mlp(rearrange(track, "(b k) c s -> b k (c s)", b=b))
+        track = rearrange(track, "(b k) c s -> b k (c s)", b=b)
+        return self.gain * self.mlp(track)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -194,16 +211,16 @@ def ring_codes(count, dim):
     PAPER: Fourier codes encourage the tokens of one trajectory to differ."""
     angle = 2 * math.pi * torch.arange(count) / count
     angles = torch.stack((angle, 2 * angle), -1)                # frequencies 1 and 2
-    waves = torch.cat((angles.sin(), angles.cos()), -1)
     # CHOICE: half the variance of a feature. At the release's 0.02 the tokens hardly differ beside z_init.
-    return math.sqrt(dim / 2) * fourier_codes(waves, dim)
+    return math.sqrt(dim / 2) * fourier_codes(waves(angles), dim)
 
 
 def soft_sums(soft, points):
     """M_soft (b, n, K), points (b, n, d) -> sum_p M_soft[p, k] F_p (b, K, d) and sum_p M_soft[p, k] (b, K,
     1)."""
-    total = soft.to(points.dtype).transpose(1, 2) @ points
-    return total.float(), soft.float().sum(1)[..., None]
+    total = soft.to(points.dtype).mT @ points
+    weight = soft.float().sum(1)
+    return total.float(), weight[..., None]
 
 
 class TrajectoryEncoder(nn.Module):
@@ -227,7 +244,8 @@ class TrajectoryEncoder(nn.Module):
         # has no gradient: here the gradient of the task's loss enters the masks.
         soft = seg.logits.softmax(-1)
         path = Path.sums(soft, seg.grid) if self.path else None
-        latents = self.start(*soft_sums(soft, points), path, tokens_per_trajectory)
+        total, weight = soft_sums(soft, points)
+        latents = self.start(total, weight, path, tokens_per_trajectory)
         z = self.perceiver(latents, points, seg.ids)
         return self.finish(z, seg.alive)
 
@@ -245,21 +263,24 @@ class TrajectoryEncoder(nn.Module):
             z = z + self.path(path)
         # ablation (mean_start = False): a token starts at its learned code alone
         z = z if self.cfg.mean_start else torch.zeros_like(z)
-        return rearrange(z[:, :, None] + self.latents[:, :m], "b k m d -> b (k m) d")
+        latents = z[:, :, None] + self.latents[:, :m]           # (b, K, m, d)
+        return latents.flatten(1, 2)
 
     def finish(self, z, alive):
         """Latents (b, K·m, d), alive (b, K) -> Tokens."""
         K = alive.shape[1]
         m = z.shape[1] // K
+        trajectory = torch.arange(K, device=z.device).expand_as(alive)
+        trajectory = trajectory.repeat_interleave(m, 1)
         mask = alive.repeat_interleave(m, 1)
-        trajectory = torch.arange(K, device=z.device).repeat_interleave(m)
-        return Tokens(self.output_projector(z), mask, trajectory.expand(len(z), -1))
+        return Tokens(self.output_projector(z), mask, trajectory)
 
 
 def compact(tokens):
     """Real tokens first, and no longer than the clip that has most of them: what follows need not carry dead
     ones."""
     most = int(tokens.mask.sum(1).max())
-    order = (~tokens.mask).int().argsort(dim=1, stable=True)[:, :most]
+    dead = (~tokens.mask).int()
+    order = dead.argsort(dim=1, stable=True)[:, :most]
     clip = torch.arange(len(order), device=order.device)[:, None]
     return Tokens(*(x[clip, order] for x in tokens))

@@ -33,9 +33,10 @@ def normalise(video, mean=MEAN, std=STD):
     """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W) with mean 0 and deviation 1, on the video's device."""
     assert video.dtype == torch.uint8 and video.shape[4:] == (3,), \
         f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}"
-    mean = 255 * torch.tensor(mean, device=video.device).view(3, 1, 1)
-    std = 255 * torch.tensor(std, device=video.device).view(3, 1, 1)
-    return (video.movedim(-1, 2).float() - mean) / std
+    pixels = video.movedim(-1, 2).float()
+    mean = 255 * torch.tensor(mean, device=video.device)
+    std = 255 * torch.tensor(std, device=video.device)
+    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def recomputed(recompute, function, *args):
@@ -53,7 +54,8 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (b, c, h, w)."""
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = super().forward(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -103,11 +105,10 @@ class ConvNeXt(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.norm = ChannelNorm(dims[-1], eps=1e-6)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                fan_in = module.weight[0].numel()
+                std = 0.02 if isinstance(module, nn.Linear) else fan_in ** -0.5
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
         # CHOICE: the stem's bias starts as large as its signal. The LayerNorm after the stem removes the
         # scale of its input: without a bias a white thing on snow, or a red one on bricks, has the features
@@ -130,16 +131,16 @@ class ConvNeXt(nn.Module):
 # The Perceiver: latents read points (arXiv 2103.03206)
 # -----------------------------------------------------------------------------------------------------------
 
-def rotary_table(positions, channels, theta=1e4):
+def rotary_table(positions, channels):
     """e^(i·angle) of integer positions (...) -> complex (..., 1, c / 2), c = channels of a head.
 
-    Channel pair j of the first half turns by position · theta^(-2j / (c/2)); the second half does not turn.
+    Channel pair j of the first half turns by position · 10000^(-2j / (c/2)); the second half does not turn.
     Angles are float64: in half precision the 25 216 positions of 8 frames at 224 px collapse to a few
     thousand, and in float32 the millions of points of a long film are off by 0.03."""
     rotated = channels // 4 * 2
     even = torch.arange(0, rotated, 2, dtype=torch.float64)
     frequency = torch.zeros(channels // 2, dtype=torch.float64)
-    frequency[:rotated // 2] = theta ** (-even / rotated)
+    frequency[:rotated // 2] = 1e4 ** (-even / rotated)
     angle = positions[..., None, None] * frequency.to(positions.device)
     return torch.complex(angle.cos().float(), angle.sin().float())
 
@@ -158,28 +159,28 @@ class CrossAttention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads, dim = cfg.heads, cfg.dim
+        dim = cfg.dim
+        self.heads = cfg.heads
         self.norm_media = nn.LayerNorm(dim) if cfg.norm_media else nn.Identity()
         self.norm_latents = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
 
-    def split_heads(self, x):
-        return rearrange(x, "b n (a c) -> b n a c", a=self.heads)
-
     def project(self, latents, points, first):
         """-> q, k, v of the latents (b, s, a, c) and k, v of the points (b, n, a, c), of which the first is
-        at `first`."""
-        latents, points = self.norm_latents(latents), self.norm_media(points)
+        at the position `first`."""
+        latents = self.norm_latents(latents)
+        points = self.norm_media(points)
+        q = self.to_q(latents).unflatten(-1, (self.heads, -1))
+        k_own, v_own = self.keys_and_values(latents)
+        k, v = self.keys_and_values(points)
         here = torch.arange(latents.shape[1], device=latents.device)
         there = first + torch.arange(points.shape[1], device=points.device)
-        q = rotate(self.split_heads(self.to_q(latents)), here)
-        k_own, v_own = self.to_kv(latents).chunk(2, -1)
-        k_own = rotate(self.split_heads(k_own), here)
-        k, v = self.to_kv(points).chunk(2, -1)
-        k = rotate(self.split_heads(k), there)
-        return q, k_own, self.split_heads(v_own), k, self.split_heads(v)
+        return rotate(q, here), rotate(k_own, here), v_own, rotate(k, there), v
+
+    def keys_and_values(self, x):
+        return rearrange(self.to_kv(x), "b n (two a c) -> two b n a c", two=2, a=self.heads)
 
     def forward(self, latents, points, ids=None):               # ids: only the encoder's attention uses them
         q, k_own, v_own, k, v = self.project(latents, points, latents.shape[1])
@@ -217,7 +218,8 @@ class Perceiver(nn.Module):
 
     def __init__(self, cfg, attention=CrossAttention):
         super().__init__()
-        self.normed_residual, self.recompute = cfg.normed_residual, cfg.recompute
+        self.normed_residual = cfg.normed_residual
+        self.recompute = cfg.recompute
         self.norm_ctx = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.norm_lat = nn.LayerNorm(cfg.dim, eps=1e-6)         # one for all layers, as in the release
         self.layers = nn.ModuleList()
@@ -238,6 +240,11 @@ class Perceiver(nn.Module):
 # The segmenter
 # -----------------------------------------------------------------------------------------------------------
 
+def waves(angles):
+    """Sines and cosines: (..., f) -> (..., 2 f)."""
+    return torch.cat((angles.sin(), angles.cos()), -1)
+
+
 def fourier_codes(features, dim):
     """Rows of sines and cosines (s, f) -> distinct start vectors (s, dim) of norm 1, by a random orthonormal
     map."""
@@ -256,9 +263,8 @@ def query_codes(count, dim):
     grid = torch.cartesian_prod(line, line)[:count]             # (K, 2)
     highest = max(math.isqrt(count) // 2, 1)
     frequencies = math.pi * torch.arange(1, highest + 1)
-    angles = (grid[:, :, None] * frequencies).flatten(1)
-    waves = torch.cat((angles.sin(), angles.cos()), -1)
-    codes = fourier_codes(waves, dim)
+    angles = grid[:, :, None] * frequencies                     # (K, 2, frequencies)
+    codes = fourier_codes(waves(angles.flatten(1)), dim)
     return math.sqrt(dim) * (codes + 1e-3 * torch.randn_like(codes))
 
 
@@ -284,7 +290,8 @@ class Segmentation(NamedTuple):
 
 def head(dim):
     """The small map from queries, or points, to the space where they are compared."""
-    return nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim // 8))
+    hidden = dim // 4
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim // 8))
 
 
 class Features(nn.Module):
@@ -448,7 +455,7 @@ def match(logits, labels):
 # Losses: means within each clip, then over clips. So micro-batches and processes average to the whole batch
 # -----------------------------------------------------------------------------------------------------------
 
-def dice_loss(logits, labels, eps=1e-6):
+def dice_loss(logits, labels):
     """1 - 2 |P ∩ G| / (|P| + |G|), P = soft mask, G = label: mean over the labels of a clip, then over clips.
     Scalar. logits (b, n, k) with column l = label l; labels (b, n), -1 = unlabelled. A clip without labels
     counts as 0.
@@ -460,39 +467,38 @@ def dice_loss(logits, labels, eps=1e-6):
     gt = one_hot(labels, logits.shape[-1])
     inter = (p * gt).sum(1)                                     # (b, k)
     areas = p.sum(1) + gt.sum(1)
-    dice = 1 - (2 * inter + eps) / (areas + eps)
+    dice = 1 - (2 * inter + 1e-6) / (areas + 1e-6)
     occurs = gt.any(1).float()
     clip = (dice * occurs).sum(1) / occurs.sum(1).clamp(min=1)
     return clip.mean()
 
 
-def focal_loss(logits, labels, gamma=2.0):
-    """-(1 - p)^gamma log p, p = M_soft of the labelled query (arXiv 1708.02002): mean over labelled points,
-    then clips. Points that are already right weigh little, so small things count beside large ones.
+def focal_loss(logits, labels):
+    """-(1 - p)² log p, p = M_soft of the labelled query (arXiv 1708.02002): mean over labelled points, then
+    over clips. Points that are already right weigh little, so small things count beside large ones.
     At initialisation p is about 1/k and the loss (1 - 1/k)² ln k."""
     known = labels >= 0
     target = labels.clamp(min=0)[..., None]
-    log_p = logits.float().log_softmax(-1).gather(-1, target)[..., 0]       # over the queries
-    loss = -(1 - log_p.exp()) ** gamma * log_p * known
+    log_soft = logits.float().log_softmax(-1)                   # over the queries
+    log_p = log_soft.gather(-1, target)[..., 0]                 # (b, n)
+    loss = -(1 - log_p.exp()) ** 2 * log_p * known
     clip = loss.sum(1) / known.sum(1).clamp(min=1)
     return clip.mean()
 
 
-@torch.no_grad()
 def labels_on_grid(labels, grid, k):
     """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. At most k
     labels a clip: the largest are kept under new ids, the others become unlabelled (-1)."""
     points = F.interpolate(labels.float(), size=grid[1:], mode="nearest-exact")
     points = points.long().flatten(1)
-    count = int(points.max()) + 1
-    if count > k:
-        # counted, not one_hot: the sidecars of a long film may hold thousands of labels
-        area = torch.zeros(len(points), count + 1, device=points.device)
-        area = area.scatter_add(1, points + 1, torch.ones_like(area[:, :1]).expand_as(points))[:, 1:]
-        rank = area.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        rank = rank.masked_fill(rank >= k, -1)
-        new = rank.gather(1, points.clamp(min=0))
-        points = new.masked_fill(points < 0, -1)
+    if points.max() >= k:
+        for clip in points:                                     # (n,), changed in place
+            known = clip >= 0
+            area = clip[known].bincount()
+            by_size = area.argsort(descending=True, stable=True)
+            rank = by_size.argsort()                            # 0 = the largest label
+            clip[known] = rank[clip[known]]
+        points = points.masked_fill(points >= k, -1)
     return points
 
 
@@ -522,7 +528,6 @@ def tube_overlaps(pred, gt):
     return inter, areas - inter
 
 
-@torch.no_grad()
 def video_metrics(pred, gt):
     """Video entity quality and segmentation-and-tracking quality of tubes; pred, gt int64 (b, t, H, W), gt -1
     = unlabelled. -> dict(veq, sq, rq, stq, aq), each a mean over the clips in [0, 1]. Tubes are matched one
@@ -538,19 +543,20 @@ def video_metrics(pred, gt):
         iou = inter / union.clamp(min=1)
         rows, columns = hungarian(-iou.double().numpy())
         good = (iou[rows, columns] >= 0.5).numpy()
-        rows, columns = rows[good], columns[good]
-        tp = len(rows)
-        fp = int(inter.any(0).sum()) - tp
-        fn = int(inter.any(1).sum()) - tp
-        sq = iou[rows, columns].sum() / max(tp, 1)
-        rq = tp / max(tp + fp / 2 + fn / 2, 1)
-        aq = inter[rows, columns].sum() / union[rows, columns].sum().clamp(min=1)
-        clips.append((sq * rq, sq, rq, (sq * aq).sqrt(), aq))
+        matches = rows[good], columns[good]
+        tp = int(good.sum())
+        # TP + FP are all tubes and TP + FN all labels that occur
+        tubes = int(inter.any(0).sum())
+        labels = int(inter.any(1).sum())
+        sq = iou[matches].sum() / max(tp, 1)
+        rq = 2 * tp / max(tubes + labels, 1)
+        aq = inter[matches].sum() / union[matches].sum().clamp(min=1)
+        stq = (sq * aq).sqrt()
+        clips.append((sq * rq, sq, rq, stq, aq))
     mean = torch.tensor(clips).mean(0).tolist()
     return dict(zip(("veq", "sq", "rq", "stq", "aq"), mean))
 
 
-@torch.no_grad()
 def best_overlaps(pred, gt, first=0):
     """For each label >= `first` of each clip: the IoU of the predicted tube that fits it best. -> list of
     floats."""

@@ -9,8 +9,6 @@ are skipped.
 """
 import argparse
 import cmath
-import colorsys
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -27,9 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import types
 import unicodedata
 import xml.etree.ElementTree
 import zlib
@@ -93,9 +89,12 @@ def scripts(begin, count, world=data.World()):
 
 def looks(s):
     """(shape id, colour id) of each object of a script, in painting order, read off its arrays."""
-    rgb = np.array(list(data.COLOURS.values()))
-    colours = [int(abs(rgb - s["rgb"][data.MAX_GROUNDS + j]).sum(1).argmin()) for j in range(s["count"])]
-    return list(zip(s["shape"][:s["count"]].tolist(), colours))
+    table = np.array([data.rgb_of(colour) for colour in data.COLOURS.values()])
+    pairs = []
+    for j in range(s["count"]):
+        rgb = s["rgb"][data.MAX_GROUNDS + j]
+        pairs.append((int(s["shape"][j]), int(abs(table - rgb).sum(1).argmin())))
+    return pairs
 
 
 def run(main, *argv):
@@ -108,24 +107,26 @@ def refused(capsys, main, *argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(main, *argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2, lines
-    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
-    assert all(line.startswith("left out: ") for line in lines[:-1]), lines
-    return lines[-1]
+    *others, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and last.startswith("error: "), last
+    assert all(line.startswith("left out: ") for line in others), others
+    return last
 
 
 def encode(path, frames, rate=10):
     """uint8 frames (t, H, W, 3) -> a video file, with key frames every 12 and frames that refer to later
     ones."""
     # AVI holds no times: its usual codec has frames in order
-    old = Path(path).suffix == ".avi"
+    codec, options = "libx264", {"crf": "4", "g": "12", "bf": "2"}
+    if Path(path).suffix == ".avi":
+        codec, options = "mpeg4", {"qmin": "1", "qmax": "2", "g": "12"}
     with av.open(str(path), "w", format="mpegts" if Path(path).suffix == ".ts" else None) as file:
-        stream = file.add_stream("mpeg4" if old else "libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        stream.options = {"qmin": "1", "qmax": "2", "g": "12"} if old else {"crf": "4", "g": "12", "bf": "2"}
+        stream = file.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
 
@@ -135,33 +136,35 @@ def numbered(path, count, rate=10):
     the ones, as greys."""
     frames = np.zeros((count, 48, 64, 3), np.uint8)
     for i in range(count):
-        frames[i, :, :32], frames[i, :, 32:] = 20 + 18 * (i // 12), 20 + 18 * (i % 12)
+        frames[i, :, :32] = 20 + 18 * (i // 12)
+        frames[i, :, 32:] = 20 + 18 * (i % 12)
     return encode(path, frames, rate)
 
 
 def numbers(video):
     """The numbers that decoded frames (t, s, s, 3) of such a clip tell."""
     third = video.shape[2] // 3
-    halves = [video[:, :, part].mean((1, 2, 3)) for part in (slice(0, third), slice(-third, None))]
-    twelves, ones = (np.rint((half - 20) / 18).astype(int) for half in halves)
-    return (12 * twelves + ones).tolist()
+    twelves, ones = video[:, :, :third], video[:, :, -third:]
+    twelves, ones = (np.rint((half.mean((1, 2, 3)) - 20) / 18) for half in (twelves, ones))
+    return (12 * twelves + ones).astype(int).tolist()
 
 
 def labelled(folder, name, count=8, side=48, image=False):
     """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is
     trajectory 1."""
-    frames, mask = np.full((count, side, side, 3), 40, np.uint8), np.zeros((count, side, side), np.uint16)
+    mask = np.zeros((count, side, side), np.uint16)
     for i in range(count):
         left = 2 + i * (side - 20) // max(count - 1, 1)
-        frames[i, 12:28, left:left + 16], mask[i, 12:28, left:left + 16] = 220, 300
+        mask[i, 12:28, left:left + 16] = 300
+    frames = np.where(mask > 0, 220, 40).astype(np.uint8)[..., None].repeat(3, -1)
     path = folder / f"{name}{'.png' if image else '.mp4'}"
     if image:
         data.write_png(path, frames[0])
     else:
         encode(path, frames)
     np.savez_compressed(folder / f"{name}_mask.npz", mask)
-    tensor = np.stack([np.zeros(count, np.int64), np.full(count, 300)])
-    np.savez_compressed(folder / f"{name}_graph.npz", tensor=tensor)
+    graph = np.array([[0] * count, [300] * count])
+    np.savez_compressed(folder / f"{name}_graph.npz", tensor=graph)
     return path
 
 
@@ -221,30 +224,36 @@ def test_script_is_a_function_of_its_index():
     between two Python processes: a resumed run, or a worker, would see other clips."""
     code = f"from data import World, script; print(script(7), script(8, {CHAINS!r}))"
     env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(HERE)}
-    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    there = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
     np.random.seed(1)
     data.script(99, data.World(frames=16, acts=2))
-    assert there.stdout.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
+    assert there.strip() == f"{data.script(7)} {data.script(8, CHAINS)}"
     assert data.script(7)["caption"] != data.script(8)["caption"]
 
 
 def paint_naively(s, size):
     """One clip, pixel by pixel and thing by thing -> video (T, size, size, 3) as floats, labels (T, size,
     size)."""
-    shapes, frames = data.atlas(torch.device("cpu")).numpy(), len(s["camera"])
+    shapes = data.atlas(torch.device("cpu"))
+    frames = len(s["camera"])
     video, labels = np.zeros((frames, size, size, 3)), np.zeros((frames, size, size), int)
     for f, row, column in itertools.product(range(frames), range(size), range(size)):
         px, py = (column + 0.5) / size, (row + 0.5) / size
         cx, cy, zoom = map(float, s["camera"][f])
-        u, v = (px - 0.5) / zoom + 0.5 + cx, (py - 0.5) / zoom + 0.5 + cy
-        label, gain = 0, 1 - float(s["contrast"]) * ((math.floor(5 * u) + math.floor(5 * v)) % 2)
+        u = (px - 0.5) / zoom + 0.5 + cx
+        v = (py - 0.5) / zoom + 0.5 + cy
+        square = (math.floor(5 * u) + math.floor(5 * v)) % 2
+        label, gain = 0, 1 - float(s["contrast"]) * square
         for j in range(s["count"]):
             x, y, r, angle = map(float, s["place"][j, f])
-            a = ((px - x) * math.cos(angle) + (py - y) * math.sin(angle)) / r
-            b = ((py - y) * math.cos(angle) - (px - x) * math.sin(angle)) / r
-            cell = int((b + 1) * data.CELLS / 2), int((a + 1) * data.CELLS / 2)
-            if abs(a) < 1 and abs(b) < 1 and shapes[s["shape"][j]][cell]:
-                label, gain = data.MAX_GROUNDS + j, 1 + 0.25 * b
+            # turned back, in radii
+            own = complex(px - x, py - y) * cmath.exp(-1j * angle) / r
+            across, down = own.real, own.imag
+            if abs(across) >= 1 or abs(down) >= 1:
+                continue
+            cell = int((down + 1) * data.CELLS / 2), int((across + 1) * data.CELLS / 2)
+            if shapes[s["shape"][j]][cell]:
+                label, gain = data.MAX_GROUNDS + j, 1 + 0.25 * down
         labels[f, row, column] = label
         video[f, row, column] = (s["rgb"][label] * gain * s["light"][f]).clip(0, 255)
     return video, labels
@@ -252,91 +261,67 @@ def paint_naively(s, size):
 
 @pytest.mark.parametrize("world", (data.World(32, 3), dataclasses.replace(data.STAGE, frames=3)))
 def test_pixels_and_labels_are_the_naive_painters(world):
-    """Catches: a wrong camera, rotation or depth order, a thing of another's colour, labels that are shifted
-    against the pixels. A handful of pixels on a border may fall to the other side in float32."""
-    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: -s["count"])[:4]
+    """Catches: a wrong camera, rotation or depth order, a thing of another's colour, a window that cuts its
+    corners off, labels that are shifted against the pixels, pixels that depend on how many clips are painted
+    at a time. A handful of pixels on a border may fall to the other side in float32."""
+    chosen = sorted(scripts(data.VALIDATION, 20, world), key=lambda s: s["count"])
     video, labels = data.rasterise(data.stack(chosen), 32)
-    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (4, 3, 32, 32, 3)
-    for i, s in enumerate(chosen):
-        painted, truth = paint_naively(s, 32)
+    assert video.dtype == torch.uint8 and labels.dtype == torch.int64 and video.shape == (20, 3, 32, 32, 3)
+    for i in (0, 1, 2, 3, 18, 19):
+        painted, truth = paint_naively(chosen[i], 32)
         assert (labels[i].numpy() != truth).sum() <= 2
         assert (abs(video[i].numpy() - painted).max(-1) > 1.01).sum() <= 6
+        alone = data.rasterise(data.stack(chosen[i:i + 1]), 32)
+        assert torch.equal(alone[0][0], video[i]) and torch.equal(alone[1][0], labels[i])
+    # all that lies beyond a shape's table repeats its edge
+    edges = data.atlas(torch.device("cpu")).clone()
+    edges[:, 1:-1, 1:-1] = False
+    assert not edges.any()
 
 
-@pytest.mark.parametrize("angle", (0.0, 0.7, 2.4))
-def test_every_shape_is_drawn_whole(angle):
-    """Catches: a window around the object that is too small for it, so that corners are cut off when it is
-    turned."""
-    base = data.script(1, data.World(size=64, frames=1))
-    for shape, name in enumerate(data.SHAPES):
-        place = np.full((data.MAX_OBJECTS, 1, 4), (0.503, 0.496, 0.3, angle), np.float32)
-        s = base | dict(count=1, shape=np.full(data.MAX_OBJECTS, shape), place=place)
-        _, labels = data.rasterise(data.stack([s]), 64)
-        wrong = (labels[0].numpy() != paint_naively(s, 64)[1]).sum()
-        assert wrong <= 2, f"{name}: {wrong} pixels"
-        edge = data.atlas(torch.device("cpu"))[shape].clone()
-        edge[1:-1, 1:-1] = False
-        assert not edge.any(), f"{name}: what lies beyond the table would be drawn"
-
-
-def test_a_clip_is_the_same_whoever_stands_beside_it():
-    """Catches: pixels that depend on the batch or on how many clips are painted at a time."""
-    chosen = scripts(data.TEST, 24)
-    video, labels = data.rasterise(data.stack(chosen), 48)
-    for count in (1, 3):
-        parts = [data.rasterise(data.stack(chosen[i:i + count]), 48) for i in range(0, 24, count)]
-        assert torch.equal(torch.cat([part[0] for part in parts]), video)
-        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
-
-
-def test_splits_and_held_out_pairs_are_disjoint():
+def test_splits_are_disjoint_and_the_subject_is_the_largest():
     """Catches: test clips or held-out combinations of shape and colour that occur in training, a held-out
-    clip without one, two objects that words cannot tell apart."""
-    begins = (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST)
-    prints = [s["place"].tobytes() for begin in (*begins, data.HELDOUT) for s in scripts(begin, 200)]
-    assert len(set(prints)) == len(prints)
-    for s in (s for begin in begins for s in scripts(begin, 200)):
-        assert not any(data.held_out(*look) for look in looks(s)) and len(set(looks(s))) == s["count"]
-    for s in scripts(data.HELDOUT, 200):
-        held = [j for j, look in enumerate(looks(s)) if data.held_out(*look)]
-        assert held == s["scene"]["slots"][:1]                   # the subject, and nobody else
+    clip without one; two objects that words cannot tell apart; classes of a thing that is not the largest."""
+    places = set()
+    for begin in (data.TRAIN, 500_000_000, data.VALIDATION, data.TEST, data.HELDOUT):
+        for s in scripts(begin, 200):
+            places.add(s["place"].tobytes())
+            pairs = looks(s)
+            subject, *others = s["scene"]["slots"]
+            held = [colour == data.held_out_colour(shape) for shape, colour in pairs]
+            assert held[subject] == (begin == data.HELDOUT)
+            assert not any(held[j] for j in others)
+            assert len(set(pairs)) == s["count"]
+            assert pairs[subject] == (s["appearance"], s["colour"])
+            radius = s["place"][:, :, 2]
+            assert (radius[others] <= 0.7 * radius[subject]).all()
+    assert len(places) == 1000
 
 
-@pytest.mark.parametrize("world", (data.World(camera=False), data.World(), data.STAGE))
-def test_the_subject_is_the_largest(world):
-    """Catches: classes and captions of a thing that is not the largest: a probe would be asked for the wrong
-    one."""
-    for s in scripts(data.TRAIN, 400, world):
-        subject, *others = s["scene"]["slots"]
-        assert all((s["place"][j, :, 2] <= 0.7 * s["place"][subject, :, 2]).all() for j in others)
-        assert (s["appearance"], s["colour"]) == looks(s)[subject]
-
-
-def test_appearance_says_nothing_of_motion():
-    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. 2 N x the
-    mutual information of independent classes is chi-squared: its mean, and half its variance, are the degrees
-    of freedom."""
-    for name in ("appearance", "colour"):
-        table = np.zeros((10, len(data.MOTIONS)))
-        for s in scripts(data.TRAIN, 2000):
-            table[s[name], s["motion"]] += 1
-        p = table / table.sum()
-        shape, motion = p.sum(1, keepdims=True), p.sum(0)
-        mutual = (p * np.log(np.maximum(p, 1e-12) / (shape * motion))).sum()
-        assert 2 * table.sum() * mutual < 90 + 6 * math.sqrt(180), name
-        assert motion.min() > 0.3 / len(data.MOTIONS) and shape.min() > 0.05, name
+@pytest.mark.parametrize("name", ("appearance", "colour"))
+def test_appearance_says_nothing_of_motion(name):
+    """Catches: a shape or colour that favours a motion: then one probe could answer for the other. The
+    chi-squared statistic of independent classes has the mean 9 x 10, and twice that as its variance."""
+    table = np.zeros((10, len(data.MOTIONS)))
+    for s in scripts(data.TRAIN, 2000):
+        table[s[name], s["motion"]] += 1
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    assert ((table - expected) ** 2 / expected).sum() < 90 + 6 * math.sqrt(180)
+    assert table.sum(0).min() > 50 and table.sum(1).min() > 100
 
 
 def deed_told(s):
     """What a script's arrays show that its subject does, in the words of a caption of deeds alone."""
-    me, other = (s["place"][j].astype(float) for j in (s["scene"]["slots"] * 2)[:2])
+    # who is alone is its own companion
+    subject, companion = (s["scene"]["slots"] * 2)[:2]
+    me, other = s["place"][[subject, companion]].astype(float)
     move, theirs = np.diff(me[:, :2], axis=0), np.diff(other[:, :2], axis=0)
-    alone = s["count"] == 1
-    if abs(me[-1, 3] - me[0, 3]) > 1:
-        return f"spins {'clockwise' if me[-1, 3] > me[0, 3] else 'anticlockwise'}"
-    if abs(me[-1, 2] / me[0, 2] - 1) > 0.3:
-        return "grows" if me[-1, 2] > me[0, 2] else "shrinks"
-    if not alone and abs(theirs).max() > 1e-3:
+    turned, grown = me[-1, 3] - me[0, 3], me[-1, 2] / me[0, 2]
+    if abs(turned) > 1:
+        return f"spins {'clockwise' if turned > 0 else 'anticlockwise'}"
+    if abs(grown - 1) > 0.3:
+        return "grows" if grown > 1 else "shrinks"
+    if s["count"] > 1 and abs(theirs).max() > 1e-3:
         if (move[0] * theirs[0]).sum() < 0:
             return "bumps into {}"
         return "follows {}" if (move[0] * (other - me)[0, :2]).sum() > 0 else "leads {}"
@@ -344,8 +329,7 @@ def deed_told(s):
         return "moves up to {} and stops"
     if abs(move[0]).max() < 1e-4:
         return "moves away from {}"
-    if np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4 and not alone:
-        subject, companion = s["scene"]["slots"][:2]
+    if s["count"] > 1 and np.linalg.norm(me[:, :2].mean(0) - other[0, :2]) < 1e-4:
         return "passes behind {}" if subject < companion else "passes in front of {}"
     if min(abs(move).max(0)) > 1e-3:
         turn = move[0, 0] * move[1, 1] - move[0, 1] * move[1, 0]
@@ -366,10 +350,12 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
         s = data.script(index, dataclasses.replace(data.STAGE, reverse=reverse))
         subject, *others = (data.a(data.SHAPES[s["shape"][j]]) for j in s["scene"]["slots"])
         doing, places = deed_told(s), s["place"][:s["count"], :, :2]
-        assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6       # in view
-        if s["motion"] >= 0:
+        # in view
+        assert data.LOW - 1e-6 < places.min() and places.max() < data.HIGH + 1e-6
+        if s["motion"] < 0:
+            assert doing in ("moves away from {}", "leads {}")
+        else:
             assert doing.startswith(data.VERBS[data.MOTIONS[s["motion"]]].split("|")[0])
-        assert (s["motion"] >= 0) == (s["scene"]["act"][0] not in ("leave", "lead"))
         rest = f" with {others[0]}" if others and "{}" not in doing else ""
         assert s["caption"] == f"{subject} {doing}{rest}".format(*others)
         if reverse:
@@ -380,105 +366,96 @@ def test_captions_of_deeds_are_what_the_arrays_show(reverse):
 def test_captions_say_what_they_are_told_to():
     """Catches: a caption about somebody else, or one that tells what `words` leaves out."""
     verbs = {words.split()[0] for some in data.VERBS.values() for words in some.split("|")}
+    looks_and_grounds = {*data.COLOURS, *data.GROUNDS}
     for words in ("all", "looks", "deeds"):
         for s in scripts(data.TRAIN, 200, data.World(words=words)):
-            colour, shape = list(data.COLOURS)[s["colour"]], data.SHAPES[s["appearance"]]
-            told = set(re.findall(r"\w+", s["caption"]))
-            assert bool(told & verbs) == (words != "looks"), s["caption"]
-            assert bool(told & {*data.COLOURS, *data.GROUNDS}) == (words != "deeds"), s["caption"]
-            named = re.search(rf"\b{colour} (\w+ )?{shape}\b", s["caption"])
-            assert named or (words == "deeds" and shape in told), s["caption"]
+            told = re.findall(r"\w+", s["caption"])
+            assert bool(verbs & set(told)) == (words != "looks"), s["caption"]
+            assert bool(looks_and_grounds & set(told)) == (words != "deeds"), s["caption"]
+            name = data.name_of((s["appearance"], s["colour"]))
+            subject = name.split()[1] if words == "deeds" else name
+            assert re.search(rf"\b{subject}\b", s["caption"]), s["caption"]
 
 
-def story(index, frames=32, acts=4, objects=4):
-    return scripts(index, 1, data.World(64, frames, objects, shared_colours=False, acts=acts, story=True))[0]
+def story(index, frames=32, acts=4):
+    world = data.World(64, frames, 4, shared_colours=False, acts=acts, story=True)
+    return data.script(index, world)
 
 
 def deed_seen(path, before):
     """What an object did, from its places (t, 4) in the frames of one act of a chain, and the one before
     it."""
-    away = np.abs(path[:, :2] - before[:2]).max(0)
+    gone = path - before
+    away = np.abs(gone[:, :2]).max(0)
     if np.ptp(np.append(path[:, 3], before[3])) > 1:
         return "spin"
     if away.min() > 0.05:
         return "circle"
-    if away.max() > 0.05:
-        axis = away.argmax()
-        sign = int((path[:, axis] - before[axis]).sum() > 0)
-        return (("dart left", "dart right"), ("rise", "sink"))[axis][sign]
-    return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
+    if away.max() < 0.05:
+        return "swell" if path[:, 2].max() > 1.1 * before[2] else "shrink"
+    deeds = (("dart left", "dart right"), ("rise", "sink"))[away.argmax()]
+    return deeds[int(gone[:, away.argmax()].sum() > 0)]
 
 
-def answer_seen(qa, names, deeds, goes, back, s):
-    """The answer to a question of a story, from what was seen."""
-    question, kind = qa["question"], qa["type"]
-    if kind == "first":
-        return deeds[0]
-    if kind == "after":
-        asked = re.search(r"right after it first (\w+)s( \w+)?\?", question)
-        return deeds[deeds.index(asked[1] + (asked[2] or "")) + 1]
-    if kind == "times":
-        return str(deeds.count(re.search(rf"the {names[0]} (.+)\?", question)[1]))
-    if kind == "back":
-        return " ".join(back)
-    if kind == "again":
-        return "yes" if re.search(r"Does the (.+) come", question)[1] in back else "no"
-    if kind == "order":
-        return min(re.search(r"first, the (.+) or the (.+)\?", question).groups(), key=goes.get)
-    return list(data.COLOURS)[s["colour"]]
-
-
-@pytest.mark.parametrize("frames, acts", [(8, 1), (8, 2), (32, 4), (512, 64)])
-def test_answers_to_stories_can_be_seen(frames, acts):
+@pytest.mark.parametrize("frames, acts, kinds", (
+    (8, 1, {"first"}), (8, 2, {"first", "after"}), (32, 4, {"first", "after", "times"})))
+def test_answers_to_stories_can_be_seen(frames, acts, kinds):
     """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves
     when and who comes back; an answer that is not among its options."""
-    kinds = set()
-    for index in range(40 if frames < 512 else 3):
+    asked = set()
+    for index in range(40):
         s = story(index, frames, acts)
-        slots, bounds = s["scene"]["slots"], s["scene"]["bounds"]
+        slots, names = s["scene"]["slots"], [data.name_of(look) for look in s["scene"]["looks"]]
+        assert [looks(s)[j] for j in slots] == s["scene"]["looks"]
         place = s["place"][slots[0]].astype(float)
-        # an act begins where the one before it ended; the first one as the first ends, but for a spin
-        starts = [np.append(place[bounds[1] - 1, :3], place[0, 3]), *(place[a - 1] for a in bounds[1:-1])]
-        deeds = [deed_seen(place[a:b], start) for a, b, start in zip(bounds, bounds[1:], starts)]
+        deeds = []
+        for act in np.split(np.arange(frames), acts):
+            # an act begins where the one before it ended; the first one as the first ends, but for a spin
+            before = place[act[0] - 1] if act[0] else np.append(place[act[-1], :3], place[0, 3])
+            deeds.append(deed_seen(place[act], before))
         assert deeds == s["scene"]["deeds"] and all(x != y for x, y in zip(deeds, deeds[1:]))
-        names = [data.name_of(look) for look in s["scene"]["looks"]]
-        told = [(look["shape"], look["colour"]) for look in s["scene"]["looks"]]
-        assert [looks(s)[j] for j in slots] == told
         _, labels = data.rasterise(data.stack([s]), 64)
-        ids = [data.MAX_GROUNDS + j for j in slots]
-        seen = {name: (labels[0] == i).flatten(1).any(1).numpy() for name, i in zip(names, ids)}
-        goes = {name: int((x[:-1] & ~x[1:]).argmax()) for name, x in seen.items() if (x[:-1] & ~x[1:]).any()}
-        back = [name for name in goes if seen[name][goes[name] + 1:].any()]
-        assert seen[names[0]].all()
+        goes, back = {}, []
+        for name, j in zip(names, slots):
+            seen = (labels[0] == data.MAX_GROUNDS + j).flatten(1).any(1).tolist()
+            leaves = [f for f in range(frames - 1) if seen[f] and not seen[f + 1]]
+            if leaves:
+                goes[name] = leaves[0]
+            if leaves and any(seen[leaves[0] + 1:]):
+                back.append(name)
+        assert names[0] not in goes
         for qa in s["qa"]:
-            kinds.add(qa["type"])
-            assert qa["answer"] == answer_seen(qa, names, deeds, goes, back, s), (index, qa)
-            assert qa["options"].count(qa["answer"]) == 1
-            assert 2 <= len(set(qa["options"])) == len(qa["options"]) <= 4
-    wanted = {"what", "first", "again", "back", "order"}
-    wanted |= {"after", "times"} if acts > 2 else {"after"} if acts > 1 else set()
-    assert kinds == wanted or frames == 512
+            asked.add(qa["type"])
+            question, options = qa["question"], qa["options"]
+            # whom and what it names
+            others = [name for name in names[1:] if name in question]
+            again = any(name in back for name in others)
+            follows = [b for a, b in zip(deeds, deeds[1:]) if f" {data.third(a)}?" in question]
+            times = sum(f" {deed}?" in question for deed in deeds)
+            seen = dict(
+                what=list(data.COLOURS)[s["colour"]], first=deeds[0], after=(follows or [""])[0],
+                times=str(times), back=" ".join(back), again="yes" if again else "no",
+                order=min(others, key=goes.get, default=""))
+            assert qa["answer"] == seen[qa["type"]], (index, qa)
+            assert qa["answer"] in options and 2 <= len(set(options)) == len(options) <= 4
+    assert asked == {"what", "again", "back", "order"} | kinds
 
 
 def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer to a question's words, or the place of
-    the right option, would be right far more often than a guess. Measured on 600 stories."""
-    asked, places = {}, {}
-    for s in (story(i) for i in range(600)):
-        names = [data.name_of(look) for look in s["scene"]["looks"]]
+    """Catches: answers that lean to one side: the most frequent answer, or the place of the right option,
+    would be right far more often than a guess. Measured on 600 stories."""
+    asked = {}
+    for s in map(story, range(600)):
         for qa in s["qa"]:
-            words = functools.reduce(lambda text, name: text.replace(name, "X"), names, qa["question"])
             answer = qa["answer"]
-            if qa["type"] == "order":                            # the first or the second that it names
-                answer = qa["question"].index(answer) == min(qa["question"].index(o) for o in qa["options"])
-            if qa["type"] != "back":                             # it names nobody
-                asked.setdefault(qa["type"], {}).setdefault(words, []).append(answer)
-            places.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
-    for kind, most in dict(what=0.19, first=0.18, after=0.26, times=0.58, again=0.56, order=0.6).items():
-        groups = asked[kind].values()
-        share = sum(max(map(g.count, set(g))) for g in groups) / sum(map(len, groups))
-        assert share < most, (kind, share)
-    assert all(max(map(p.count, set(p))) / len(p) < 1.2 / n for n, p in places.items())
+            if qa["type"] == "order":
+                # the first or the second that it names
+                answer = min(qa["options"], key=qa["question"].index) == answer
+            asked.setdefault(qa["type"], []).append(answer)
+            asked.setdefault(len(qa["options"]), []).append(qa["options"].index(qa["answer"]))
+    most = {"what": 0.19, "first": 0.18, "after": 0.2, "times": 0.58, "again": 0.56, "order": 0.6}
+    for kind, limit in (most | {n: 1.2 / n for n in (2, 3, 4)}).items():
+        assert max(map(asked[kind].count, asked[kind])) < limit * len(asked[kind]), kind
 
 
 def test_controls_are_what_one_frame_gives_away():
@@ -492,40 +469,32 @@ def test_controls_are_what_one_frame_gives_away():
     assert 0.2 < found["control_last_frame"] < 0.45 < found["control_no_order"] < 0.85, found
 
 
-@pytest.mark.parametrize("change", (
-    dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4), dict(words="some")))
+@pytest.mark.parametrize("change", (dict(acts=3), dict(max_objects=9), dict(frames=0), dict(size=4)))
 def test_impossible_worlds_are_refused(change):
     """Catches: a world that would end a training with a traceback, or show less than it was asked for."""
-    with pytest.raises(BadInput, match=next(iter(change)).replace("story", "frames").replace("size", "px")):
+    with pytest.raises(BadInput, match=next(iter(change))):
         data.World(**change)
 
 
 def test_world_batches():
     """Catches: batches that overlap or leave clips out, labels of another clip, workers that change the
-    order."""
+    order; a loader that draws from the run's generator when it starts, so that a resumed run's random choices
+    are no longer those of the run that was never stopped."""
     world = data.World(size=32, frames=2)
-    dataset = data.WorldBatches(world, 3, begin=data.TEST)
-    alone = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4)]
-    assert [i for b in alone for i in b["index"]] == list(range(data.TEST + 3, data.TEST + 12))
-    helped = [data.finish(b, torch.device("cpu")) for b in data.loader(dataset, 1, 4, workers=2)]
-    for a, b in zip(alone, helped, strict=True):
-        assert a["caption"] == b["caption"]
-        for key in ("video", "labels", "motion", "appearance"):
-            assert torch.equal(a[key], b[key]), key
-    assert alone[0]["caption"] == [data.script(i, world)["caption"] for i in alone[0]["index"]]
-    assert alone[0]["motion"].tolist() == [data.script(i, world)["motion"] for i in alone[0]["index"]]
-    chosen = data.WorldBatches(world, 2, indices=[7, 3, 11])
-    assert [chosen[i]["index"] for i in range(2)] == [[7, 3], [11]]
-
-
-def test_a_loader_leaves_the_random_state_alone():
-    """Catches: a loader that draws from the run's generator when it starts: a resumed run starts one more,
-    and its random choices are no longer those of the run that was never stopped."""
+    dataset = data.WorldBatches(world, 3, range(data.TEST, data.HELDOUT))
+    before = torch.get_rng_state()
     for workers in (0, 1):
-        torch.manual_seed(3)
-        before = torch.get_rng_state()
-        list(data.loader(data.WorldBatches(data.World(size=8, frames=1), 1), 0, 2, workers))
-        assert torch.equal(before, torch.get_rng_state()), f"{workers} workers"
+        batches = [data.finish(batch, "cpu") for batch in data.loader(dataset, 1, 4, workers)]
+        assert [i for batch in batches for i in batch["index"]] == list(range(data.TEST + 3, data.TEST + 12))
+        for batch in batches:
+            made = [data.script(i, world) for i in batch["index"]]
+            assert batch["caption"] == [s["caption"] for s in made]
+            assert batch["motion"].tolist() == [s["motion"] for s in made]
+            painted = data.rasterise(data.stack(made), 32)
+            assert all(map(torch.equal, painted, (batch["video"], batch["labels"])))
+    assert torch.equal(before, torch.get_rng_state())
+    chosen = data.WorldBatches(world, 2, [7, 3, 11])
+    assert [chosen[i]["index"] for i in range(len(chosen))] == [[7, 3], [11]]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -554,22 +523,22 @@ def test_tokenize_round_trip_end_token_and_mask():
     """Catches: an end token that a long caption loses (the text encoder reads there), a mask that is inverted
     or one off."""
     encoding = data.load_encoding("world")
+    end = encoding.eot_token
     texts = [data.script(i)["caption"] for i in range(20)] + ["", "Ünïcode\n✓ 123"]
     ids, mask = data.tokenize(encoding, texts, 128)
-    assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape == (22, 128)
-    for row, real_ones, text in zip(ids, mask, texts):
-        n = int(real_ones.sum())
-        assert real_ones.tolist() == [True] * n + [False] * (128 - n)           # True = a real token
-        assert encoding.decode(row[:n - 1].tolist()) == text and row[n - 1] == encoding.eot_token
-        assert (row[n:] == encoding.eot_token).all() and (row[:n - 1] != encoding.eot_token).all()
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
+    for row, real_ones, text in zip(ids.tolist(), mask.tolist(), texts, strict=True):
+        own = encoding.encode_ordinary(text)
+        assert row == own + [end] * (128 - len(own))
+        # True = a real token, the first end token too
+        assert real_ones == [i <= len(own) for i in range(128)]
     ids, mask = data.tokenize(encoding, texts[:1], 4)
-    assert mask.all()
-    assert ids[0].tolist() == encoding.encode_ordinary(texts[0])[:3] + [encoding.eot_token]
+    assert mask.all() and ids[0].tolist() == encoding.encode_ordinary(texts[0])[:3] + [end]
 
 
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-MERGES = (b"he", b"ll", b"hell", b"hello", b" hello", b"12")
+MERGES = ("h e", "l l", "he ll", "hell o", "Ġ hello", "1 2")
 
 
 def byte_level(text):
@@ -581,8 +550,9 @@ def byte_level(text):
 
 
 def toy_vocabulary():
-    single = sorted(byte_level(bytes([b])) for b in range(256))  # the order of the files: printable first
-    tokens = single + [byte_level(m) for m in MERGES]
+    # the order of the files: printable first
+    tokens = sorted(byte_level(bytes([b])) for b in range(256))
+    tokens += [merge.replace(" ", "") for merge in MERGES]
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -590,36 +560,29 @@ def toy_qwen(folder, **changes):
     """A folder with a tokenizer.json of Qwen's kind, its merges and special tokens; changes: other top-level
     entries."""
     vocabulary = toy_vocabulary()
-    merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"], [byte_level(b" "), "hello"], ["1", "2"]]
     split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     added = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(train_vlm.SPECIAL)]
-    spec = {"normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
-            "model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
+    spec = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, last]},
+        "model": {"vocab": vocabulary, "merges": [merge.split() for merge in MERGES]},
+        "added_tokens": added}
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(spec | changes), encoding="utf-8")
 
 
 def random_text(dice):
     """Whatever may stand in a text: blanks of every kind, contractions, digits, marks that compose, scripts,
-    pictures. Only characters that have been in Unicode for long: programs disagree about new ones."""
-    odd = ("'s", "'LL", "'re", " the", " red", "square", "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0",
-           "\u3000", "\x1c", "\x0b", "\u200b", "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½",
-           "²", "٣", "Ⅷ", "漢字", "<|im_start|>", "\U0001d15e", "\U00020000", "👍")
-    pieces = []
-    for _ in range(int(dice.integers(1, 30))):
-        kind = dice.random()
-        if kind < 0.35:
-            pieces.append(dice.choice(list(" \n\r\t'.,!?-_09")))
-        elif kind < 0.55:
-            pieces.append(dice.choice(list("abcdefghijABsStTlLvVeEmMdD")))
-        elif kind < 0.75:
-            pieces.append(dice.choice(odd))
-        else:
-            c = chr(int(dice.integers(0x20, 0xfffe)))
-            pieces.append(c if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs", "Co") else "x")
-    return "".join(pieces)
+    pictures; and a few characters of the plane that holds most of them, which are old enough for every
+    program to know them."""
+    pieces = [*" \n\r\t'.,!?-_09abcdefghijABsStTlLvVeEmMdD", "'s", "'LL", "'re", " the", " red", "square",
+              "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b",
+              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
+    for c in dice.integers(0x20, 0xfffe, 9):
+        if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co"):
+            pieces.append(chr(c))
+    return "".join(dice.choice(pieces, int(dice.integers(1, 30))))
 
 
 def test_published_tokenizers(tmp_path):
@@ -631,39 +594,33 @@ def test_published_tokenizers(tmp_path):
     toy_qwen(tmp_path / "gpt", normalizer=None, pre_tokenizer=plain)
     qwen = data.load_encoding(str(tmp_path / "qwen"))
     gpt = data.load_encoding(str(tmp_path / "gpt" / "tokenizer.json"))
-    pieces = (b"hello", b" hello", b" ", b"12")
-    assert gpt.encode_ordinary("hello hello 12") == [vocabulary[byte_level(piece)] for piece in pieces]
+    spelt = [vocabulary[token] for token in ("hello", "Ġhello", "Ġ", "12")]
+    assert gpt.encode_ordinary("hello hello 12") == spelt
     # a digit each, though there is a merge
     assert qwen.encode_ordinary("12") == [vocabulary["1"], vocabulary["2"]]
     composed = [vocabulary[byte_level(bytes([b]))] for b in "é".encode()]
     assert qwen.encode_ordinary_batch(["e\u0301"]) == [composed] == [qwen.encode_ordinary("e\u0301")]
-    for encoding, form in ((qwen, "NFC"), (gpt, None)):
+    for encoding in (qwen, gpt):
         assert encoding.eot_token == len(vocabulary) and encoding.encode_ordinary("<|im_end|>")[0] < 256
         for text in (random_text(dice) for _ in range(300)):
-            whole = unicodedata.normalize(form, text) if form else text
+            whole = unicodedata.normalize("NFC", text) if encoding is qwen else text
             assert encoding.decode(encoding.encode_ordinary(text)) == whole
 
 
 def test_tokenizers_give_the_ids_of_the_published_implementation(tmp_path):
     """Catches: a split pattern, a normal form, a byte map or merges that differ anywhere from what the
-    published program does: a tokenizer trained and saved by it, its own ids."""
+    published program does with the same file."""
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
-    from tokenizers import normalizers, pre_tokenizers, trainers
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    texts = [s["caption"] for s in scripts(0, 60)]
-    texts += ["Ünïcode naïve café \n\n\t12345 l'été don't I'LL 漢字かな привет 🙂"] * 3
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    theirs.train_from_iterator(texts, trainer)
-    theirs.add_special_tokens(list(train_vlm.SPECIAL))
-    theirs.save(str(tmp_path / "tokenizer.json"))
+    toy_qwen(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
+    spec["model"]["type"] = "BPE"
+    for token in spec["added_tokens"]:
+        token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token["special"] = True
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
     ours, dice = data.load_encoding(str(tmp_path)), np.random.default_rng(1)
-    # theirs reads <|im_start|> as a special token
-    for text in (random_text(dice).replace("<|im_start|>", "") for _ in range(1000)):
+    for text in (random_text(dice) for _ in range(1000)):
         assert theirs.encode(text).ids == ours.encode_ordinary(text), ascii(text)
 
 
@@ -682,7 +639,8 @@ def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, words, chan
     with pytest.raises(BadInput, match=re.escape(words)) as error:
         data.load_encoding(str(tmp_path))
     assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="cl100k_base"):           # the message lists the names there are
+    # the message lists the names there are
+    with pytest.raises(BadInput, match="cl100k_base"):
         data.load_encoding("cl1000k")
 
 
@@ -706,13 +664,13 @@ def test_help_shows_the_defaults_of_the_size_asked_for(capsys):
         data.configure(Flags, sizes, ["--help", "--size", "large"], "clip")
     text = capsys.readouterr().out
     assert "(default: 77)" in text and "100 % of them" in text
-    assert data.configure(Flags, sizes, ["a.mp4", "--size", "large"], "clip") == Flags("a.mp4", "large", 77)
-    assert data.configure(Flags, sizes, ["--lr", "1", "a.mp4"], "clip") == Flags("a.mp4", "nano", 10, 1.0)
-    # saved values of another size, and no --size: a resumed run
-    assert data.configure(Flags, {"large": {"steps": 5}}, ["a"], "clip") == Flags("a", "large", 5)
-    for argv in (["--size", "huge"], ["--steps", "x"], ["--sise", "nano"], ["--steps"]):
+    for argv, values in (
+            ("--size large", ("large", 77)), ("--lr 1", ("nano", 10, 1.0)), ("--steps 3", ("nano", 3)),
+            ("--steps 3 --size large", ("large", 3))):
+        assert data.configure(Flags, sizes, ["a.mp4", *argv.split()], "clip") == Flags("a.mp4", *values)
+    for argv in ("--size huge", "--steps x", "--sise nano", "--steps"):
         with pytest.raises(BadInput) as error:
-            data.configure(Flags, sizes, ["a", *argv], "clip")
+            data.configure(Flags, sizes, ["a", *argv.split()], "clip")
         assert "\n" not in str(error.value)
 
 
@@ -1061,34 +1019,34 @@ def test_batches_are_full_and_a_function_of_seed_and_number(media):
     entries = [entry(media / f"clip{i}.mp4", [f"clip {i} {word}" for word in "abc"]) for i in range(5)]
     dataset = data.VideoBatches(entries, 3, 16, 4, seed=1)
     alone = list(data.loader(dataset, 0, 10))
-    for i, batch in enumerate(data.loader(data.VideoBatches(entries, 3, 16, 4, seed=1), 0, 10, workers=2)):
-        assert same(batch, alone[i])
+    helped = data.loader(data.VideoBatches(entries, 3, 16, 4, seed=1), 0, 10, workers=2)
+    assert all(map(same, alone, helped))
     for rank in (0, 1):
-        for step, batch in enumerate(data.loader(dataset, 1, 5, rank=rank, world=2), 1):
-            assert same(batch, alone[2 * step + rank])
+        assert all(map(same, alone[2 + rank::2], data.loader(dataset, 1, 5, rank=rank, world=2)))
     assert all(len(set(batch["index"])) == 4 for batch in alone)
     counts = np.bincount([j for batch in alone for j in batch["index"]])
-    assert counts.sum() == 40 and counts.min() >= 6
+    assert counts.sum() == 40 and counts.min() >= 6 and dataset.order(0) != dataset.order(1)
     assert len({text for batch in alone for text in batch["caption"]}) > 12 and len(dataset.captions()) == 15
     assert not same(data.VideoBatches(entries, 3, 16, 4, seed=2)[0], alone[0])
+    assert sorted(data.VideoBatches(entries, 3, 16, 9)[3]["index"]) == [0, 1, 2, 3, 4]
     held_out = data.VideoBatches(entries, 3, 16, 4, train=False)
     assert [held_out[i]["index"] for i in range(len(held_out))] == [[0, 1, 2, 3], [4]]
     assert held_out[1]["caption"] == ["clip 4 a"] and held_out[1]["captions"] == [entries[4]["caption"]]
-    assert numbers(held_out[0]["video"][2].numpy()) == [5, 15, 25]                  # clip2 has 30 frames
-    assert sorted(data.VideoBatches(entries, 3, 16, 9)[3]["index"]) == [0, 1, 2, 3, 4]
 
 
 def test_clips_are_windows_or_spread(media):
     """Catches: a flag that does nothing: long videos of which training only ever sees a window."""
     entries = [entry(media / "clip3.mp4")]
-    assert numbers(data.VideoBatches(entries, 3, 16, 1, stride=0)[0]["video"][0].numpy()) == [6, 18, 30]
+    for options in (dict(stride=0), dict(train=False)):
+        batch = data.VideoBatches(entries, 3, 16, 1, **options)[0]
+        assert numbers(batch["video"][0].numpy()) == [6, 18, 30]
     dataset = data.VideoBatches(entries, 3, 16, 1, stride=3)
-    steps = [np.diff(numbers(dataset[i]["video"][0].numpy())).tolist() for i in range(20)]
-    assert {tuple(step) for step in steps} == {(1, 1), (2, 2), (3, 3)}
+    steps = {tuple(np.diff(numbers(dataset[i]["video"][0].numpy()))) for i in range(20)}
+    assert steps == {(1, 1), (2, 2), (3, 3)}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsys):
+def test_a_bad_file_is_named_counted_and_replaced(media, broken, capsys):
     """Catches: a bad file that stops a run, makes a batch smaller, moves other batches, or is named at
     each step; a clip shorter than what is asked for that stops a run."""
     bad = [entry(path) for path, words in broken.items() if words in ("cannot be decoded", "no video")]
@@ -1096,23 +1054,20 @@ def test_a_bad_file_is_named_counted_and_replaced(media, broken, tmp_path, capsy
     # three of the clips have 25 frames
     dataset, damage = data.VideoBatches(entries, 25, 16, 3, seed=4), data.Damage()
     for batch in data.loader(dataset, 0, 8):
-        assert len(batch["video"]) == 3 and len(set(batch["index"])) == 3
+        assert len(batch["video"]) == len(set(batch["index"])) == 3
         damage.add(batch["bad"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(damage.files) == len(bad) + 3
+    assert len(lines) == len(damage) == len(bad) + 3
     assert sum("has 24 frames" in line for line in lines) == 3
     held_out = data.VideoBatches(entries, 3, 16, 6, train=False)
-    assert [len(held_out[i]["video"]) for i in range(len(held_out))] == [6, 0]
-    assert len(data.finish(held_out[1], "cpu")["video"]) == 0
+    assert [len(data.finish(held_out[i], "cpu")["video"]) for i in range(len(held_out))] == [6, 0]
     for workers in (0, 1):
-        with pytest.raises(BadInput, match="^none of the 4 files can be used; the last: .*/") as error:
+        with pytest.raises(BadInput, match=r"\Anone of the 4 files can be used; the last: .*/.*\Z"):
             list(data.loader(data.VideoBatches(bad, 3, 16, 3), 0, 1, workers))
-        assert "\n" not in str(error.value)
 
 
 class Numbers(torch.utils.data.Dataset):
     """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
-    files = 3
 
     def __init__(self, name):
         self.name = name
@@ -1136,12 +1091,11 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
     """Catches: a training that waits for ever, or for hours, in a container with a small /dev/shm."""
     assert 60 <= data.PATIENCE <= 600
     monkeypatch.setattr(data, "PATIENCE", 2)
-    signal.alarm(60)                                            # without a time-out the next line never ends
-    began = time.monotonic()
+    # without a time-out the loader never ends
+    signal.alarm(60)
     with pytest.raises(BadInput, match="for 2 s, .*/dev/shm"):
         list(data.loader(Unsendable("a"), 0, 3, workers=1))
     signal.alarm(0)
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("shares", ((1, 1), (0.7, 0.3), (0.05, 0.6, 0.3, 0.05), (1e-3, 1)))
@@ -1149,14 +1103,14 @@ def test_mixtures_keep_their_shares(shares):
     """Catches: a share that drifts, a set whose batches are repeated or left out, processes that draw from
     different sets in one step."""
     sets = [Numbers(j) for j in range(len(shares))]
-    mixed, counts = data.Mixed(sets, shares, seed=3), [0] * len(shares)
-    pairs = data.Mixed(sets, shares, seed=3, world=2)
+    mixed, pairs = data.Mixed(sets, shares, seed=3), data.Mixed(sets, shares, seed=3, world=2)
+    counts = np.zeros(len(shares), int)
     for i in range(2000):
         j, number = mixed[i]
         assert number == counts[j]
-        assert (pairs[2 * i], pairs[2 * i + 1]) == ((j, 2 * number), (j, 2 * number + 1))
+        assert [pairs[2 * i], pairs[2 * i + 1]] == [(j, 2 * number), (j, 2 * number + 1)]
         counts[j] += 1
-        assert all(abs(n - (i + 1) * share / sum(shares)) < len(shares) for n, share in zip(counts, shares))
+        assert abs(counts - (i + 1) * np.array(shares) / sum(shares)).max() < len(shares)
 
 
 def test_augment_changes_all_frames_alike_and_labels_with_them():
@@ -1175,30 +1129,19 @@ def test_augment_changes_all_frames_alike_and_labels_with_them():
         greys = [part.median() for part in parts]
         assert greys == sorted(greys)
         assert all((part - middle).abs().median() <= 2 for part, middle in zip(parts, greys))
-
-    def mirrored(labels):
-        return int((labels[:, 0, 0, 0] % 2 < labels[:, 0, 0, -1] % 2).sum())
-
-    assert 3 < mirrored(moved) < 19
+    # where the area at the right is now at the left
+    mirrored = moved[:, 0, 0, 0] % 2 < moved[:, 0, 0, -1] % 2
+    assert 3 < mirrored.sum() < 19
     assert ((moved >= 1).float().mean((1, 2, 3)) - 23 / 40).abs().gt(0.05).sum() > 8
-    again = data.augment(video, areas - 1, seed=5)
-    assert torch.equal(out, again[0]) and torch.equal(moved, again[1])
+    assert all(map(torch.equal, data.augment(video, areas - 1, seed=5), (out, moved)))
     assert not torch.equal(out, data.augment(video, areas - 1, seed=6)[0])
-    assert mirrored(data.augment(video, areas - 1, seed=5, flip=False)[1]) == 0
+    upright = data.augment(video, areas - 1, seed=5, flip=False)[1]
+    assert not (upright[:, 0, 0, 0] % 2 < upright[:, 0, 0, -1] % 2).any()
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What open_data reads of a configuration."""
-    data: str
-    mix: str | None = None
-    val: str | None = None
-    batch: int = 2
-    frames: int = 2
-    image_size: int = 32
-    seed: int = 0
-    stride: int = 8
-    eval_clips: int = 4
+def asked(sets, mix=None, val=None, batch=1):
+    return train_clip.ClipConfig(
+        data=sets, mix=mix, val=val, batch=batch, frames=2, image_size=32, eval_clips=4)
 
 
 def test_open_data(media, tmp_path, capsys, monkeypatch):
@@ -1210,28 +1153,29 @@ def test_open_data(media, tmp_path, capsys, monkeypatch):
     stills = [{"image": str(media / f"still{i}.png"), "caption": "still"} for i in range(2)]
     manifest(tmp_path / "a.json", clips[:4] + stills)
     manifest(tmp_path / "val.json", clips[4:])
-    cfg = Asked("world,a.json", mix="1,3", val="val.json")
+    cfg = asked("world,a.json", mix="1,3", val="val.json", batch=2)
     train, held_out = data.open_data(cfg)
     assert "a.json: 6 clips to train on (0 with masks), 2 held out" in capsys.readouterr().out
     assert data.open_data(cfg)[1] is held_out
-    lengths = [batch["video"].shape[1] for batch in map(train.__getitem__, range(24)) if "video" in batch]
+    lengths = [train[i]["video"].shape[1] for i in range(24) if "video" in train[i]]
     assert len(lengths) == 18 and abs(lengths.count(1) - 6) <= 1
     assert len(held_out) == 1 and held_out[0]["caption"] == ["clip 4", "clip 5"]
     assert {"clip 0", "still"} <= set(train.captions()) and "clip 4" not in train.captions()
-    train, held_out = data.open_data(Asked("val.json"))
+    train, held_out = data.open_data(asked("val.json"))
     assert sorted(train.captions() + held_out.captions()) == ["clip 4", "clip 5"]
     before = data.fingerprint("world,a.json", "val.json")
     assert before == data.fingerprint("world,a.json", "val.json")
     manifest(tmp_path / "val.json", clips + [{"video": "x.mp4"}])
     assert data.fingerprint("world,a.json", "val.json") != before
-    for flags, need, words in ((("world,a.json", "1"), "caption", "--mix"),
-                               (("a.json", "x"), "caption", "--mix"),
-                               (("a.json", None, "a.json"), "caption", "in --val"),
-                               (("no",), "caption", "no"),
-                               (("val.json",), "caption", "1 entries have no caption, the first"),
-                               (("val.json",), "mask", "7 entries have no mask, the first")):
+    for cfg, need, words in (
+            (asked("world,a.json", "1"), "caption", "--mix"),
+            (asked("a.json", "x"), "caption", "--mix"),
+            (asked("a.json", None, "a.json"), "caption", "in --val"),
+            (asked("no"), "caption", "no"),
+            (asked("val.json"), "caption", "1 entries have no caption, the first"),
+            (asked("val.json"), "mask", "7 entries have no mask, the first")):
         with pytest.raises(BadInput, match=words):
-            data.open_data(dataclasses.replace(Asked(*flags), batch=1), need)
+            data.open_data(cfg, need)
 
 
 @pytest.mark.parametrize("form", ("manifest.json", "lines.jsonl", "table.csv", "."))
@@ -1267,7 +1211,8 @@ def test_a_made_folder_holds_what_the_world_shows(tmp_path):
     run(data.main, "make", "--clips", 4, "--out", out, "--seed", 3, "--image-size", 32, "--frames", 4,
         "--workers", 0)
     made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
-    live = data.finish(data.WorldBatches(data.World(32, 4, 4, False), 4, begin=30_000_000)[0], "cpu")
+    live = data.WorldBatches(data.World(32, 4, 4, False), 4, range(30_000_000, 40_000_000))
+    live = data.finish(live[0], "cpu")
     assert not made["bad"] and torch.equal(made["labels"], live["labels"])
     assert (made["video"].int() - live["video"].int()).abs().max() <= 2
     assert made["caption"] == live["caption"] and made["qa"] == live["qa"]
@@ -1741,8 +1686,7 @@ def joint_gradients(cfg):
     tokens, seg = tokenizer(random_video(2, 2, 32, 32), 4)
     loss = tokens.z.square().mean() + sum(segmenter.segmentation_loss(seg, labels))
     loss.backward()
-    gradients = {name: p.grad for name, p in tokenizer.named_parameters()}
-    return gradients | {"loss": loss.detach()}
+    return dict(loss=loss.detach(), **{name: p.grad for name, p in tokenizer.named_parameters()})
 
 
 ABLATIONS = (dict(), dict(hard_mask=False), dict(hierarchical=False), dict(detach=False),
@@ -1751,14 +1695,16 @@ ABLATIONS = (dict(), dict(hard_mask=False), dict(hierarchical=False), dict(detac
 
 @pytest.mark.parametrize("change", ABLATIONS)
 def test_gradients_reach_every_parameter(change):
-    """Catches: a layer that is built and never used, or cut off from the loss by a detach or an argmax."""
+    """Catches: a layer that is built and never used, or cut off from the loss by a detach or an argmax; an
+    ablation that does nothing."""
     unread = r"$^"
     if "hierarchical" in change:                                # nobody reads the coarser maps
         unread = r"segmenter\.backbone\.((stages|downsample_layers)\.[123]|norm)"
-    for name, gradient in joint_gradients(tiny(**change)).items():
-        if not re.match(unread, name):
-            assert gradient is not None, name
-            assert gradient.any() and gradient.isfinite().all(), name
+    gradients = joint_gradients(tiny(**change))
+    read = [gradient for name, gradient in gradients.items() if not re.match(unread, name)]
+    assert all(gradient.any() and gradient.isfinite().all() for gradient in read)
+    if change != dict(detach=False):                            # which changes gradients alone
+        assert (gradients["loss"] != joint_gradients(TINY)["loss"]) == bool(change)
 
 
 def test_recompute_changes_nothing(monkeypatch):
@@ -1824,19 +1770,18 @@ def test_dice_and_focal_are_the_naive_loops():
     labels = torch.randint(-1, 3, (3, 20))
     labels[0, :4] = 3                                           # occurs in this clip alone
     labels[1] = -1                                              # no label at all
-    dice, focal = [], []
+    dice = focal = 0
     for soft, ids in zip(logits.softmax(-1), labels):
         regions, points = [], []
         for label in set(ids.tolist()) - {-1}:
-            mine = ids == label
-            p = soft[mine, label]
-            areas = soft[:, label].sum() + mine.sum()
+            p = soft[ids == label, label]
+            areas = soft[:, label].sum() + len(p)
             regions.append(1 - 2 * p.sum() / areas)
             points += list(-(1 - p) ** 2 * p.log())
-        dice.append(sum(regions) / max(len(regions), 1))
-        focal.append(sum(points) / max(len(points), 1))
-    for loss, clips in ((segmenter.dice_loss, dice), (segmenter.focal_loss, focal)):
-        mine, naive = loss(logits, labels), sum(clips) / 3
+        dice += sum(regions) / max(len(regions), 1) / 3
+        focal += sum(points) / max(len(points), 1) / 3
+    for mine, naive in ((segmenter.dice_loss, dice), (segmenter.focal_loss, focal)):
+        mine = mine(logits, labels)
         nearly(mine, naive)
         nearly(torch.autograd.grad(mine, logits), torch.autograd.grad(naive, logits, retain_graph=True))
 
@@ -1844,13 +1789,10 @@ def test_dice_and_focal_are_the_naive_loops():
 def test_labels_on_grid_is_the_naive_look_up():
     """Catches: rows and columns swapped, the corner of a cell instead of its middle."""
     labels = torch.randint(-1, 7, (2, 3, 13, 9))
-    naive = torch.zeros(2, 3, 3, 2).long()
+    found = segmenter.labels_on_grid(labels, (3, 3, 2), 7).view(2, 3, 3, 2)
     for i, j in itertools.product(range(3), range(2)):
-        row = int((i + 0.5) * 13 / 3)
-        column = int((j + 0.5) * 9 / 2)
-        naive[:, :, i, j] = labels[:, :, row, column]
-    found = segmenter.labels_on_grid(labels, (3, 3, 2), 7)
-    assert torch.equal(found, naive.flatten(1))
+        middle = labels[:, :, int((i + 0.5) * 13 / 3), int((j + 0.5) * 9 / 2)]
+        assert torch.equal(found[:, :, i, j], middle)
 
 
 def test_too_many_labels_lose_the_smallest():
@@ -1858,24 +1800,21 @@ def test_too_many_labels_lose_the_smallest():
     areas = torch.tensor([9, 2, 1, 7, 8])                       # of the labels 0, 1, 2, 3, 4
     names = torch.tensor([0, -1, -1, 2, 1])                     # by size
     labels = torch.arange(5).repeat_interleave(areas)
-    nothing = torch.full_like(labels, -1)
-    clips = torch.stack((labels, nothing)).view(2, 1, 3, 9)
+    clips = torch.stack((labels, torch.full_like(labels, -1))).view(2, 1, 3, 9)
     found = segmenter.labels_on_grid(clips, (1, 3, 9), 3)
-    assert torch.equal(found, torch.stack((names[labels], nothing)))
+    assert torch.equal(found[0], names[labels])
+    assert (found[1] == -1).all()
 
 
 def test_segmentation_loss_does_not_care_about_names():
     """Catches: a loss that depends on an object's id in the labels, or on the order of the queries."""
-
-    def loss(logits, labels):
-        seg = segmentation(logits, (2, 4, 4))
-        return torch.stack(segmenter.segmentation_loss(seg, labels))
-
     labels, logits = torch.randint(5, (3, 2, 4, 4)), torch.randn(3, 32, 6)
     queries, names = torch.randperm(6), torch.randperm(6)
-    nearly(loss(logits[..., queries], names[labels]), loss(logits, labels))
-    perfect = 15.0 * F.one_hot(names[labels], 6).flatten(1, 3)
-    assert loss(perfect, labels).max() < 1e-3
+    other = segmentation(logits[..., queries], (2, 4, 4))
+    expected = segmenter.segmentation_loss(segmentation(logits, (2, 4, 4)), labels)
+    nearly(segmenter.segmentation_loss(other, names[labels]), expected)
+    perfect = segmentation(15.0 * F.one_hot(names[labels], 6).flatten(1, 3), (2, 4, 4))
+    assert sum(segmenter.segmentation_loss(perfect, labels)) < 1e-3
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1933,14 +1872,13 @@ def test_trajectory_attention_is_the_dense_formula(m, own, spread):
     NaN without points, a gradient that is not the formula's, clips that leak into each other."""
     inputs = attention_inputs(m, own, spread)
     leaves = [x for x in inputs if x.requires_grad]
-    fast = encoder.trajectory_attention(*inputs)
-    dense = encoder.dense_trajectory_attention(*inputs)
-    nearly(fast, dense, 1e-4 * spread)
-    weights = torch.randn(fast.shape)
-    mine = torch.autograd.grad(fast, leaves, weights)
-    theirs = torch.autograd.grad(dense, leaves, weights)
-    nearly(mine, theirs, 2e-4 * spread)
-    assert all(x.any() for x in mine)
+    weights = torch.randn(3, 5, m, 2, 4)
+    results = []
+    for attention in (encoder.trajectory_attention, encoder.dense_trajectory_attention):
+        y = attention(*inputs)
+        results.append((y, *torch.autograd.grad(y, leaves, weights)))
+    nearly(*results, 2e-4 * spread)
+    assert all(x.any() for x in results[0])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1972,13 +1910,6 @@ def test_tokens_see_what_the_mask_lets_them_see(hard_mask, m):
     expected = owners == 3 if hard_mask else torch.ones_like(changed)
     assert torch.equal(changed[0], expected[0])
     assert not changed[1].any()
-
-
-def test_a_token_may_start_without_its_mean():
-    """Catches: an ablation that does nothing (the mean itself is compared with the release's, below)."""
-    net = encoder.TrajectoryEncoder(tiny(mean_start=False))
-    start = net.start(torch.randn(2, 6, 32), torch.ones(2, 6, 1), None, 4)
-    assert torch.equal(start[1], net.latents.flatten(0, 1))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2034,67 +1965,49 @@ def plain_linear(x, w, name):
     return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
 
 
-def plain_perceiver(w, begin, latents, points, visible=None):
-    """latents (b, s, d), points (b, n, d), two layers, two heads; visible bool (b, 1, s, s + n)."""
-    def split(x):
-        return rearrange(x, "b n (a c) -> b n a c", a=2)
-
-    def rotated(x):
-        return segmenter.rotate(split(x), torch.arange(x.shape[1]))
-
-    points = plain_norm(points, w, begin + "norm_ctx")
+def plain_perceiver(w, latents, points, visible=None):
+    """Two layers of two heads: latents (b, s, d), points (b, n, d); visible bool (b, 1, s, s + n)."""
+    points = plain_norm(points, w, "norm_ctx")
     for i in range(2):
-        at, mlp = f"{begin}layers.{i}.0.", f"{begin}layers.{i}.1."
-        # the residual keeps the normed value
-        latents = plain_norm(latents, w, begin + "norm_lat")
-        x = plain_norm(latents, w, at + "norm_latents", 1e-5)
-        y = torch.cat((x, plain_norm(points, w, at + "norm_media", 1e-5)), 1)
-        k, v = plain_linear(y, w, at + "to_kv").chunk(2, -1)
-        qkv = rotated(plain_linear(x, w, at + "to_q")), rotated(k), split(v)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), visible)
-        latents = latents + plain_linear(rearrange(out, "b a s c -> b s (a c)"), w, at + "to_out")
-        z = plain_norm(latents, w, mlp + "norm")
-        z = F.silu(plain_linear(z, w, mlp + "gate")) * plain_linear(z, w, mlp + "up")
-        latents = latents + plain_linear(z, w, mlp + "down")
+        attention, mlp = trajtok.under(w, f"layers.{i}.0."), trajtok.under(w, f"layers.{i}.1.")
+        latents = plain_norm(latents, w, "norm_lat")            # the residual keeps the normed value
+        x = plain_norm(latents, attention, "norm_latents", 1e-5)
+        y = torch.cat((x, plain_norm(points, attention, "norm_media", 1e-5)), 1)
+        q, kv = plain_linear(x, attention, "to_q"), plain_linear(y, attention, "to_kv")
+        q, k, v = (rearrange(z, "b n (a c) -> b n a c", a=2) for z in (q, *kv.chunk(2, -1)))
+        q, k = (segmenter.rotate(z, torch.arange(z.shape[1])) for z in (q, k))
+        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), visible)
+        latents = latents + plain_linear(rearrange(out, "b a s c -> b s (a c)"), attention, "to_out")
+        z = plain_norm(latents, mlp, "norm")
+        z = F.silu(plain_linear(z, mlp, "gate")) * plain_linear(z, mlp, "up")
+        latents = latents + plain_linear(z, mlp, "down")
     return latents
 
 
-def plain_segmenter(w, x):
-    """The released segmenter on normalised frames x (b, t, 3, H, W) -> features, logits."""
-    backbone = segmenter.ConvNeXt(TINY.depths, TINY.dims)
-    backbone.load_state_dict(trajtok.under(w, "patch_encoder.backbone."))
-    maps = backbone(x.flatten(0, 1))
-    total = 0
-    for i, y in enumerate(maps):
-        y = F.conv2d(y, w[f"patch_encoder.proj.{i}.weight"], w[f"patch_encoder.proj.{i}.bias"])
-        y = plain_norm(y.movedim(1, -1), w, "patch_encoder.ln", 1e-5).movedim(-1, 1)
-        total = total + F.interpolate(y, size=maps[0].shape[2:], mode="bilinear")
-    features = rearrange(total, "(b t) d h w -> b (t h w) d", b=len(x))
-    latents = w["trajectory_perceiver.latents"].expand(len(x), -1, -1)
-    latents = plain_perceiver(w, "trajectory_perceiver.", latents, features)
+def plain_masks(w, features):
+    """The released segmenter on its features (b, n, d) -> logits."""
+    perceiver = trajtok.under(w, "trajectory_perceiver.")
+    queries = plain_perceiver(perceiver, perceiver["latents"].expand(len(features), -1, -1), features)
     unit = []
-    for z, name in ((features, "patch_decoder_low_res"), (latents, "traj_seg_head_low_res")):
+    for z, name in ((features, "patch_decoder_low_res"), (queries, "traj_seg_head_low_res")):
         z = plain_linear(F.relu(plain_linear(z, w, name + ".0")), w, name + ".2")
         unit.append(F.normalize(z, dim=-1))
     scale = min(math.log1p(math.exp(w["log_scale"].item())) + 1, 20.0)
-    return features, scale * unit[0] @ unit[1].mT
+    return scale * unit[0] @ unit[1].mT
 
 
-def plain_release(w, x, m):
-    """The released tokenizer on normalised frames -> features, logits, tokens."""
-    features, logits = plain_segmenter(trajtok.under(w, "segmenter."), x)
-    b, n, K = logits.shape
-    ids, soft = logits.argmax(-1), logits.softmax(-1)
+def plain_tokens(w, features, logits, m):
+    """The released encoder -> tokens."""
+    soft, ids = logits.softmax(-1), logits.argmax(-1)
     mean = soft.mT @ features / (soft.sum(1)[..., None] + 1e-6)
     z = (w["latents"][:, :m] + mean[:, :, None]).flatten(1, 2)
-    visible = torch.zeros(b, 1, K * m, K * m + n, dtype=torch.bool)
-    for i, k in itertools.product(range(b), range(K * m)):
-        own = k // m
-        visible[i, :, k, own * m:own * m + m] = True            # the tokens of its own trajectory
-        visible[i, :, k, K * m:] = ids[i] == own                # its points
-        visible[i, :, k, -2:] = True                            # and the clip's last two
-    z = plain_perceiver(w, "traj_feature_updater.", z, features, visible)
-    return features, logits, plain_linear(z, w, "output_projector")
+    owner = torch.arange(logits.shape[2]).repeat_interleave(m)[:, None]
+    own = (owner == owner.T).expand(len(ids), -1, -1)           # the tokens of its own trajectory
+    points = owner == ids[:, None]                              # its points
+    points[..., -2:] = True                                     # and the clip's last two
+    visible = torch.cat((own, points), 2)[:, None]
+    z = plain_perceiver(trajtok.under(w, "traj_feature_updater."), z, features, visible)
+    return plain_linear(z, w, "output_projector")
 
 
 # our names -> those of the release; what has none loses `encoder.`
@@ -2146,31 +2059,24 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     tokenizer = trajtok.TrajTok.load_official(file)
     assert tokenizer.cfg == tiny(image_size=224, frames=8, out_dim=24, **RELEASE)
     video = random_video(2, 3, 64, 32)
-    features, logits, z = plain_release(weights, segmenter.normalise(video), m)
     with torch.no_grad():
         tokens, seg = tokenizer(video, m)
-    close(seg.features, features)
+    logits = plain_masks(trajtok.under(weights, "segmenter."), seg.features)
     close(seg.logits, logits)
-    close(tokens.z, z)                                          # of dead trajectories, too
+    close(tokens.z, plain_tokens(weights, seg.features, logits, m))         # of dead trajectories, too
     assert 1 < seg.alive.sum() < seg.alive.numel()
-    close(tokenizer.stream(video[0], m, chunk=2).z, z[:1])
+    close(tokenizer.stream(video[0], m, chunk=2).z, tokens.z[:1])
     close(trajtok.load_segmenter(file)(video).logits, logits)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil",)
 
 
 def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
     """Catches: a wrong checkpoint that loads in part; code in a pickle that is run."""
     monkeypatch.chdir(tmp_path)
+    Path("evil.pth").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
     weights = official_weights()
-    torch.save(weights | {"meta": Evil()}, "evil.pth")
     del weights["output_projector.bias"]
     torch.save(weights, "lacking.pth")
     trajtok.TrajTok(TINY).save_pretrained(".")
-    assert Path("model.safetensors").stat().st_mode & 0o444 == 0o444         # everybody may read it
     damaged = {"evil.pth": "no whole file", "lacking.pth": "output_projector.bias",
                "model.safetensors": "not in the authors' layout"}
     for name, words in damaged.items():
@@ -2248,13 +2154,12 @@ def test_a_stream_is_one_pass(m, change):
     drawn = []
     for source, chunk in ((video, 3), (decoder, 4), (video.numpy(), 100)):
         stream = tokenizer.stream(source, m, chunk, each=lambda *x: drawn.append(x))
-        close(stream.z, tokens.z)
-        assert torch.equal(stream.mask, tokens.mask)
-        assert torch.equal(stream.trajectory, tokens.trajectory)
+        for mine, whole in zip(stream, tokens):
+            nearly(mine, whole)
     first, pieces, segs = zip(*drawn[:4])
     assert first == (0, 3, 6, 9)
     assert torch.equal(torch.cat(pieces, 1)[0], video)
-    assert torch.equal(torch.cat([s.ids for s in segs], 1), seg.ids)
+    nearly(torch.cat([s.logits for s in segs], 1), seg.logits)
 
 
 def test_windows_are_clips_of_their_own():
@@ -2306,16 +2211,16 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
     folder, video = tmp_path / "deep" / "folder", random_video(1, 2, 32, 32)
     one = trajtok.TrajTok(tiny(detach=False, scale=7.0, places=True))
     one.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    state = one.state_dict()
+    state, other = one.state_dict(), {"other": torch.zeros(1)}
     inside = {f"video.tokenizer.{name}": value for name, value in state.items()}
-    for written in (state, inside | {"other": torch.zeros(1)}):
+    for written in (state, inside | other):
         trajtok.write_weights(folder / "model.safetensors", written)
         two = trajtok.TrajTok.from_pretrained(folder)
-        assert (two.cfg, two.training) == (one.cfg, False)
+        assert not two.training
+        assert json.dumps(dataclasses.asdict(two.cfg)) == json.dumps(dataclasses.asdict(one.cfg))
         assert torch.equal(one(video, 4)[0].z, two(video, 4)[0].z)
-    trajtok.write_weights(folder / "model.safetensors", state | {"stranger": torch.zeros(1)})
-    with pytest.raises(BadInput, match="stranger"):
+    trajtok.write_weights(folder / "model.safetensors", state | other)
+    with pytest.raises(BadInput, match="other"):
         trajtok.TrajTok.from_pretrained(folder)
 
 
@@ -2367,28 +2272,24 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         file.write('{"step": 4, "lo')                           # killed while it wrote
     trajtok.Log(folder, 3)(step=3)
     assert [line["step"] for line in log(folder)] == [0, 1, 2, 3]
-    (folder / "state.pt").write_bytes(b"PK not a checkpoint")
-    with pytest.raises(BadInput, match="no whole checkpoint"):
-        trajtok.load_checkpoint(folder, None, None)
     with pytest.raises(BadInput, match="--overwrite"):
         trajtok.open_run(folder, cfg)
     trajtok.open_run(folder, dataclasses.replace(cfg, overwrite=True))
     assert os.listdir(folder) == ["config.json"]
 
 
-@pytest.mark.parametrize("written", ("state.pt", "model.safetensors"))
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, written):
-    """Catches: a traceback of torch.save, or of safetensors; half a checkpoint in the old one's place."""
+def test_a_full_disk_is_one_line(tmp_path):
+    """Catches: a traceback of torch.save, or of the weights' writer; half a checkpoint in the old one's place."""
     net = nn.Linear(100, 100)                                   # 40 kB
     optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
     trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
-    if written == "model.safetensors":                          # the disk fills up between the two files
-        monkeypatch.setattr(torch, "save", lambda state, path: path.touch())
 
     def work(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         with pytest.raises(BadInput, match="make room"):
             trajtok.save_checkpoint(tmp_path, net, optimizer, 2)
+        with pytest.raises(BadInput, match="make room"):
+            trajtok.write_weights(tmp_path / "model.safetensors", net.state_dict())
 
     in_ranks(1, work)
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "state.pt"]
@@ -2428,49 +2329,45 @@ def test_strips_paint_like_trajectories_alike():
     trajtok.filmstrip(video, {"found": found, "true": truth - 1}, 3, 1)     # -1: unlabelled
 
 
-@pytest.mark.parametrize("log_axes, middle", ((False, "97.3,230.0"), (True, "220.0,140.0")))
-def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path, log_axes, middle):
+def test_a_plot_is_an_svg_with_its_points_in_place(tmp_path):
     """Catches: an axis upside down, ticks of other values than the curve's, a division by zero for a single
-    point or a constant, logarithmic axes that do not say so."""
+    point or a constant."""
     steep = {"ours": [(1, 100.0), (100, 1.0)], "theirs": [(10, 10.0)]}
     panels = {"steep": steep, "flat": {"": [(5, 2.0), (7, 2.0)]}}
-    trajtok.plot(tmp_path / "c.svg", panels, "frames", log_axes)
+    trajtok.plot(tmp_path / "c.svg", panels, "frames")
     nodes = list(xml.etree.ElementTree.parse(tmp_path / "c.svg").iter())
     text = [node.text for node in nodes if node.tag.endswith("text")]
     lines = [node.get("points") for node in nodes if node.tag.endswith("polyline")]
-    assert lines[:2] == ["70.0,30.0 370.0,250.0", middle]
+    assert lines[:2] == ["70.0,30.0 370.0,250.0", "97.3,230.0"]
     assert "nan" not in lines[2]
-    assert {"steep", "ours", "theirs", "1", "100"} <= set(text)
-    assert ("frames (both axes are logarithmic)" in text) == log_axes
+    assert {"steep", "ours", "theirs", "1", "100", "frames"} <= set(text)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # trajtok.py: its commands
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clip, flags, frames, rows, columns", (
-    ("still0.png", "", 1, 2, 1), ("clip0.mp4", "--frames 4", 4, 2, 4),
-    ("world", "--frames 3 --stages", 3, 3, 3),
-    ("clip2.mp4", "--frames 0", 30, 2, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 2, 8)))
-def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, rows, columns):
+@pytest.mark.parametrize("clip, flags, frames, columns", (
+    ("still0.png", "", 1, 1), ("clip0.mp4", "--frames 4", 4, 4), ("world", "--frames 3 --stages", 3, 3),
+    ("clip2.mp4", "--frames 0", 30, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 8)))
+def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
     frames that are left out or drawn twice; a film at another pace."""
     name = clip if clip == "world" else media / clip
-    argv = ["show", name, "--weights", clip_run, "--out", tmp_path, *flags.split()]
-    run(trajtok.main, *argv, "--tokens-per-trajectory", 2)
-    base = tmp_path / f"{Path(clip).stem}-trajectories"
-    height, width, _ = read_film(f"{base}.png")[0].shape
-    assert (height // 224, width // 224) == (rows, columns)
-    film = read_film(f"{base}.mp4")
+    argv = ["show", name, "--weights", clip_run, "--out", tmp_path, "--tokens-per-trajectory", 2]
+    run(trajtok.main, *argv, *flags.split())
+    base = f"{tmp_path}/{Path(clip).stem}"
+    height, width = read_film(f"{base}-trajectories.png").shape[1:3]
+    assert (height // 224, width // 224) == (2, columns)
+    film = read_film(f"{base}-trajectories.mp4")
     assert film.shape == (frames, 448, 224, 3)
     told = re.search(rf"{frames} frames .* (\d+) trajectories -> (\d+) tokens", capsys.readouterr().out)
     assert 2 <= 2 * int(told[1]) == int(told[2])
     if "stages" in flags:                                       # frames, features, 3 soft masks, hard, read
-        assert len(read_film(tmp_path / "world-stages.png")[0]) == 7 * (128 + 4)
+        assert read_film(f"{base}-stages.png").shape[1] == 7 * (128 + 4)
     if frames == 30:
         assert numbers(film[:, :224:7, ::7]) == list(range(30))
-        with av.open(f"{base}.mp4") as file:
-            assert file.streams.video[0].average_rate == 10
+        assert data.frame_rate(f"{base}-trajectories.mp4") == 10
 
 
 def test_pretrain(tmp_path, capsys):
@@ -2479,9 +2376,8 @@ def test_pretrain(tmp_path, capsys):
     run that is another one, or of another size."""
     rows = []
     for i in range(8):
-        kind, count = ("image", 1) if i % 2 else ("video", 6)
-        path = labelled(tmp_path, f"v{i}", count, image=kind == "image")
-        rows.append({kind: path.name, "split": "val" if i < 3 else "train"})
+        path = labelled(tmp_path, f"v{i}", 1 if i % 2 else 6, image=bool(i % 2))
+        rows.append({"image" if i % 2 else "video": path.name, "split": "val" if i < 3 else "train"})
     for name in ("v0.mp4", "v4.mp4"):                           # one held out, one to learn from
         (tmp_path / name).write_text("no video")
     argv = ["pretrain", *SMALL, "--size", "tiny", "--steps", 4, "--out", tmp_path, "--name"]
@@ -2515,8 +2411,7 @@ def test_a_table_by_hand():
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
     ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
-    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show world --frames 0", "video files"),
-    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
     ("pretrain --init no", "no/model"), ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
 
@@ -2536,18 +2431,20 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
 def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
     """Catches: a verdict from the sign alone, one that ignores `less`, a missing row taken for a tie."""
     scores = dict(high=(0.8, 0.9), low=(0.1, 0.2), noisy=(0.0, 0.9), single=(0.5,))
-    rows = [dict(name=name, flags="", script="", results=[dict(r=x, s=0.0) for x in values])
-            for name, values in scores.items()]
+    rows = []
+    for name, values in scores.items():
+        rows.append(dict(name=name, results=[dict(r=x, s=0.0) for x in values]))
     (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows)))
-    asked = [("high", "low", {}), ("low", "high", {}), ("low", "high", dict(less=True)),
-             ("high", "noisy", {}), ("high", "single", {}), ("high", "absent", {}),
-             ("high", "high", dict(against_score="s"))]
-    claims = [dict(claim="c", paper="p", json="a.json", row=row, against=against, score="r", **more)
-              for row, against, more in asked]
+    asked = {("high", "low"): "holds", ("low", "high"): "does not hold", ("low", "high", "less"): "holds",
+             ("high", "noisy"): "undecided", ("high", "single"): "undecided",
+             ("high", "absent"): "not measured"}
+    claims = [dict(claim="c", paper="p", json="a.json", row="high", against="high", score="r", against_score="s")]
+    for row, against, *less in asked:
+        claims.append(claims[0] | dict(row=row, against=against, against_score="r", less=bool(less)))
     (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
-    trajtok.main(["table", str(tmp_path / "claims.json")])
+    run(trajtok.main, "table", tmp_path / "claims.json")
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert verdicts == ["holds", "does not hold", "holds", "undecided", "undecided", "not measured", "holds"]
+    assert verdicts == ["holds", *asked.values()]
 
 
 def test_the_table_of_claims_is_made_from_its_json():
@@ -2562,22 +2459,21 @@ def test_the_table_of_claims_is_made_from_its_json():
 # -----------------------------------------------------------------------------------------------------------
 
 def clip_model(**changes):
-    """The smallest video CLIP, its configuration, and a train_clip.Batch of eight made clips."""
+    """The smallest video CLIP and a train_clip.Batch of eight made clips."""
     torch.manual_seed(0)
     small = dict(image_size=32, frames=2, num_queries=6, width=32, heads=2, layers=1, text_layers=1,
                  text_width=32, embed=64, patch=8)
     cfg = train_clip.ClipConfig(**small | changes)
-    encoding = data.load_encoding("world")
-    model = train_clip.build(cfg, encoding, torch.device("cpu"))
+    model = train_clip.build(cfg, data.load_encoding("world"), torch.device("cpu"))
     made = data.WorldBatches(data.World(cfg.image_size, cfg.frames), 8)[0]
-    return model, cfg, train_clip.prepare(made, 0, encoding, cfg, "cpu")
+    return model, train_clip.prepare(model, made, 0)
 
 
 @pytest.mark.parametrize("name", ("trajvit2", "rlt", "trajvit"))
 def test_tokens_that_are_not_real_are_not_read(name):
     """Catches: a real token that is lost, a dead one that is read, packed clips that see each other. Oracle:
     the transformer on the real tokens of each clip alone."""
-    model, _, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
+    model, batch = clip_model(tokenizer=name, frames=6, num_queries=12, rlt_threshold=0.3)
     net = model.video
     z, mask, _ = net.tokenizer(batch.video, 2, batch.labels)
     assert 0 < mask.sum() < mask.numel()
@@ -2594,7 +2490,7 @@ def test_tokens_that_are_not_real_are_not_read(name):
 
 def test_captions_are_read_whole_and_without_their_padding():
     """Catches: a vector that depends on how its caption was padded; words that are not read."""
-    model, _, (_, _, ids, mask) = clip_model()
+    model, (_, _, ids, mask) = clip_model()
     vectors = model.embed_text(ids, mask)
     other_padding = torch.where(mask, ids, 7)
     nearly(model.embed_text(other_padding[:, :40], mask[:, :40]), vectors)
@@ -2607,12 +2503,12 @@ def test_captions_are_read_whole_and_without_their_padding():
 def test_every_tokenizer_learns_a_batch_by_heart(name):
     """Catches: a loss that cannot fall because gradients are cut, or that falls towards the wrong pairs; an
     untrained loss that is no even guess; a parameter that is never used."""
-    model, cfg, batch = clip_model(tokenizer=name, width=64, layers=2)
+    model, batch = clip_model(tokenizer=name, width=64, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(55):
         optimizer.zero_grad()
-        losses.append(train_clip.whole_step(model, batch, 1, cfg))
+        losses.append(train_clip.whole_step(model, batch, 1))
         optimizer.step()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert losses[-1]["contrastive"] < 0.35 * math.log(8)
@@ -2630,7 +2526,7 @@ def test_every_tokenizer_learns_a_batch_by_heart(name):
 
 def test_patches_are_a_convolution():
     """Catches: pixels of one patch in another, positions of another patch, an odd last frame that is lost."""
-    model, _, batch = clip_model(tokenizer="vit3d", frames=6)
+    model, batch = clip_model(tokenizer="vit3d", frames=6)
     net, odd = model.video.tokenizer, batch.video[:, :5]
     even = torch.cat((odd, odd[:, -1:]), 1)
     x = segmenter.normalise(even).transpose(1, 2)               # (8, channel, 6, 32, 32)
@@ -2641,7 +2537,7 @@ def test_patches_are_a_convolution():
 
 def test_vivit_is_the_naive_factorised_encoder():
     """Catches: time steps that see each other's patches, a temporal encoder without order, a lost CLS."""
-    model, _, batch = clip_model(tokenizer="vivit", frames=6)
+    model, batch = clip_model(tokenizer="vivit", frames=6)
     net, tokenizer = model.video, model.video.tokenizer
     z, _, _ = tokenizer(batch.video[:1])
     read = [net.cls[:, 0]]
@@ -2653,7 +2549,7 @@ def test_vivit_is_the_naive_factorised_encoder():
 
 def test_tokenlearner_is_the_naive_weighted_sum():
     """Catches: weights over the wrong axis, time steps that are mixed, a reduction at another depth."""
-    model, _, batch = clip_model(tokenizer="tokenlearner", frames=6, layers=3, learned_tokens=3)
+    model, batch = clip_model(tokenizer="tokenlearner", frames=6, layers=3, learned_tokens=3)
     net, tokenizer = model.video, model.video.tokenizer
     layers = net.transformer.layers
     z, _, _ = tokenizer(batch.video[:1])
@@ -2667,7 +2563,7 @@ def test_tokenlearner_is_the_naive_weighted_sum():
 
 def test_rlt_keeps_what_changes():
     """Catches: a comparison of the wrong frames, a mean over the wrong pixels, a first step dropped."""
-    model, _, batch = clip_model(tokenizer="rlt", frames=8)
+    model, batch = clip_model(tokenizer="rlt", frames=8)
     x = segmenter.normalise(batch.video)
     _, kept, _ = model.video.tokenizer(batch.video)
     difference = x[:, [3, 5, 7]] - x[:, [0, 2, 4]]              # (8, 3, channel, 32, 32)
@@ -2677,30 +2573,29 @@ def test_rlt_keeps_what_changes():
     assert torch.equal(kept[:, 16:], naive.flatten(1))
 
 
-def test_trajvit_reads_the_masks_it_is_given():
-    """Catches: points counted to another trajectory, frame or clip; unlabelled points that are read."""
-    model, _, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
+def test_trajvit_is_the_naive_mean_of_each_mask():
+    """Catches: points counted to another trajectory, frame or clip; unlabelled points that are read; frames
+    without the trajectory that are; x, y and time in another order."""
+    model, batch = clip_model(tokenizer="trajvit", frames=4, num_queries=12)
     net, video, labels = model.video.tokenizer, batch.video[:2], batch.labels[:2]
-    labels[0, :, :16] = -1
+    labels[0, :2, :16] = -1
+    z, mask, _ = net(video, 1, labels)
     f, grid = net.extract(segmenter.normalise(video))
-    points = segmenter.labels_on_grid(labels, grid, 12)
-    z, mask, _ = net(video, 1, labels)
-    assert torch.equal(mask, segmenter.one_hot(points, 12).any(1))
-    # a token is a function of its own points: the others may have any features, and no label
+    points = segmenter.labels_on_grid(labels, grid, 12).unflatten(1, grid)
+    assert torch.equal(mask, segmenter.one_hot(points, 12).flatten(1, 3).any(1))
     for b, k in mask.nonzero().tolist():
-        own = points == k
-        net.extract = mock.Mock(return_value=(f * own[..., None], grid))
-        alone, _, _ = net(video, 1, torch.where(labels == k, 0, -1))
-        nearly(alone[b, 0], z[b, k], 1e-3)
-    # points that change frames leave the mean over the clip, and change what is read frame by frame
-    moved = rearrange(f, "b (t s) d -> b (s t) d", t=4)
-    net.extract = mock.Mock(side_effect=[(f, grid), (moved, grid)])
-    one, two = (net(video, 1, torch.zeros_like(labels))[0] for _ in range(2))
-    assert (one - two)[:, 0].abs().max() > 1e-3
-    # of points with the same features, the place alone differs
-    net.extract = mock.Mock(return_value=(torch.ones_like(f), grid))
-    z, mask, _ = net(video, 1, labels)
-    assert torch.pdist(z[mask]).min() > 1e-3
+        looks, places = [], []
+        for time in range(4):
+            y, x = (points[b, time] == k).nonzero(as_tuple=True)
+            if len(x):
+                looks.append(f.unflatten(1, grid)[b, time, y, x].mean(0))
+                places.append([x.float().mean() + 0.5, y.float().mean() + 0.5, time + 0.5])
+        centres = torch.tensor(places) / torch.tensor([8, 8, 4])
+        angles = centres[..., None] * math.pi * 2 ** torch.linspace(0, 6, 16)
+        place = net.where(segmenter.waves(angles.flatten(1)))
+        seen = torch.ones(1, len(looks)) > 0
+        token = net.out(net.appearance(torch.stack(looks)[None], seen) + net.place(place[None], seen))
+        nearly(z[b, k], token[0], 1e-3)
 
 
 @pytest.mark.parametrize("flag", ("detach", "hierarchical", "hard-mask", "mean-start", "places", "path",
@@ -2720,24 +2615,24 @@ def test_ablation_flags_reach_the_tokenizer(flag):
 # train_clip.py: one step
 # -----------------------------------------------------------------------------------------------------------
 
-def by_the_book(model, batch, m, cfg):
+def by_the_book(model, batch, m):
     """One forward pass, the loss as the paper writes it, one backward pass."""
     video, _, _, seg = model.embed_video(batch.video, m)
     logits = video @ model.embed_text(batch.ids, batch.mask).T / model.temperature
     right = torch.cat((logits.log_softmax(0).diag(), logits.log_softmax(1).diag()))
     contrastive = -right.mean()
     focal, dice = segmenter.segmentation_loss(seg, batch.labels)
-    loss = contrastive + cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
-    loss.backward()
+    segmentation = 0.5 * focal + model.cfg.dice_weight * dice
+    (contrastive + model.cfg.segmentation_weight * segmentation).backward()
     return dict(contrastive=contrastive.item(), focal=focal.item(), dice=dice.item())
 
 
-def one_step(take_step, clips=slice(None), **changes):
-    """Terms of the loss, and all gradients of a step on (some of) eight clips, labelled unevenly."""
-    model, cfg, batch = clip_model(segmentation_weight=3.0, **changes)
+def one_step(take_step, **changes):
+    """Terms of the loss, and all gradients of a step on eight clips, labelled unevenly."""
+    model, batch = clip_model(segmentation_weight=3.0, **changes)
     batch.labels[1] = -1
     batch.labels[2, :, :10] = -1
-    terms = take_step(model, train_clip.Batch(*(x[clips] for x in batch)), 2, cfg)
+    terms = take_step(model, batch, 2)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return [terms[name] for name in ("contrastive", "focal", "dice")], gradients
 
@@ -2750,27 +2645,6 @@ def test_micro_batches_are_the_whole_batch(micro_batch, dice_weight):
     mine = one_step(take_step, micro_batch=micro_batch, dice_weight=dice_weight)
     expected = one_step(by_the_book, dice_weight=dice_weight)
     nearly(mine, expected)
-
-
-@pytest.mark.parametrize("micro_batch", (0, 2))
-def test_two_processes_take_one_step(tmp_path, micro_batch):
-    """Catches: negatives of the own process only; a gradient of the gathered vectors, or of the temperature,
-    that is counted twice or not at all."""
-    step = train_clip.micro_batch_step if micro_batch else train_clip.whole_step
-
-    def work(rank):
-        trajtok.setup(train_clip.ClipConfig(device="cpu"))
-        clips = slice(4 * rank, 4 * rank + 4)
-        terms, gradients = one_step(step, clips, micro_batch=micro_batch)
-        for gradient in gradients.values():
-            torch.distributed.all_reduce(gradient)
-        gradients["temperature"] /= 2                           # each process had the whole of it
-        torch.save((trajtok.all_reduce(terms, "cpu"), gradients), tmp_path / f"{rank}.pt")
-
-    in_ranks(2, work)
-    expected = one_step(by_the_book)
-    for rank in (0, 1):
-        nearly(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2819,21 +2693,19 @@ def test_flops_of_every_tokenizer(capsys):
 def test_the_stage_has_a_setting_of_its_own(capsys):
     """Catches: --world that is not read, a stage of another size or number of queries, flags of a base class
     without help."""
-    _, cfg = trajtok.sized(configured("--world", "stage"), trajtok.SIZES["nano"])
-    assert (cfg.image_size, cfg.frames, cfg.num_queries) == (32, 8, 8)
-    assert data.world_of(cfg) == data.STAGE
-    shape, other = trajtok.sized(configured("--world", "stage", "--frames", "4"), trajtok.SIZES["nano"])
-    assert (shape.image_size, shape.frames, data.world_of(other).frames) == (32, 4, 4)
-    _, full = trajtok.sized(configured(), trajtok.SIZES["nano"])
-    assert data.world_of(full) == data.World(64, 8, 4, False)
+    def sized(*argv):
+        cfg = data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
+        return trajtok.sized(cfg, trajtok.SIZES["nano"])[1]
+
+    stage = sized("--world", "stage")
+    assert (stage.image_size, stage.frames, stage.num_queries) == (32, 8, 8)
+    assert data.world_of(stage) == data.STAGE
+    assert data.world_of(sized("--world", "stage", "--frames", "4")).frames == 4
+    assert data.world_of(sized()) == data.World(64, 8, 4, False)
     assert "--world moon" in refused(capsys, train_clip.main, *CLIP, "--world", "moon")
     with pytest.raises(SystemExit):
         train_clip.main(["--help"])
     assert "peak learning rate" in capsys.readouterr().out
-
-
-def configured(*argv):
-    return data.configure(train_clip.ClipConfig, train_clip.CLIP_SIZES, argv)
 
 
 @pytest.mark.parametrize("name", ("vit3d", "vivit", "trajvit2"))
@@ -2841,37 +2713,35 @@ def test_positions_have_the_scale_that_is_asked_for(name):
     """Catches: --position-scale that a tokenizer does not read."""
     sizes = []
     for scale in (1.0, 3.0):
-        torch.manual_seed(0)
-        flags = dict(position_scale=scale, places=name == "trajvit2")
-        model = clip_model(tokenizer=name, **flags)[0].video.tokenizer
+        model, _ = clip_model(tokenizer=name, position_scale=scale, places=name == "trajvit2")
+        net = model.video.tokenizer
         if name == "trajvit2":
-            features = torch.zeros(1, 64, model.cfg.dim)
-            sizes.append(model.encoder.add_places(features, (1, 8, 8)).std())
+            sizes.append(net.encoder.add_places(torch.zeros(1, 64, net.cfg.dim), (1, 8, 8)))
         else:
-            sizes.append(model.position.std())
+            sizes.append(net.position)
     nearly(sizes[1], 3 * sizes[0])
 
 
 @pytest.mark.parametrize("sees", (True, False))
 def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
     """Catches: a model that cannot see time scored above chance, clips and twins mixed up."""
-    held_out = data.WorldBatches(data.STAGE, 8, indices=list(range(data.TEST, data.TEST + 16)))
-    ways, first = iter((0, 1)), {}
+    held_out = data.WorldBatches(data.STAGE, 16, indices=list(range(data.TEST, data.TEST + 16)))
+    captions = held_out[0]["captions"]
+    back, forth = torch.eye(2)
 
-    def embed(model, batches, *_):
-        captions = [text for i in range(len(batches)) for text in batches[i]["captions"]]
-        motion = torch.arange(len(captions)) % 2 - 1            # every second one has no class
+    def twins(model, batches, damage):
+        texts = batches[0]["captions"]
+        motion = torch.arange(16) % 2 - 1                       # every second one has no class
         # wrong wherever it must not be counted: there a twin has the vector of its clip
-        changed = [a != b for a, b in zip(captions, first.setdefault("captions", captions))]
-        side = torch.tensor(changed) & (motion >= 0) & sees
-        return dict(captions=captions, motion=motion, vectors=torch.eye(2)[side.long()])
+        known = torch.tensor([a != b for a, b in zip(texts, captions)]) & (motion >= 0)
+        return dict(captions=texts, motion=motion, vectors=torch.where(known[:, None] & sees, back, forth))
 
-    def embed_texts(model, texts, *_):
-        return torch.eye(2)[[next(ways)] * len(texts)]
-
-    monkeypatch.setattr(train_clip, "embed", embed)
-    monkeypatch.setattr(train_clip, "embed_texts", embed_texts)
-    assert train_clip.reversal(None, held_out, train_clip.ClipConfig(), None, None) == float(sees)
+    vectors = iter((forth, back))
+    monkeypatch.setattr(train_clip, "embed", twins)
+    monkeypatch.setattr(train_clip, "embed_texts", lambda *_: next(vectors).expand(16, 2))
+    clips = dict(captions=captions, vectors=forth.expand(16, 2))
+    model = mock.Mock(cfg=train_clip.ClipConfig())
+    assert train_clip.reversal(model, clips, held_out) == float(sees)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2925,7 +2795,7 @@ class Masks(train_clip.ViT3D):
         return x, None, seg._replace(alive=F.one_hot(seg.ids, 6).any(1))
 
 
-@pytest.mark.parametrize("name", (*train_clip.OTHERS, f"{__file__}:Masks"))
+@pytest.mark.parametrize("name", ("trajvit", "vit3d", "vivit", "tokenlearner", "rlt", f"{__file__}:Masks"))
 def test_other_tokenizers_run(tmp_path, name):
     """Catches: a tokenizer of the comparison that ends in an error; scores of masks where there are none; a
     fork that needs more than a class in a file, or whose own masks get no loss."""
@@ -2943,8 +2813,8 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     rows = [dict(video=str(media / "text.mp4"), caption="zebra " * 60, split="train")]
     for i in range(6):
         texts = [f"grey number {i}", f"a zebra counts to {i}"]
-        row = dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}")
-        rows.append(row | dict(split="val" if i < 2 else "train"))
+        rows.append(dict(video=str(media / f"clip{i}.mp4"), caption=texts, label=f"kind {i % 2}",
+                         split="val" if i < 2 else "train"))
     path, folder = manifest(tmp_path / "m.json", rows), tmp_path / "clip-a"
     argv = [*CLIP, "--data", path, "--save-every", 1, "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "a", "--augment", "--steps", 3, "--prompt", "grey {}")
@@ -2965,16 +2835,18 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     assert [line["step"] for line in log(folder)] == list(range(5))
 
 
-def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
+def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path):
     """Catches: --init-segmenter that starts from new weights after all; --freeze-segmenter that lets them
-    move, or freezes an encoder of random weights; --init that loads a part of a run."""
-    argv = [*CLIP, "--out", tmp_path, "--warmup", 0, "--seed", 1]
-    started = ["--init-segmenter", clip_run]
+    move, or freezes an encoder of random weights; --init that loads a part of a run; a comparison in which
+    one row has seen more clips than the table says."""
+    started, weights = ["--init-segmenter", clip_run], {}
     runs = dict(frozen=[*started, "--freeze-segmenter"], free=started, same=["--init", clip_run, "--lr", 0])
-    start, weights = load_file(clip_run / "model.safetensors"), {}
     for name, flags in runs.items():
-        run(train_clip.main, *argv, *flags, "--name", name)
+        run(train_clip.main, *CLIP, *flags, "--out", tmp_path, "--warmup", 0, "--seed", 1, "--name", name)
         weights[name] = load_file(tmp_path / f"clip-{name}" / "model.safetensors")
+        result = read_result(tmp_path / f"clip-{name}")
+        assert result["clips_seen"] == result["clips_before"] == 8
+    start = load_file(clip_run / "model.safetensors")
     nearly(weights["same"], start, 0)
     for name, value in start.items():
         if name.startswith("video.tokenizer.segmenter."):
@@ -2983,14 +2855,6 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path, unscored):
     latents, norm = "video.tokenizer.segmenter.latents", "video.tokenizer.encoder.perceiver.norm_ctx.weight"
     assert not torch.equal(weights["free"][latents], start[latents])
     assert not torch.equal(weights["frozen"][norm], torch.ones(96))
-
-
-def test_clips_of_an_earlier_training_are_counted(clip_run, tmp_path):
-    """Catches: a comparison in which one row has seen more clips than the table says."""
-    run(train_clip.main, *CLIP, "--out", tmp_path, "--name", "a", "--init-segmenter", clip_run)
-    result, before = read_result(tmp_path / "clip-a"), json.loads((clip_run / "config.json").read_text())
-    assert result["clips_seen"] == 2 * 4
-    assert result["clips_before"] == before["steps"] * before["batch"]
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
@@ -3021,12 +2885,14 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert [line["step"] for line in log(b)] == list(range(16))
 
 
-def test_two_processes_are_one_run(tmp_path, unscored):
-    """Catches: a plain command that does not start several processes; processes that see the same clips; runs
-    that drift apart from one process with the whole batch."""
+@pytest.mark.parametrize("micro_batch", (0, 2))
+def test_two_processes_are_one_run(tmp_path, unscored, micro_batch):
+    """Catches: a plain command that does not start several processes; processes that see the same clips;
+    negatives of the own process only; gradients that are counted twice or not at all."""
     argv = [*CLIP, "--steps", 4, "--warmup", 0, "--device", "cpu", "--out", tmp_path, "--name"]
     run(train_clip.main, *argv, "one", "--batch", 8)
     command = [sys.executable, HERE / "train_clip.py", *argv, "two", "--processes", 2]
+    command += ["--micro-batch", micro_batch]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, timeout=300)
     for one, two in zip(log(tmp_path / "clip-one"), log(tmp_path / "clip-two"), strict=True):
         for key in ("contrastive", "focal", "dice", "tokens", "gradient_norm", "temperature", "clips"):
@@ -3061,7 +2927,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     rows = [f"base: {small}", f"detach: --no-detach {small}"]
     argv = ["--script", "train_clip.py", "--json", path, "--out", tmp_path, "--seeds", 0]
     for seeds, count in (([], 2), ([1], 4), ([1], 4)):
-        run(trajtok.main, "compare", *rows, *argv, *seeds)
+        run(trajtok.main, "compare", *argv, *seeds, *rows)
         assert train.call_count == count
     written = json.loads(path.read_text())
     assert {"command", "hardware", "rows"} <= set(written)
@@ -3094,7 +2960,7 @@ BAD_FLAGS = (
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
     ("--init-segmenter no", "no/model"), ("--device abacus", "abacus"), ("--text no", "--text no"),
-    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "no run"), ("--val no.json", "no.json"),
+    ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "config.json"), ("--val no.json", "no.json"),
     ("--mix 1,2", "--mix 1,2"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
     ("--out SILENT", "--out"), ("--name nano", "--overwrite"),
     ("--resume --name nano --width 64", "another model or size"))
@@ -3160,31 +3026,34 @@ def toy_ids(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 96, shape))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", TOYS)
 def test_the_decoder_gives_published_numbers_with_and_without_a_cache(name):
     """Catches: norms after rotary, adjacent pairs, the wrong key head for a query head, a scale; a cache
     whose keys are at the wrong place or rotated by the wrong position; an answer that is not the naive
     loop's, with a stop token in it, or beyond the context."""
     model, ids = toy(name), toy_ids(2, 9)
-    with torch.no_grad():
-        logits = model(ids)
-        for pieces in ((1,) * 9, (4, 1, 3, 1)):
-            cache = model.empty_cache()
-            close(torch.cat([model(part, cache=cache) for part in ids.split(pieces, 1)], 1), logits, 1e-5)
-        naive = ids[:1]
-        for _ in range(10):
-            naive = torch.cat((naive, model(naive)[:, -1:].argmax(-1)), 1)
+    logits = model(ids)
     published(name, logits)
+    for pieces in ((1,) * 9, (4, 1, 3, 1)):
+        cache = model.empty_cache()
+        parts = [model(part, cache=cache) for part in ids.split(pieces, 1)]
+        close(torch.cat(parts, 1), logits, 1e-5)
+    naive = ids[:1]
+    for _ in range(10):
+        naive = torch.cat((naive, model(naive)[:, -1:].argmax(-1)), 1)
     naive = naive[0, 9:].tolist()
 
     def said(stop=(), known=None, most=10, ids=ids[:1]):
-        x = model.embed_tokens(ids)
-        return list(train_vlm.generate(model, x, model.empty_cache(), stop, known, most))
+        return list(train_vlm.generate(model, model.embed_tokens(ids), stop, known, most))
 
     assert said() == naive and said(stop=[naive[4]]) == naive[:naive.index(naive[4])]
     assert max(said(known=7)) < 7 and len(said(most=100, ids=toy_ids(1, 60))) == 4
+    with pytest.raises(BadInput, match="a context of 64"):
+        model(toy_ids(1, 65))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", TOYS)
 def test_the_decoder_is_the_published_implementation(tmp_path, name):
     """Catches: names, shapes or numbers that differ from the hub's, which writes the folder, in shards,
@@ -3197,12 +3066,11 @@ def test_the_decoder_is_the_published_implementation(tmp_path, name):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     mine, ids = train_vlm.Decoder.from_pretrained(tmp_path), toy_ids(2, 9)
     assert mine.cfg == TOYS[name]
-    with torch.no_grad():
-        close(mine(ids), theirs(ids).logits, 1e-4)
-        published(name, theirs(ids).logits)
-        how = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-        answer = theirs.generate(ids[:1], **how)
-    said = train_vlm.generate(mine, mine.embed_tokens(ids[:1]), mine.empty_cache(), (), most=12)
+    close(mine(ids), theirs(ids).logits, 1e-4)
+    published(name, theirs(ids).logits)
+    answer = theirs.generate(
+        ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    said = train_vlm.generate(mine, mine.embed_tokens(ids[:1]), (), most=12)
     assert list(said) == answer[0, 9:].tolist()
 
 
@@ -3223,14 +3091,12 @@ def test_padding_at_the_right_changes_nothing_and_losses_are_cross_entropies():
     ids = torch.stack([F.pad(part, (0, 6 - len(part))) for part in parts])
     for row, part in zip(model(ids), parts):
         close(row[:len(part)], model(part[None])[0], 1e-5)
-    targets = torch.where(torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) < 0.5, ids, -1)
+    targets = torch.where(torch.rand(3, 6) < 0.5, ids, -1)
     expected = F.cross_entropy(model(ids)[targets >= 0], targets[targets >= 0], reduction="none")
     close(model(ids, targets), expected, 1e-5)
     gradients = []
     for model.recompute in (False, True):
-        model.zero_grad()
-        model(ids, targets).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append(torch.autograd.grad(model(ids, targets).sum(), list(model.parameters())))
     for a, b in zip(*gradients, strict=True):
         close(a, b, 1e-5)
 
@@ -3269,35 +3135,39 @@ def test_published_folders_are_read_strictly(tmp_path, change, words):
 # train_vlm.py: words and vision
 # -----------------------------------------------------------------------------------------------------------
 
+CHAT = """<|im_start|>user
+<0.0-0.9s>##<1.0-1.9s>#What moves?<|im_end|>
+<|im_start|>assistant
+a dog<|im_end|>
+<|im_start|>user
+And then?<|im_end|>
+<|im_start|>assistant
+it stops<|im_end|>
+"""
+
+
 def test_the_built_in_tokenizer_and_conversations():
     """Catches: text that becomes a special token, turns that are not Qwen3's, a loss on what the
     assistant did not say, an answer that is asked for in another way than it was trained on, windows
     out of place."""
     e = train_vlm.load_tokenizer()
-    names = (train_vlm.TURN, train_vlm.TURN_END, train_vlm.VIDEO)
-    begin, end, video = (e.encode_single_token(name) for name in names)
     assert e.n_vocab <= train_vlm.DECODERS["nano"].vocab_size
     assert len(e.encode_ordinary("What colour is the largest object?")) == 7
     assert len(e.encode_ordinary("<8.0-8.9s>")) == 1
     odd = "né✓漢🙂 <|im_end|> e\u0301\n"
+    end = e.encode_single_token(train_vlm.TURN_END)
     assert e.decode(e.encode_ordinary(odd)) == odd and end not in e.encode_ordinary(odd)
     turns = [dict(question="What moves?", answer="a dog"), dict(question="And then?", answer="it stops")]
     row = train_vlm.chat(e, turns, [("<0.0-0.9s>", range(3, 5)), ("<1.0-1.9s>", range(5, 6))])
-    text = e.decode([token for token, _, _ in row])
-    assert text.replace("<|video_pad|>", "#") == (
-        "<|im_start|>user\n<0.0-0.9s>##<1.0-1.9s>#What moves?<|im_end|>\n"
-        "<|im_start|>assistant\na dog<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n"
-        "<|im_start|>assistant\nit stops<|im_end|>\n")
-    assert [number for token, number, _ in row if token == video] == [3, 4, 5] and row[0][0] == begin
+    assert e.decode([token for token, _, _ in row]).replace("<|video_pad|>", "#") == CHAT
     spoken = e.decode([token for token, _, own in row if own])
     assert spoken == "a dog<|im_end|>it stops<|im_end|>"
     asked = train_vlm.chat(e, [turns[0] | dict(answer=None)])
     assert train_vlm.chat(e, turns[:1])[:len(asked)] == asked
-    ids, visual, targets = train_vlm.lay_out([row, asked], e, 200)
+    ids, visual, targets = train_vlm.lay_out([row, asked])
     assert e.decode(targets[0][targets[0] >= 0].tolist()) == spoken and (targets[1] == -1).all()
-    assert visual[0][visual[0] >= 0].tolist() == [3, 4, 5] and (ids[0][visual[0] >= 0] == video).all()
-    with pytest.raises(BadInput, match="a context of 20"):
-        train_vlm.lay_out([row], e, 20)
+    assert visual[0][visual[0] >= 0].tolist() == [3, 4, 5]
+    assert (ids[0][visual[0] >= 0] == e.encode_single_token(train_vlm.VIDEO)).all()
 
 
 def siglip_picture(name):
@@ -3305,18 +3175,17 @@ def siglip_picture(name):
     return torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, shape)).float()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
 def test_siglip_gives_published_numbers(tmp_path, name):
     """Catches: exact GELU, a norm too many, transposed positions; a video that is normalised or cut
     otherwise; a text tower that gets in the way."""
     model = filled(train_vlm.SigLIP2(TOWERS[name]))
-    with torch.no_grad():
-        y = model.features(siglip_picture(name))
-        size = model.cfg.image_size
-        video = torch.randint(0, 256, (2, 3, size, size, 3), dtype=torch.uint8)
-        frame = (video[1, 2].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
-        close(model(video)[1, 2].flatten(0, 1), model.features(frame, post_norm=False)[0], 1e-5)
+    y = model.features(siglip_picture(name))
     published(name, y)
+    video = random_video(2, 3, model.cfg.image_size, model.cfg.image_size)
+    frame = (video[1, 2].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    close(model(video)[1, 2].flatten(0, 1), model.features(frame, post_norm=False)[0], 1e-5)
     folder = siglip_folder(tmp_path / "siglip", model)
     weights = load_file(folder / "model.safetensors")
     more = ("text_model.head.bias", "logit_scale", "vision_model.head.probe")
@@ -3324,6 +3193,7 @@ def test_siglip_gives_published_numbers(tmp_path, name):
     close(train_vlm.SigLIP2.from_pretrained(folder).features(siglip_picture(name)), y, 1e-6)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
 def test_siglip_is_the_published_implementation(tmp_path, name):
     """Catches: names or numbers that differ from the hub's: the whole model, and the tower alone."""
@@ -3333,18 +3203,16 @@ def test_siglip_is_the_published_implementation(tmp_path, name):
     if name == "whole":
         text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                     vocab_size=50, projection_size=32, bos_token_id=1, eos_token_id=2)
-        config = transformers.SiglipConfig(vision_config=shape, text_config=text)
-        theirs = transformers.SiglipModel(config)
+        theirs = transformers.SiglipModel(transformers.SiglipConfig(vision_config=shape, text_config=text))
         tower = theirs.vision_model
     filled(tower)
     theirs.save_pretrained(tmp_path)
     mine, x = train_vlm.SigLIP2.from_pretrained(tmp_path), siglip_picture(name)
     assert mine.cfg == TOWERS[name]
-    with torch.no_grad():
-        out = tower(x, output_hidden_states=True)
-        close(mine.features(x), out.last_hidden_state, 1e-4)
-        close(mine.features(x, post_norm=False), out.hidden_states[-1], 1e-4)
+    out = tower(x, output_hidden_states=True)
     published(name, out.last_hidden_state)
+    close(mine.features(x), out.last_hidden_state, 1e-4)
+    close(mine.features(x, post_norm=False), out.hidden_states[-1], 1e-4)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3357,10 +3225,9 @@ CPU = torch.device("cpu")
 def vlm_parts(connector="trajtok", m=1):
     """A small model with random weights, and what it sees of three clips of two windows of 4 frames:
     features 32 wide on a grid of 4 x 4, trajectory 2 dead in the first window of each."""
-    torch.manual_seed(0)
     cfg = train_vlm.VLMConfig(connector=connector, tokens_per_trajectory=m, window=4, questions=2)
     shape = dataclasses.replace(train_vlm.DECODERS["nano"], hidden_size=32, num_hidden_layers=2)
-    model = train_vlm.assemble(cfg, train_vlm.Decoder(shape), segmenter.Segmenter(TINY), None)
+    model = train_vlm.VLM(cfg, train_vlm.Decoder(shape), segmenter.Segmenter(TINY), None)
     features = torch.randn(6, 4, 4, 4, 32)
     ids = torch.randint(0, 5, features.shape[:-1])
     ids[::2][ids[::2] == 2] = 1
@@ -3369,76 +3236,71 @@ def vlm_parts(connector="trajtok", m=1):
         what = dict(question="What moves?", answer=shape, options=["moon", "star", "ring"])
         qa.append([[what], [dict(question="How many?", answer=str(count), options=["0", "1", "2"])]])
     times = [[i / 8 for i in range(8)]] * 3
-    batch = dict(features=list(features.split(2)), ids=list(ids.split(2)), qa=qa, times=times, bad=[[]] * 3)
-    return cfg, model, batch, train_vlm.load_tokenizer()
+    batch = dict(features=features.split(2), ids=ids.split(2), qa=qa, times=times, bad=[[]] * 3)
+    return cfg, model, batch, features, ids
 
 
 def test_what_all_features_share_is_taken_off():
     """Catches: features nine tenths of which are the same for all points; a channel that hardly changes
     and becomes huge."""
-    placed = train_vlm.PlacedFeatures(32, 4, 3)
+    placed = train_vlm.PlacedFeatures(32, 4, 3).requires_grad_(False)
     x = 5 + 3 * torch.randn(32) + 0.5 * torch.randn(6, 4, 3, 3, 32)
-    with torch.no_grad():
-        places = placed.frame[:, None, None] + placed.row[:, None] + placed.column
-        close(placed(x) - places, F.layer_norm(x, (32,)), 1e-5)
-        placed.calibrate(x)
-        y = (placed(x) - places).flatten(0, 3)
+    places = placed.frame[:, None, None] + placed.row[:, None] + placed.column
+    close(placed(x) - places, F.layer_norm(x, (32,)), 1e-5)
+    placed.calibrate(x)
+    y = (placed(x) - places).flatten(0, 3)
     assert y.mean(0).abs().max() < 1e-4 and (y.square().mean(0) - 1).abs().max() < 1e-3
-    placed.calibrate(torch.cat((torch.ones(2, 4, 3, 3, 16), -torch.ones(2, 4, 3, 3, 16)), -1))
+    placed.calibrate(torch.ones(2, 4, 3, 3, 32))
     assert placed.deviation.min() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("m", (1, 2))
 def test_dead_trajectories_take_no_place(m):
-    """Catches: a place for a trajectory that owns no point, counts that are not those of the tokens,
-    tokens that depend on another window or on points that are not their own."""
-    _, model, batch, _ = vlm_parts(m=m)
-    features, ids = torch.cat(batch["features"]), torch.cat(batch["ids"])
+    """Catches: a place for a trajectory that owns no point, tokens that depend on another window or on
+    points that are not their own."""
+    _, model, _, features, ids = vlm_parts(m=m)
     live = [len(own.unique()) for own in ids]
-    assert model.connector.counts(ids).tolist() == [m * n for n in live] and len(set(live)) > 1
+    assert len(set(live)) > 1
     tokens = model.connector(features, ids)
     assert tokens.shape == (m * sum(live), 32)
     alone = [model.connector(features[i:i + 1], ids[i:i + 1]) for i in range(6)]
     close(tokens, torch.cat(alone), 1e-4)
     owner = model.connector.owner(ids)
     assert owner.unique().tolist() == list(range(sum(live)))
-    other = features.clone()
-    other[owner == 3] = 9.0
-    changed = (model.connector(other, ids) - tokens).abs().amax(1) > 1e-4
+    features[owner == 3] = 9.0
+    changed = (model.connector(features, ids) - tokens).abs().amax(1) > 1e-4
     assert changed.nonzero()[:, 0].tolist() == list(range(3 * m, 3 * m + m))
 
 
 def test_patches_are_naive_means():
     """Catches: pooling over the wrong axes, cells in another order than frame, row, column."""
-    _, model, batch, _ = vlm_parts("patch")
-    connector, x, ids = model.connector, torch.cat(batch["features"]), torch.cat(batch["ids"])
-    placed, naive = connector.features(x), []
+    _, model, _, features, ids = vlm_parts("patch")
+    connector, naive = model.connector, []
+    placed = connector.features(features)
     for own in placed:
         for t, h, w in itertools.product((0, 2), repeat=3):
-            naive.append(own[t:t + 2, h:h + 2, w:w + 2].flatten(0, 2).mean(0))
+            naive.append(own[t:t + 2, h:h + 2, w:w + 2].mean((0, 1, 2)))
     naive = torch.stack(naive)
-    close(connector(x, ids), connector.project(naive), 1e-5)
+    close(connector(features, ids), connector.project(naive), 1e-5)
     sums = torch.zeros(48, 32).index_add(0, connector.owner(ids).flatten(), placed.flatten(0, 3))
     close(sums / 8, naive, 1e-5)
 
 
+@torch.no_grad()
 def test_windows_are_seen_on_the_vision_grid():
     """Catches: argmax before the logits are resized, features of another frame or cell."""
-    torch.manual_seed(0)
-    seg = segmenter.Segmenter(TINY)
-    video = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
+    seg, video = segmenter.Segmenter(TINY), random_video(2, 3, 32, 32)
     features, ids = train_vlm.segment_windows(seg, video, 4)
-    with torch.no_grad():
-        whole = seg(video[1:])
+    whole = seg(video[1:])
     logits = whole.logits[0].view(3, 8, 8, 6).permute(0, 3, 1, 2)
     assert torch.equal(ids[1], F.interpolate(logits, size=(4, 4), mode="bilinear").argmax(1))
     close(features[1], whole.features[0].view(3, 4, 2, 4, 2, 32).mean((2, 4)), 1e-5)
 
 
-def answer_cost(model, encoding, tokens, row):
+def answer_cost(model, tokens, row):
     """-log p of all that is spoken in one conversation, by itself."""
     ids = torch.tensor([token for token, _, _ in row])
-    x = model.decoder.embed_tokens(ids).clone()
+    x = model.decoder.embed_tokens(ids)
     for i, (_, number, _) in enumerate(row):
         if number >= 0:
             x[i] = tokens[number]
@@ -3446,41 +3308,30 @@ def answer_cost(model, encoding, tokens, row):
     return -sum(log_p[i - 1, ids[i]] for i, (_, _, spoken) in enumerate(row) if spoken)
 
 
-@torch.no_grad()
-def test_rows_and_scores_are_the_conversations_by_themselves():
-    """Catches: a row that reads padding, visual tokens of another clip, a loss on the question or none
-    on the turn's end, stamps of other frames, a score without an option's first or last token, also where
-    all begin alike."""
-    cfg, model, batch, e = vlm_parts()
-    seen, windows = train_vlm.perceive(batch, model, cfg, CPU)
-    tokens = model.connector(seen["features"], seen["ids"])
+@pytest.mark.parametrize("name", ("trajtok", "patch"))
+def test_rows_are_conversations_that_can_be_learnt_by_heart(name):
+    """Catches: a row that reads padding, visual tokens of another clip or ones that drown the words, a loss
+    on the question or none on the turn's end, stamps of other frames, gradients that do not reach a part; an
+    evaluation that does not find what was learnt. The questions are alike: only the video tells the answers
+    apart."""
+    cfg, model, batch, features, ids = vlm_parts(name)
+    e, tokens = train_vlm.load_tokenizer(), model.connector(features, ids)
+    inputs, windows = train_vlm.visual_inputs(batch, model, cfg, CPU)
+    assert [mark for mark, _ in windows[1]] == ["<0.0-0.4s>", "<0.5-0.9s>"]
+    numbers = [own for clip in windows for _, own in clip]
+    assert list(itertools.chain(*numbers)) == list(range(len(tokens)))
     rows = train_vlm.training_rows(batch, windows, e, cfg, 0)
     assert len(rows) == 6 and len({str(row) for row in rows}) == 6
-    costs = torch.stack([answer_cost(model, e, tokens, row) for row in rows])
-    close(model(*train_vlm.lay_out(rows, e, 200), seen), costs, 1e-4)
-    close(torch.tensor(train_vlm.score(model, rows[:2], seen, e, cfg, CPU)), costs[:2], 1e-4)
-    alike = [train_vlm.chat(e, [dict(question="What?", answer=a)], windows[1]) for a in ("a red", "a ring")]
-    costs = [answer_cost(model, e, tokens, row).item() for row in alike]
-    assert train_vlm.score(model, alike, seen, e, cfg, CPU) == pytest.approx(costs, abs=1e-4)
-    assert [mark for mark, _ in windows[1]] == ["<0.0-0.4s>", "<0.5-0.9s>"]
-    assert [n for clip in windows for _, own in clip for n in own] == list(range(len(tokens)))
-
-
-@pytest.mark.parametrize("name", ("trajtok", "patch"))
-def test_one_batch_is_learnt_by_heart(name):
-    """Catches: visual tokens that drown the words, gradients that do not reach a part, answers that
-    cannot depend on the video: here the questions are alike, and only the trajectories tell them apart;
-    an evaluation that does not find what was learnt."""
-    cfg, model, batch, e = vlm_parts(name)
-    cfg = dataclasses.replace(cfg, steps=200, warmup=5, questions=1, lr=2.5)
-    batch["qa"] = [talks[:1] for talks in batch["qa"]]
-    seen, windows = train_vlm.perceive(batch, model, cfg, CPU)
-    ids, visual, targets = train_vlm.lay_out(train_vlm.training_rows(batch, windows, e, cfg, 0), e, 200)
+    parts = train_vlm.lay_out(rows)
+    with torch.no_grad():
+        costs = torch.stack([answer_cost(model, tokens, row) for row in rows])
+        close(model(*parts, inputs), costs, 1e-4)
+    cfg = dataclasses.replace(cfg, steps=200, warmup=5, lr=2.5)
     optimizer = trajtok.make_optimizer(model, cfg, train_vlm.NANO_RATES)
     for step in range(200):
         train_vlm.set_rates(optimizer, step, cfg)
         optimizer.zero_grad()
-        loss = (model(ids, visual, targets, seen) / (targets >= 0).sum(1)).mean()
+        loss = (model(*parts, inputs) / (parts[2] >= 0).sum(1)).mean()
         loss.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         optimizer.step()
@@ -3494,31 +3345,29 @@ def test_one_batch_is_learnt_by_heart(name):
 def test_rates_by_part_and_stage():
     """Catches: a part that learns at another's rate; a second stage that goes on at the end of the
     first one's cosine."""
-    cfg, model, _, _ = vlm_parts()
+    cfg, model, *_ = vlm_parts()
     cfg = dataclasses.replace(cfg, caption_steps=10, steps=20, warmup=2)
-    optimizer, seen = trajtok.make_optimizer(model, cfg, train_vlm.PUBLISHED_RATES), []
-    for step in range(30):
+    optimizer = trajtok.make_optimizer(model, cfg, train_vlm.PUBLISHED_RATES)
+    expected = {1: (2e-5, 2e-4), 9: (2e-7, 2e-6), 10: (5e-6, 2.5e-6), 12: (1e-5, 5e-6), 29: (1e-7, 5e-8)}
+    for step, (decoder, connector) in expected.items():
         train_vlm.set_rates(optimizer, step, cfg)
-        connector, decoder = sorted({group["lr"] for group in optimizer.param_groups}, reverse=step < 10)
-        seen.append((connector, decoder))
-    expected = {1: (2e-4, 2e-5), 9: (2e-6, 2e-7), 10: (2.5e-6, 5e-6), 12: (5e-6, 1e-5), 29: (5e-8, 1e-7)}
-    for step, rates in expected.items():
-        assert seen[step] == pytest.approx(rates), step
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert sorted(rates) == pytest.approx(sorted((decoder, connector))), step
 
 
+@torch.no_grad()
 def test_attention_is_the_decoders():
-    """Catches: attention of another position than the newest, weights that are no softmax, heads that
-    read another group's keys."""
-    model = filled(train_vlm.Decoder(dataclasses.replace(TOYS["untied"], num_hidden_layers=1)))
-    cache, x = model.empty_cache(), model.embed_tokens(toy_ids(1, 9))
-    with torch.no_grad():
-        model(x, cache=cache)
-        weight = train_vlm.attended(cache)
-        # values that say where they stand: what attention gives is then its weights
-        memory = cache[0]
-        values = torch.eye(9).expand(1, 3, 9, 9)
-        found = F.scaled_dot_product_attention(memory["q"][:, :, -1:], memory["k"], values, enable_gqa=True)
-    close(weight, found.mean((0, 1, 2)), 1e-5)
+    """Catches: attention of other positions than those that predict the answer, or to what comes later;
+    weights that are no softmax, heads that read another group's keys."""
+    model, weights = toy("untied"), []
+    x = model.embed_tokens(toy_ids(1, 9))
+    for last in range(7, 10):                                   # 7 tokens of prompt, 2 of answer
+        cache = model.empty_cache()
+        model(x[:, :last], cache=cache)
+        for memory, head in itertools.product(cache, range(6)):
+            scores = memory["k"][0, head // 2] @ memory["q"][0, head, -1] / 4
+            weights.append(scores.softmax(0)[:7])
+    close(train_vlm.attended(model, x, 7), torch.stack(weights).mean(0), 1e-5)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3533,7 +3382,7 @@ VLM_FLAGS = ["--frames", 16, "--clips", 6, "--eval-clips", 3, "--caption-steps",
 def vlm_run(tmp_path_factory):
     """A folder with a segmenter and a run of each connector on tiny stories."""
     folder = tmp_path_factory.mktemp("vlm")
-    trajtok.TrajTok(dataclasses.replace(TINY, num_queries=12)).save_pretrained(folder / "seg")
+    trajtok.TrajTok(tiny(num_queries=12)).save_pretrained(folder / "seg")
     for name in ("trajtok", "patch", "blind"):
         run(train_vlm.main, *VLM_FLAGS, "--segmenter", folder / "seg", "--connector", name, "--out", folder)
     return folder
@@ -3560,20 +3409,18 @@ def test_runs_write_what_they_say_and_can_be_asked(vlm_run, tmp_path, capsys, na
     folder = vlm_run / f"vlm-nano-{name}"
     for file in ("config.json", "state.pt", "model.safetensors", "curves.svg", "accuracy.svg"):
         assert (folder / file).stat().st_size
-    result, lines = json.loads((folder / "result.json").read_text()), log(folder)
+    result, lines = read_result(folder), log(folder)
     assert {"accuracy", "accuracy_8_frames", "accuracy_what", "chance_16_frames"} <= set(result)
     assert all(isinstance(value, (int, float, str)) for value in result.values())
     assert len(lines) == 5 and tokens in (None, lines[0]["visual_tokens"])
-    assert trajtok.summary([dict(name="a", results=[result])])
     story_films(tmp_path)
-    argv = ["What colour is the largest object?", "--model", folder, "--out", tmp_path]
-    run(train_vlm.main, "ask", tmp_path / "clip0.mp4", *argv)
-    out = capsys.readouterr().out
-    assert "16 frames" in out and (" 0 visual tokens" in out) == (name == "blind")
-    assert (tmp_path / "clip0-attended.png").exists() == (name != "blind")
     data.write_png(tmp_path / "still.png", np.full((40, 40, 3), 90, np.uint8))
-    run(train_vlm.main, "ask", tmp_path / "still.png", *argv)
-    assert "1 frames" in capsys.readouterr().out
+    for file, frames in (("clip0.mp4", 16), ("still.png", 1)):
+        run(train_vlm.main, "ask", tmp_path / file, "What colour is the largest object?",
+            "--model", folder, "--out", tmp_path)
+        out = capsys.readouterr().out
+        assert f"{frames} frames" in out and (" 0 visual tokens" in out) == (name == "blind")
+    assert (tmp_path / "clip0-attended.png").exists() == (name != "blind")
 
 
 def same_weights(a, b, atol=0.0):
@@ -3584,17 +3431,10 @@ def same_weights(a, b, atol=0.0):
 def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
     """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
-    draw = train_vlm.set_rates
-
-    def stop(optimizer, step, cfg):
-        if step == 4:
-            raise KeyboardInterrupt
-        draw(optimizer, step, cfg)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_vlm, "set_rates", stop)
-        with pytest.raises(SystemExit):
-            run(train_vlm.main, *argv)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
+        patch.setattr(train_vlm, "set_rates", rates)
+        run(train_vlm.main, *argv)
     one, two = vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-nano-trajtok"
     assert len(log(two)) == 4
     run(train_vlm.main, *argv, "--resume")
@@ -3608,69 +3448,60 @@ def test_two_sharded_processes_are_one(vlm_run, tmp_path):
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--name", "two", "--batch", 2]
     train_vlm.load_tokenizer()                                  # once, not in each of them
     in_ranks(2, lambda rank: run(train_vlm.main, *argv))
-    one, two = vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-two"
+    one, two = tmp_path / "vlm-one", tmp_path / "vlm-two"
+    shutil.copytree(vlm_run / "vlm-nano-trajtok", one)
     for a, b in zip(log(one), log(two), strict=True):
         for key in ("loss", "gradient_norm", "clips"):
             assert a[key] == pytest.approx(b[key], rel=1e-3), key
     same_weights(one, two, 2e-3)
-    in_ranks(2, lambda rank: run(train_vlm.main, *argv, "--resume", "--steps", 4))
-    assert len(log(two)) == 6
-    run(train_vlm.main, *argv, "--resume", "--steps", 5)
-    assert len(log(two)) == 7
+    # one process and two go on from each other's checkpoints, with the moments
+    more = ["--out", tmp_path, "--resume", "--steps", 4]
+    run(train_vlm.main, *more, "--name", "two", "--batch", 4)
+    in_ranks(2, lambda rank: run(train_vlm.main, *more, "--name", "one", "--batch", 2))
+    assert len(log(one)) == len(log(two)) == 6
+    same_weights(one, two, 2e-3)
 
 
-def test_a_run_on_films_with_questions(vlm_run, tmp_path, capsys):
-    """Catches: a damaged film that ends the run or is not counted, a held-out film whose caption is
-    learnt, open questions without options to choose from."""
-    path = story_films(tmp_path)
-    cfg = train_vlm.VLMConfig(data=str(path), segmenter="s", frames=16, captions=str(path), caption_steps=1)
-    captions, questions, held_out = train_vlm.open_films(cfg, 32, 1)
-    names = [{e["name"] for e in sets.datasets[0].entries} for sets in (captions, questions, held_out)]
-    assert names[0] == names[1] == {f"clip{i}.mp4" for i in range(2, 6)}
-    assert names[2] == {"clip0.mp4", "clip1.mp4"}
-    argv = ["--data", path, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--name", "films"]
-    run(train_vlm.main, *VLM_FLAGS, *argv)
-    result = json.loads((tmp_path / "vlm-films" / "result.json").read_text())
-    assert result["questions"] == 4 and result["left_out"] == 1 and len(log(tmp_path / "vlm-films")) == 5
-    assert "clip5.mp4" in capsys.readouterr().err
-    entries = [dict(qa=[[dict(question="Who?", answer=name)]]) for name in "abcde"]
-    train_vlm.add_options(entries)
-    for entry in entries:
-        turn = entry["qa"][0][0]
-        assert len(turn["options"]) == 4 and turn["answer"] in turn["options"]
-
-
-def test_full_size_trains_from_published_folders(vlm_run, tmp_path, capsys):
+def test_full_size_trains_on_films_from_published_folders(vlm_run, tmp_path, capsys):
     """Catches: the command of the full size, on toys of the same form: folders that are not read, a
-    vision tower that is not trained, an answer of a saved run that cannot be asked for."""
+    vision tower that is not trained, a damaged film that ends the run or is not counted, a held-out film
+    whose caption is learnt, an answer of a saved run that cannot be asked for."""
     path = story_films(tmp_path)
     shape = dataclasses.replace(TOYS["tied"], vocab_size=1100, max_position_embeddings=512)
     decoder = qwen_folder(tmp_path / "decoder", filled(train_vlm.Decoder(shape)))
     vision = siglip_folder(tmp_path / "vision", filled(train_vlm.SigLIP2(TOWERS["whole"])))
-    argv = ["--size", "4b", "--decoder", decoder, "--vision", vision, "--segmenter", vlm_run / "seg",
-            "--tokenizer", "world", "--data", path, "--frames", 16, "--caption-steps", 1, "--steps", 2,
-            "--batch", 2, "--warmup", 0, "--lr", 100, "--out", tmp_path, "--name", "full"]
-    run(train_vlm.main, *argv)
-    _, _, model = train_vlm.open_model(tmp_path / "vlm-full")
+    run(train_vlm.main, "--size", "4b", "--decoder", decoder, "--vision", vision, "--tokenizer", "world",
+        "--segmenter", vlm_run / "seg", "--data", path, "--frames", 16, "--caption-steps", 1, "--steps", 2,
+        "--batch", 2, "--warmup", 0, "--lr", 100, "--out", tmp_path, "--name", "full")
+    result = read_result(tmp_path / "vlm-full")
+    assert result["questions"] == 4 and result["left_out"] == 1 and len(log(tmp_path / "vlm-full")) == 3
+    assert "clip5.mp4" in capsys.readouterr().err
+    cfg, _, model = train_vlm.open_model(tmp_path / "vlm-full")
     before, after = load_file(vision / "model.safetensors"), model.vision.state_dict()
     moved = {key for key in after if not torch.equal(before[f"vision_model.{key}"], after[key])}
     assert any("q_proj" in key for key in moved) and not any("post_layernorm" in key for key in moved)
     # a tower that learns is not calibrated
     assert (model.connector.features.mean == 0).all() and (model.connector.features.deviation == 1).all()
-    argv = ["What moves?", "--model", tmp_path / "vlm-full", "--out", tmp_path]
-    run(train_vlm.main, "ask", tmp_path / "clip0.mp4", *argv)
+    parts = [sets.datasets[0].entries for sets in train_vlm.open_films(cfg, 32, 1)]
+    names = ["".join(entry["name"][4] for entry in entries) for entries in parts]
+    assert names == ["2345", "2345", "01"]
+    # open questions got options, of which their answer is one
+    for (turn,) in itertools.chain(*(entry["qa"] for entry in parts[2])):
+        assert turn["answer"] in turn["options"] and len(set(turn["options"])) > 1
+    run(train_vlm.main, "ask", tmp_path / "clip0.mp4", "What moves?", "--model", tmp_path / "vlm-full",
+        "--out", tmp_path)
     assert "16 frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, words", (
     (["--connector", "qformer"], "--connector qformer"), (["--frames", 12], "a multiple of --window"),
-    (["--frames", 4], "--frames 8 or more"), (["--steps", -1], "--steps -1"), (["--size", "8b"], "--size 8b"),
+    (["--frames", 4], "--frames 8 or more"), (["--window", 0], "--window 0"),
     (["--tokenizer", "nowhere"], "nowhere"), (["--decoder", "nowhere"], "nowhere"),
     (["--vision", "x"], "--vision"), (["--segmenter", "nowhere"], "nowhere"),
     (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"), (["--data", "x.json"], "--segmenter"),
     (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"),
     (["ask", "none.mp4", "What?", "--model", "RUN"], "none.mp4"),
-    (["ask", "x.mp4", "What?", "--model", "SEG"], "not a run")))
+    (["ask", "x.mp4", "What?", "--model", "SEG"], "no run")))
 def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or a run or a pre-training that begins, where one line should name the value
     and the mend."""
@@ -3680,21 +3511,16 @@ def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-def test_two_runs_make_one_segmenter(tmp_path, monkeypatch):
-    """Catches: half a segmenter that a second run takes for a whole one; one that is left over."""
-    cfg = train_vlm.VLMConfig(out=str(tmp_path), segmenter_steps=2)
-    target = tmp_path / "segmenter-vlm-2"
-
-    def pretrain(cfg):
-        assert not target.exists()
-        for folder in (tmp_path / f"segmenter-{cfg.name}", target):            # the other run is faster
-            folder.mkdir()
-            (folder / "result.json").write_text(folder.name)
-        return tmp_path / f"segmenter-{cfg.name}"
-
+def test_runs_share_one_whole_segmenter(tmp_path, monkeypatch):
+    """Catches: half a segmenter that is taken for a whole one; a second run that makes another."""
+    folder = tmp_path / "segmenter-vlm-2"
+    folder.mkdir()                                              # as a kill in the middle leaves it
+    pretrain = mock.Mock(side_effect=lambda cfg: (folder / "result.json").write_text("{}"))
     monkeypatch.setattr(trajtok, "pretrain", pretrain)
-    assert train_vlm.pretrain_segmenter(cfg) == train_vlm.pretrain_segmenter(cfg) == str(target)
-    assert list(tmp_path.iterdir()) == [target] and (target / "result.json").read_text() == target.name
+    for seed in (0, 1):
+        cfg = train_vlm.VLMConfig(out=str(tmp_path), segmenter_steps=2, seed=seed)
+        assert train_vlm.pretrain_segmenter(cfg) == str(folder)
+    assert pretrain.call_count == 1
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3703,11 +3529,23 @@ def test_two_runs_make_one_segmenter(tmp_path, monkeypatch):
 
 # head widths that the rotary split does not divide evenly (64: 4 channels stay, 80: 2), sizes other than the
 # published ones, and twice an eps that shows
-VJEPA = {64: train_adapter.BackboneConfig("vjepa2", 128, 2, 2, 512, 16, 2, 4, 48),
-         80: train_adapter.BackboneConfig("vjepa2", 160, 2, 2, 640, 16, 2, 6, 32, eps=0.1)}
-MAE = {64: train_adapter.BackboneConfig("videomae", 128, 2, 2, 192, 16, 2, 4, 32, eps=1e-12, last_norm=False),
-       88: train_adapter.BackboneConfig("videomae", 88, 2, 1, 96, 14, 2, 6, 42, eps=0.1, last_norm=False),
-       80: train_adapter.BackboneConfig("videomae", 160, 2, 2, 192, 8, 2, 2, 24, eps=0.1)}
+BACKBONES = {
+    ("vjepa2", 64): train_adapter.BackboneConfig("vjepa2", 128, 2, 2, 512, 16, 2, 4, 48),
+    ("vjepa2", 80): train_adapter.BackboneConfig("vjepa2", 160, 2, 2, 640, 16, 2, 6, 32, eps=0.1),
+    ("videomae", 64): train_adapter.BackboneConfig(
+        "videomae", 128, 2, 2, 192, 16, 2, 4, 32, eps=1e-12, last_norm=False),
+    ("videomae", 88): train_adapter.BackboneConfig(
+        "videomae", 88, 2, 1, 96, 14, 2, 6, 42, eps=0.1, last_norm=False),
+    ("videomae", 80): train_adapter.BackboneConfig("videomae", 160, 2, 2, 192, 8, 2, 2, 24, eps=0.1)}
+# what transformers 5.24.0 gives for weights and clip of `waving`: of features [0, 0, :3], [1, -1, :3] and the
+# mean of all absolute values
+EXPECTED = {
+    ("vjepa2", 64): [-0.53427, 1.32241, 0.50350, 2.16953, -0.00380, 1.78117, 0.81989],
+    ("vjepa2", 80): [0.97862, -1.06785, -0.53146, 0.22633, 0.51635, 0.97030, 0.80764],
+    ("videomae", 64): [-2.39943, 6.07668, 3.61750, -1.49376, 3.21983, 4.78695, 4.92233],
+    ("videomae", 88): [8.39580, -0.46065, 3.91521, -1.83116, 0.42200, -2.09002, 3.56179],
+    ("videomae", 80): [0.69635, -0.45268, -0.73594, 0.87359, 0.75776, 0.67514, 0.82382],
+}
 
 
 def backbone_of(cfg):
@@ -3731,35 +3569,9 @@ def waving(cfg):
     return net, wave(2, cfg.frames, 3, cfg.image_size, cfg.image_size, k=99)
 
 
-def on_the_hub(net):
-    """A backbone's weights under the hub's names, from ours, in the other direction than the code reads
-    them."""
-    jepa = net.cfg.kind == "vjepa2"
-    stem = "encoder.embeddings.patch_embeddings.proj" if jepa else "embeddings.patch_embeddings.projection"
-    names = {"patch_embed.proj": stem, "norm": "encoder.layernorm" if jepa else "layernorm"}
-    inside = {"attn.proj": "attention.proj"} if jepa else {
-        "attn.proj": "attention.output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-    out = {}
-    for key, value in net.state_dict().items():
-        module, part = key.rsplit(".", 1)
-        if not module.startswith("blocks"):
-            out[f"{names[module]}.{part}"] = value
-            continue
-        _, i, module = module.split(".", 2)
-        if module != "attn.qkv":
-            out[f"encoder.layer.{i}.{inside.get(module, module)}.{part}"] = value
-            continue
-        for name, x in zip(("query", "key", "value"), value.chunk(3)):
-            if jepa or part == "weight" or name != "key":       # VideoMAE's keys have no bias
-                inner = "attention" if jepa else "attention.attention"
-                out[f"encoder.layer.{i}.{inner}.{name}.{part}"] = x.clone()
-    return out
-
-
 def published_model(cfg, kind="Model"):
     """The published implementation in the shape of cfg."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="an optional package")
     common = dict(hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
                   patch_size=cfg.patch, tubelet_size=cfg.tubelet, layer_norm_eps=cfg.eps)
     if cfg.kind == "vjepa2":
@@ -3774,134 +3586,88 @@ def published_model(cfg, kind="Model"):
     return getattr(transformers, "VideoMAE" + kind)(config).eval()
 
 
-def shaken(model):
-    """Every weight moved: a norm that is 1 or a bias that is 0 could be missing and nobody would see it."""
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model.requires_grad_(False)
-
-
-@pytest.mark.parametrize("head", VJEPA)
-def test_vjepa2_is_the_published_implementation(tmp_path, head):
-    """Catches: a rotation that is right where the release's is not, axes shared out differently, wrong
-    names or sizes, positions that are those of another size of clip."""
-    cfg = VJEPA[head]
-    theirs = shaken(published_model(cfg))
-    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1        # in shards
-    mine = train_adapter.VJEPA2.from_pretrained(tmp_path)
-    assert mine.cfg == cfg and isinstance(mine, train_adapter.VJEPA2) and not mine.training
-    for size in (cfg.image_size, 80):
-        model = published_model(dataclasses.replace(cfg, image_size=size))
-        model.load_state_dict(theirs.state_dict())
-        for frames in (cfg.frames, 2):
-            x = torch.randn(2, frames, 3, size, size)
-            nearly(mine.features(x), model(x, skip_predictor=True).last_hidden_state)
-
-
-@pytest.mark.parametrize("head, kind", (
-    (64, "Model"), (88, "ForVideoClassification"), (80, "ForPreTraining")))
-def test_videomae_is_the_published_implementation(tmp_path, head, kind):
-    """Catches: positions in another order, a last norm where there is none, the authors' eps, wrong names, a
+@torch.no_grad()
+@pytest.mark.parametrize("kind, head, model", (
+    ("vjepa2", 64, "Model"), ("vjepa2", 80, "Model"), ("videomae", 64, "Model"),
+    ("videomae", 88, "ForVideoClassification"), ("videomae", 80, "ForPreTraining")))
+def test_backbones_are_the_published_implementation(tmp_path, kind, head, model):
+    """Catches: a rotation that is right where the release's is not, axes shared out differently, a last norm
+    where there is none, the authors' eps, wrong names or sizes, positions of another size of clip, a
     classifier or decoder that stops the encoder from loading."""
-    cfg = MAE[head]
-    theirs = shaken(published_model(cfg, kind))
-    theirs.save_pretrained(tmp_path)
-    mine = train_adapter.VideoMAE.from_pretrained(tmp_path)
-    assert mine.cfg == cfg
+    cfg = BACKBONES[kind, head]
+    theirs = published_model(cfg, model)
+    for p in theirs.parameters():
+        # a norm that is 1 or a bias that is 0 could be missing and nobody would see it
+        p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")    # in shards
+    mine = train_adapter.Backbone.from_pretrained(tmp_path)
+    assert mine.cfg == cfg and not mine.training
     x = torch.randn(2, cfg.frames, 3, cfg.image_size, cfg.image_size)
-    nearly(mine.features(x), getattr(theirs, "videomae", theirs)(x).last_hidden_state)
-
-
-# Of the published implementation, for weights and clip of `waving`: see `numbers_of`
-EXPECTED = {
-    ("vjepa2", 64): [-0.53427, 1.32241, 0.50350, 2.16953, -0.00380, 1.78117, 0.81989],
-    ("vjepa2", 80): [0.97862, -1.06785, -0.53146, 0.22633, 0.51635, 0.97030, 0.80764],
-    ("videomae", 64): [-2.39943, 6.07668, 3.61750, -1.49376, 3.21983, 4.78695, 4.92233],
-    ("videomae", 88): [8.39580, -0.46065, 3.91521, -1.83116, 0.42200, -2.09002, 3.56179],
-    ("videomae", 80): [0.69635, -0.45268, -0.73594, 0.87359, 0.75776, 0.67514, 0.82382],
-}
-
-
-def numbers_of(z):
-    return [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()]
+    if kind == "videomae":
+        nearly(mine.features(x), getattr(theirs, "videomae", theirs)(x).last_hidden_state)
+        return
+    nearly(mine.features(x), theirs(x, skip_predictor=True).last_hidden_state)
+    larger = published_model(dataclasses.replace(cfg, image_size=80))
+    larger.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 2, 3, 80, 80)
+    nearly(mine.features(x), larger(x, skip_predictor=True).last_hidden_state)
 
 
 @pytest.mark.parametrize("kind, head", EXPECTED)
 def test_features_are_the_published_numbers(kind, head):
-    """Catches any change of what the backbones compute; and, with the published implementation at hand,
-    numbers above that our own code made."""
-    net, x = waving((VJEPA if kind == "vjepa2" else MAE)[head])
-    assert numbers_of(net.features(x)) == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
-    model = published_model(net.cfg)
-    lacking, unexpected = model.load_state_dict(on_the_hub(net), strict=False)
-    assert not unexpected and all(k.startswith("predictor") for k in lacking)
-    z = (model(x, skip_predictor=True) if kind == "vjepa2" else model(x)).last_hidden_state
-    assert numbers_of(z) == pytest.approx(EXPECTED[kind, head], rel=1e-5, abs=2e-5)
-
-
-def test_tubelets_are_in_row_major_order():
-    """Catches: features whose order is not (t', h', w'), the order of the masks; a cut that mixes
-    neighbours."""
-    for net in (waving(VJEPA[64])[0], waving(MAE[64])[0]):
-        cfg = net.cfg
-        black = torch.zeros(1, cfg.frames, 3, cfg.image_size, cfg.image_size)
-        for k, (i, j, l) in enumerate(itertools.product(*map(range, cfg.grid))):
-            x = black.clone()
-            x[0, i * 2 + 1, 1, j * 16 + 15, l * 16 + 15] = 1.0  # the last pixel of one tubelet
-            changed = (net.tubes(x) != net.tubes(black)).any(-1)[0]
-            assert changed.nonzero().flatten().tolist() == [k]
-    # a convolution, as published, and a matrix product are the same
-    net, x = waving(VJEPA[64])
-    nearly(net.embed(net.tubes(x)), net.patch_embed["proj"](x.transpose(1, 2)).flatten(2).transpose(1, 2))
+    """Catches any change of what the backbones compute, the order (t', h', w') of their tokens included."""
+    net, x = waving(BACKBONES[kind, head])
+    z = net.features(x)
+    found = [*z[0, 0, :3].tolist(), *z[1, -1, :3].tolist(), z.abs().mean().item()]
+    assert found == pytest.approx(EXPECTED[kind, head], rel=1e-4, abs=1e-4)
 
 
 def released(net, layout):
     """A backbone's weights as the original releases pack them."""
     own = {k: v.clone() for k, v in net.state_dict().items()}
-    for key in [k for k in own if k.endswith("qkv.bias") and net.cfg.kind == "videomae"]:
-        q, _, v = own.pop(key).chunk(3)
-        own[key.replace("qkv.bias", "q_bias")] = q.clone()
-        own[key.replace("qkv.bias", "v_bias")] = v.clone()
+    for key in list(own):
+        # VideoMAE's keys have no bias
+        if key.endswith("qkv.bias") and net.cfg.kind == "videomae":
+            q, _, v = own.pop(key).clone().chunk(3)
+            own[key.replace("qkv.", "q_")], own[key.replace("qkv.", "v_")] = q.clone(), v.clone()
     target = {"module.backbone." + k: v for k, v in own.items()}
     student = {k: torch.zeros_like(v) for k, v in target.items()}
-    beside = ("decoder.blocks.0.norm1.weight", "encoder_to_decoder.weight", "mask_token", "head.weight")
-    beside = {name: torch.zeros(3) for name in (*beside, "fc_norm.weight")}
-    return {"plain": own, "student": dict(encoder=target), "hub": on_the_hub(net),
-            "jepa": dict(encoder=student, target_encoder=target, predictor={"x": torch.zeros(1)}, epoch=3),
-            "module": dict(module=own | beside),
-            "pretraining": dict(model={"encoder." + k: v for k, v in own.items()} | beside,
-                                args=argparse.Namespace(model="pretrain", lr=0.1)),
-            "authors' hub": {"model." + k: v for k, v in (own | beside).items()}}[layout]
+    names = ("decoder.blocks.0.norm1.weight", "encoder_to_decoder.weight", "mask_token", "fc_norm.weight")
+    beside = {name: torch.zeros(3) for name in names}
+    return {
+        "plain": own, "student": dict(encoder=target), "module": dict(module=own | beside),
+        "jepa": dict(encoder=student, target_encoder=target, predictor={"x": torch.zeros(1)}, epoch=3),
+        "pretraining": dict(model={"encoder." + k: v for k, v in own.items()} | beside,
+                            args=argparse.Namespace(model="pretrain", lr=0.1)),
+        "authors' hub": {"model." + k: v for k, v in (own | beside).items()}}[layout]
 
 
 @pytest.mark.parametrize("layout, kind, suffix", (
     ("plain", "vjepa2", "safetensors"), ("jepa", "vjepa2", "pt"), ("student", "vjepa2", "pth"),
-    ("hub", "vjepa2", "safetensors"), ("plain", "videomae", "pth"), ("module", "videomae", "pth"),
-    ("pretraining", "videomae", "pth"), ("authors' hub", "videomae", "safetensors"),
-    ("hub", "videomae", "safetensors")))
-def test_every_published_backbone_layout_loads(tmp_path, layout, kind, suffix):
+    ("plain", "videomae", "pth"), ("module", "videomae", "pth"), ("pretraining", "videomae", "pth"),
+    ("authors' hub", "videomae", "safetensors")))
+def test_every_layout_of_the_authors_loads(tmp_path, layout, kind, suffix):
     """Catches: keys renamed wrongly or in part, the student taken for its teacher, a shape read wrongly off
     the tensors, a command line beside the weights that stops them, a missing weight of which nobody says a
     word."""
-    cfg = VJEPA[64] if kind == "vjepa2" else MAE[80 if layout in ("pretraining", "hub") else 88]
-    cfg = dataclasses.replace(cfg, eps=1e-12 if (kind, layout) == ("videomae", "hub") else 1e-6)
-    net, x = waving(cfg)
-    weights = released(net, layout)
+    shape = BACKBONES[kind, 80 if layout == "pretraining" else 64 if kind == "vjepa2" else 88]
+    net, x = waving(dataclasses.replace(shape, eps=1e-6))
+    cfg, weights = net.cfg, released(net, layout)
+    path = tmp_path / f"weights.{suffix}"
     save = save_file if suffix == "safetensors" else torch.save
-    save(weights, tmp_path / f"weights.{suffix}")
+    save(weights, path)
     names = dict(num_attention_heads=cfg.heads, crop_size=cfg.image_size, frames_per_clip=cfg.frames)
     if layout == "authors' hub":
         names = dict(model_config=dict(num_heads=cfg.heads, img_size=cfg.image_size, num_frames=cfg.frames))
     (tmp_path / "config.json").write_text(json.dumps(names))
-    loaded = train_adapter.Backbone.from_pretrained(tmp_path / f"weights.{suffix}")
+    loaded = train_adapter.Backbone.from_pretrained(path)
     assert loaded.cfg == cfg
     nearly(loaded.features(x), net.features(x))
     inner = next((weights[k] for k in train_adapter.WRAPPERS if k in weights), weights)
-    del inner[next(k for k in inner if k.endswith(("1.mlp.fc2.weight", "1.output.dense.weight")))]
-    save(weights, tmp_path / f"weights.{suffix}")
+    del inner[next(k for k in inner if k.endswith("1.mlp.fc2.weight"))]
+    save(weights, path)
     with pytest.raises(BadInput, match=r"blocks\.1\.mlp\.fc2\.weight"):
-        train_adapter.Backbone.from_pretrained(tmp_path / f"weights.{suffix}")
+        train_adapter.Backbone.from_pretrained(path)
 
 
 @pytest.mark.parametrize("kind, width, depth, heads, mlp, patch, millions", (
@@ -3922,19 +3688,19 @@ def test_published_backbones_have_their_sizes(kind, width, depth, heads, mlp, pa
     assert train_adapter.backbone_config(Path("nowhere"), weights) == cfg
 
 
-@pytest.mark.parametrize("change, words", (
-    (dict(layout=[{"fc.weight": torch.zeros(2, 2)}]), "fc.weight"), (dict(config=None), "has width 128"),
-    (dict(config="no json"), "config.json"), (dict(cut=1000), "model.safetensors")))
-def test_bad_backbones_are_refused(tmp_path, change, words):
+@pytest.mark.parametrize("config, cut, words", (
+    (None, 0, "has width 128"), ("no json", 0, "config.json"), ("{}", 1000, "model.safetensors")))
+def test_bad_backbones_are_refused(tmp_path, config, cut, words):
     """Catches: a traceback, or part of a model, where a person gave the wrong folder."""
-    weights = change.get("layout", [on_the_hub(waving(VJEPA[64])[0])])[0]
-    save_file({k: v.clone() for k, v in weights.items()}, tmp_path / "model.safetensors")
-    if change.get("config", "") is not None:
-        (tmp_path / "config.json").write_text(change.get("config", '{"num_attention_heads": 2}'))
-    if "cut" in change:
-        whole = (tmp_path / "model.safetensors").read_bytes()
-        (tmp_path / "model.safetensors").write_bytes(whole[:-change["cut"]])
-    with pytest.raises(BadInput, match=re.escape(words)):
+    path = tmp_path / "model.safetensors"
+    save_file(backbone_of(BACKBONES["vjepa2", 64]).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInput, match=words):
+        train_adapter.Backbone.from_pretrained(tmp_path)
+    save_file({"fc.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(BadInput, match="fc.weight"):
         train_adapter.Backbone.from_pretrained(tmp_path)
 
 
@@ -3945,13 +3711,13 @@ def test_bad_backbones_are_refused(tmp_path, change, words):
 HEADS = train_adapter.AdapterConfig(image_size=32, frames=2, width=32, heads=2, layers=1, batch=8)
 
 
-def new_head(row, dim, classes, num_queries, cfg=HEADS):
+def new_head(row, classes, num_queries, cfg=HEADS):
     torch.manual_seed(0)
-    return train_adapter.HEADS[row](dim, classes, num_queries, cfg)
+    return train_adapter.HEADS[row](16, classes, num_queries, cfg)
 
 
-def masks(ids, num_queries, grid=(2, 4, 4)):
-    return train_adapter.as_segmentation(20.0 * F.one_hot(ids, num_queries), grid)
+def masks(ids, num_queries):
+    return train_adapter.as_segmentation(20.0 * F.one_hot(ids, num_queries), (2, 4, 4))
 
 
 def two_halves(count, seed):
@@ -3959,15 +3725,12 @@ def two_halves(count, seed):
     clip's mean is 0. Class 1: each of two trajectories is all of one sign; class 0: each is half and
     half."""
     rng = torch.Generator().manual_seed(seed)
-    v = torch.randn(16, generator=torch.Generator().manual_seed(9))
-    x, ids, y = torch.zeros(count, 32, 16), torch.zeros(count, 32, dtype=torch.int64), torch.arange(count) % 2
+    sign, ids, y = torch.ones(count, 32), torch.zeros(count, 32, dtype=torch.int64), torch.arange(count) % 2
     for i in range(count):
         order = torch.randperm(32, generator=rng)
-        sign = torch.ones(32)
-        sign[order[:16]] = -1
+        sign[i, order[:16]] = -1
         ids[i, order[:16] if y[i] else order[8:24]] = 1
-        x[i] = sign[:, None] * v
-    return x, masks(ids, 4), y
+    return sign[..., None] * wave(16), masks(ids, 4), y
 
 
 def test_trajadapter_separates_what_the_mean_mixes():
@@ -3975,7 +3738,7 @@ def test_trajadapter_separates_what_the_mean_mixes():
     probe that is more than a mean."""
     (x, seg, y), (u, other, z) = two_halves(64, 0), two_halves(64, 1)
     for row, m in (("linear", 1), ("trajadapter", 1), ("trajadapter", 4)):
-        head = new_head(row, 16, 2, 4)
+        head = new_head(row, 2, 4)
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
         for _ in range(25):
             optimizer.zero_grad()
@@ -3988,28 +3751,22 @@ def test_trajadapter_separates_what_the_mean_mixes():
 def test_attentive_probe_is_the_published_one():
     """Catches: a norm on the query, none on what is read, an output projection, a missing residual or bias:
     against plain lines."""
-    probe = new_head("attentive", 16, 3, 4, dataclasses.replace(HEADS, probe_layers=0))
+    probe = new_head("attentive", 3, 4, dataclasses.replace(HEADS, probe_layers=0))
     x = torch.randn(2, 5, 16)
-    p = {k: v.detach() for k, v in probe.named_parameters()}
-
-    def norm(z, name):
-        return F.layer_norm(z, (16,), p[name + ".weight"], p[name + ".bias"])
-
-    def linear(z, name):
-        return z @ p[name + ".weight"].T + p[name + ".bias"]
-
     for i in range(2):
-        y, kv = p["query"][0, 0].clone(), linear(norm(x[i], "norm1"), "kv")
-        q, k, v = linear(y, "q"), kv[:, :16], kv[:, 16:]
+        query = probe.query[0, 0]
+        k, v = probe.kv(probe.norm1(x[i])).chunk(2, -1)
+        q, read = probe.q(query), []
         for a in (slice(0, 8), slice(8, 16)):
-            y[a] += (k[:, a] @ q[a] / math.sqrt(8)).softmax(0) @ v[:, a]
-        y = y + linear(F.gelu(linear(norm(y, "norm2"), "mlp.fc1")), "mlp.fc2")
-        nearly(probe(x, None, 1)[i], linear(y, "head"), 1e-5)
+            read.append((k[:, a] @ q[a] / math.sqrt(8)).softmax(0) @ v[:, a])
+        y = query + torch.cat(read)
+        y = y + probe.mlp.fc2(F.gelu(probe.mlp.fc1(probe.norm2(y))))
+        nearly(probe(x, None, 1)[i], probe.head(y), 1e-5)
 
 
 def test_dead_trajectories_cost_nothing_and_change_nothing():
     """Catches: dead trajectories that enter the transformer; scores that depend on a clip's neighbours."""
-    head, x = new_head("trajadapter", 16, 3, 6), torch.randn(3, 32, 16)
+    head, x = new_head("trajadapter", 3, 6), torch.randn(3, 32, 16)
     ids = torch.zeros(3, 32, dtype=torch.int64)
     ids[1, 5:], ids[2, 10:20], ids[2, 20:] = 4, 2, 5            # 1, 2 and 3 are alive
     lengths = []
@@ -4021,24 +3778,19 @@ def test_dead_trajectories_cost_nothing_and_change_nothing():
     assert lengths == [1 + n * m for m in (1, 2, 4) for n in (3, 1, 2, 3)]
 
 
-def test_logits_are_resized_as_naive_interpolation():
+def test_logits_are_resized_in_space_and_time():
     """Catches: axes that change places, aligned corners, time left as it is, an argmax before the
     interpolation."""
-    grid, target = (4, 8, 8), (2, 5, 3)
     logits = torch.randn(2, 4 * 8 * 8, 3)
-    x = logits.view(2, *grid, 3)
-    for axis, (n, m) in enumerate(zip(grid, target), 1):
-        w = torch.zeros(m, n)                                   # what each new point takes of the old ones
-        for i in range(m):
-            at = min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
-            w[i, int(at)] += 1 - (at - int(at))
-            w[i, min(int(at) + 1, n - 1)] += at - int(at)
-        x = torch.tensordot(w, x, dims=([1], [axis])).movedim(0, axis)
-    found = train_adapter.resize_logits(logits, grid, target)
-    nearly(found, x.reshape(2, -1, 3), 1e-5)
-    seg = train_adapter.as_segmentation(found, target)
+    frames = rearrange(logits, "b (t h w) k -> (b t) k h w", t=4, h=8)
+    frames = F.interpolate(frames, size=(5, 3), mode="bilinear").view(2, 2, 2, 3, 5, 3)
+    expected = rearrange(frames.mean(2), "b t k h w -> b (t h w) k")
+    found = train_adapter.resize_logits(logits, (4, 8, 8), (2, 5, 3))
+    nearly(found, expected, 1e-5)
+    seg = train_adapter.as_segmentation(found, (2, 5, 3))
     assert torch.equal(seg.ids, found.argmax(-1))
-    assert all(seg.alive[i].nonzero().flatten().tolist() == seg.ids[i].unique().tolist() for i in range(2))
+    for alive, ids in zip(seg.alive, seg.ids):
+        assert alive.nonzero()[:, 0].tolist() == ids.unique().tolist()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -4047,65 +3799,44 @@ def test_logits_are_resized_as_naive_interpolation():
 
 def masked_autoencoder():
     torch.manual_seed(0)
-    shape = dataclasses.replace(train_adapter.NANO, image_size=64, frames=4)
+    shape = dataclasses.replace(train_adapter.NANO, frames=4)
     seen = train_adapter.tube_mask(4, shape.grid, np.random.default_rng(0))
-    return train_adapter.MaskedAutoencoder(shape, 1, 32), seen
+    return train_adapter.MaskedAutoencoder(shape, 1, 32), seen, random_video(4, 4, 64, 64)
 
 
 def test_ten_percent_of_the_tubes_are_seen():
     """Catches: another share, a mask that changes in time, is alike for all clips or repeats a cell; an
-    encoder that sees hidden pixels; a loss on visible ones."""
-    model, seen = masked_autoencoder()
-    read = []
-    model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    encoder that sees hidden pixels; a loss on visible ones; gradients that do not reach a part."""
+    model, seen, video = masked_autoencoder()
     cells = seen.view(4, 2, 6)                                  # 6 of 64 cells, at 2 time steps
-    assert torch.equal(cells[:, 1], cells[:, 0] + 64) and all(len(set(row)) == 12 for row in seen.tolist())
-    assert len(set(map(tuple, seen.tolist()))) == 4
-    video = torch.randint(0, 256, (4, 4, 64, 64, 3), dtype=torch.uint8)
+    assert torch.equal(cells[:, 1], cells[:, 0] + 64)
+    assert [len(set(row)) for row in seen.tolist()] == [12] * 4 and len(seen.unique(dim=0)) == 4
     video[:, :, :, :32] = 90                                    # flat: the loss depends on which places count
     loss, prediction, target, hidden = model(video, seen)
     assert prediction.shape == target.shape == (4, 128, 384)
-    assert all(set((~hidden[i]).nonzero().flatten().tolist()) == set(seen[i].tolist()) for i in range(4))
+    assert torch.equal((~hidden).nonzero()[:, 1].view(4, 12), seen.sort(1).values)
     nearly(loss, (prediction - target)[hidden].square().mean())
-    # visible tubelets keep the places that they have in the whole clip
-    tokens = model.encoder.embed(model.encoder.tubes(segmenter.normalise(video))) + model.encoder.positions
-    nearly(read[0], tokens[torch.arange(4)[:, None], seen])
-    tubes = model.encoder.tubes(video.movedim(-1, 2).float())
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    tubes = model.encoder.tubes(video.movedim(-1, 2))
     tubes[hidden] = 255 - tubes[hidden]
     other = rearrange(tubes, "b (t h w) (c u p q) -> b (t u) (h p) (w q) c", t=2, h=8, c=3, u=2, p=8)
-    assert torch.equal(model(other.to(torch.uint8), seen)[1], prediction) and not torch.equal(other, video)
+    assert torch.equal(model(other, seen)[1], prediction) and not torch.equal(other, video)
 
 
 def test_videomae_predicts_normalised_pixels():
     """Catches: targets that are not of mean 0 and deviation 1 (colours mixed, a tubelet's frames apart), a
     decoder that starts elsewhere than at the mean; flat tubelets whose rounding errors become targets."""
-    model, seen = masked_autoencoder()
-    video = torch.randint(0, 256, (4, 4, 64, 64, 3), dtype=torch.uint8)
+    model, seen, video = masked_autoencoder()
     video[..., 1] //= 4                                         # colours of different strength
     target = model(video, seen)[2]
     cell = target[1, 64 + 9].view(3, 2, 8, 8)                   # second time step, second row and column
     pixels = segmenter.normalise(video)[1, 2:4, :, 8:16, 8:16].movedim(1, 0)
     for mine, x in zip(cell, pixels):
         nearly(mine, (x - x.mean()) / (x.var(unbiased=False) + 1e-3).sqrt())
-    flat = torch.full((1, 4, 64, 64, 3), 90, dtype=torch.uint8)
-    flat[..., ::7, 0] += 1
-    assert model(flat, seen[:1])[2].abs().max() < 0.6
-
-
-def test_videomae_learns_one_batch_by_heart():
-    """Catches: gradients that do not reach the encoder; a decoder that does not know where a token was."""
-    model, seen = masked_autoencoder()
-    smooth = F.interpolate(torch.rand(1, 3, 4, 6, 6), size=(4, 64, 64), mode="trilinear")
-    video = (255 * smooth).movedim(1, -1).to(torch.uint8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = model(video, seen[:1])[0]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.4 * losses[0], losses[::10]
+    video[:] = 90
+    video[..., ::7, 0] += 1
+    assert model(video, seen)[2].abs().max() < 0.6
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -4138,11 +3869,9 @@ def numbered_entries(folder, paths):
 def striped(path, count=24):
     """A wide clip (48 x 144) whose left, middle and right third are grey 40, 120 and 200, plus one a
     frame."""
-    frames = np.zeros((count, 48, 144, 3), np.uint8)
-    for i in range(count):
-        for part, grey in enumerate((40, 120, 200)):
-            frames[i, :, 48 * part:48 * part + 48] = grey + i
-    return encode(path, frames)
+    frames = np.array([40, 120, 200]).repeat(48) + np.arange(count)[:, None]
+    frames = np.broadcast_to(frames[:, None, :, None], (count, 48, 144, 3))
+    return encode(path, frames.astype(np.uint8))
 
 
 def test_views_are_the_segments_and_crops_asked_for(tmp_path):
@@ -4153,42 +3882,47 @@ def test_views_are_the_segments_and_crops_asked_for(tmp_path):
     batch = train_adapter.Views(entries, shape, dataclasses.replace(HEADS, stride=2), 3, 3)[0]
     assert batch["video"].shape == (2, 9, 4, 32, 32, 3) and batch["label"] == [0, 1] and not batch["bad"]
     greys = batch["video"].float().mean((3, 4, 5))              # (b, v, t)
-    wanted = [[grey + first + 2 * t for t in range(4)] for first in (0, 8.5, 17) for grey in (40, 120, 200)]
-    assert (greys - torch.tensor(wanted)).abs().max() < 3
+    for view, (first, grey) in enumerate(itertools.product((0, 8.5, 17), (40, 120, 200))):
+        wanted = grey + first + 2 * torch.arange(4)
+        assert (greys[:, view] - wanted).abs().max() < 3
 
 
 def test_features_survive_the_disk(adapter_run, tmp_path):
     """Catches: rows that change places, a damaged file that shifts the classes of those after it, half a
     file taken for a whole one, features that are made again although they are there."""
     backbone = train_adapter.Backbone.from_pretrained(adapter_run / "videomae")
-    net = trajtok.TrajTok.from_pretrained(adapter_run / "segmenter-nano").segmenter
+    net = trajtok.load_segmenter(adapter_run / "segmenter-nano")
     paths = [numbered(tmp_path / f"{i}.mp4", 12 + i) for i in range(11)]
-    paths[4].write_text("no film")
+    # of the second batch none can be used
+    bad = [paths[4], *paths[8:]]
+    for path in bad:
+        path.write_text("no film")
     clips = train_adapter.Views(numbered_entries(tmp_path, paths), backbone.cfg, HEADS, 2, 1)
-    damage = data.Damage()
-    args = (clips, 2, backbone, net, damage, HEADS, torch.device("cpu"))
-    features = train_adapter.extract(tmp_path / "f", *args)
-    assert list(damage.files) == [str(paths[4])] and features.classes.tolist() == [0, 1, 2, 3, *range(5, 11)]
-    x, seg, y = features.read(np.array([8, 1]), torch.device("cpu"))
-    assert y.tolist() == [9, 1]
-    video = torch.cat([clips.clip(i, None)["video"] for i in (9, 1)])
-    fresh, logits = train_adapter.look(backbone, net, video)
+    damage, folder, cpu = data.Damage(), tmp_path / "f", torch.device("cpu")
+    args = (folder, clips, backbone, net, damage, HEADS, cpu)
+    features = train_adapter.extract(*args)
+    assert list(damage) == list(map(str, bad)) and features.classes.tolist() == [0, 1, 2, 3, 5, 6, 7]
+    x, seg, y = features.read(np.array([6, 1]), cpu)
+    assert y.tolist() == [7, 1]
+    video = torch.cat([clips.clip(i, None)["video"] for i in (7, 1)])
+    fresh, logits = train_adapter.frozen_outputs(backbone, net, video)
     nearly(x, fresh, 2e-3)
     nearly(seg.logits, logits, 2e-2)
-    made = (tmp_path / "f" / "features.npy").stat().st_mtime_ns
-    train_adapter.extract(tmp_path / "f", *args)
-    assert (tmp_path / "f" / "features.npy").stat().st_mtime_ns == made
-    (tmp_path / "f" / "classes.npy").unlink()                   # as a kill in the middle leaves it
-    assert np.array_equal(train_adapter.extract(tmp_path / "f", *args).features, features.features)
+    made = (folder / "features.npy").stat().st_mtime_ns
+    train_adapter.extract(*args)
+    assert (folder / "features.npy").stat().st_mtime_ns == made
+    (folder / "classes.npy").unlink()                           # as a kill in the middle leaves it
+    assert np.array_equal(train_adapter.extract(*args).features, features.features)
+
+
+class Scores(nn.Module):
+    def forward(self, x, seg, m):
+        return x[:, 0, :2]
 
 
 def test_probabilities_are_means_over_views():
     """Catches: views of one clip counted as clips of their own, means over the wrong ones, scores instead of
     probabilities."""
-    class Scores(nn.Module):
-        def forward(self, x, seg, m):
-            return x[:, 0, :2]
-
     x = np.zeros((2, 3, 4, 2), np.float16)                      # (clips, v, n, D)
     x[0, :, 0] = [[9, 0], [0, 2], [0, 2]]                       # probabilities of class 0: 1, .12, .12
     x[1, :, 0] = [[9, 0], [9, 0], [0, 1]]
@@ -4199,25 +3933,17 @@ def test_probabilities_are_means_over_views():
         assert found == {("linear-0", 1): 1}
 
 
-def test_adapter_on_the_world(adapter_run):
-    """Catches: a part of the run that leaves no file, a row that is not reported, a VideoMAE that loads at
-    another size."""
+def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path):
+    """Catches: a part of the run that leaves no file, a row that is not reported, a gradient norm shared by
+    all heads, a learning rate given to another head."""
     for name in ("config.json", "state.pt", "model.safetensors", "curves.svg", "segmenter-nano/state.pt"):
         assert (adapter_run / name).stat().st_size
-    result = json.loads((adapter_run / "result.json").read_text())
+    result = read_result(adapter_run)
     assert TOKENS_OF <= result.keys() and all(0 <= result[name] <= 1 for name in TOKENS_OF)
-    assert all(isinstance(value, (int, float)) for value in result.values())
-    assert result["clips"] == 12
-    lines = log(adapter_run)
-    assert [line["step"] for line in lines] == list(range(10))
-    assert {line["tokens"] for line in lines} <= {1, 2, 4}
-    assert train_adapter.Backbone.from_pretrained(adapter_run / "videomae").cfg.grid == (1, 4, 4)
-
-
-def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path, monkeypatch):
-    """Catches: a gradient norm shared by all heads, a learning rate given to another head."""
+    assert all(isinstance(value, (int, float)) for value in result.values()) and result["clips"] == 12
     run(train_adapter.main, *ADAPTER, *given(adapter_run), "--out", tmp_path, "--rates", 1)
     one, two = log(tmp_path / "adapter-nano"), log(adapter_run)
+    assert len(one) == 10
     for a, b in zip(one, two, strict=True):
         assert a == {key: b[key] for key in a}
 
@@ -4225,24 +3951,18 @@ def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path, monkeypatch):
 def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
     """Catches: a stop, in the pre-training or among the heads, after which --resume repeats a step, begins
     again or ends with other scores."""
-    def until(heads, step, *flags):
-        rate = train_adapter.learning_rate
-
-        def stop(now, cfg):
-            if (cfg.lr == 1) == heads and now == step:
-                raise KeyboardInterrupt
-            return rate(now, cfg)
+    again, save = tmp_path / "adapter-nano", train_adapter.save_checkpoint
+    # the second save is the VideoMAE's last; of the resumed run the second is the heads' first
+    for saves, flags in ((1, ADAPTER), (4, ["--resume"])):
+        stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [KeyboardInterrupt], wraps=save)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(train_adapter, "learning_rate", stop)
-            run(train_adapter.main, *ADAPTER, "--out", tmp_path, *flags)
-
-    until(False, 2)                                             # in the VideoMAE
-    until(True, 7, "--resume")                                  # in the second epoch of the heads
+            patch.setattr(train_adapter, "save_checkpoint", stop)
+            run(train_adapter.main, "--out", tmp_path, *flags)
+    assert len(log(again)) == 8
     run(train_adapter.main, "--out", tmp_path, "--resume")
-    again = tmp_path / "adapter-nano"
     for name in (".", "videomae"):
         assert log(again / name) == log(adapter_run / name)
-    one, two = (json.loads((folder / "result.json").read_text()) for folder in (adapter_run, again))
+    one, two = read_result(adapter_run), read_result(again)
     assert {k: one[k] for k in TOKENS_OF} == {k: two[k] for k in TOKENS_OF}
 
 
@@ -4265,18 +3985,17 @@ def test_adapter_on_real_films(adapter_run, labelled_films, tmp_path, capsys):
     """Catches: a film that is learnt from and tested on, a damaged one that stops the run or is not named,
     labels that are not asked for, views that do not fit their clips."""
     run(train_adapter.main, *ADAPTER, *given(adapter_run), "--data", labelled_films, "--segments", 2,
-        "--crops", 3, "--epochs", 1, "--out", tmp_path)
-    result = json.loads(next(tmp_path.glob("adapter-*/result.json")).read_text())
+        "--crops", 3, "--epochs", 1, "--out", tmp_path, "--name", "films")
+    result = read_result(tmp_path / "adapter-films")
     assert (result["clips"], result["left_out"]) == (3, 1)
     assert "film13.mp4" in capsys.readouterr().err and TOKENS_OF <= result.keys()
-    assert next(tmp_path.glob("adapter-*/features/test-*/features.npy")).exists()
+    assert next(tmp_path.glob("adapter-films/features/test-*/features.npy")).exists()
 
 
 @pytest.mark.parametrize("flags, words", (
-    (["--size", "huge"], "nano, full"), (["--epochs", 0], "--epochs 0"), (["--data", "no.csv"], "no.csv"),
-    (["--backbone", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"), (["--resume"], "no run"),
-    (["--image-size", 33], "--image-size 33"), (["--ask", "size"], "--ask size"),
-    (["--frames", 3], "--frames 3"), (["--heads", 3], "--heads 3"), (["--width", 36], "--width 36"),
+    (["--epochs", 0], "--epochs 0"), (["--data", "no.csv"], "no.csv"), (["--backbone", "nowhere"], "nowhere"),
+    (["--segmenter", "nowhere"], "nowhere"), (["--image-size", 33], "--image-size 33"),
+    (["--ask", "size"], "--ask size"), (["--frames", 3], "--frames 3"), (["--width", 36], "--width 36"),
     (["--data", "FILMS", "--labels", "striped,odd"], "odd"),
     (["--data", "FILMS", "--backbone", "MAE", "--frames", 4], "2 frames of 32 px")))
 def test_bad_adapter_flags(adapter_run, labelled_films, tmp_path, capsys, monkeypatch, flags, words):
@@ -4326,25 +4045,21 @@ def parse(words):
 def test_the_readme_names_what_exists():
     """Catches: a flag, command, file or function of the README that is gone or misspelt; a README that is too
     long to be read."""
-    seen = 0
-    for words in readme_commands():
-        seen += 1
+    commands = list(readme_commands())
+    assert len(commands) >= 15
+    for words in commands:
         if words[:2] == ["trajtok.py", "compare"]:
-            rows = [word.partition(":")[2] for word in words[2:] if ":" in word]
-            assert rows and set(words[2:]) >= {"--seeds", "--json"}
-            for flags in rows:
-                parse(["train_clip.py", *shlex.split(flags)])
+            for row in words[2:words.index("--seeds")]:
+                parse(["train_clip.py", *shlex.split(row.partition(":")[2])])
         elif words[:2] != ["train_vlm.py", "ask"]:
             parse(words)
-    assert seen >= 15
     known = {field.name for config, *_ in COMMANDS.values() for field in dataclasses.fields(config)}
     for flag in re.findall(r"`--([a-z-]+)", README):
         assert flag == "help" or flag.removeprefix("no-").replace("-", "_") in known, flag
     for path in re.findall(r"\]\((?!https)([^)#]+)", README):
         assert (HERE / path).exists(), path
-    assert hasattr(trajtok.TrajTok, "load_official") and hasattr(trajtok, "load_convnext")
     words = [word for word in README.split() if re.search(r"\w", word)]
-    assert "@@" not in README and len(README.encode()) <= 15_000 and len(words) <= 2_000
+    assert len(README.encode()) <= 15_000 and len(words) <= 2_000
 
 
 # added to each command, so that it takes seconds
@@ -4356,23 +4071,25 @@ SHORTER = {
     "train_vlm.py": STEPS + ["--segmenter-steps", 2, "--clips", 4, "--eval-clips", 2, "--frames", 8],
     "trajtok.py pretrain": SMALL + ["--eval-clips", 4, "--overwrite", "--workers", 0],
     "data.py check": ["--workers", 0], "data.py label": ["--workers", 0, "--image-size", 48],
-    "data.py make": ["--clips", 2]}
+    "data.py make": ["--clips", 4]}
 
 
-def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
+def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Catches: a command that its parser knows and that fails when it is run; a command that needs what none
-    before it has made. Commands for other machines, or with weights that others published, are only read."""
+    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's own
+    that cannot be trained. Commands for other machines, or with weights that others published, are only
+    read."""
     monkeypatch.chdir(tmp_path)
     for script in HERE.glob("*.py"):
         shutil.copy(script, tmp_path)                           # `compare` starts them in this folder
-    blocks = re.findall(r"```(?:python|json)\n(.*?)```", README, re.S)
-    Path("mine.py").write_text(blocks[-1])
+    decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
+    Path("mine.py").write_text(own)
     actions = [f"actions/{part}/{label}" for part in ("train", "val") for label in ("fall", "walk")]
     for folder in ("videos", *actions):
         Path(folder).mkdir(parents=True)
         for name in ("cat", "dog"):
             numbered(f"{folder}/{name}.mp4", 20)
-    Path("videos/manifest.json").write_text(blocks[0])
+    Path("videos/manifest.json").write_text(re.search(r"```json\n(.*?)```", README, re.S)[1])
     talk = re.search(r"A line of `qa.jsonl`: `(.*)`", README)[1]
     talks = [talk.replace("cat.mp4", f"videos/{name}.mp4") for name in ("cat", "dog")]
     Path("qa.jsonl").write_text("\n".join(talks))
@@ -4392,20 +4109,9 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             words = words[:2] + [f"{row} {more}" for row in words[2:4]] + ["--json", "out/mine.json"]
         run(sys.modules[words[0].removesuffix(".py")].main, *words[1:], *shorter)
     assert len(ran) >= 15 and Path("out/mine.json").exists() and Path("out/clip-mine/result.json").exists()
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """Catches: an example that does not run as it stands; a tokenizer in a file of one's own that cannot be
-    trained."""
-    decoding, search, _, own = re.findall(r"```python\n(.*?)```", README, re.S)
-    monkeypatch.chdir(tmp_path)
-    run(train_clip.main, *CLIP, "--name", "nano")
-    run(data.main, "make", "--clips", 4, "--workers", 0)
     names = {}
     exec(decoding, names)
     assert names["masks"].shape == (1, 8, 64, 64) and names["z"].shape[:2] == names["mask"].shape
+    capsys.readouterr()
     exec(search, {})
-    assert capsys.readouterr().out.count("out/world/") >= 3
-    Path("mine.py").write_text(own)
-    run(train_clip.main, *CLIP, "--tokenizer", "mine.py:KMeans", "--name", "own")
-    assert json.loads(Path("out/clip-own/result.json").read_text())["clips"] == 8
+    assert capsys.readouterr().out.count("out/world/") == 3

@@ -72,7 +72,7 @@ class BackboneConfig:
 
     @property
     def grid(self):
-        """(t', h', w') of a clip."""
+        """(t', h', w') of a clip: a token for each tubelet."""
         side = self.image_size // self.patch
         return self.frames // self.tubelet, side, side
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation=None, mask=None):
         q, k, v = rearrange(self.qkv(x), "b n (three a c) -> three b a n c", three=3, a=self.heads)
         if rotation:
-            q, k = (rotate(x, *rotation) for x in (q, k))
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         # softmax over the keys: the tokens that a query may read
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(y, "b a n c -> b n (a c)"))
@@ -102,6 +102,7 @@ class Attention(nn.Module):
 
 def mlp(width, inner):
     """Two linear maps and an exact GELU between them, under the names of the original releases."""
+    # the order of the dict is the order of the layers, and its keys are their names
     return nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), act=nn.GELU(), fc2=nn.Linear(inner, width)))
 
 
@@ -139,7 +140,8 @@ class Backbone(nn.Module):
         self.cfg = cfg
         kernel = (cfg.tubelet, cfg.patch, cfg.patch)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, cfg.width, kernel, kernel)))
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp, cfg.eps) for _ in range(cfg.depth))
+        blocks = [Block(cfg.width, cfg.heads, cfg.mlp, cfg.eps) for _ in range(cfg.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(cfg.width, cfg.eps) if cfg.last_norm else nn.Identity()
         init_weights(self)
 
@@ -151,9 +153,8 @@ class Backbone(nn.Module):
     def embed(self, tubes):
         """(b, n, 3·u·p·q) -> (b, n, D). A convolution whose stride is its kernel is one matrix product."""
         proj = self.patch_embed["proj"]
-        tokens = F.linear(tubes, proj.weight.flatten(1), proj.bias)
         # under autocast the residual stream stays float32
-        return tokens.to(tubes.dtype)
+        return F.linear(tubes, proj.weight.flatten(1), proj.bias).to(tubes.dtype)
 
     def encode(self, z, rotation=None):
         """Embedded tokens (b, n, D), all of a clip or some -> features (b, n, D)."""
@@ -171,7 +172,8 @@ class Backbone(nn.Module):
             raise BadInput(f"{path}: no V-JEPA2 or VideoMAE in a known layout; it holds {list(weights)[:4]}")
         cfg = backbone_config(Path(path), weights)
         net = VJEPA2(cfg) if cfg.kind == "vjepa2" else VideoMAE(cfg)
-        return trajtok.fit_weights(net, join_projections(weights), path).eval().requires_grad_(False)
+        net = trajtok.fit_weights(net, join_projections(weights), path)
+        return net.eval().requires_grad_(False)
 
 
 def rotary_3d(grid, channels, device=None):
@@ -204,9 +206,9 @@ class VJEPA2(Backbone):
     through."""
 
     def features(self, x):
-        u, p = self.cfg.tubelet, self.cfg.patch
-        grid = (x.shape[1] // u, x.shape[3] // p, x.shape[4] // p)
-        rotation = rotary_3d(grid, self.cfg.width // self.cfg.heads, x.device)
+        cfg = self.cfg
+        grid = (x.shape[1] // cfg.tubelet, x.shape[3] // cfg.patch, x.shape[4] // cfg.patch)
+        rotation = rotary_3d(grid, cfg.width // cfg.heads, x.device)
         return self.encode(self.embed(self.tubes(x)), rotation)
 
 
@@ -271,29 +273,33 @@ def backbone_config(path, weights):
     if "backbone_shape" in config:                              # a folder of ours
         return BackboneConfig(**config["backbone_shape"])
     width, _, tubelet, patch, _ = weights["patch_embed.proj.weight"].shape
+    # as published; what config.json says comes on top
     values = dict(kind="vjepa2", frames=64, image_size=256)
     if "blocks.0.attn.q_bias" in weights:
-        # the hub's VideoMAE has another eps than its authors'
-        values = dict(kind="videomae", eps=1e-12 if "blocks.0.attn.query.weight" in weights else 1e-6)
+        values = dict(kind="videomae")
+    # the hub's VideoMAE has another eps than its authors'
+    if "blocks.0.attn.query.weight" in weights and "blocks.0.attn.q_bias" in weights:
+        values["eps"] = 1e-12
     values["heads"] = PUBLISHED_HEADS[values["kind"]].get(width)
     config = config.get("model_config", config)                 # VideoMAEv2's
     values |= {ours: config[name] for name, ours in HUB_KEYS.items() if name in config}
     if values["heads"] is None:
         raise BadInput(f"{path}: no published model has width {width}; put a config.json beside the file")
-    values |= dict(mlp=len(weights["blocks.0.mlp.fc1.weight"]), last_norm="norm.weight" in weights)
-    depth = trajtok.count(weights, r"blocks\.(\d+)\.")
-    return BackboneConfig(**values, width=width, depth=depth, patch=patch, tubelet=tubelet)
+    return BackboneConfig(
+        **values, width=width, patch=patch, tubelet=tubelet, depth=trajtok.count(weights, r"blocks\.(\d+)\."),
+        mlp=len(weights["blocks.0.mlp.fc1.weight"]), last_norm="norm.weight" in weights)
 
 
 def join_projections(weights):
     """The hub keeps query, key and value apart. VideoMAE's keys have no bias, which would shift all scores
     of a query alike, and a softmax does not see that: zeros stand in its place."""
-    for name in [name for name in weights if ".attn.query." in name]:
-        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        weights[name.replace("query", "qkv")] = torch.cat(parts)
-    for name in [name for name in weights if name.endswith("attn.q_bias")]:
-        q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
-        weights[name.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
+    for name in list(weights):
+        if ".attn.query." in name:
+            names = [name.replace("query", part) for part in ("query", "key", "value")]
+            weights[name.replace("query", "qkv")] = torch.cat([weights.pop(part) for part in names])
+        if name.endswith("attn.q_bias"):
+            q, v = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
+            weights[name.replace("q_bias", "qkv.bias")] = torch.cat((q, torch.zeros_like(q), v))
     return weights
 
 
@@ -302,8 +308,8 @@ def join_projections(weights):
 # -----------------------------------------------------------------------------------------------------------
 
 def resize_logits(logits, grid, target):
-    """(b, t·h·w, K) -> (b, t'·h'·w', K), linear in space and time. CHOICE: as the released TrajVLM does in
-    space; frames that share a tubelet are averaged by the same rule."""
+    """(b, t·h·w, K) -> (b, t'·h'·w', K), linear in space and time. CHOICE: as the released TrajVLM does it
+    in space; frames that share a tubelet are averaged by the same rule."""
     x = rearrange(logits, "b (t h w) k -> b k t h w", t=grid[0], h=grid[1])
     x = F.interpolate(x, size=target, mode="trilinear")
     return rearrange(x, "b k t h w -> b (t h w) k")
@@ -318,11 +324,11 @@ def as_segmentation(logits, grid):
 
 
 @torch.no_grad()
-def look(backbone, segmenter, video):
+def frozen_outputs(backbone, segmenter, video):
     """video uint8 (b, t, H, W, 3) -> features (b, n, D) and mask logits (b, n, K), on the backbone's grid."""
     x = normalise(video)
     features = backbone.features(x).float()
-    # the segmenter sees the same frames at the size that it was trained on
+    # the segmenter gets the same frames at the size that it was trained on
     side = segmenter.cfg.image_size
     small = F.interpolate(x.flatten(0, 1), size=(side, side), mode="bilinear", antialias=True)
     seg = segmenter.segment(small.unflatten(0, x.shape[:2]))
@@ -365,8 +371,7 @@ class Attentive(nn.Module):
     def forward(self, x, seg, m):
         for block in self.blocks:
             x = block(x)
-        kv = self.kv(self.norm1(x))
-        k, v = rearrange(kv, "b n (two a c) -> two b a n c", two=2, a=self.heads)
+        k, v = rearrange(self.kv(self.norm1(x)), "b n (two a c) -> two b a n c", two=2, a=self.heads)
         q = repeat(self.q(self.query), "1 1 (a c) -> b a 1 c", b=len(x), a=self.heads)
         # softmax over the n tokens: where the query looks
         y = F.scaled_dot_product_attention(q, k, v)
@@ -380,18 +385,18 @@ class TrajAdapter(nn.Module):
 
     def __init__(self, dim, classes, num_queries, cfg):
         super().__init__()
+        width, heads = cfg.width, cfg.heads
         self.norm = nn.LayerNorm(dim)
-        self.proj = nn.Linear(dim, cfg.width)
+        self.proj = nn.Linear(dim, width)
         # z_init, a mean of projected features, must be as large as the learned codes that it is added to
         nn.init.normal_(self.proj.weight, std=2 * dim ** -0.5)
         self.encoder = TrajectoryEncoder(trajtok.TrajTokConfig(
-            dim=cfg.width, num_queries=num_queries, depth=(cfg.layers + 1) // 2, heads=cfg.heads,
-            out_dim=cfg.width))
-        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, 4 * cfg.width) for _ in range(cfg.layers))
+            dim=width, num_queries=num_queries, depth=(cfg.layers + 1) // 2, heads=heads, out_dim=width))
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width) for _ in range(cfg.layers))
         init_weights(self.blocks)
-        self.out = nn.LayerNorm(cfg.width)
-        self.head = nn.Linear(cfg.width, classes)
+        self.out = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x, seg, m):
         points = self.proj(self.norm(x))                        # (b, n, d)
@@ -416,9 +421,10 @@ def tube_mask(clips, grid, rng):
     """int64 (clips, t·kept): the tenth of the n places that the encoder sees, the same cells in all time
     steps. PAPER (VideoMAE): 90 % are hidden, in tubes, or what is hidden now could be copied from a moment
     ago."""
-    t, cells = grid[0], grid[1] * grid[2]
-    order = rng.random((clips, 1, cells)).argsort(-1)
-    seen = order[..., :max(round(0.1 * cells), 1)] + cells * np.arange(t)[:, None]
+    t, h, w = grid
+    kept = max(round(0.1 * h * w), 1)
+    cells = rng.random((clips, 1, h * w)).argsort(-1)[..., :kept]
+    seen = cells + h * w * np.arange(t)[:, None]                # (clips, t, kept)
     return torch.from_numpy(seen).flatten(1)
 
 
@@ -442,8 +448,8 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.register_buffer("places", sinusoid(math.prod(cfg.grid), width), persistent=False)
         blocks = [Block(width, width // 32, 4 * width) for _ in range(layers)]
-        pixels = 3 * cfg.tubelet * cfg.patch ** 2
-        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, pixels))
+        to_pixels = nn.Linear(width, 3 * cfg.tubelet * cfg.patch ** 2)
+        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(width), to_pixels)
 
     def forward(self, video, seen):
         """video uint8 (b, t, H, W, 3), seen from tube_mask -> loss, prediction and target (b, n, 3·p),
@@ -473,7 +479,8 @@ def pretrain_videomae(shape, cfg, folder, device):
     optimizer = make_optimizer(model, cfg)
     first = load_checkpoint(folder, model, optimizer)
     log = Log(folder, first)
-    clips = data.WorldBatches(world_of(shape), cfg.batch, data.TRAIN + cfg.seed % 49 * 10_000_000)
+    begin = data.TRAIN + cfg.seed % 49 * 10_000_000
+    clips = data.WorldBatches(world_of(shape), cfg.batch, range(begin, data.VALIDATION))
     batches = data.loader(clips, first, cfg.steps, cfg.workers)
     # disable=None: no bar where the output goes to a file
     batches = tqdm(batches, "VideoMAE", cfg.steps, initial=first, leave=False, disable=None)
@@ -483,11 +490,11 @@ def pretrain_videomae(shape, cfg, folder, device):
         # each clip under two masks: making clips takes longer than hiding parts of them
         video = data.finish(batch, device)["video"].repeat_interleave(2, 0)
         seen = tube_mask(len(video), shape.grid, np.random.default_rng((cfg.seed, 8, step))).to(device)
-        with precision(device):
+        with precision(device, cfg.bf16):
             loss = model(video, seen)[0]
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         trajtok.check_finite(dict(loss=loss.item()), step)
         optimizer.step()
         log(step=step, loss=loss.item())
@@ -501,13 +508,11 @@ def pretrain_videomae(shape, cfg, folder, device):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(trajtok.TrainConfig):
     """Probes on a frozen video backbone: linear, attentive, and TrajAdapter, which pools by trajectory."""
     size: str = "nano"              # one of ADAPTER_SIZES: nano, full (the published protocol)
     data: str = "world"             # `world` (made clips), or a manifest, CSV or folder of labelled videos
     labels: str | None = None       # these classes only, with commas; default: all
-    name: str | None = None         # the run's folder is out/adapter-<name>
-    out: str = "out"                # where runs are kept
     # what is frozen; without these two flags it is pre-trained now
     backbone: str | None = None     # a published V-JEPA2 or VideoMAE, or a `videomae` of an earlier run
     segmenter: str | None = None    # a run of train_clip.py or `trajtok.py pretrain`, or the authors' file
@@ -532,19 +537,12 @@ class AdapterConfig:
     steps: int = 550                # of the VideoMAE; half as many of the segmenter
     lr: float = 2e-3                # peak learning rate of the VideoMAE
     warmup: int = 40                # steps of linear warm-up of the VideoMAE
-    # of all
-    batch: int = 32                 # clips a step, and clips that go through the backbone at once
     weight_decay: float = 0.05      # on matrices
-    seed: int = 0                   # of weights and of the order of the clips
-    workers: int = 0                # processes that make batches; 0: this one
-    save_every: int = 100           # steps between checkpoints
-    device: str = "auto"            # cpu, cuda, ...
-    resume: bool = False            # go on with the run of this name
-    overwrite: bool = False         # start again over a run of this name
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "clips segments crops epochs rates steps batch save_every heads")
-        trajtok.at_least(self, 0, "lr head_lr warmup weight_decay workers seed stride")
+        super().__post_init__()
+        trajtok.at_least(self, 1, "clips segments crops epochs rates heads")
+        trajtok.at_least(self, 0, "head_lr stride")
         if self.ask not in ASKED:
             raise BadInput(f"--ask {self.ask}: one of {', '.join(ASKED)}")
         if self.width % 8 or self.width % self.heads:
@@ -571,13 +569,13 @@ def world_of(shape):
 
 
 def made_clips(shape, cfg):
-    """-> {train, valid, test: (dataset, views of each clip)}, names of the classes."""
+    """-> {train, valid, test: dataset}, names of the classes."""
     # far up the training range, where no pre-training gets
     starts = dict(train=(data.TRAIN + 500_000_000, 1), valid=(data.VALIDATION, 6), test=(data.TEST, 3))
     sets = {}
     for name, (first, share) in starts.items():
         indices = range(first, first + math.ceil(cfg.clips / share))
-        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices), 1
+        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices)
     return sets, ASKED[cfg.ask]
 
 
@@ -586,41 +584,51 @@ class Views(data.VideoBatches):
     shorter than a clip, or cannot be used, is left out: repeated frames would be a motion that is not
     there."""
 
-    KEYS = ("video", "labels", "label")
-
-    def __init__(self, entries, shape, cfg, segments, crops):
+    def __init__(self, entries, shape, cfg, segments=1, crops=1):
         super().__init__(entries, shape.frames, shape.image_size, cfg.batch, train=False, stride=cfg.stride)
         # fractions of the room that there is, in time and along the longer side
-        self.starts, self.places = (np.linspace(0, 1, n) if n > 1 else [0.5] for n in (segments, crops))
+        self.views = list(itertools.product(evenly(segments), evenly(crops)))
 
     def clip(self, number, rng):
         entry = self.entries[number]
         views = []
-        for start in self.starts:
-            for place in self.places:
-                video = data.decode(entry["path"], self.frames, self.size, start, self.stride, place)[0]
-                views.append(torch.from_numpy(video))
+        for start, crop in self.views:
+            video, _ = data.decode(entry["path"], self.frames, self.size, start, self.stride, crop)
+            views.append(torch.from_numpy(video))
         return dict(video=torch.stack(views), labels=torch.empty(0), label=entry["label"])
+
+
+def evenly(count):
+    """`count` numbers from 0 to 1, ends included; of one, the middle."""
+    return np.linspace(0, 1, count) if count > 1 else [0.5]
 
 
 def real_clips(shape, cfg):
     """As made_clips. Tested on: what data.split holds out. Chosen by: every tenth training clip."""
     # a picture is no clip: nothing moves in it
-    train, test = data.split([entry for entry in data.read_manifest(cfg.data) if not entry["image"]])
-    names = cfg.labels.split(",") if cfg.labels else sorted({str(entry["label"]) for entry in train + test})
-    train, test = ([entry for entry in some if entry["label"] in names] for some in (train, test))
-    parts = dict(train=[entry for i, entry in enumerate(train) if i % 10 != 1], valid=train[1::10], test=test)
-    unlearnt = set(names) - {entry["label"] for entry in parts["train"]}
-    if unlearnt or not all(parts.values()):
-        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; "
-                       f"too few, or none to learn from of {', '.join(unlearnt) or 'any class'}")
-    sets = {}
-    for name, some in parts.items():
-        # several views are for testing; training and validation clips have the middle one
-        segments, crops = (cfg.segments, cfg.crops) if name == "test" else (1, 1)
-        some = [entry | dict(label=names.index(entry["label"])) for entry in some]
-        sets[name] = Views(some, shape, cfg, segments, crops), segments * crops
-    return sets, names
+    entries = [entry for entry in data.read_manifest(cfg.data) if not entry["image"]]
+    names = sorted({str(entry["label"]) for entry in entries})
+    if cfg.labels:
+        names = cfg.labels.split(",")
+    train, test = data.split(entries)
+    # a class that is not asked for is left out everywhere
+    train, test = labelled(train, names), labelled(test, names)
+    valid = train[1::10]
+    learnt = [entry for i, entry in enumerate(train) if i % 10 != 1]
+    known = {entry["label"] for entry in learnt}
+    lacking = [name for i, name in enumerate(names) if i not in known]
+    if lacking or not valid or not test:
+        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too "
+                       f"few, or none to learn from of {', '.join(lacking) or 'any class'}")
+    # several views are for testing; training and validation clips have the middle one
+    return dict(train=Views(learnt, shape, cfg), valid=Views(valid, shape, cfg),
+                test=Views(test, shape, cfg, cfg.segments, cfg.crops)), names
+
+
+def labelled(entries, names):
+    """Those with one of these labels, each with the label's number."""
+    chosen = [entry for entry in entries if entry["label"] in names]
+    return [entry | dict(label=names.index(entry["label"])) for entry in chosen]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -640,42 +648,51 @@ class Features(NamedTuple):
         return x.flatten(0, 1).float(), as_segmentation(logits.flatten(0, 1).float(), self.grid), y
 
 
-def extract(folder, batches, views, backbone, segmenter, damage, cfg, device):
+def extract(folder, batches, backbone, segmenter, damage, cfg, device):
     """A dataset of clips -> Features in `folder`, kept if they are complete: classes.npy is written last.
     Clips that cannot be used are left out."""
     done = folder / "classes.npy"
-    complete = done.exists()
+    if not done.exists():
+        write_features(folder, batches, backbone, segmenter, damage, cfg, device)
+    classes = np.load(done)
+    features = np.load(folder / "features.npy", mmap_mode="r")[:len(classes)]
+    logits = np.load(folder / "logits.npy", mmap_mode="r")[:len(classes)]
+    return Features(features, logits, classes, backbone.cfg.grid)
+
+
+def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
+    """Write the three files of `extract`. The last rows of two of them may stay empty."""
     folder.mkdir(parents=True, exist_ok=True)
+    views = len(getattr(batches, "views", [1]))                 # made clips have one
     shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid))
-    widths = dict(features=backbone.cfg.width, logits=segmenter.cfg.num_queries)
-    size = 2 * math.prod(shape) * sum(widths.values())
-    if not complete and size > shutil.disk_usage(folder).free:
+    # 16 bits a number: features are as large as the videos that they come from
+    arrays, size = [], 0
+    for name, width in (("features", backbone.cfg.width), ("logits", segmenter.cfg.num_queries)):
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (*shape, width))
+        arrays.append(array.reshape(-1, *array.shape[2:]))      # a row for each view
+        size += array.nbytes
+    if size > shutil.disk_usage(folder).free:
         # in the middle of a memory map a full disk would be a SIGBUS
         raise BadInput(f"--features {folder}: no room for features of {1e-9 * size:.3g} GB")
-    mode, arrays = "r" if complete else "w+", []
-    for name, width in widths.items():
-        arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, (*shape, width)))
-    if not complete:
-        classes = []
-        loader = data.loader(batches, 0, len(batches), cfg.workers)
-        for batch in tqdm(loader, f"features, {folder.name}", len(batches), disable=None):
-            damage.add(batch["bad"])
-            video = data.finish(batch, device)["video"]
-            if len(video):
-                # a clip may have two dozen views: never more than a batch at once
-                parts = []
-                with precision(device):
-                    for part in video.view(-1, *video.shape[-4:]).split(cfg.batch):
-                        parts.append(look(backbone, segmenter, part))
-                for array, x in zip(arrays, map(torch.cat, zip(*parts))):
-                    array[len(classes):len(classes) + len(video)] = x.half().cpu().unflatten(0, (-1, views))
-                classes += torch.as_tensor(batch.get(cfg.ask, batch["label"])).tolist()
-        if not classes:
-            raise BadInput(f"--data {cfg.data}: no clip can be used")
-        with data.replacing(done) as beside, open(beside, "wb") as file:
-            np.save(file, classes)
-    classes = np.load(done)
-    return Features(*(array[:len(classes)] for array in arrays), classes, backbone.cfg.grid)
+    classes, row = [], 0
+    loader = data.loader(batches, 0, len(batches), cfg.workers)
+    for batch in tqdm(loader, f"features, {folder.name}", len(batches), disable=None):
+        damage.add(batch["bad"])
+        video = data.finish(batch, device)["video"]
+        if not len(video):                                      # none of these files can be used
+            continue
+        classes += torch.as_tensor(batch.get(cfg.ask, batch["label"])).tolist()
+        # a clip may have two dozen views: never more than a batch at once
+        for part in video.view(-1, *video.shape[-4:]).split(cfg.batch):
+            with precision(device, cfg.bf16):
+                outputs = frozen_outputs(backbone, segmenter, part)
+            for array, x in zip(arrays, outputs):
+                array[row:row + len(part)] = x.half().cpu()
+            row += len(part)
+    if not classes:
+        raise BadInput(f"--data {cfg.data}: no clip can be used")
+    with data.replacing(folder / "classes.npy") as beside:
+        np.save(beside, classes)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -703,12 +720,12 @@ def train_heads(heads, rates, features, folder, cfg, device):
         optimizer.zero_grad()
         losses = {}
         for name, head in heads.items():
-            with precision(device):
+            with precision(device, cfg.bf16):
                 scores = head(x, seg, m)
             loss = F.cross_entropy(scores.float(), y)
             loss.backward()
             # each head by itself: the gradient of one must not shrink another's
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(head.parameters(), cfg.clip)
             losses[name] = loss.item()
         trajtok.check_finite(losses, step)
         optimizer.step()
@@ -723,15 +740,17 @@ def accuracies(heads, features, cfg, device):
     """-> {(name of the head, tokens a trajectory): share of right answers}. The probabilities of a clip are
     the mean over its views."""
     clips, views = features.features.shape[:2]
-    right = {(name, m): 0 for name in heads for m in TOKENS[name.split("-")[0]]}
-    for some in np.array_split(np.arange(clips), math.ceil(clips / max(cfg.batch // views, 1))):
+    right = {}
+    at_once = max(cfg.batch // views, 1)
+    for some in np.array_split(np.arange(clips), math.ceil(clips / at_once)):
         x, seg, y = features.read(some, device)
-        for name, m in right:
-            with precision(device):
-                scores = heads[name](x, seg, m)
-            # softmax over the classes
-            p = reduce(scores.float().softmax(-1), "(b v) c -> b c", "mean", v=views)
-            right[name, m] += (p.argmax(-1) == y).sum().item()
+        for name, head in heads.items():
+            for m in TOKENS[name.split("-")[0]]:
+                with precision(device, cfg.bf16):
+                    scores = head(x, seg, m)
+                # softmax over the classes
+                p = reduce(scores.float().softmax(-1), "(b v) c -> b c", "mean", v=views)
+                right[name, m] = right.get((name, m), 0) + (p.argmax(-1) == y).sum().item()
     return {pair: count / clips for pair, count in right.items()}
 
 
@@ -742,10 +761,12 @@ def report(heads, rates, sets, cfg, device):
     test = accuracies(heads, sets["test"], cfg, device)
     result = {}
     for row, choices in TOKENS.items():
+        # chosen by validation clips: by test clips, the best of several would look better than it is
         names = [name for name in heads if name.startswith(row)]
         best = max(names, key=lambda name: sum(valid[name, m] for m in choices))
         for m in choices:
-            result[f"{row}_x{m}" if len(choices) > 1 else row] = test[best, m]
+            key = f"{row}_x{m}" if len(choices) > 1 else row
+            result[key] = test[best, m]
         result[f"{row}_lr"] = rates[best]
         result[f"{row}_parameters"] = sum(p.numel() for p in heads[best].parameters())
     return result
@@ -759,8 +780,8 @@ def train(cfg):
     began = time.time()
     device = trajtok.setup(cfg)
     # what is given is read, and refused, before anything is written
-    backbone = Backbone.from_pretrained(cfg.backbone) if cfg.backbone else None
-    segmenter = trajtok.load_segmenter(cfg.segmenter) if cfg.segmenter else None
+    backbone = cfg.backbone and Backbone.from_pretrained(cfg.backbone)
+    segmenter = cfg.segmenter and trajtok.load_segmenter(cfg.segmenter)
     own = backbone.cfg if backbone else NANO
     shape = replace(own, image_size=cfg.image_size or own.image_size, frames=cfg.frames or own.frames)
     if isinstance(backbone, VideoMAE) and shape != own:
@@ -772,37 +793,41 @@ def train(cfg):
     folder = trajtok.run_folder(cfg, "adapter")
     open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     # what is not given is pre-trained
-    if segmenter is None:
-        segmenter = trajtok.load_segmenter(trajtok.pretrain(trajtok.PretrainConfig(
+    if not segmenter:
+        own = trajtok.PretrainConfig(
             name="nano", out=str(folder), image_size=shape.image_size, frames=shape.frames, max_objects=4,
             shared_colours=False, batch=cfg.batch, steps=math.ceil(cfg.steps / 2), seed=cfg.seed,
-            workers=cfg.workers, device=cfg.device, resume=cfg.resume, overwrite=cfg.overwrite)))
-    if backbone is None:
+            workers=cfg.workers, device=cfg.device, resume=cfg.resume, overwrite=cfg.overwrite)
+        segmenter = trajtok.load_segmenter(trajtok.pretrain(own))
+    if not backbone:
         backbone = Backbone.from_pretrained(pretrain_videomae(shape, cfg, folder / "videomae", device))
     backbone.cfg = shape                                        # of rotary positions no weight depends on it
     weights = [p.sum().item() for model in (backbone, segmenter) for p in model.parameters()]
     backbone.to(device)
     segmenter.to(device).eval()
-    sets = {}
     # names and counts the files that cannot be used
-    damage = data.Damage()
-    for name, some in clips.items():
+    sets, damage = {}, data.Damage()
+    for name, batches in clips.items():
         # features of other clips or weights go to another folder
-        made_of = zlib.crc32(repr((shape, cfg.ask, vars(some[0]), weights)).encode())
+        made_of = zlib.crc32(repr((shape, cfg.ask, vars(batches), weights)).encode())
         where = Path(cfg.features or folder / "features") / f"{name}-{made_of:08x}"
-        sets[name] = extract(where, *some, backbone, segmenter, damage, cfg, device)
+        sets[name] = extract(where, batches, backbone, segmenter, damage, cfg, device)
+    # every row at every rate: which rate is best is decided on the validation clips
     heads, rates = nn.ModuleDict(), {}
     for row, i in itertools.product(HEADS, range(cfg.rates)):
+        name, rate = f"{row}-{i}", cfg.head_lr * 2 ** i
         # CHOICE: the linear head at ten times the rates, or it does not converge in five epochs
-        rates[f"{row}-{i}"] = cfg.head_lr * 2 ** i * (10 if row == "linear" else 1)
+        rates[name] = 10 * rate if row == "linear" else rate
         # heads of one row start alike and differ in their rate alone
         torch.manual_seed(cfg.seed)
-        heads[f"{row}-{i}"] = HEADS[row](shape.width, len(classes), segmenter.cfg.num_queries, cfg)
+        heads[name] = HEADS[row](shape.width, len(classes), segmenter.cfg.num_queries, cfg)
     train_heads(heads.to(device), rates, sets["train"], folder, cfg, device)
     result = report(heads.eval(), rates, sets, cfg, device)
+    # the score of a head that always says the most frequent class stands beside the others
     counts = np.bincount(sets["test"].classes)
-    result |= dict(most_frequent=counts.max() / counts.sum(), clips=int(counts.sum()), seed=cfg.seed)
-    result |= dict(left_out=len(damage.files), seconds=time.time() - began)
+    result |= dict(
+        most_frequent=counts.max() / counts.sum(), clips=int(counts.sum()), seed=cfg.seed,
+        left_out=len(damage), seconds=time.time() - began)
     write_json(folder / "result.json", result)
     print("\n".join(trajtok.aligned([[key, f"{value:.4g}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, curves.svg, features/")

@@ -18,9 +18,10 @@ Writes out/clip-<name>/: config.json, log.jsonl, state.pt, model.safetensors, re
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
-import importlib.util
 import math
+import runpy
 import sys
 import time
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ from tqdm import tqdm
 import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
-from encoder import Tokens, compact
-from segmenter import Features, labels_on_grid, normalise, recomputed, segmentation_loss
+from encoder import Tokens, compact, times_and_places
+from segmenter import Features, labels_on_grid, normalise, recomputed, segmentation_loss, waves
 from trajtok import SIZES, RunConfig, TrajTok, at_least, gather, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -92,17 +93,10 @@ class ClipConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "layers width heads text_layers text_width text_length embed patch learned_tokens")
-        at_least(self, 1, "num_queries probe_clips")
-        at_least(self, 0, "micro_batch segmenter_lr processes eval_every segmentation_weight dice_weight")
-        at_least(self, 0, "rlt_threshold position_scale")
+        at_least(self, 1, "width heads text_width text_length embed patch num_queries probe_clips")
+        at_least(self, 0, "micro_batch segmenter_lr eval_every segmentation_weight dice_weight")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
-        if self.tokenizer not in TOKENIZERS and ":" not in self.tokenizer:
-            raise BadInput(f"--tokenizer {self.tokenizer}: one of {', '.join(TOKENIZERS)}, or FILE.py:CLASS")
-        ablated = not (self.detach and self.hierarchical and self.hard_mask and self.mean_start)
-        if self.tokenizer in OTHERS and (ablated or self.places or self.path or self.init_segmenter):
-            raise BadInput(f"--tokenizer {self.tokenizer}: has no segmenter to change or to load")
         if self.freeze_segmenter and not (self.init_segmenter or self.init):
             raise BadInput("--freeze-segmenter: would freeze random weights; give --init-segmenter RUN")
         if self.tokens_per_trajectory not in (1, 2, 4):
@@ -133,6 +127,10 @@ CLIP_SIZES = {
 # The transformer
 # -----------------------------------------------------------------------------------------------------------
 
+def mlp(width, hidden, out):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer: self-attention among the real positions, then a GELU MLP of width 4w."""
 
@@ -140,8 +138,9 @@ class Layer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = mlp(width, 4 * width, width)
 
     def forward(self, x, mask=None, lengths=None):
         """x (b, s, w); mask (b, s), True = a real position, None: all are. Or packed, without padding:
@@ -172,11 +171,10 @@ class Transformer(nn.Module):
             if p.dim() > 1:
                 # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
                 # captions start with almost the same vector.
-                fan = p.shape[1]
                 # each layer adds two branches to x. As in GPT-2, their last maps start smaller, so that the
                 # sum of all 2 · layers branches is about as large as one
-                if name.endswith(("proj.weight", "mlp.2.weight")):
-                    fan *= 2 * layers
+                branch = name.endswith(("proj.weight", "mlp.2.weight"))
+                fan = p.shape[1] * (2 * layers if branch else 1)
                 nn.init.normal_(p, std=fan ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -230,26 +228,35 @@ class ViT3D(Tokenizer):
         super().__init__()
         if cfg.image_size % cfg.patch:
             raise BadInput(f"--patch {cfg.patch}: does not divide an image of {cfg.image_size} px")
-        self.patch, self.side = cfg.patch, cfg.image_size // cfg.patch
-        self.steps = math.ceil(cfg.frames / 2)                  # time steps, of two frames each
+        self.cfg = cfg
+        self.side = cfg.image_size // cfg.patch                 # h' = w': patches
+        self.steps = math.ceil(cfg.frames / 2)                  # t': time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
-        # scale of a position at the start, as in ViT
-        self.std = 0.02 * cfg.position_scale
-        self.position = nn.Parameter(self.std * torch.randn(1, self.steps * self.side ** 2, cfg.width))
+        self.position = self.positions(self.steps * self.side ** 2)
+
+    def positions(self, count):
+        """Learned positions. 0.02 is their scale at the start in ViT."""
+        scale = 0.02 * self.cfg.position_scale
+        return nn.Parameter(scale * torch.randn(1, count, self.cfg.width))
 
     def patches(self, video):
-        """uint8 (b, t, H, W, 3) -> normalised (b, t', h, w, 2, p, p, 3), t' = ceil(t / 2)."""
+        """uint8 (b, t, H, W, 3) -> normalised pixels of the patches (b, t', h', w', 2·p·p·3)."""
         x = normalise(video)
         # of an odd number of frames, the last is taken twice; so is a picture
         if x.shape[1] % 2:
             x = torch.cat((x, x[:, -1:]), 1)
-        p = self.patch
-        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w two p q c", two=2, p=p, q=p)
+        p = self.cfg.patch
+        return rearrange(x, "b (t two) c (h p) (w q) -> b t h w (two p q c)", two=2, p=p, q=p)
 
     def forward(self, video, m=1, labels=None):
-        x = self.embed(self.patches(video).flatten(4)).flatten(1, 3)         # (b, t' h w, width)
-        # a shorter clip uses the first positions, which are in the order (t', h, w)
+        x = self.embed(self.patches(video)).flatten(1, 3)       # (b, t' h' w', width)
+        # a shorter clip uses the first positions, which are in the order (t', h', w')
         return x + self.position[:, :x.shape[1]], None, None
+
+
+    def by_time_step(self, x):
+        """[CLS; patches] (b, 1 + t' h' w', d) -> CLS (b, 1, d), patches (b, t', h' w', d)."""
+        return x[:, :1], rearrange(x[:, 1:], "b (t n) d -> b t n d", n=self.side ** 2)
 
 
 class ViViT(ViT3D):
@@ -260,24 +267,26 @@ class ViViT(ViT3D):
     def __init__(self, cfg):
         super().__init__(cfg)
         # the first transformer does not know which time step it sees: positions are those in a frame
-        self.position = nn.Parameter(self.std * torch.randn(1, self.side ** 2, cfg.width))
-        self.time = nn.Parameter(self.std * torch.randn(1, 1 + self.steps, cfg.width))
-        self.temporal = Transformer(min(4, max(1, cfg.layers // 3)), cfg.width, cfg.heads, cfg.recompute)
+        self.position = self.positions(self.side ** 2)
+        self.time = self.positions(1 + self.steps)
+        layers = min(4, max(1, cfg.layers // 3))
+        self.temporal = Transformer(layers, cfg.width, cfg.heads, cfg.recompute)
 
     def forward(self, video, m=1, labels=None):
-        x = self.embed(self.patches(video).flatten(4))
-        x = rearrange(x, "b t h w d -> b t (h w) d") + self.position
+        x = self.embed(self.patches(video))                     # (b, t', h', w', width)
+        x = x.flatten(2, 3) + self.position
         return x.flatten(1, 2), None, None
 
     def through(self, transformer, x):
-        cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
-        t = len(x) // len(cls)
+        cls, steps = self.by_time_step(x)
+        b, t = steps.shape[:2]
         # in space: a copy of CLS before the patches of each time step
-        x = torch.cat((cls.repeat_interleave(t, 0), x), 1)      # (b t, 1 + n, d)
-        x = transformer(x)[:, 0]                                # (b t, d): what each copy has read
+        copies = cls[:, None].expand(-1, t, -1, -1)
+        x = torch.cat((copies, steps), 2).flatten(0, 1)         # (b t', 1 + h' w', d)
+        read = transformer(x)[:, 0]                             # what each copy has read
         # in time: CLS before the time steps of each clip
-        x = torch.cat((cls, rearrange(x, "(b t) d -> b t d", t=t)), 1)
-        return self.temporal(x + self.time[:, :t + 1])
+        x = torch.cat((cls, read.unflatten(0, (b, t))), 1)
+        return self.temporal(x + self.time[:, :1 + t])
 
 
 class TokenLearner(ViT3D):
@@ -289,41 +298,31 @@ class TokenLearner(ViT3D):
         super().__init__(cfg)
         self.at = 2 * cfg.layers // 3
         self.norm = nn.LayerNorm(cfg.width)
-        self.score = nn.Sequential(nn.Linear(cfg.width, 64), nn.GELU(), nn.Linear(64, cfg.learned_tokens))
-
-    def learn(self, x):                                         # (b t, h w, d) -> (b t, S, d)
-        # softmax over the patches of a time step: a token is a mean of them
-        weights = self.score(self.norm(x)).transpose(1, 2).softmax(-1)
-        return weights.to(x.dtype) @ x
+        self.score = mlp(cfg.width, 64, cfg.learned_tokens)
 
     def through(self, transformer, x):
-        x = transformer(x, end=self.at)
-        cls, x = x[:, :1], rearrange(x[:, 1:], "b (t n) d -> (b t) n d", n=self.side ** 2)
-        x = rearrange(self.learn(x), "(b t) s d -> b (t s) d", b=len(cls))
-        return transformer(torch.cat((cls, x), 1), begin=self.at)
+        cls, x = self.by_time_step(transformer(x, end=self.at))
+        # softmax over the patches of a time step: a token is a mean of them
+        weights = self.score(self.norm(x)).mT.softmax(-1)       # (b, t', learned, h' w')
+        learned = weights.to(x.dtype) @ x
+        x = torch.cat((cls, learned.flatten(1, 2)), 1)
+        return transformer(x, begin=self.at)
 
 
 class RLT(ViT3D):
     """Run-length tokenization (arXiv 2411.05222): a ViT3D that drops the patches that did not change since
     the time step before: those where, over normalised pixels,
 
-      mean |last frame of this time step - first frame of the one before| <= threshold"""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.threshold = cfg.rlt_threshold
-
-    def changed(self, x):
-        """Patches (b, t', h, w, 2, p, p, 3) -> bool (b, t', h, w), True = kept."""
-        # the fifth axis holds a patch's two frames
-        difference = x[:, 1:, :, :, 1] - x[:, :-1, :, :, 0]
-        change = difference.abs().mean((-3, -2, -1)) > self.threshold
-        return F.pad(change, (0, 0, 0, 0, 1, 0), value=True)    # the first time step is always kept
+      mean |last frame of this time step - first frame of the one before| <= rlt_threshold"""
 
     def forward(self, video, m=1, labels=None):
         x = self.patches(video)
-        z = self.embed(x.flatten(4)).flatten(1, 3)
-        return z + self.position[:, :z.shape[1]], self.changed(x).flatten(1), None
+        z = self.embed(x).flatten(1, 3)
+        first, last = x.chunk(2, -1)                            # the two frames of each patch
+        change = (last[:, 1:] - first[:, :-1]).abs().mean(-1)
+        kept = torch.ones_like(x[..., 0], dtype=torch.bool)     # True = a token; the first time step always
+        kept[:, 1:] = change > self.cfg.rlt_threshold
+        return z + self.position[:, :z.shape[1]], kept.flatten(1), None
 
 
 class Reader(nn.Module):
@@ -362,65 +361,61 @@ class TrajViT(Features):
         shape = dataclasses.replace(SIZES[cfg.size], recompute=cfg.recompute)
         super().__init__(shape)
         d = shape.dim
-        self.most = cfg.num_queries                             # of more trajectories the largest are kept
+        self.most = cfg.num_queries                             # K: of more trajectories the largest are kept
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
         self.appearance = Reader(d, depth, shape.heads)
         self.place = Reader(d, depth, shape.heads)
-        # 16 frequencies, of a sine and a cosine each, for x, y and time
-        self.register_buffer("waves", math.pi * 2 ** torch.linspace(0, 6, 16), persistent=False)
+        # a sine and a cosine of 16 frequencies, for x, y and time
         self.where = nn.Linear(3 * 2 * 16, d)
         self.scale = cfg.position_scale
         self.out = nn.Linear(d, cfg.width)
 
     def forward(self, video, m, labels):
-        f, (t, h, w) = self.extract(normalise(video))
-        ids = labels_on_grid(labels, (t, h, w), self.most).to(f.device)      # (b, n), -1 = of no trajectory
-        b, n, k = *ids.shape, self.most
-        # 1. features and place of every point, and a 1 to count them
-        one = torch.ones(n, device=f.device)
-        axes = [(torch.arange(size, device=f.device) + 0.5) / size for size in (t, h, w)]
-        time, y, x = torch.cartesian_prod(*axes).unbind(-1)     # (n,), each in (0, 1)
-        places = torch.stack((x, y, time, one), -1).expand(b, -1, -1)
-        rows = torch.cat((f.float(), places), -1).flatten(0, 1)              # (b n, d + 4)
-        # 2. their sums over each (clip, trajectory, frame). Points of no trajectory go to one cell more,
-        # which is thrown away
-        frame = torch.arange(n, device=f.device) // (h * w)
-        clip = torch.arange(b, device=f.device)[:, None]
-        cell = torch.where(ids < 0, b * k * t, (clip * k + ids) * t + frame).flatten()
-        sums = torch.zeros(b * k * t + 1, rows.shape[1], device=f.device).index_add_(0, cell, rows)
-        sums = sums[:-1].view(b * k, t, -1)
-        seen = sums[..., -1] > 0                                # (b k, t), True = has a point in this frame
-        alive = seen.any(1)                                     # (b k,), True = has a point at all
+        f, grid = self.extract(normalise(video))
+        ids = labels_on_grid(labels, grid, self.most).to(f.device)           # (b, n), -1 = of no trajectory
+        appearance, centre, seen = self.means(f.float(), ids, grid)
+        alive = seen.any(1)                                     # (b K,), True = has a point at all
         # a softmax over no frame would be NaN: a dead trajectory reads all frames, and is masked later
         seen = seen | ~alive[:, None]
-        # 3. means, and from them the tokens
-        mean = sums / sums[..., -1:].clamp(min=1)               # (b k, t, d + 4)
-        appearance, centre = mean[..., :-4], mean[..., -4:-1]
-        angle = (centre[..., None] * self.waves).flatten(-2)    # (b k, t, 3 · 16)
-        place = self.where(torch.cat((angle.sin(), angle.cos()), -1))
+        frequencies = math.pi * 2 ** torch.linspace(0, 6, 16, device=f.device)
+        angles = centre[..., None] * frequencies                # (b K, t, 3, 16)
+        place = self.where(waves(angles.flatten(2)))
         z = self.out(self.appearance(appearance, seen) + self.scale * self.place(place, seen))
-        return z.view(b, k, -1), alive.view(b, k), None
+        b = len(video)
+        return z.unflatten(0, (b, -1)), alive.unflatten(0, (b, -1)), None
+
+    def means(self, f, ids, grid):
+        """Means over the points of each trajectory in each frame: of the features (b, n, d) -> (b K, t, d),
+        and of x, y and time, each in (0, 1) -> (b K, t, 3). And seen (b K, t), True = has a point there."""
+        t, h, w = grid
+        # what is summed of every point: its features, its place, and a 1 to count it
+        place = times_and_places(grid, f.device).flip(1)        # (n, 3): x, y, time
+        place = place.expand(len(f), -1, -1)
+        points = torch.cat((f, place, torch.ones_like(f[..., :1])), 2)       # (b, n, d + 4)
+        # a cell is a trajectory in a frame; points of no trajectory go to the first t cells
+        frame = torch.arange(t, device=f.device).repeat_interleave(h * w)
+        cell = (ids + 1) * t + frame
+        sums = points.new_zeros(len(f), (self.most + 1) * t, points.shape[2])
+        sums = sums.scatter_add(1, cell[..., None].expand_as(points), points)
+        sums = sums[:, t:].unflatten(1, (-1, t)).flatten(0, 1)  # (b K, t, d + 4)
+        count = sums[..., -1:]
+        mean = sums / count.clamp(min=1)
+        return mean[..., :-4], mean[..., -4:-1], count[..., 0] > 0
 
 
-# the tokenizers without a segmenter of their own
-OTHERS = {"trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT, "tokenlearner": TokenLearner, "rlt": RLT}
-TOKENIZERS = {"trajvit2": TrajViT2, **OTHERS}
+TOKENIZERS = {"trajvit2": TrajViT2, "trajvit": TrajViT, "vit3d": ViT3D, "vivit": ViViT,
+              "tokenlearner": TokenLearner, "rlt": RLT}
 
 
 def tokenizer_class(name):
-    """--tokenizer -> its class: one of ours, or FILE.py:CLASS, for which the file is imported."""
+    """--tokenizer -> its class: one of ours, or FILE.py:CLASS, for which the file is run."""
     if name in TOKENIZERS:
         return TOKENIZERS[name]
     file, _, wanted = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("own_tokenizer", file)
-        module = importlib.util.module_from_spec(spec)
-        # a dataclass in the file looks its module up by name
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return getattr(module, wanted)
-    except (AttributeError, FileNotFoundError) as error:
-        raise BadInput(f"--tokenizer {name}: give FILE.py:CLASS ({error})") from None
+    found = runpy.run_path(file) if Path(file).is_file() else {}
+    if wanted not in found:
+        raise BadInput(f"--tokenizer {name}: one of {', '.join(TOKENIZERS)}, or FILE.py:CLASS")
+    return found[wanted]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -431,10 +426,8 @@ class VideoEncoder(nn.Module):
     """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions here:
     where and when one was has to be in its token. Patches get learned positions from their tokenizer.
 
-    The transformer does not compute dead trajectories and dropped patches. On a CPU real tokens are packed:
-    one sequence holds all clips, each of which attends to itself (at nano, with four tokens a trajectory,
-    twice as fast as padding). On a GPU they are moved to the front of each clip and the batch is cut at the
-    clip that has most."""
+    Dead trajectories and dropped patches end here: real tokens are moved to the front of each clip, and the
+    batch is cut at the clip that has most."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
@@ -449,7 +442,7 @@ class VideoEncoder(nn.Module):
         z, mask, seg = self.tokenizer(video, m, labels)
         count = torch.full((len(z),), z.shape[1], device=z.device)
         # --flops: tensors on the meta device have no values, so which tokens are real is not known
-        if z.device.type == "meta":
+        if z.is_meta:
             mask = None
         if mask is not None:
             count = mask.sum(1)
@@ -458,13 +451,21 @@ class VideoEncoder(nn.Module):
         # PAPER: a CLS token in front; a plain ViT from here on
         x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
         if hasattr(self.tokenizer, "through"):
-            return self.tokenizer.through(self.transformer, x)[:, 0], count, seg
-        if mask is not None and self.pack and x.device.type == "cpu":
-            lengths = count + 1
-            packed = self.transformer(x[mask][None], lengths=lengths.tolist())[0]        # (N, w)
-            first = lengths.cumsum(0) - lengths                 # where each clip, and so its CLS, begins
-            return packed[first], count, seg
-        return self.transformer(x, mask)[:, 0], count, seg
+            x = self.tokenizer.through(self.transformer, x)
+        elif mask is not None and self.pack and x.is_cpu:
+            x = self.packed(x, mask)
+        else:
+            x = self.transformer(x, mask)
+        return x[:, 0], count, seg
+
+    def packed(self, x, mask):
+        """What the transformer makes of each CLS (b, 1, w) when one sequence holds the real tokens of all
+        clips, and each clip attends to itself. For a CPU: at nano, with four tokens a trajectory, twice as
+        fast as padding."""
+        lengths = mask.sum(1)
+        first = lengths.cumsum(0) - lengths                     # where each clip, and so its CLS, begins
+        y = self.transformer(x[mask][None], lengths=lengths.tolist())        # (1, N, w)
+        return y[0, first, None]
 
 
 class TextEncoder(nn.Module):
@@ -487,24 +488,29 @@ class TextEncoder(nn.Module):
 
 class VideoCLIP(nn.Module):
     """A video tower and a text tower, trained so that a clip and its caption have similar unit vectors (CLIP,
-    arXiv 2103.00020). Both are trained from scratch."""
+    arXiv 2103.00020). Both are trained from scratch. encoding: of the captions (data.load_encoding)."""
 
-    def __init__(self, cfg, vocabulary):
+    def __init__(self, cfg, encoding):
         super().__init__()
+        self.cfg, self.encoding = cfg, encoding
         self.video = VideoEncoder(tokenizer_class(cfg.tokenizer)(cfg), cfg)
-        self.text = TextEncoder(vocabulary, cfg)
+        self.text = TextEncoder(encoding.n_vocab, cfg)
         self.video_proj = nn.Linear(cfg.width, cfg.embed, bias=False)
         self.text_proj = nn.Linear(cfg.text_width, cfg.embed, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
     def embed_video(self, video, m=1, labels=None):
         """-> unit vectors (b, e), CLS (b, w), number of tokens (b,), Segmentation or None."""
-        cls, count, seg = self.video(video, m, labels)
-        return F.normalize(self.video_proj(cls).float(), dim=-1), cls, count, seg
+        with trajtok.precision(video.device, self.cfg.bf16):
+            cls, count, seg = self.video(video, m, labels)
+            vectors = self.video_proj(cls).float()
+        return F.normalize(vectors, dim=-1), cls, count, seg
 
     def embed_text(self, ids, mask):
         """-> unit vectors (b, e)."""
-        return F.normalize(self.text_proj(self.text(ids, mask)).float(), dim=-1)
+        with trajtok.precision(ids.device, self.cfg.bf16):
+            vectors = self.text_proj(self.text(ids, mask)).float()
+        return F.normalize(vectors, dim=-1)
 
     def contrastive(self, video, text):
         """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; ln b before training.
@@ -519,14 +525,20 @@ class VideoCLIP(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 def build(cfg, encoding, device):
     """The model of a run, with the weights that it starts from: random ones, all those of another run
     (--init), or its segmenter's alone (--init-segmenter). PAPER: with --freeze-segmenter the masks stay as
     they are, and the encoder and all behind it learn."""
-    model = VideoCLIP(cfg, encoding.n_vocab)
+    model = VideoCLIP(cfg, encoding)
     segmenter = getattr(model.video.tokenizer, "segmenter", None)
-    if segmenter is None and (cfg.init_segmenter or cfg.freeze_segmenter):
-        raise BadInput(f"--tokenizer {cfg.tokenizer}: has no segmenter to load or to freeze")
+    ablated = not (cfg.detach and cfg.hierarchical and cfg.hard_mask and cfg.mean_start)
+    changed = ablated or cfg.places or cfg.path or cfg.init_segmenter or cfg.freeze_segmenter
+    if changed and segmenter is None:
+        raise BadInput(f"--tokenizer {cfg.tokenizer}: has no segmenter to change, to load or to freeze")
     if cfg.init:
         trajtok.load_weights(model, cfg.init)
     if cfg.init_segmenter:
@@ -553,33 +565,28 @@ class Batch(NamedTuple):
     mask: torch.Tensor              # bool (b, s), True = a real token
 
 
-def embed_pairs(model, batch, m, cfg):
-    """-> unit vectors of videos and texts (b, e), number of tokens (b,), Segmentation or None."""
-    with trajtok.precision(batch.video.device, cfg.bf16):
-        video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
-        text = model.embed_text(batch.ids, batch.mask)
-    return video, text, count, seg
 
 
-def encode(model, batch, m, cfg):
-    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without labels), terms for the log.
+def encode(model, batch, m):
+    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without masks), terms for the log.
     The contrastive loss is the caller's: it needs the vectors of all micro-batches and processes."""
-    video, text, count, seg = embed_pairs(model, batch, m, cfg)
+    video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
+    text = model.embed_text(batch.ids, batch.mask)
     terms = dict(tokens=count.float().mean().item())
     segmentation = video.new_zeros(())
     if seg is not None:
-        terms["live"] = seg.alive.sum(1).float().mean().item()
         # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
         focal, dice = segmentation_loss(seg, batch.labels)
         # PAPER: Dice beside focal finds small things. 0.5 and 1 are the release's weights
-        segmentation = cfg.segmentation_weight * (0.5 * focal + cfg.dice_weight * dice)
+        both = 0.5 * focal + model.cfg.dice_weight * dice
+        segmentation = model.cfg.segmentation_weight * both
         terms |= dict(focal=focal.item(), dice=dice.item())
     return video, text, segmentation, terms
 
 
-def whole_step(model, batch, m, cfg):
+def whole_step(model, batch, m):
     """Gradients of one batch into p.grad -> terms of the loss. Other processes' clips are negatives."""
-    video, text, segmentation, terms = encode(model, batch, m, cfg)
+    video, text, segmentation, terms = encode(model, batch, m)
     contrastive = model.contrastive(gather(video), gather(text))
     # train() sums gradients over processes. Each has the same contrastive loss, of all clips, but a gradient
     # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
@@ -590,29 +597,30 @@ def whole_step(model, batch, m, cfg):
     return dict(contrastive=contrastive.item(), **terms)
 
 
-def micro_batch_step(model, batch, m, cfg):
+def micro_batch_step(model, batch, m):
     """The same gradients, with activations of only `cfg.micro_batch` clips in memory (GradCache, arXiv
     2101.06983). InfoNCE couples all clips of a batch, but only through their vectors v and t. Nothing in the
     model is random once m is drawn, so that embedding a clip twice gives the same vectors."""
-    size = cfg.micro_batch
+    size = model.cfg.micro_batch
     parts = [Batch(*part) for part in zip(*(x.split(size) for x in batch))]
-    # 1. the vectors of all clips, without a graph
+    # 1. the vectors of all clips, without the graph that leads to them
     with torch.no_grad():
-        vectors = [embed_pairs(model, part, m, cfg)[:2] for part in parts]
-    video, text = (torch.cat(rows).requires_grad_() for rows in zip(*vectors))          # leaves of the graph
+        video = torch.cat([model.embed_video(part.video, m, part.labels)[0] for part in parts])
+        text = torch.cat([model.embed_text(part.ids, part.mask) for part in parts])
     # 2. the loss, and its gradients dv, dt with respect to the vectors
+    video, text = video.requires_grad_(), text.requires_grad_()
     contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
     # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
     # has the same gradient with respect to the weights as the contrastive loss
-    means = {}
+    means = collections.Counter()
     for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
-        v, t, segmentation, terms = encode(model, part, m, cfg)
+        v, t, segmentation, terms = encode(model, part, m)
         share = len(v) / len(video)
         part_loss = (dv * v).sum() + (dt * t).sum() + share * segmentation / ranks()[1]
         part_loss.backward()
         for key, value in terms.items():
-            means[key] = means.get(key, 0) + share * value
+            means[key] += share * value
     return dict(contrastive=contrastive.item(), **means)
 
 
@@ -634,121 +642,105 @@ def linear_probe(train, valid, test):
     """Each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from frozen features to
     one-hot classes, fitted on the n vectors X of train:  W = (X^T X + n penalty I)^-1 X^T Y.  Of four
     penalties the one that is best on valid is taken."""
-    mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6
-    # a column of ones for the bias
-    sets = [(F.pad((x - mean) / deviation, (0, 1), value=1.0).double(), y) for x, y in (train, valid, test)]
-    (x, y), *others = sets
-    target = F.one_hot(y).double()
-    best = (-1.0, 0.0)                                          # accuracies on valid and on test
+    mean = train[0].mean(0)
+    deviation = train[0].std(0) + 1e-6
+
+    def standardised(features):                                 # with a column of ones for the bias
+        x = (features - mean) / deviation
+        return F.pad(x, (0, 1), value=1.0).double()
+
+    x = standardised(train[0])                                  # (n, w + 1)
+    y = F.one_hot(train[1]).double()
+    best = accuracy = -1.0
     for penalty in (1e-3, 1e-2, 1e-1, 1.0):
         ridge = penalty * len(x) * torch.eye(x.shape[1])
-        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ target)
-        right = [((x @ weights).argmax(1) == y).float().mean().item() for x, y in others]
-        best = max(best, tuple(right), key=lambda pair: pair[0])
-    return best[1]
+        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+        scores = []
+        for features, classes in (valid, test):
+            guess = (standardised(features) @ weights).argmax(1)
+            scores.append((guess == classes).float().mean().item())
+        if scores[0] > best:
+            best, accuracy = scores
+    return accuracy
 
 
 @torch.no_grad()
-def embed(model, batches, cfg, device, what, damage=None):
+def embed(model, batches, damage):
     """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
     where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
     model.eval()
-    m = cfg.tokens_per_trajectory
-    clips = {}
-    loader = data.loader(batches, 0, len(batches), cfg.workers)
-    for i, batch in enumerate(tqdm(loader, total=len(batches), desc=what, leave=False, disable=None)):
-        if damage is not None:
-            damage.add(batch["bad"])
-        batch = data.finish(batch, device)
+    clips = collections.defaultdict(list)
+    loader = data.loader(batches, 0, len(batches), model.cfg.workers)
+    for i, batch in enumerate(tqdm(loader, "clips embedded", len(batches), leave=False, disable=None)):
+        damage.add(batch["bad"])
+        batch = data.finish(batch, model.temperature.device)
         if not len(batch["video"]):                             # none of its files can be used
             continue
-        with trajtok.precision(device, cfg.bf16):
-            vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
+        m = model.cfg.tokens_per_trajectory
+        vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
         batch["where"] = [(i, j) for j in range(len(vectors))]
         # real clips have no appearance and motion
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
-            clips.setdefault(key, []).extend(batch.get(key, []))
-    for key, rows in clips.items():
-        clips[key] = torch.stack(rows) if rows and torch.is_tensor(rows[0]) else rows
+            clips[key] += batch.get(key, [])
+    for key in clips:
+        if clips[key] and torch.is_tensor(clips[key][0]):
+            clips[key] = torch.stack(clips[key])
     return clips
 
 
 @torch.no_grad()
-def embed_texts(model, texts, cfg, device, encoding):
+def embed_texts(model, texts):
     """Texts -> unit vectors (n, e)."""
-    vectors = []
-    for i in range(0, len(texts), 256):
-        ids, mask = data.tokenize(encoding, texts[i:i + 256], cfg.text_length)
-        with trajtok.precision(device, cfg.bf16):
-            vectors.append(model.embed_text(ids.to(device), mask.to(device)).cpu())
-    return torch.cat(vectors)
+    device = model.temperature.device
+    ids, mask = data.tokenize(model.encoding, texts, model.cfg.text_length)
+    parts = zip(ids.to(device).split(256), mask.to(device).split(256))
+    return torch.cat([model.embed_text(*part).cpu() for part in parts])
 
 
-def retrieval(model, clips, cfg, device, encoding):
+def retrieval(model, clips):
     """Text-to-video and video-to-text retrieval -> dict of recalls; texts; right, bool (texts, clips), True =
     the clip has this caption; similarity of the same shape. Each different caption is one query, and any of
     the clips that have it is a right answer."""
     captions = clips["captions"]
     texts = sorted({text for own in captions for text in own})
     right = torch.tensor([[text in own for own in captions] for text in texts])
-    similarity = embed_texts(model, texts, cfg, device, encoding) @ clips["vectors"].T
+    similarity = embed_texts(model, texts) @ clips["vectors"].T
     result = dict(clips=len(captions), live_tokens=clips["tokens"].float().mean().item())
     result |= recalls(similarity, "t2v", right) | recalls(similarity.T, "v2t", right.T)
     return result, texts, right, similarity
 
 
-def evaluate(model, held_out, cfg, device, encoding, damage):
-    """Retrieval, zero-shot classes, linear probes and segmentation scores on held-out clips -> dict of scores
-    (None where the data has no labels for it, or the tokenizer no masks), picture of what captions find,
-    pictures of trajectories."""
-    clips = embed(model, held_out, cfg, device, "held-out clips", damage)
-    if not len(clips.get("vectors", ())):
-        raise BadInput(f"--data {cfg.data}: not one held-out clip can be used")
-    result, texts, right, similarity = retrieval(model, clips, cfg, device, encoding)
-    result |= dict(zero_shot=None, appearance=None, motion=None, veq=None, stq=None)
-    labels = sorted({label for label in clips.get("label", []) if label})
-    if labels:
-        # a class is the vector of its name in a sentence (CLIP, arXiv 2103.00020)
-        prompts = [cfg.prompt.replace("{}", label) for label in labels]
-        classes = embed_texts(model, prompts, cfg, device, encoding)
-        guess = (clips["vectors"] @ classes.T).argmax(1).tolist()
-        # over the clips that have a label
-        hits = [labels[g] == label for g, label in zip(guess, clips["label"]) if label]
-        result["zero_shot"] = sum(hits) / len(hits)
-    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
-    batch = data.finish(held_out[clips["where"][0][0]], device)
-    video, labels, m = batch["video"][:8], batch["labels"][:8], cfg.tokens_per_trajectory
-    with torch.enable_grad():
-        gflops = trajtok.count_gflops(lambda: model.embed_video(video, m, labels))
-    result["gflops"] = gflops / len(video)
-    # made clips alone: their generator knows what the subject is and how it moves
-    if hasattr(held_out, "world"):
-        result |= probe(model, clips, held_out.world, cfg, device) | data.known_controls(held_out.world)
-        result["reversal"] = reversal(model, held_out, cfg, device, encoding)
-    masks = []
-    if hasattr(model.video.tokenizer, "segmenter"):
-        segmenter = model.video.tokenizer.segmenter
-        scores, masks = trajtok.evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
-        result |= scores
-    return result, found_clips(similarity, right, texts, clips, held_out), masks
+def zero_shot(model, clips):
+    """The share of labelled clips whose label fits them best of all labels, or None without labels. A label
+    is the vector of its name in a sentence (CLIP, arXiv 2103.00020)."""
+    labels = sorted({label for label in clips["label"] if label})
+    if not labels:
+        return None
+    prompts = [model.cfg.prompt.replace("{}", label) for label in labels]
+    guess = (clips["vectors"] @ embed_texts(model, prompts).T).argmax(1)
+    hits = [labels[i] == label for i, label in zip(guess, clips["label"]) if label]
+    return sum(hits) / len(hits)
 
 
-def probe(model, clips, world, cfg, device):
+
+
+def probe(model, clips, world):
     """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape and its motion."""
+    count = model.cfg.probe_clips
     sets = []
-    # train: numbers of training clips so high that no training reaches them; then valid
-    for begin, count in ((500_000_000, cfg.probe_clips), (data.VALIDATION, max(cfg.probe_clips // 4, 1))):
-        batches = data.WorldBatches(world, cfg.batch, indices=range(begin, begin + count))
-        sets.append(embed(model, batches, cfg, device, "probe clips"))
-    sets.append(clips)                                          # test
+    # train: numbers of training clips so high that no training reaches them; then valid, then test
+    for begin, end in ((500_000_000, count), (data.VALIDATION, max(count // 4, 1))):
+        batches = data.WorldBatches(world, model.cfg.batch, indices=range(begin, begin + end))
+        sets.append(embed(model, batches, data.Damage()))
+    sets.append(clips)
     scores = {}
     for key in ("appearance", "motion"):
-        scores[key] = linear_probe(*((one["features"], one[key]) for one in sets))
+        scores[key] = linear_probe(*[(one["features"], one[key]) for one in sets])
     return scores
 
 
-def reversal(model, held_out, cfg, device, encoding):
+def reversal(model, clips, held_out):
     """Does the model know which way time runs? v, t: vectors of a clip and its caption; v', t': of the same
     clip backwards. -> the share of clips for which
 
@@ -756,17 +748,17 @@ def reversal(model, held_out, cfg, device, encoding):
 
     of those whose caption changes to one of a motion that training shows; chance is 1/2. None without such
     clips."""
-    sides = []
-    for world in (held_out.world, dataclasses.replace(held_out.world, reverse=True)):
-        batches = data.WorldBatches(world, cfg.batch, indices=held_out.indices)
-        clips = embed(model, batches, cfg, device, "clips backwards")
-        texts = [own[0] for own in clips["captions"]]
-        sides.append((texts, clips["vectors"], embed_texts(model, texts, cfg, device, encoding)))
-    (texts, v, t), (reversed_texts, v_back, t_back) = sides
-    changed = torch.tensor([a != b for a, b in zip(texts, reversed_texts)])
+    world = dataclasses.replace(held_out.world, reverse=True)
+    batches = data.WorldBatches(world, model.cfg.batch, indices=held_out.indices)
+    twins = embed(model, batches, data.Damage())
+    texts = [own[0] for own in clips["captions"]]
+    twin_texts = [own[0] for own in twins["captions"]]
+    v = clips["vectors"] - twins["vectors"]
+    t = embed_texts(model, texts) - embed_texts(model, twin_texts)
+    right = (v * t).sum(1) > 0
+    changed = torch.tensor([a != b for a, b in zip(texts, twin_texts)])
     # a clip in which something approaches, backwards, has no motion class
-    changed &= torch.as_tensor(clips["motion"]) >= 0
-    right = ((v - v_back) * (t - t_back)).sum(1) > 0
+    changed &= twins["motion"] >= 0
     return right[changed].float().mean().item() if changed.any() else None
 
 
@@ -776,10 +768,12 @@ def found_clips(similarity, right, texts, clips, held_out):
     sheet = []
     for query in np.linspace(0, len(texts) - 1, 3).astype(int):
         found = []
-        for clip in similarity[query].topk(min(3, similarity.shape[1])).indices.tolist():
+        best = similarity[query].argsort(descending=True)[:3]
+        for clip in best.tolist():
             number, row = clips["where"][clip]
             video = data.finish(held_out[number], "cpu")["video"][row]
-            frames = video[[0, len(video) // 2, -1]].transpose(0, 1).flatten(1, 2).numpy()     # (H, 3 W, 3)
+            three = video[[0, len(video) // 2, -1]]
+            frames = rearrange(three, "t h w c -> h (t w) c").numpy()
             scale = max(1, 128 // len(frames))
             frames = frames.repeat(scale, 0).repeat(scale, 1)
             frames[-6:] = (40, 170, 70) if right[query, clip] else (200, 60, 60)
@@ -795,20 +789,17 @@ def count_flops(cfg):
     """--flops: a table of GFLOPs of embedding one clip. Counted on the meta device, where tensors have shapes
     and no values, so nothing is computed. Upper bounds: no trajectory is dead, no patch dropped."""
     lengths = (8, 16, 32, 64, 128)
+    side = cfg.image_size
     lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
-    for name in TOKENIZERS:
+    for name, tokenizer in TOKENIZERS.items():
         cells = [name]
-        plain = dict(recompute=False)
-        if name in OTHERS:                                      # flags of trajvit2 are not for them
-            plain |= dict.fromkeys(("places", "path"), False)
-            plain |= dict.fromkeys(("detach", "hierarchical", "hard_mask", "mean_start"), True)
         for t in lengths:
-            one = dataclasses.replace(cfg, tokenizer=name, frames=t, **plain)
+            one = dataclasses.replace(cfg, frames=t, recompute=False)
             with torch.device("meta"):
-                video = VideoEncoder(tokenizer_class(name)(one), one)
-                pixels = torch.zeros(1, t, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+                video = VideoEncoder(tokenizer(one), one)
+                pixels = torch.zeros(1, t, side, side, 3, dtype=torch.uint8)
             # trajvit reads the number of labels off their values, so these lie on the CPU: vertical stripes
-            labels = torch.arange(cfg.image_size).expand(1, t, cfg.image_size, -1)
+            labels = torch.arange(side).expand(1, t, side, -1)
             gflops = trajtok.count_gflops(lambda: video(pixels, cfg.tokens_per_trajectory, labels))
             cells.append(f"{gflops:.2f}")
         lines.append(cells)
@@ -819,29 +810,32 @@ def count_flops(cfg):
 # The run
 # -----------------------------------------------------------------------------------------------------------
 
+# what is printed of a step, and drawn as curves
+TERMS = ("contrastive", "focal", "dice", "tokens")
+
+
 def train(cfg, folder):
     """Data, model and optimizer; the steps; then the scores on the held-out clips."""
     device = trajtok.setup(cfg)
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
     encoding, words = choose_words(cfg, train_set, folder)
-    cfg = dataclasses.replace(cfg, text="captions" if words else cfg.text or "world")
     model = build(cfg, encoding, device)
+    damage = data.Damage()
     if cfg.eval_only:
         trajtok.load_weights(model, folder)
-        return score_run(model, held_out, cfg, device, encoding, folder, trajtok.Log(folder), data.Damage())
+        return score_run(model, held_out, folder, trajtok.Log(folder), damage)
     # config.json holds more than the flags: the vocabulary, without which the text tower cannot be used, and
     # the TrajTokConfig, which TrajTok.from_pretrained reads
-    shape = getattr(model.video.tokenizer, "cfg", None)
-    more = dict(words=words, manifest=data.fingerprint(cfg.data, cfg.val))
-    trajtok.open_run(folder, cfg, trajtok=dataclasses.asdict(shape) if shape else None, **more)
+    tokenizer = model.video.tokenizer
+    shape = dataclasses.asdict(tokenizer.cfg) if isinstance(tokenizer, TrajTok) else None
+    manifest = data.fingerprint(cfg.data, cfg.val)
+    trajtok.open_run(folder, cfg, trajtok=shape, words=words, manifest=manifest)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
-    log, damage = trajtok.Log(folder, first), data.Damage()
-    warned = False
+    log = trajtok.Log(folder, first)
     clips = cfg.batch * world                                   # a step, of all processes
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
+    print(f"{count_parameters(model) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
           f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
     loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, world)
@@ -851,18 +845,17 @@ def train(cfg, folder):
             group["lr"] = lr * group["scale"]
         # 1. the batch. A file that could not be used was replaced in it; it is named once
         damage.add(batch["bad"])
-        batch = prepare(batch, step * world + rank, encoding, cfg, device)
+        batch = prepare(model, batch, step * world + rank)
         # 2. the gradients. PAPER: 1, 2 or 4 tokens a trajectory, drawn at each step. The draw depends on the
         # seed and the step alone, so it is the same in all processes, and after --resume
         m = int(np.random.default_rng((cfg.seed, step)).choice((1, 2, 4)))
         model.train()
         optimizer.zero_grad()
         take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
-        terms = take_step(model, batch, m, cfg)
+        terms = take_step(model, batch, m)
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
         # every process had the whole gradient of the temperature, and their sum is `world` times too large
-        if world > 1:
-            model.temperature.grad /= world
+        model.temperature.grad /= world
         # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         trajtok.check_finite(terms, step)
@@ -870,40 +863,40 @@ def train(cfg, folder):
         model.temperature.data.clamp_(0.001, 0.5)
         # 4. the log; from time to time a checkpoint, and scores on validation clips
         # focal is exactly 0 only where not one point is labelled
-        if not warned and terms.get("focal") == 0:
-            warned = True
+        if step == first and terms.get("focal") == 0:
             print("no segmentation loss: no clip of this batch has masks")
         # means over processes. This waits for the slowest of them, so `seconds` is the time of all
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
         seconds = time.time() - mark
-        terms |= dict(lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
-                      clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
-        log(step=step, **terms)
-        if step % 10 == 0 or step + 1 == cfg.steps:
-            left = (time.time() - began) / (step + 1 - first) * (cfg.steps - 1 - step)
-            keys = [key for key in ("contrastive", "focal", "dice", "tokens") if key in terms]
-            shown = "  ".join(f"{key} {terms[key]:.3f}" for key in keys)
-            pace = f"{clips / seconds:.0f} clips/s  {left:.0f} s left"
-            print(f"step {step:5d}/{cfg.steps}  {shown}  {pace}", flush=True)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            trajtok.save_checkpoint(folder, model, optimizer, step + 1)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and rank == 0:
-            validate(model, cfg, device, encoding, log, step)
+        pace = clips / seconds
+        log(step=step, **terms, lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
+            clips_per_second=pace, memory_gb=trajtok.peak_memory_gb(device))
+        done = step + 1
+        if step % 10 == 0 or done == cfg.steps:
+            left = (time.time() - began) / (done - first) * (cfg.steps - done)
+            shown = [f"{key} {terms[key]:.3f}" for key in TERMS if key in terms]
+            print(f"step {step:5d}/{cfg.steps}", *shown, f"{pace:.0f} clips/s", f"{left:.0f} s left",
+                  sep="  ", flush=True)
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            trajtok.save_checkpoint(folder, model, optimizer, done)
+        if cfg.eval_every and done % cfg.eval_every == 0 and rank == 0:
+            validate(model, log, step, damage)
         mark = time.time()
     if rank == 0:
-        score_run(model, held_out, cfg, device, encoding, folder, log, damage)
+        score_run(model, held_out, folder, log, damage)
 
 
-def prepare(batch, number, encoding, cfg, device):
-    """A batch as data.py makes it -> Batch on the device, augmented if asked for."""
+def prepare(model, batch, number):
+    """A batch as data.py makes it -> Batch on the model's device, augmented if asked for."""
+    cfg, device = model.cfg, model.temperature.device
     batch = data.finish(batch, device)
     video, labels = batch["video"], batch["labels"]
-    if cfg.augment:
-        # captions of made clips, which the key "motion" marks, tell left from right: no flip
-        video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6, flip="motion" not in batch)
+    # made clips are never the same twice and need no augmentation; the key "motion" marks them
+    if cfg.augment and "motion" not in batch:
+        video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6)
     if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
         raise BadInput("--tokenizer trajvit: is given its trajectories, but no clip of this batch has masks")
-    ids, mask = data.tokenize(encoding, batch["caption"], cfg.text_length)
+    ids, mask = data.tokenize(model.encoding, batch["caption"], cfg.text_length)
     return Batch(video, labels, ids.to(device), mask.to(device))
 
 
@@ -912,9 +905,8 @@ def choose_words(cfg, train_set, folder):
     default for real data: 256 bytes and the most frequent words of the training captions. Words are numbered
     in their order: a run that goes on, or starts from another's weights, has to take the words of that
     run."""
-    text = cfg.text or ("world" if cfg.data == "world" else "captions")
-    if text != "captions":
-        return data.load_encoding(text), None
+    if cfg.text != "captions":
+        return data.load_encoding(cfg.text), None
     captions = train_set.captions()
     source = folder if cfg.resume or cfg.eval_only else cfg.init
     saved = trajtok.read_json(Path(source) / "config.json") if source else {}
@@ -926,32 +918,53 @@ def choose_words(cfg, train_set, folder):
     return encoding, words
 
 
-def validate(model, cfg, device, encoding, log, step):
+def validate(model, log, step, damage):
     """--eval-every: retrieval on validation clips, or on the held-out clips of real data -> one line on the
     terminal and one in the log."""
-    _, held_out = data.open_data(dataclasses.replace(cfg, eval_split="validation"))
-    result = retrieval(model, embed(model, held_out, cfg, device, "validation"), cfg, device, encoding)[0]
+    cfg = dataclasses.replace(model.cfg, eval_split="validation")
+    _, held_out = data.open_data(cfg)
+    result, *_ = retrieval(model, embed(model, held_out, damage))
     log(step=step, **result)
     print(f"step {step:5d} validation ", *(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
 
 
-def score_run(model, held_out, cfg, device, encoding, folder, log, damage):
-    """Score the held-out clips, write result.json and pictures, and print what they say."""
-    lines = [line for line in log.lines() if "contrastive" in line]      # steps, not validations
-    result, found, masks = evaluate(model, held_out, cfg, device, encoding, damage)
-    seconds = sum(line["seconds"] for line in lines)
-    seen = sum(line["clips"] for line in lines)
-    if cfg.init_segmenter or cfg.init:
+def score_run(model, held_out, folder, log, damage):
+    """Score the held-out clips: retrieval, zero-shot classes, linear probes, segmentation (None where the
+    data has no labels for it, or the tokenizer no masks). Write result.json and pictures, and print them."""
+    cfg, device = model.cfg, model.temperature.device
+    clips = embed(model, held_out, damage)
+    if not clips:
+        raise BadInput(f"--data {cfg.data}: not one held-out clip can be used")
+    result, texts, right, similarity = retrieval(model, clips)
+    result |= dict(zero_shot=zero_shot(model, clips), appearance=None, motion=None, veq=None, stq=None)
+    write_png(folder / "found.png", found_clips(similarity, right, texts, clips, held_out))
+    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
+    first_batch, _ = clips["where"][0]
+    batch = data.finish(held_out[first_batch], device)
+    video, labels = batch["video"][:8], batch["labels"][:8]
+    gflops = trajtok.count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory, labels))
+    result["gflops"] = gflops / len(video)
+    # made clips alone: their generator knows what the subject is and how it moves
+    if hasattr(held_out, "world"):
+        result |= probe(model, clips, held_out.world) | data.known_controls(held_out.world)
+        result["reversal"] = reversal(model, clips, held_out)
+    masks, segmenter = [], getattr(model.video.tokenizer, "segmenter", None)
+    if segmenter is not None:
+        scores, masks = trajtok.evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
+        result |= scores
+    start = cfg.init_segmenter or cfg.init
+    if start:
         # what the weights that this run started from had already seen
-        before = trajtok.read_json(Path(cfg.init_segmenter or cfg.init) / "config.json")
+        before = trajtok.read_json(Path(start) / "config.json")
         result["clips_before"] = before["steps"] * before["batch"]
-    result |= dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,
-                   clips_seen=seen, clips_per_second=seen / max(seconds, 1e-9),
-                   peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage.files),
-                   seed=cfg.seed, tokenizer=cfg.tokenizer)
+    steps = [line for line in log.lines() if "contrastive" in line]      # the other lines are validations
+    seconds = sum(line["seconds"] for line in steps)
+    seen = sum(line["clips"] for line in steps)
+    result |= dict(parameters=count_parameters(model), seconds=seconds, clips_seen=seen,
+                   clips_per_second=seen / max(seconds, 1e-9), left_out=len(damage),
+                   peak_memory_gb=trajtok.peak_memory_gb(device), seed=cfg.seed, tokenizer=cfg.tokenizer)
     write_json(folder / "result.json", result)
-    write_png(folder / "found.png", found)
-    trajtok.save_pictures(folder, masks, log, ("contrastive", "focal", "dice", "tokens"))
+    trajtok.save_pictures(folder, masks, log, TERMS)
     report(result, folder)
 
 
@@ -992,6 +1005,8 @@ def main(argv=None):
     if cfg.resume or cfg.eval_only:
         cfg = trajtok.resumed(cfg, folder, argv)
     _, cfg = trajtok.sized(cfg, SIZES[cfg.size])                # fills in image_size, frames, num_queries
+    words = "world" if cfg.data == "world" else "captions"
+    cfg = dataclasses.replace(cfg, text=cfg.text or words)
     if cfg.flops:
         return count_flops(cfg)
     if not cfg.eval_only:

@@ -82,24 +82,11 @@ DECODERS = {
 }
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. The mean is taken in float32: bfloat16
-    would round the squares."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
 def rotate_halves(x, cos, sin):
     """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c);
     cos, sin (s, c/2), float32."""
-    one, two = x.float().chunk(2, -1)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
+    u, v = x.float().chunk(2, -1)
+    return torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
 
 
 class Attention(nn.Module):
@@ -109,32 +96,43 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        width = cfg.hidden_size
+        inner = cfg.num_attention_heads * cfg.head_dim
+        shared = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, shared, bias=False)
+        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, memory=None):
-        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions; those of one row
-        serve all rows of x."""
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(linear(x), "b s (a c) -> b a s c", c=self.head_dim) for linear in maps)
+        """x (b, s, w). memory: a dict that keeps the keys and values of earlier
+        positions."""
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
+        mask = None
+        if memory:
+            k = torch.cat((memory["k"], k), 2)
+            v = torch.cat((memory["v"], v), 2)
+            mask = causal_mask(x.shape[1], k)
         if memory is not None:
-            if memory:
-                earlier = (memory[name].expand(len(x), -1, -1, -1) for name in ("k", "v"))
-                k, v = (torch.cat(pair, 2) for pair in zip(earlier, (k, v)))
             memory.update(q=q, k=k, v=v)
-        s, total = q.shape[2], k.shape[2]
-        # the queries are the last s of `total` positions; True = may be read:
-        # nothing later than the query
-        mask = None if s == total else torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
         # softmax over the keys
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
+
+    def heads(self, x):
+        """(b, s, a·c) -> (b, a, s, c): a heads of c channels each."""
+        return rearrange(x, "b s (a c) -> b a s c", c=self.head_dim)
+
+
+def causal_mask(s, k):
+    """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read,
+    which is nothing after the query."""
+    n = k.shape[2]
+    return torch.ones(s, n, dtype=torch.bool, device=k.device).tril(n - s)
 
 
 class SwiGLU(nn.Module):
@@ -157,9 +155,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x, cos, sin, memory=None):
@@ -184,7 +182,7 @@ class Decoder(nn.Module):
         self.cfg, self.recompute = cfg, False
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None
         if not cfg.tie_word_embeddings:
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -192,14 +190,18 @@ class Decoder(nn.Module):
             if p.dim() > 1:
                 # 1 / sqrt(fan in), the ends of branches smaller with depth. The
                 # table likewise: tied logits start near 1.
-                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * cfg.num_hidden_layers if ends else 1)) ** -0.5)
+                fan_in = p.shape[1]
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    fan_in *= 2 * cfg.num_hidden_layers
+                nn.init.normal_(p, std=fan_in ** -0.5)
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
-        cos, sin = self.rotary(x.shape[1], cache, x.device)
-        for i, layer in enumerate(self.layers):
-            x = recomputed(self.recompute, layer, x, cos, sin, None if cache is None else cache[i])
+        # each layer has a memory of its own
+        memories = cache or [None] * len(self.layers)
+        cos, sin = self.rotary(x.shape[1], memories[0], x.device)
+        for layer, memory in zip(self.layers, memories):
+            x = recomputed(self.recompute, layer, x, cos, sin, memory)
         x = self.norm(x)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
@@ -210,16 +212,20 @@ class Decoder(nn.Module):
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
-    def rotary(self, length, cache, device):
+    def rotary(self, length, memory, device):
         """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16
         holds no whole number above 256."""
-        first = cache[0]["k"].shape[2] if cache and cache[0] else 0
-        positions = first + torch.arange(length, device=device)
+        first = memory["k"].shape[2] if memory else 0
+        last, context = first + length, self.cfg.max_position_embeddings
+        if last > context:
+            raise BadInput(f"{last} tokens, and a context of {context}: give less --frames")
+        positions = torch.arange(first, last, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
         angle = positions[:, None] * self.cfg.rope_theta ** -channel
         return angle.cos(), angle.sin()
 
     def empty_cache(self):
+        """A memory for each layer, which forward fills."""
         return [{} for _ in self.layers]
 
     @classmethod
@@ -237,17 +243,18 @@ def load_published(cls, config_cls, names, folder, *kinds):
     """A folder from the hub, whose model_type is one of kinds -> the model.
     names: renaming rules of the weights."""
     config = trajtok.read_json(Path(folder) / "config.json")
-    if config.get("model_type") not in kinds:
-        raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(kinds)}")
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise BadInput(f"{folder}: model_type {kind!r} is not one of {', '.join(kinds)}")
     # what we need stands at the top, or in one of these parts; the last two are
     # the older and the newer way to write the same
     for part in ("vision_config", "rope_scaling", "rope_parameters"):
         config |= config.get(part) or {}
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
         raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here")
+    known = {field.name for field in dataclasses.fields(config_cls)} & config.keys()
     try:
-        fields = [field.name for field in dataclasses.fields(config_cls)]
-        cfg = config_cls(**{name: config[name] for name in fields if name in config})
+        cfg = config_cls(**{name: config[name] for name in known})
     except TypeError as error:
         raise BadInput(f"{folder}/config.json: {error}; fetch it again") from None
     weights = trajtok.rename(trajtok.read_weights(folder), names)
@@ -280,8 +287,10 @@ def load_tokenizer(name="world"):
     # a time stamp is one token: the digits of a window's stamp would outnumber
     # its visual tokens
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
-    texts = [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    texts = 1000 * [*texts, "user\nassistant\n" + DESCRIBE]
+    texts = ["user\nassistant\n" + DESCRIBE]
+    texts += [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
+    # a thousand times: the list keeps the most frequent words
+    texts *= 1000
     for i in range(1000):
         clip = data.script(i, story_world(32))
         texts.append(clip["caption"])
@@ -315,9 +324,11 @@ def chat(encoding, turns, windows=()):
     # learnt begins
     for turn in turns:
         add([special(TURN), *encode("user\n")])
-        for mark, numbers in windows if turn is turns[0] else ():
+        for mark, numbers in windows:
             add(encode(mark))
             row.extend((special(VIDEO), number, False) for number in numbers)
+        # the video is shown once, before the first question
+        windows = ()
         add([*encode(turn["question"]), special(TURN_END), *encode("\n")])
         add([special(TURN), *encode("assistant\n")])
         if turn["answer"] is not None:
@@ -326,28 +337,25 @@ def chat(encoding, turns, windows=()):
     return row
 
 
-def lay_out(conversations, encoding, context, device="cpu"):
+def lay_out(conversations, device="cpu"):
     """What chat gave, one conversation a row, padded at the right -> ids; visual,
     -1 = a word; targets: what a position predicts, -1 = nothing. Each int64 (b,
     s)."""
     length = max(len(row) for row in conversations)
-    if length > context:
-        raise BadInput(f"a conversation of {length} tokens, and a context of {context}: give less --frames")
-    table = torch.tensor((encoding.encode_single_token(END), -1, 0)).repeat(len(conversations), length, 1)
-    for own, row in zip(table, conversations):
-        own[:len(row)] = torch.tensor(row)
-    ids, visual, spoken = table.to(device).unbind(-1)
+    padding = (0, -1, False)
+    rows = [row + [padding] * (length - len(row)) for row in conversations]
+    ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
     # position i predicts token i + 1
     targets = torch.where(spoken == 1, ids, -1).roll(-1, 1)
     return ids, visual, targets
 
 
 @torch.no_grad()
-def generate(decoder, x, cache, stop, known=None, most=64):
+def generate(decoder, x, stop, known=None, most=64):
     """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer,
     each the most likely one; it ends before a token of `stop`. known: ids below
-    it alone (published tables have more rows than there are tokens).
-    cache: an empty one, which fills."""
+    it alone (published tables have more rows than there are tokens)."""
+    cache = decoder.empty_cache()
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
@@ -383,23 +391,27 @@ class VisionLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads, w = cfg.num_attention_heads, cfg.hidden_size
-        self.layer_norm1 = nn.LayerNorm(w, cfg.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(w, cfg.layer_norm_eps)
+        width, inner = cfg.hidden_size, cfg.intermediate_size
+        self.heads = cfg.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(width, cfg.layer_norm_eps)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(w, w) for name in names})
-        inner = cfg.intermediate_size
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(w, inner), fc2=nn.Linear(inner, w)))
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.layer_norm2 = nn.LayerNorm(width, cfg.layer_norm_eps)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width)))
 
-    def forward(self, x):
-        y, attention = self.layer_norm1(x), self.self_attn
-        heads = [attention[name](y) for name in ("q_proj", "k_proj", "v_proj")]
-        q, k, v = (rearrange(z, "b n (a c) -> b a n c", a=self.heads) for z in heads)
-        # softmax over all patches of the picture
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + attention["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
+    def forward(self, x):                                       # (b, n, d)
+        x = x + self.attention(self.layer_norm1(x))
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
+
+    def attention(self, x):
+        """Every patch reads every patch of its picture."""
+        heads = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            heads.append(rearrange(self.self_attn[name](x), "b n (a c) -> b a n c", a=self.heads))
+        # softmax over all patches of the picture
+        y = F.scaled_dot_product_attention(*heads)
+        return self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
 
 
 # a published SigLIP2 also holds a text tower, a head that pools the patches, and
@@ -420,9 +432,9 @@ class SigLIP2(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.recompute = cfg, False
-        patches = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size)
-        positions = nn.Embedding(cfg.side ** 2, cfg.hidden_size)
-        self.embeddings = nn.ModuleDict(dict(patch_embedding=patches, position_embedding=positions))
+        self.embeddings = nn.ModuleDict(dict(
+            patch_embedding=nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size),
+            position_embedding=nn.Embedding(cfg.side ** 2, cfg.hidden_size)))
         layers = nn.ModuleList(VisionLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
@@ -440,7 +452,9 @@ class SigLIP2(nn.Module):
         return self.post_layernorm(x) if post_norm else x
 
     def forward(self, video):
-        x = resize(normalise(video, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), self.cfg.image_size)
+        # SigLIP wants pixels from -1 to 1
+        half = (0.5, 0.5, 0.5)
+        x = resize(normalise(video, half, half), self.cfg.image_size)
         x = self.features(x.flatten(0, 1), post_norm=False)
         return rearrange(x, "(v t) (h w) d -> v t h w d", v=len(video), h=self.cfg.side)
 
@@ -489,13 +503,16 @@ class PlacedFeatures(nn.Module):
         processes. A deviation is at least 0.1: a batch that shows nothing must
         not make later features huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
-        sums = trajtok.all_reduce([len(x), *x.sum(0).tolist(), *x.square().sum(0).tolist()], x.device)
-        mean, square = (torch.tensor(sums[1:]) / sums[0]).chunk(2)
+        means = torch.cat((x.mean(0), x.square().mean(0))).tolist()
+        # every process has as many points
+        mean, square = torch.tensor(trajtok.all_reduce(means, x.device)).chunk(2)
         self.mean.copy_(mean)
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
     def forward(self, features):
-        x = (self.norm(features.to(self.norm.weight.dtype)) - self.mean) / self.deviation
+        # under FSDP the weights may be bfloat16
+        features = features.to(self.norm.weight.dtype)
+        x = (self.norm(features) - self.mean) / self.deviation
         return x + self.frame[:x.shape[1], None, None] + self.row[:, None] + self.column
 
 
@@ -521,36 +538,29 @@ class Project(nn.Module):
 class TrajectoryConnector(nn.Module):
     """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w) -> (N, width).
 
-    Window after window, m tokens of each live trajectory, in order of their numbers. PAPER: a depth-2
-    Perceiver under hard masks."""
+    Window after window, m tokens of each live trajectory, in order of their numbers. A dead one owns no point
+    of its window and gives no token: windows have different numbers of them. PAPER: a depth-2 Perceiver
+    under hard masks."""
 
-    def __init__(self, features, dim, shape, m, width):
+    def __init__(self, cfg, shape, features, dim, width):
         super().__init__()
-        self.m, self.num_queries = m, shape.num_queries
+        self.m, self.num_queries = cfg.tokens_per_trajectory, shape.num_queries
         self.features, self.project = features, Project(dim, width)
         self.encoder = TrajectoryEncoder(TrajTokConfig(
-            dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=m, out_dim=dim))
-
-    def hard(self, ids):
-        """ids (v, n) -> one-hot (v, n, K); alive, bool (v, K): which trajectories own a point."""
-        masks = one_hot(ids.flatten(1), self.num_queries)
-        return masks, masks.any(1)
-
-    def counts(self, ids):
-        """How many tokens each window has (v,)."""
-        return self.m * self.hard(ids)[1].sum(1)
+            dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=self.m,
+            out_dim=dim))
 
     def owner(self, ids):
         """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
-        _, alive = self.hard(ids)
+        alive = one_hot(ids.flatten(1), self.num_queries).any(1)                    # (v, K)
         number = alive.flatten().cumsum(0).view_as(alive) - 1
         return number.gather(1, ids.flatten(1)).view_as(ids)
 
     def forward(self, features, ids):
-        masks, alive = self.hard(ids)
+        masks = one_hot(ids.flatten(1), self.num_queries)
         # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
         # the plain mean of its points. The softmax of 1e4 x mask is the mask.
-        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), alive, ids.shape[1:])
+        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), masks.any(1), ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
 
@@ -560,22 +570,24 @@ class PatchConnector(nn.Module):
     width)."""
     m = 1
 
-    def __init__(self, features, dim, grid, width):
+    def __init__(self, cfg, features, dim, width):
         super().__init__()
-        self.grid = tuple(grid)
+        self.frames, self.side = cfg.patch_frames, cfg.patch_side
         self.features, self.project = features, Project(dim, width)
 
-    def counts(self, ids):
-        return torch.full((len(ids),), math.prod(self.grid), device=ids.device)
+    def grid(self, frames):
+        """(t', h', w') for windows of so many frames: a picture has one step in time."""
+        return min(self.frames, frames), self.side, self.side
 
     def owner(self, ids):
         """(v, t, h, w): the token, counted over the windows, that each cell is pooled into."""
-        cells = torch.arange(float(len(ids) * math.prod(self.grid))).view(len(ids), 1, *self.grid)
-        return F.interpolate(cells, size=ids.shape[1:])[:, 0].long().to(ids.device)
+        grid = self.grid(ids.shape[1])
+        cells = torch.arange(len(ids) * math.prod(grid), dtype=torch.float32, device=ids.device)
+        return F.interpolate(cells.view(-1, 1, *grid), size=ids.shape[1:])[:, 0].long()
 
     def forward(self, features, ids):
         x = rearrange(self.features(features), "v t h w d -> v d t h w")
-        x = F.adaptive_avg_pool3d(x, self.grid)
+        x = F.adaptive_avg_pool3d(x, self.grid(ids.shape[1]))
         return self.project(rearrange(x, "v d t h w -> (v t h w) d"))
 
 
@@ -584,76 +596,61 @@ class PatchConnector(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 class VLM(nn.Module):
-    """Decoder, connector and segmenter (both None: blind), and vision (None: the
-    segmenter's features)."""
+    """Decoder, connector, frozen segmenter and vision. Without vision the connector reads the segmenter's
+    features; with cfg.connector == "blind" there is the decoder alone."""
 
-    def __init__(self, decoder, connector=None, segmenter=None, vision=None):
+    def __init__(self, cfg, decoder, segmenter, vision):
         super().__init__()
-        self.decoder, self.connector = decoder, connector
-        self.segmenter, self.vision = segmenter, vision
+        self.decoder, self.connector, self.segmenter, self.vision = decoder, None, None, None
+        decoder.recompute = cfg.recompute
+        if cfg.connector == "blind":
+            return
+        # CHOICE: without SigLIP2 half the segmenter's grid, as its 27 is half of 56
+        dim, self.side = segmenter.cfg.dim, segmenter.cfg.image_size // 8
+        if vision is not None:
+            vision.recompute = cfg.recompute
+            dim, self.side = vision.cfg.hidden_size, vision.cfg.side
+        width = decoder.cfg.hidden_size
+        features = PlacedFeatures(dim, cfg.window, self.side)
+        self.connector = PatchConnector(cfg, features, dim, width)
+        # both connectors read the same features: they differ in how they pool them
+        if cfg.connector == "trajtok":
+            self.connector = TrajectoryConnector(cfg, segmenter.cfg, features, dim, width)
+        self.segmenter = segmenter.requires_grad_(False)
+        self.vision = vision
 
-    def embed(self, ids, visual, seen):
-        """-> (b, s, w): words, and visual tokens where they belong. seen: what
-        `perceive` gave."""
+    def embed(self, ids, visual, inputs):
+        """-> (b, s, w): words, and visual tokens where they belong. inputs: what
+        `visual_inputs` gave."""
         x = self.decoder.embed_tokens(ids)
-        if seen is None:
+        if inputs is None:
             return x
-        # only vision runs here, with gradient; the frozen segmenter ran in
-        # `perceive`
-        features = self.vision(seen["video"]) if self.vision else seen["features"]
-        tokens = self.connector(features, seen["ids"]).to(x.dtype)
+        # only vision runs here, with gradient; the frozen segmenter ran before
+        features = self.vision(inputs["video"]) if self.vision else inputs["features"]
+        tokens = self.connector(features, inputs["ids"]).to(x.dtype)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
 
-    def forward(self, ids, visual, targets, seen=None, shared=0):
-        """-> -log p of each row's answers, summed over their tokens (b,).
-
-        shared: all rows begin with the same so many positions. They are computed once, and a cache of their
-        keys and values serves all rows."""
-        x, cache = self.embed(ids, visual, seen), None
-        if shared:
-            cache = self.decoder.empty_cache()
-            self.decoder(x[:1, :shared], cache=cache)
-        wanted = targets[:, shared:] >= 0
-        losses = self.decoder(x[:, shared:], targets[:, shared:], cache)
+    def forward(self, ids, visual, targets, inputs=None):
+        """-> -log p of each row's answers, summed over their tokens (b,)."""
+        losses = self.decoder(self.embed(ids, visual, inputs), targets)
         # losses stand row by row: add up those of each row
-        row = wanted.nonzero()[:, 0]
+        row = (targets >= 0).nonzero()[:, 0]
         return losses.new_zeros(len(ids)).index_add(0, row, losses)
 
 
-def grid_side(segmenter, vision):
-    """h = w of the vision grid. CHOICE: without SigLIP2 half the segmenter's
-    grid, as its 27 is half of 56."""
-    return vision.cfg.side if vision else segmenter.cfg.image_size // 8
-
-
 @torch.no_grad()
-def segment_windows(segmenter, video, side):
-    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d)
-    and ids (v, t, h, w), h = w = side. As published, logits are resized to the
-    vision grid, and then the argmax is taken."""
-    seg = segmenter.segment(resize(normalise(video), segmenter.cfg.image_size))
+def segment_windows(segmenter, windows, side, bf16=None):
+    """Windows uint8 (v, t, H, W, 3) -> the segmenter's features (v, t, h, w, d) and ids (v, t, h, w), h = w =
+    side. As published, logits are resized to the vision grid, and then the argmax is taken."""
+    # the segmenter sees frames of the size that it was trained on
+    with trajtok.precision(windows.device, bf16):
+        seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
-    logits = F.interpolate(logits, size=(side, side), mode="bilinear")
+    ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)
     features = rearrange(seg.features, "v (t h w) d -> (v t) d h w", t=t, h=h)
-    features = rearrange(F.adaptive_avg_pool2d(features, side), "(v t) d h w -> v t h w d", t=t)
-    return features, rearrange(logits.argmax(1), "(v t) h w -> v t h w", t=t)
-
-
-def assemble(cfg, decoder, segmenter, vision):
-    """-> VLM with the connector that the configuration names."""
-    decoder.recompute = cfg.recompute
-    if cfg.connector == "blind":
-        return VLM(decoder)
-    segmenter.requires_grad_(False)
-    width, dim = decoder.cfg.hidden_size, segmenter.cfg.dim
-    if vision is not None:
-        vision.recompute, dim = cfg.recompute, vision.cfg.hidden_size
-    features = PlacedFeatures(dim, cfg.window, grid_side(segmenter, vision))
-    connector = PatchConnector(features, dim, (cfg.patch_frames, cfg.patch_side, cfg.patch_side), width)
-    if cfg.connector == "trajtok":
-        connector = TrajectoryConnector(features, dim, segmenter.cfg, cfg.tokens_per_trajectory, width)
-    return VLM(decoder, connector, segmenter, vision)
+    features = F.adaptive_avg_pool2d(features, side)
+    return rearrange(features, "(v t) d h w -> v t h w d", t=t), ids.unflatten(0, (-1, t))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -661,15 +658,12 @@ def assemble(cfg, decoder, segmenter, vision):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class VLMConfig:
-    """Trains a language model that reads a video through trajectories, through
-    patches, or not at all."""
+class VLMConfig(trajtok.TrainConfig):
+    """Trains a language model that reads a video through trajectories, through patches, or not at all."""
     size: str = "nano"                      # one of VLM_SIZES: nano, 0.6b, 1.7b, 4b
     connector: str = "trajtok"              # trajtok, patch, or blind (no video)
     data: str = "world"                     # made stories, or a manifest with `conversations` or `qa`
     captions: str | None = None             # a manifest for the first stage; default: --data
-    name: str | None = None                 # the run is out/vlm-<name>; default: size, data and connector
-    out: str = "out"                        # where runs are kept
     # the parts
     decoder: str | None = None              # a published Qwen3 folder; nano's default: random weights
     vision: str | None = None               # a published SigLIP2 folder; nano: the segmenter's features
@@ -691,25 +685,16 @@ class VLMConfig:
     batch: int = 16                         # clips a step of each process
     lr: float = 1.0                         # a factor of the size's rates, see NANO_RATES
     warmup: int = 20                        # steps of linear warm-up in each stage; then a cosine to 1 %
-    weight_decay: float = 0.02              # on matrices
-    clip: float = 1.0                       # largest gradient norm
-    seed: int = 0                           # of weights and data order
-    save_every: int = 100                   # steps between checkpoints
-    resume: bool = False                    # go on with the run of this name
-    overwrite: bool = False                 # start again over a run of this name
-    # how it is computed
-    device: str = "auto"                    # cpu, cuda, ...
     processes: int = 0                      # on this machine, weights sharded; 0: one for each GPU
-    workers: int = 0                        # processes that decode videos; 0: the training process
-    bf16: bool | None = None                # matrix products in bfloat16; default: on a GPU
     recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
     eval_clips: int = 96                    # held-out made stories of each length
 
     def __post_init__(self):
-        trajtok.at_least(self, 1, "steps batch frames window questions clips eval_clips save_every")
-        trajtok.at_least(self, 1, "segmenter_steps patch_frames patch_side")
-        trajtok.at_least(self, 0, "caption_steps warmup lr weight_decay clip seed processes workers")
+        super().__post_init__()
+        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps")
+        trajtok.at_least(self, 1, "patch_frames patch_side")
+        trajtok.at_least(self, 0, "caption_steps processes")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
@@ -722,6 +707,7 @@ class VLMConfig:
             raise BadInput(f"--size {self.size}: give --decoder and --vision, a published folder each")
 
 
+# PAPER: captions, then questions, with a vision tower that learns, too. A batch is that of each process.
 FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
             patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
@@ -743,36 +729,35 @@ def story_world(frames, size=64):
 
 
 def cut_windows(video, window):
-    """(b, T, ...) -> (b·windows, t, ...)"""
+    """(b, T, ...) -> (b·windows, t, ...). A picture, or a clip shorter than a window, is one window."""
     return rearrange(video, "b (n t) ... -> (b n) t ...", t=min(video.shape[1], window))
 
 
 def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a batch of one clip for each. The segmenter is frozen: it sees
-    them once, here."""
+    """Stories first .. first + count - 1 -> a list of clips: dicts of caption, qa, times, and of the clip's n
+    windows features (n, t, h, w, d) and ids (n, t, h, w). The segmenter is frozen: it runs once, here."""
+    world = story_world(frames, segmenter.cfg.image_size)
+    indices = range(first, first + count)
     # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
-    world, clips = story_world(frames, segmenter.cfg.image_size), []
-    batches = data.WorldBatches(world, max(256 // frames, 1), indices=range(first, first + count))
+    batches = data.WorldBatches(world, max(256 // frames, 1), indices=indices)
+    times = [i / FPS for i in range(frames)]
+    clips = []
     for i in tqdm(range(len(batches)), desc=f"{frames} frames", leave=False, disable=None):
         batch = data.finish(batches[i], device)
-        with trajtok.precision(device, cfg.bf16):
-            video = cut_windows(batch["video"], cfg.window)
-            features, ids = segment_windows(segmenter, video, grid_side(segmenter, None))
+        windows = cut_windows(batch["video"], cfg.window)
+        features, ids = segment_windows(segmenter, windows, segmenter.cfg.image_size // 8, cfg.bf16)
         # half precision and short numbers: thousands of windows are kept
-        batch["features"] = features.to("cpu", torch.float16).split(frames // cfg.window)
-        batch["ids"] = ids.to("cpu", torch.int16).split(frames // cfg.window)
-        batch["qa"] = [[[turn] for turn in qa] for qa in batch["qa"]]
-        times = [i / FPS for i in range(frames)]
-        for j, caption in enumerate(batch["caption"]):
-            clip = {key: [batch[key][j]] for key in ("qa", "features", "ids")}
-            clips.append(clip | dict(caption=[caption], times=[times], bad=[]))
+        features = features.to("cpu", torch.float16).split(frames // cfg.window)
+        ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
+        for j, qa in enumerate(batch["qa"]):
+            clip = dict(caption=batch["caption"][j], qa=[[turn] for turn in qa], times=times)
+            clips.append(clip | dict(features=features[j], ids=ids[j]))
     return clips
 
 
 def join(clips):
-    """Batches of one clip -> one batch. The clips have as many frames, but windows of one clip have
-    different numbers of tokens, so nothing is stacked here."""
-    return {key: [item for clip in clips for item in clip[key]] for key in clips[0]}
+    """A list of stories -> a batch. Windows have different numbers of tokens, so nothing is stacked here."""
+    return {key: [clip[key] for clip in clips] for key in clips[0]} | dict(bad=[])
 
 
 class StoryBatches(Dataset):
@@ -783,12 +768,16 @@ class StoryBatches(Dataset):
     minutes, among sixty not."""
 
     def __init__(self, stories, cfg, world):
+        # stories {frames: clips}
         self.stories, self.cfg, self.world = stories, cfg, world
 
     def __getitem__(self, i):
         step, rank = divmod(i, self.world)
         rng = np.random.default_rng((self.cfg.seed, step))
-        frames = int(rng.choice(list(self.stories))) if step >= 0.4 * self.cfg.steps else 8
+        # every process draws the same numbers and takes every world-th clip of them
+        frames = 8
+        if step >= 0.4 * self.cfg.steps:
+            frames = int(rng.choice(list(self.stories)))
         clips = self.stories[frames]
         chosen = rng.permutation(len(clips))[:self.cfg.batch * self.world]
         return join([clips[j] for j in chosen[rank::self.world]])
@@ -798,44 +787,59 @@ def open_stories(cfg, segmenter, world, device):
     """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
     # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part of another
-    for place, frames in enumerate(2 ** i for i in range(3, cfg.frames.bit_length())):
-        count = max(round(cfg.clips * (8 / frames) ** 0.5), world)
-        stories[frames] = draw_stories(cfg, segmenter, frames, data.TRAIN + 10_000_000 * place, count, device)
+    for place in range(cfg.frames.bit_length() - 3):
+        frames = 8 * 2 ** place
+        count = max(round(cfg.clips / 2 ** (place / 2)), world)
+        first = data.TRAIN + 10_000_000 * place
+        stories[frames] = draw_stories(cfg, segmenter, frames, first, count, device)
         first = data.TEST + 1_000_000 * place
-        held_out += draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
+        tested = draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
+        held_out += [join([clip]) for clip in tested]
     return StoryBatches(stories, cfg, world), held_out
 
 
 def open_films(cfg, size, world):
     """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
-    def batches(some, train=True):
-        sets = []
-        for image in (False, True):
-            kind = [entry for entry in some if entry["image"] == image]
-            if kind:
-                batch = cfg.batch if train else 1
-                sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
-        if train:
-            return data.Mixed(sets, [one.files for one in sets], cfg.seed, world)
-        return ConcatDataset(sets)
-
     entries = data.read_manifest(cfg.data)
+    # every question becomes a conversation, so that all that follows knows one kind
     for entry in entries:
         # `qa` holds questions without a sequel, `conversations` lists of turns
-        entry["qa"] = [[turn] for turn in entry.get("qa", [])] + entry.get("conversations", [])
+        entry["qa"] = [[turn] for turn in entry["qa"]] + entry["conversations"]
     entries = [entry for entry in entries if entry["qa"]]
     if len(entries) < 2:
         raise BadInput(f'{cfg.data}: give at least two clips with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
     # a caption may say what is asked about the same video later
-    held_out = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
-                 if entry["caption"] and os.path.realpath(entry["path"]) not in held_out]
+    tested = {os.path.realpath(entry["path"]) for entry in test}
+    captioned = []
+    for entry in data.read_manifest(cfg.captions or cfg.data):
+        if entry["caption"] and os.path.realpath(entry["path"]) not in tested:
+            captioned.append(entry)
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
-    return batches(captioned or asked), batches(asked), batches(test, train=False)
+    # without captions the first stage has no steps, and its batches are never asked for
+    training = []
+    for some in (captioned or asked, asked):
+        sets = film_batches(cfg, size, some, cfg.batch, True)
+        training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, world))
+    return *training, ConcatDataset(film_batches(cfg, size, test, 1, False))
+
+
+def frame_size(*parts):
+    """Pixels of a side at which films are decoded, for a segmenter and a vision tower or None."""
+    return max([part.cfg.image_size for part in parts if part], default=64)
+
+
+def film_batches(cfg, size, entries, batch, train):
+    """-> a dataset of the films and one of the pictures, whose batches have different shapes."""
+    sets = []
+    for image in (False, True):
+        kind = [entry for entry in entries if entry["image"] == image]
+        if kind:
+            sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
+    return sets
 
 
 def add_options(entries):
@@ -844,36 +848,40 @@ def add_options(entries):
     turns = [talk[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
         # answers to questions of the same type: others could be told apart without the video
-        others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
+        alike = [other for other in turns if other.get("type") == turn.get("type")]
+        others = {other["answer"] for other in alike} - {turn["answer"]}
         rng = np.random.default_rng(number)
-        some = rng.permutation(sorted(others - {turn["answer"]}))[:3].tolist()
+        some = rng.permutation(sorted(others))[:3].tolist()
         turn.setdefault("options", rng.permutation([turn["answer"], *some]).tolist())
 
 
-def perceive(batch, model, cfg, device):
+def visual_inputs(batch, model, cfg, device):
     """A batch -> what the model sees of its v windows (None: blind), and of each clip the windows as chat
     wants them: time stamp and numbers of the visual tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
-    seen = {}
     # Real clips come as pixels: thousands of long films fit no memory, and a vision tower that learns sees
     # them anew at each step. Stories were segmented before the training.
     if "video" in batch:
-        seen["video"] = cut_windows(batch["video"], cfg.window).to(device)
-        with trajtok.precision(device, cfg.bf16):
-            side = grid_side(model.segmenter, model.vision)
-            seen["features"], seen["ids"] = segment_windows(model.segmenter, seen["video"], side)
+        video = cut_windows(batch["video"], cfg.window).to(device)
+        features, ids = segment_windows(model.segmenter, video, model.side, cfg.bf16)
+        inputs = dict(video=video, features=features, ids=ids)
     else:
-        seen["features"] = torch.cat(batch["features"]).float().to(device)
-        seen["ids"] = torch.cat(batch["ids"]).long().to(device)
-    # visual tokens are numbered over the whole batch, clip after clip and window after window
-    ends = model.connector.counts(seen["ids"]).cumsum(0).tolist()
-    numbers = (range(first, last) for first, last in zip([0, *ends], ends))
-    windows = []
+        features = torch.cat(batch["features"]).float().to(device)
+        inputs = dict(features=features, ids=torch.cat(batch["ids"]).long().to(device))
+    # Visual tokens are numbered over the whole batch, clip after clip and window after window, m of each
+    # owner: the largest owner in a window says where the window's tokens end.
+    owner = model.connector.owner(inputs["ids"]).flatten(1).amax(1)
+    ends = iter((model.connector.m * (owner + 1)).tolist())
+    first, windows = 0, []
     for times in batch["times"]:
-        marks = [stamp(times[i:i + cfg.window]) for i in range(0, len(times), cfg.window)]
-        windows.append([(mark, next(numbers)) for mark in marks])
-    return seen, windows
+        own = []
+        for i in range(0, len(times), cfg.window):
+            last = next(ends)
+            own.append((stamp(times[i:i + cfg.window]), range(first, last)))
+            first = last
+        windows.append(own)
+    return inputs, windows
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -882,18 +890,15 @@ def perceive(batch, model, cfg, device):
 
 def pretrain_segmenter(cfg):
     """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
-    folder = Path(cfg.out) / f"segmenter-vlm-{cfg.segmenter_steps}"
-    if not folder.exists():
-        made = trajtok.pretrain(trajtok.PretrainConfig(
-            name=f"vlm-{os.getpid()}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
-            warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
-            device=cfg.device))
-        # Renamed when it is whole: another run never reads half a segmenter. If that run was faster, its
-        # segmenter, made from the same seed, is kept.
-        try:
-            made.rename(folder)
-        except OSError:
-            shutil.rmtree(made)
+    own = trajtok.PretrainConfig(
+        name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
+        warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
+        device=cfg.device, overwrite=True)
+    folder = trajtok.run_folder(own, "segmenter")
+    # It is written last. Of two runs at a time each trains the segmenter, from the same seed: whose files
+    # are kept does not matter.
+    if not (folder / "result.json").exists():
+        trajtok.pretrain(own)
     return str(folder)
 
 
@@ -910,12 +915,12 @@ def open_parts(cfg):
 
 def set_rates(optimizer, step, cfg):
     """The learning rates of this step. Captions and questions each warm up, and end at 1 %."""
-    stage = int(step >= cfg.caption_steps)
-    steps = (cfg.caption_steps, cfg.steps)[stage]
+    stage, steps = 0, cfg.caption_steps
+    if step >= cfg.caption_steps:
+        stage, step, steps = 1, step - cfg.caption_steps, cfg.steps
     plan = dataclasses.replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 2))
-    rate = trajtok.learning_rate(step - stage * cfg.caption_steps, plan)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"][stage]
+        group["lr"] = trajtok.learning_rate(step, plan) * group["scale"][stage]
 
 
 def training_rows(batch, windows, encoding, cfg, step):
@@ -943,9 +948,8 @@ def train(cfg, folder):
         questions, held_out = open_stories(cfg, segmenter, world, device)
         captions = questions
     else:
-        size = max(part.cfg.image_size for part in (segmenter, vision) if part)
-        captions, questions, held_out = open_films(cfg, size, world)
-    model = assemble(cfg, decoder, segmenter, vision).to(device)
+        captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), world)
+    model = VLM(cfg, decoder, segmenter, vision).to(device)
     trajtok.open_run(folder, cfg, manifest=data.fingerprint(cfg.data, cfg.captions))
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
@@ -966,18 +970,18 @@ def train(cfg, folder):
         damage.add(batch["bad"])
         set_rates(optimizer, step, cfg)
         # 3. what is seen, and one conversation a row
-        seen, windows = perceive(batch, model, cfg, device)
+        inputs, windows = visual_inputs(batch, model, cfg, device)
         rows = training_rows(batch, windows, encoding, cfg, step)
-        ids, visual, targets = lay_out(rows, encoding, decoder.cfg.max_position_embeddings, device)
-        if step == 0 and seen and not vision:
-            model.connector.features.calibrate(seen["features"])
+        ids, visual, targets = lay_out(rows, device)
+        if step == 0 and inputs and not vision:
+            model.connector.features.calibrate(inputs["features"])
         # 4. forward, backward, step
         model.train()
         optimizer.zero_grad()
         with trajtok.precision(device, cfg.bf16):
             # the mean over an answer's tokens, then over the rows. Every process has as many rows: the mean
             # over processes is that of the whole batch
-            loss = (model(ids, visual, targets, seen) / (targets >= 0).sum(1)).mean()
+            loss = (model(ids, visual, targets, inputs) / (targets >= 0).sum(1)).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # of sharded gradients the norm is a sum over processes that is still to be made
@@ -986,11 +990,11 @@ def train(cfg, folder):
         trajtok.check_finite(terms, step)
         optimizer.step()
         # 5. the log, the checkpoint
-        clips, seconds, mark = len(windows) * world, time.time() - mark, time.time()
-        terms |= dict(lr=optimizer.param_groups[0]["lr"], visual_tokens=int((visual >= 0).sum()) / len(rows),
-                      clips=clips, seconds=seconds, clips_per_second=clips / seconds,
-                      memory_gb=trajtok.peak_memory_gb(device))
-        log(step=step, **terms)
+        clips = len(windows) * world
+        seconds, mark = time.time() - mark, time.time()
+        log(step=step, **terms, lr=optimizer.param_groups[0]["lr"],
+            visual_tokens=int((visual >= 0).sum()) / len(rows), clips=clips, seconds=seconds,
+            clips_per_second=clips / seconds, memory_gb=trajtok.peak_memory_gb(device))
         if step % 20 == 0 or step + 1 == steps:
             left = (time.time() - began) / (step + 1 - first) * (steps - 1 - step)
             print(f"step {step:5d}/{steps}  loss {terms['loss']:.3f}  {left:.0f} s left", flush=True)
@@ -999,7 +1003,7 @@ def train(cfg, folder):
     # all processes take part: the weights are sharded
     answers = evaluate(model, held_out, encoding, cfg, device, damage)
     if rank == 0:
-        finish(answers, cfg, device, folder, log, damage, parameters)
+        write_results(answers, cfg, device, folder, log, damage, parameters)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1024,7 +1028,7 @@ def shard(model, device, cfg):
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
-class Whole(dict):
+class Gathered(dict):
     """A state dict whose shards were gathered; trajtok.save_checkpoint takes it as it takes a model."""
 
     def state_dict(self):
@@ -1032,21 +1036,24 @@ class Whole(dict):
         return dict(self)
 
 
+# Whole tensors under the names of the parameters: any number of processes can go on from the file.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. Any number of processes can go on from the file."""
-    if ranks()[1] > 1:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = map(Whole, get_state_dict(model, optimizer, options=options))
-    trajtok.save_checkpoint(folder, model, optimizer, step)
+    """As trajtok.save_checkpoint. All processes have to call it: gathering shards takes every one of them."""
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    trajtok.save_checkpoint(folder, Gathered(weights), Gathered(moments), step)
 
 
 def restore(folder, model, optimizer):
     """-> the step to begin with: 0 if nothing was saved."""
-    if ranks()[1] == 1 or not (folder / "state.pt").exists():
-        return trajtok.load_checkpoint(folder, model, optimizer)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=WHOLE)
     return state["step"]
 
 
@@ -1055,19 +1062,6 @@ def restore(folder, model, optimizer):
 # -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def score(model, rows, seen, encoding, cfg, device):
-    """Conversations about one video -> -log p of the answers in each, summed over their tokens.
-
-    All of them begin with the video, which is read once: a clip of 64 frames has five times as many tokens as
-    a question with its answer, and there are some fifteen rows a clip."""
-    # up to the last token before they differ, or before the first answer: it predicts what comes next
-    spoken = [own for _, _, own in rows[0]].index(True)
-    shared = min(len(os.path.commonprefix(rows)), spoken) - 1
-    ids, visual, targets = lay_out(rows, encoding, model.decoder.cfg.max_position_embeddings, device)
-    with trajtok.precision(device, cfg.bf16):
-        return model(ids, visual, targets, seen, shared).tolist()
-
-
 def evaluate(model, held_out, encoding, cfg, device, damage):
     """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
@@ -1075,27 +1069,30 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
     for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
         batch = held_out[number]
         damage.add(batch["bad"])
-        if not batch["qa"]:                                     # the file could not be read
+        if not batch.get("qa"):                                 # the file could not be read
             continue
-        seen, (windows,) = perceive(batch, model, cfg, device)
+        inputs, (windows,) = visual_inputs(batch, model, cfg, device)
         # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
         # other words would have to be judged by another model.
-        rows = []
+        rows, counts = [], []
         for *before, turn in batch["qa"][0]:
+            counts.append(len(turn["options"]))
             for text in turn["options"]:
                 rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
-        costs = iter(score(model, rows, seen, encoding, cfg, device))
-        for *_, turn in batch["qa"][0]:
-            cost = {text: next(costs) for text in turn["options"]}
-            # summed over the tokens: log p of the whole option
-            right = min(cost, key=cost.get) == turn["answer"]
-            answers.append(dict(type=turn.get("type", "question"), frames=len(batch["times"][0]),
-                                accuracy=float(right), chance=1 / len(cost)))
+        with trajtok.precision(device, cfg.bf16):
+            costs = model(*lay_out(rows, device), inputs).split(counts)
+        for (*_, turn), cost in zip(batch["qa"][0], costs):
+            # summed over the tokens: -log p of the whole option
+            right = turn["options"][int(cost.argmin())] == turn["answer"]
+            answers.append(dict(
+                type=turn.get("type", "question"), frames=len(batch["times"][0]),
+                accuracy=float(right), chance=1 / len(cost)))
     return answers
 
 
 def accuracies(answers):
-    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict."""
+    """-> accuracy and chance of all questions, of each type and of each length, as one flat dict: accuracy,
+    chance, accuracy_8_frames, ..., accuracy_what, ... Chance is the mean of 1 / number of options."""
     groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
         for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
@@ -1107,25 +1104,27 @@ def accuracies(answers):
     return result
 
 
-def finish(answers, cfg, device, folder, log, damage, parameters):
+def write_results(answers, cfg, device, folder, log, damage, parameters):
     """Write result.json and pictures, and print what they say."""
     if not answers:
         raise BadInput(f"{cfg.data}: no held-out question can be asked; run `python data.py check` on it")
-    lines, scores = log.lines(), accuracies(answers)
-    seconds, clips = (sum(line[key] for line in lines) for key in ("seconds", "clips"))
-    result = scores | dict(questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
-                           visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
-                           clips_per_second=clips / seconds, peak_memory_gb=trajtok.peak_memory_gb(device),
-                           left_out=len(damage.files), connector=cfg.connector)
+    scores, lines = accuracies(answers), log.lines()
+    seconds = sum(line["seconds"] for line in lines)
+    result = scores | dict(
+        questions=len(answers), parameters=parameters, seconds=seconds, seed=cfg.seed,
+        visual_tokens=sum(line["visual_tokens"] for line in lines) / len(lines),
+        clips_per_second=sum(line["clips"] for line in lines) / seconds,
+        peak_memory_gb=trajtok.peak_memory_gb(device), left_out=len(damage), connector=cfg.connector)
     write_json(folder / "result.json", result)
-    trajtok.plot(folder / "curves.svg", {"loss": {"": [(line["step"], line["loss"]) for line in lines]}})
-    lengths = sorted({answer["frames"] for answer in answers})
-    curves = {}
-    for name in ("accuracy", "chance"):
-        curves[name] = [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
+    # the curve of the loss, then the accuracy by length with chance beside it
+    trajtok.save_pictures(folder, [], log, ["loss"])
+    curves = dict(accuracy=[], chance=[])
+    for frames in sorted({answer["frames"] for answer in answers}):
+        for name, curve in curves.items():
+            curve.append((frames, 100 * scores[f"{name}_{frames}_frames"]))
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
-    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage.files)} files left out\n"
+    print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage)} files left out\n"
           f"wrote {folder}/: model.safetensors, result.json, log.jsonl, curves.svg, accuracy.svg")
 
 
@@ -1136,34 +1135,24 @@ def finish(answers, cfg, device, folder, log, damage, parameters):
 def open_model(folder, device="cpu"):
     """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
     there."""
-    saved = trajtok.read_json(Path(folder) / "config.json")
-    if "connector" not in saved:
-        raise BadInput(f"--model {folder}: not a run of train_vlm.py")
-    cfg = VLMConfig(**{field.name: saved[field.name] for field in dataclasses.fields(VLMConfig)})
+    cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
-    return cfg, encoding, trajtok.load_weights(assemble(cfg, *parts), folder).eval().to(device)
+    return cfg, encoding, trajtok.load_weights(VLM(cfg, *parts), folder).eval().to(device)
 
 
-def attended(cache):
-    """How much the newest position attends to all positions so far (s,): softmax weights, averaged over
-    layers and heads."""
-    weights = []
+def attended(decoder, x, count):
+    """Embeddings (1, s, w) of a prompt of `count` tokens and its answer -> how much the answer attends to
+    each token of the prompt (count,): softmax weights, averaged over layers, heads and the positions that
+    predict the answer, from the last one of the prompt on."""
+    cache, weights = decoder.empty_cache(), []
+    decoder(x, cache=cache)
     for memory in cache:
-        q, k = memory["q"][0, :, -1:], memory["k"][0]
-        k = k.repeat_interleave(len(q) // len(k), 0)
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        weights.append(scores.softmax(-1).mean((0, 1)))
-    return torch.stack(weights).mean(0)
-
-
-def attention_picture(path, video, owner, weight):
-    """video uint8 (T, H, W, 3); owner (v, t, h, w): the trajectory or patch of each cell; weight: how much
-    each was attended to. Those above the mean are painted."""
-    owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
-    owner = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0].long().cpu().numpy()
-    trajtok.make_folder(path.parent)
-    write_png(path, trajtok.filmstrip(video, {"attended": owner}, min(8, len(video))))
-    print(f"wrote {path}")
+        q, k = memory["q"][:, :, count - 1:], memory["k"]
+        # values that say where they stand: what attention gives is then its weights
+        places = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
+        mask = causal_mask(q.shape[2], k)
+        weights.append(F.scaled_dot_product_attention(q, k, places, mask, enable_gqa=True))
+    return torch.cat(weights).mean((0, 1, 2))[:count]
 
 
 @torch.no_grad()
@@ -1178,33 +1167,35 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
-    # a picture, or frames that fill whole windows
-    picture = Path(args.clip).suffix.lower() in data.IMAGE_SUFFIXES
-    frames = 1 if picture else min(cfg.frames, len(data.frame_times(args.clip)))
-    if frames > cfg.window:
-        frames -= frames % cfg.window
-    size = max([64, *(part.cfg.image_size for part in (model.segmenter, model.vision) if part)])
-    video, times = data.decode(args.clip, frames, size)
+    # whole windows, or less than one; a picture is a clip of one frame
+    frames = min(cfg.frames, len(data.frame_times(args.clip)))
+    frames -= frames % min(frames, cfg.window)
+    video, times = data.decode(args.clip, frames, frame_size(model.segmenter, model.vision))
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
-    seen, windows = perceive(batch, model, cfg, device)
+    inputs, windows = visual_inputs(batch, model, cfg, device)
     # the same text as in training, up to where the answer begins
     prompt = chat(encoding, [dict(question=args.question, answer=None)], windows[0])
-    ids, visual, _ = lay_out([prompt], encoding, model.decoder.cfg.max_position_embeddings, device)
+    ids, visual, _ = lay_out([prompt], device)
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
-    cache, weights, answer = model.decoder.empty_cache(), [], []
-    for token in generate(model.decoder, model.embed(ids, visual, seen), cache, stop, encoding.n_vocab):
-        # the newest position is the one that gave this token: what it read, it answered from
-        weights.append(attended(cache)[:len(prompt)])
-        answer.append(token)
+    x = model.embed(ids, visual, inputs)
+    answer = list(generate(model.decoder, x, stop, encoding.n_vocab))
     # not token by token: one may end within a character
     print(encoding.decode(answer))
     visual = visual[0] >= 0
     print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
-    if seen is not None:
-        weights.append(attended(cache)[:len(prompt)])           # of the end of the answer
-        weight = torch.stack(weights).mean(0)[visual].view(-1, model.connector.m).sum(1)
+    if inputs:
+        said = model.decoder.embed_tokens(torch.tensor([answer], dtype=torch.int64, device=device))
+        weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt))
+        weight = weight[visual].view(-1, model.connector.m).sum(1)
+        # cells whose trajectory or patch is attended to more than the mean are painted
+        owner = model.connector.owner(inputs["ids"])            # (v, t, h, w)
+        owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
+        pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-        attention_picture(path, video, model.connector.owner(seen["ids"]), weight)
+        trajtok.make_folder(path.parent)
+        strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
+        write_png(path, strip)
+        print(f"wrote {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1222,7 +1213,8 @@ def main(argv=None):
         # a wrong folder of another part is refused before the minutes that this takes
         open_parts(cfg)
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
-    # the segmenter was pre-trained by one process; now several may begin
+    # The segmenter was pre-trained by one process, before torchrun starts several. Each of them comes here
+    # again, and finds the segmenter's folder.
     trajtok.launch(cfg)
     try:
         train(cfg, folder)

@@ -31,7 +31,6 @@ import resource
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +38,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from safetensors.torch import load_file, save
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from data import BadInput, configure, film, paint, palette, replace, write_json, write_png
+from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
 from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
@@ -87,18 +85,6 @@ class TrajTokConfig:
     normed_residual: bool = False   # latents = norm(latents) + attention, instead of latents + attention
     norm_media: bool = False        # each layer normalises the points once more
     last_points: int = 0            # so many points at the end of a clip are read by every token
-
-    def __post_init__(self):
-        # JSON turns tuples into lists, and a list would make a loaded configuration differ from the saved
-        # one. A frozen dataclass has no plain assignment.
-        object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "dims", tuple(self.dims))
-        if self.image_size % 32 or self.image_size < 32:
-            raise BadInput(f"image size {self.image_size}: give a multiple of 32, e.g. 224")
-        if self.dim % self.heads or self.dim % 8:
-            raise BadInput(f"dim {self.dim}: must be a multiple of 8 and of the {self.heads} heads")
-        if self.max_tokens not in (1, 2, 4, 8, 16):
-            raise BadInput(f"max_tokens {self.max_tokens}: must be a power of two (the paper: 4)")
 
     @property
     def choices(self):
@@ -160,51 +146,41 @@ class TrajTok(nn.Module):
         needed: once to count the frames, once for each layer of each Perceiver, and once for z_init."""
         segmenter, encoder, m = self.segmenter, self.encoder, tokens_per_trajectory
         device = segmenter.latents.device
-        source = chunks_of(frames, chunk)
-        length = sum(video.shape[1] for video in source())
+        length = sum(video.shape[1] for _, video in chunks_of(frames, chunk))
         assert length, "an empty video: there is no frame to make tokens of"
 
-        # Segmenter.segment and TrajectoryEncoder.forward follow, a chunk at a time. Each nested function is a
-        # generator that decodes the video from its beginning.
-        def extract():                                          # -> first frame, chunk, F (1, n, d), grid
-            first = 0
-            for video in source():
-                yield first, video, *segmenter.extract(normalise(video.to(device)))
-                first += video.shape[1]
-
-        def read_by_queries():
-            for first, _, features, (_, h, w) in extract():
-                yield first * h * w, features, None
+        # Segmenter.segment and TrajectoryEncoder.forward follow, a chunk at a time
+        def read(queries=None):
+            """Decodes the video from its beginning -> first frame, chunk, F (1, n, d), and, once there are
+            queries, the Segmentation; F then has places."""
+            for first, video in chunks_of(frames, chunk):
+                points, grid = segmenter.extract(normalise(video.to(device)))
+                seg = None
+                if queries is not None:
+                    seg = segmenter.assign(queries, points, grid)
+                    points = encoder.add_places(points, grid, first, length)
+                    if first + video.shape[1] == length:        # cfg.last_points are in the last chunk
+                        seg.ids[:, points.shape[1] - self.cfg.last_points:] = EVERYONE
+                yield first, video, points, seg
 
         # the K queries have read the whole video before the first point is given to one of them
-        queries = perceive_chunks(segmenter.perceiver, segmenter.latents[None], read_by_queries)
-
-        def segment():                                          # -> first frame, F with places, Segmentation
-            for first, video, features, grid in extract():
-                seg = segmenter.assign(queries, features, grid)
-                yield first, video, encoder.add_places(features, grid, first, length), seg
-
+        queries = perceive_chunks(segmenter.perceiver, segmenter.latents[None], read)
         # z_init is a mean over all points: numerator and denominator are summed over the chunks
-        total, weight, alive, path = 0.0, 0.0, False, []
-        for first, video, points, seg in segment():
+        total, weight, alive, path = 0, 0, False, []
+        for first, video, points, seg in read(queries):
             soft = seg.logits.softmax(-1)                       # over the queries
             part, share = soft_sums(soft, points)
-            total, weight, alive = total + part, weight + share, alive | seg.alive
+            total += part
+            weight += share
+            alive |= seg.alive
             path.append(TrajectoryPath.sums(soft, seg.grid))
             if each:
                 each(first, video, seg)
         latents = encoder.start(total, weight, torch.cat(path, 1), m)
-
-        def read_by_tokens():
-            for first, _, points, seg in segment():
-                cells = seg.grid[1] * seg.grid[2]
-                number = first * cells + torch.arange(seg.ids.shape[1], device=device)
-                last = number >= length * cells - self.cfg.last_points  # (n,), True = every token reads it
-                yield first * cells, points, seg.ids.masked_fill(last, EVERYONE)
-
         # under the hard mask a token reads the tokens and the points of its own trajectory
-        owner = torch.arange(self.cfg.num_queries, device=device).repeat_interleave(m)
-        z = perceive_chunks(encoder.perceiver, latents, read_by_tokens, owner if self.cfg.hard_mask else None)
+        trajectory = torch.arange(self.cfg.num_queries, device=device).repeat_interleave(m)
+        owner = trajectory if self.cfg.hard_mask else None
+        z = perceive_chunks(encoder.perceiver, latents, lambda: read(queries), owner)
         return encoder.finish(z, alive)
 
     @torch.no_grad()
@@ -212,48 +188,40 @@ class TrajTok(nn.Module):
         """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a
         window. frames: as for stream, a chunk is a window. -> Tokens, b = 1; trajectory k of window i is
         number i·K + k: query k stands for another thing in every window."""
-        parts, first = [], 0
-        for video in chunks_of(frames, window)():
+        parts = []
+        for first, video in chunks_of(frames, window):
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
             offset = len(parts) * self.cfg.num_queries
             parts.append(tokens._replace(trajectory=tokens.trajectory + offset))
             if each:
                 each(first, video, seg)
-            first += video.shape[1]
         # z, mask and trajectory: for each field, the windows one after the other
         return Tokens(*(torch.cat(field, 1) for field in zip(*parts)))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which from_pretrained reads."""
-        make_folder(folder)
         write_json(Path(folder) / "config.json", {"trajtok": dataclasses.asdict(self.cfg)})
         write_weights(Path(folder) / "model.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder):
         """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> the tokenizer, in eval mode."""
-        try:
-            cfg = TrajTokConfig(**read_json(Path(folder) / "config.json")["trajtok"])
-        except (KeyError, TypeError):                           # no such entry; none, or unknown fields in it
-            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer") from None
-        return load_weights(cls(cfg), folder, "video.tokenizer.").eval()
+        saved = read_json(Path(folder) / "config.json").get("trajtok")
+        if not saved:
+            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer")
+        return load_weights(cls(TrajTokConfig(**saved)), folder, "video.tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
         """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's, in
         eval mode. Its configuration is read off names and shapes. mean_start: was it trained with z_init
         added to the codes? The weights do not tell."""
-        marks = ("segmenter.log_scale", "latents", "output_projector.weight")
-        weights = official_part(read_weights(path), marks, path)
-        cfg, renamed = official_segmenter(under(weights, "segmenter."), path)
-        rules = [(r"segmenter\..+", None), (r"traj_feature_updater\.(.+)", r"perceiver.\1")]
-        encoder = rename(weights, rules)
-        # both Perceivers have one depth and number of heads; this call drops the rotary frequencies
-        official_perceiver(encoder, path)
-        renamed = {f"segmenter.{k}": v for k, v in renamed.items()}
-        renamed |= {f"encoder.{k}": v for k, v in encoder.items()}
-        sizes = dict(max_tokens=encoder["latents"].shape[1], out_dim=len(encoder["output_projector.weight"]))
-        cfg = dataclasses.replace(cfg, **sizes, last_points=2, mean_start=mean_start)
+        weights = official_part(read_weights(path), "segmenter.trajectory_perceiver.latents", path)
+        cfg, segmenter = official_segmenter(under(weights, "segmenter."), path)
+        renamed = rename(weights, ENCODER_NAMES)
+        renamed |= {f"segmenter.{name}": value for name, value in segmenter.items()}
+        cfg = dataclasses.replace(cfg, max_tokens=weights["latents"].shape[1], last_points=2,
+                                  out_dim=len(weights["output_projector.weight"]), mean_start=mean_start)
         return fit_weights(cls(cfg), renamed, path).eval()
 
 
@@ -265,60 +233,52 @@ class TrajTok(nn.Module):
 EVERYONE = -2
 
 
-def perceive_chunks(perceiver, latents, chunks, owner=None):
+def perceive_chunks(perceiver, latents, read, owner=None):
     """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
 
-    chunks() returns, once for each layer, a new iterator over (number of the first point, points (1, n, d),
-    ids (1, n) or None). owner (s,): the trajectory of each latent, under the hard mask; None: no mask."""
+    read() returns, once for each layer, a new iterator over (first frame, chunk, points (1, n, d), their
+    Segmentation). owner (s,): the trajectory of each latent, under the hard mask; None: no mask.
+
+    The softmax over all points, exactly, as flash attention computes it (arXiv 2205.14135). For scores s_j
+    and values v_j, those of the latents themselves and of all points so far,
+
+      y = sum_j exp(s_j - N) v_j,   N = log sum_j exp(s_j)
+
+    A new chunk makes N larger. The sum so far is then multiplied by exp(old N - new N)."""
     for attention, mlp in perceiver.layers:
-        x, read = perceiver.norm_lat(latents), None
-        for first, points, ids in chunks():
-            # latents have the positions 0 .. s-1, so the first point of the video has s
-            parts = attention.project(x, perceiver.norm_ctx(points), latents.shape[1] + first)
+        x = perceiver.norm_lat(latents)
+        y, norm = 0, torch.tensor(-math.inf, device=x.device)
+        # latents have the positions 0 .. s-1, so the first point of the video has s
+        position = x.shape[1]
+        for _, _, points, seg in read():
+            parts = attention.project(x, perceiver.norm_ctx(points), position)
             q, k_own, v_own, k, v = (part.transpose(1, 2).float() for part in parts)
             q = q / math.sqrt(q.shape[-1])
             s_own, s = q @ k_own.mT, q @ k.mT                   # (1, a, s, s), (1, a, s, n)
             if owner is not None:                               # masked_fill: True = may not be read
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
-                s = s.masked_fill((owner[:, None] != ids) & (ids != EVERYONE), -math.inf)
+                s = s.masked_fill((owner[:, None] != seg.ids) & (seg.ids != EVERYONE), -math.inf)
             # project returns the latents' own keys with every chunk; they count once, before the points
-            if read is None:
-                read = running_softmax(None, s_own, v_own)
-            read = running_softmax(read, s, v)
-        _, norm, total = read
-        y = rearrange(total / norm, "b a s c -> b s (a c)").to(latents.dtype)
-        latents = (x if perceiver.normed_residual else latents) + attention.to_out(y)
+            if position == x.shape[1]:
+                s, v = torch.cat((s_own, s), 3), torch.cat((v_own, v), 2)
+            larger = torch.logaddexp(norm, s.logsumexp(-1, keepdim=True))
+            y = y * (norm - larger).exp() + (s - larger).exp() @ v
+            norm = larger
+            position += points.shape[1]
+        y = rearrange(y, "b a s c -> b s (a c)").to(latents.dtype)
+        latents = x if perceiver.normed_residual else latents
+        latents = latents + attention.to_out(y)
         latents = latents + mlp(latents)
     return latents
 
 
-def running_softmax(before, s, v):
-    """y = softmax(s) v over chunks of s and v, exactly, as flash attention does it (arXiv 2205.14135). For
-    scores s_j (..., q, n) and values v_j (..., n, c),
-
-      y = total / norm,   total = sum_j exp(s_j - top) v_j,   norm = sum_j exp(s_j - top),   top = max_j s_j
-
-    before: (top, norm, total) of the earlier chunks, None at the first -> the same with this chunk. Where it
-    brings a larger top, the earlier sums are multiplied by exp(old top - new top)."""
-    top = s.amax(-1, keepdim=True)
-    if before is not None:
-        top = torch.maximum(before[0], top)
-    w = (s - top).exp()
-    norm, total = w.sum(-1, keepdim=True), w @ v
-    if before is not None:
-        rescale = (before[0] - top).exp()
-        norm, total = norm + before[1] * rescale, total + before[2] * rescale
-    return top, norm, total
-
-
 def chunks_of(frames, length):
-    """uint8 (t, H, W, 3), cut into chunks of `length` frames, or a function that returns an iterator over
-    chunks -> a function that returns an iterator over uint8 (1, t, H, W, 3)."""
-    def chunks():
-        for chunk in frames() if callable(frames) else torch.as_tensor(frames).split(length):
-            yield torch.as_tensor(chunk)[None]
-
-    return chunks
+    """uint8 (t, H, W, 3), which is cut into chunks of `length` frames, or a function that returns an iterator
+    over chunks -> an iterator over (number of the first frame, chunk uint8 (1, t, H, W, 3))."""
+    first = 0
+    for chunk in frames() if callable(frames) else torch.as_tensor(frames).split(length):
+        yield first, torch.as_tensor(chunk)[None]
+        first += len(chunk)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -331,58 +291,50 @@ def load_weights(module, folder, *prefixes):
     that occurs are taken, or all of them if none does."""
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
-    parts = [under(weights, prefix) for prefix in prefixes] + [weights]
+    parts = [under(weights, prefix) for prefix in (*prefixes, "")]
     return fit_weights(module, next(part for part in parts if part), path)
 
 
 def write_weights(path, state):
     """A state dict -> a .safetensors file, renamed into place."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with data.replacing(path) as beside:
-        save_file(state, beside)
-        beside.chmod(0o644)                                     # safetensors lets only the owner read it
+    with replacing(path) as beside:
+        beside.write_bytes(save(state))
+
+
+# A pickle could run code, so torch.load refuses every class that is not named. The original VideoMAE release
+# keeps its command line, an argparse.Namespace, beside the weights.
+torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def read_weights(path, wrappings=("model", "state_dict")):
     """Weights that somebody wrote -> {name: tensor} on the CPU.
 
     path: a .safetensors file; a torch checkpoint (.pth, .pt, .bin), of which only tensors are loaded, no
-    code; or a folder as a model hub serves it, with one of these files or with an index of several.
+    code; or a folder as a model hub serves it, in which a large model has several of these files.
     wrappings: keys under which a checkpoint may hold its weights, {"model": {...}, "epoch": 3}; they are
     taken off, as is the `module.` that DistributedDataParallel puts before each name."""
     path = Path(path)
+    files, weights = [path], {}
     if path.is_dir():
-        # large models come in several files, whose index says which weight is in which
-        names = ("model.safetensors", "pytorch_model.bin")
-        names += tuple(name + ".index.json" for name in names)
-        path = next((path / name for name in names if (path / name).exists()), path / names[0])
-    if not path.exists():
-        raise BadInput(f"{path}: no such file of weights; check the path, or let the run save first")
-    weights, files = {}, [path]
+        files = [*path.glob("model*.safetensors")] or [*path.glob("pytorch_model*.bin")]
     try:
-        if path.suffix == ".json":
-            parts = set(json.loads(path.read_text())["weight_map"].values())
-            files = [path.parent / part for part in parts]
         for file in files:
-            weights |= load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
+            if file.suffix == ".safetensors":
+                weights |= load_file(file)
+            else:
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
     # the two readers raise exceptions of many types on a file that is not theirs
     except Exception as error:
-        raise BadInput(f"{path}: no whole file of weights ({type(error).__name__}); fetch it again") from None
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"{path}: no whole file of weights ({reason}); check the path") from None
     # twice, because one wrapping may stand inside another, in either order
     for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
     weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
     if not weights:
-        raise BadInput(f"{path}: holds no named weights; a state dict was expected")
+        raise BadInput(f"{path}: holds no named weights; check the path, or let the run save first")
     return weights
-
-
-def load_pickle(file):
-    """A torch checkpoint -> what it holds. With weights_only, torch refuses every class that is not named: a
-    pickle could run code. The original VideoMAE release keeps its command line, an argparse.Namespace, beside
-    the weights."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def fit_weights(module, weights, where):
@@ -391,8 +343,7 @@ def fit_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{where}: weights of another model or size: {reason}") from None
+        raise BadInput(f"{where}: weights of another model or size: {' '.join(str(error).split())}") from None
     return module
 
 
@@ -402,59 +353,37 @@ def under(weights, prefix):
 
 
 def rename(weights, rules):
-    """Rename keys. rules: pairs of a regular expression and its replacement. The first that matches a whole
-    key is applied; the replacement None drops the key. A key that no rule matches stays as it is."""
-    renamed = {}
-    for key, value in weights.items():
-        for pattern, replacement in rules:
-            found = re.fullmatch(pattern, key)
-            if found:
-                key = found.expand(replacement) if replacement else None
-                break
-        if key:
-            renamed[key] = value
-    return renamed
+    """Rename keys. rules: pairs of a regular expression for a whole key and its replacement, applied one
+    after the other; the replacement None drops the key."""
+    for pattern, replacement in rules:
+        whole = re.compile(f"^(?:{pattern})$")
+        weights = {whole.sub(replacement or "", key): value for key, value in weights.items()}
+    weights.pop("", None)
+    return weights
 
 
 def count(weights, pattern):
-    """How many layers a checkpoint has: 1 + the largest number that group 1 of the pattern matches in any
-    key; 0 if it matches none."""
+    """How many layers a checkpoint has: how many numbers group 1 of the pattern matches in its keys."""
     found = [re.match(pattern, key) for key in weights]
-    return max((int(one[1]) + 1 for one in found if one), default=0)
+    return len({one[1] for one in found if one})
 
 
 # ConvNeXt (arXiv 2201.03545) is published in four layouts, the original's, timm's and two of the hub
 # (ConvNext and DINOv3): the same tensors under other names. These rules turn each into the original's.
-DOWNSAMPLE = r"(?:encoder\.)?stages\.(\d)\.downsampl(?:e|e_layers|ing_layer)\.([01])\."
-BLOCK = r"(?:encoder\.)?stages\.(\d)\.(?:blocks\.|layers\.|)(\d+)\."
 CONVNEXT_NAMES = [
-    # the last norm, which DINOv3's original layout holds twice; the classifier on top
-    (r"norms\.3\..+|(?:head|classifier|head\.fc)\.(?:weight|bias)", None),
-    (r"stem\.([01])\.(.+)", r"downsample_layers.0.\1.\2"),
-    (r"embeddings\.patch_embeddings\.(.+)", r"downsample_layers.0.0.\1"),
-    (r"embeddings\.layernorm\.(.+)", r"downsample_layers.0.1.\1"),
-    (DOWNSAMPLE + "(.+)", r"downsample_layers.\1.\2.\3"),
-    (BLOCK + r"(?:conv_dw|dwconv|depthwise_conv)\.(.+)", r"stages.\1.\2.dwconv.\3"),
-    (BLOCK + r"(?:mlp\.fc|pwconv|pointwise_conv)([12])\.(.+)", r"stages.\1.\2.pwconv\3.\4"),
-    (BLOCK + r"(?:norm|layernorm|layer_norm)\.(.+)", r"stages.\1.\2.norm.\3"),
-    (BLOCK + r"(?:gamma|layer_scale_parameter)", r"stages.\1.\2.gamma"),
-    (r"(?:head\.norm|layernorm|layer_norm)\.(.+)", r"norm.\1"),
+    # a ConvNeXt inside a classifier, or inside another model, has some of these before each name
+    (r"(?:(?:convnext|backbone|model|encoder)\.)+(.+)", r"\1"),
+    (r"(?:stem\.0|embeddings\.patch_embeddings)\.(.+)", r"downsample_layers.0.0.\1"),
+    (r"(?:stem\.1|embeddings\.layernorm)\.(.+)", r"downsample_layers.0.1.\1"),
+    (r"stages\.(\d)\.downsampl\w+\.(.+)", r"downsample_layers.\1.\2"),
+    (r"(stages\.\d)\.(?:blocks|layers)\.(.+)", r"\1.\2"),
+    (r"(.+)\.(?:conv_dw|depthwise_conv)\.(.+)", r"\1.dwconv.\2"),
+    (r"(.+)\.(?:mlp\.fc|pointwise_conv)([12])\.(.+)", r"\1.pwconv\2.\3"),
+    (r"(.+)\.layer_scale_parameter", r"\1.gamma"),
+    (r"(.*)(?:head\.norm|layernorm|layer_norm)\.(.+)", r"\1norm.\2"),
+    # the classifier, and the last norm, which DINOv3's original layout holds twice
+    (r"(?:head|classifier|norms)\..+", None),
 ]
-
-
-def convnext_names(weights, where):
-    """Any published layout -> weights under our names; depths and dims, which are read off names and
-    shapes."""
-    # a ConvNeXt inside a classifier, or inside another model, has one of these before each name
-    weights = {re.sub(r"^(convnext|backbone|model)\.", "", key): x for key, x in weights.items()}
-    weights = rename(weights, CONVNEXT_NAMES)
-    depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
-    # the convolution comes first in the stem, and after a norm in the other three; len = output channels
-    try:
-        stems = [weights[f"downsample_layers.{i}.{min(i, 1)}.weight"] for i in range(4)]
-    except KeyError as error:
-        raise BadInput(f"{where}: no ConvNeXt in a layout that is known: it has no {error}") from None
-    return weights, depths, tuple(len(stem) for stem in stems)
 
 
 def load_convnext(path):
@@ -463,49 +392,55 @@ def load_convnext(path):
     return fit_weights(ConvNeXt(depths, dims), weights, path)
 
 
-# the authors' names -> ours. Their low-resolution head makes the masks that the tokens are built on. A second
-# one, at the frame's resolution, serves the training of the segmenter alone and is left out.
+def convnext_names(weights, where):
+    """Any published layout -> weights under our names; depths and dims, which are read off names and
+    shapes."""
+    weights = rename(weights, CONVNEXT_NAMES)
+    depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
+    if 0 in depths:
+        raise BadInput(f"{where}: no ConvNeXt in a layout that is known; it holds {list(weights)[:4]}")
+    dims = tuple(len(weights[f"stages.{i}.0.norm.weight"]) for i in range(4))
+    return weights, depths, dims
+
+
+# The authors' names -> ours. The rotary frequencies are computed here. The release's low-resolution head
+# makes the masks that the tokens are built on; a second one, at the frame's resolution, serves the training
+# of the segmenter alone.
 SEGMENTER_NAMES = [
-    (r"patch_encoder\.backbone\..+", None),                     # its own rules, above
-    (r"patch_encoder\.(proj\.\d|ln)\.(.+)", r"\1.\2"),
+    (r"patch_encoder\.backbone\..+|.+_high_res\..+|.+\.freqs", None),     # the backbone has its own rules
+    (r"patch_encoder\.(.+)", r"\1"),
     (r"trajectory_perceiver\.latents", r"latents"),
     (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
-    (r"(traj_seg_head|patch_decoder)_low_res\.(.+)", r"\1.\2"),
-    (r"(traj_seg_head|patch_decoder)_high_res\..+", None),
+    (r"(.+)_low_res\.(.+)", r"\1.\2"),
+]
+ENCODER_NAMES = [
+    (r"segmenter\..+|.+\.freqs", None),
+    (r"traj_feature_updater\.(.+)", r"perceiver.\1"),
+    (r"(.+)", r"encoder.\1"),
 ]
 
 
-def official_part(weights, marks, where):
-    """A released checkpoint holds other models beside the tokenizer. -> The weights under the first prefix
-    that has all the names in `marks`, without that prefix."""
-    for outer in ("", "traj_tokenizer.", "vision_encoder.", "vision_encoder.traj_tokenizer."):
-        for prefix in (outer, outer + "segmenter."):
-            if all(prefix + mark in weights for mark in marks):
-                return under(weights, prefix)
-    raise BadInput(f"{where}: not in the authors' layout: no {' and '.join(marks)} under a known prefix; "
-                   "folders that these scripts wrote load with from_pretrained")
-
-
-def official_perceiver(weights, where):
-    """-> depth, heads of one of the release's Perceivers. Only the rotary frequencies that it stores tell the
-    number of heads: they are one for every four channels of a head, so heads = d / (4 · frequencies). We
-    compute them ourselves: they are dropped from `weights`, in place."""
-    depth = count(weights, r"perceiver\.layers\.(\d+)\.")
-    stored = [weights.pop(f"perceiver.layers.{i}.0.rotary_emb.freqs", None) for i in range(depth)]
-    if not stored or any(freqs is None for freqs in stored):
-        raise BadInput(f"{where}: no perceiver.layers.*.rotary_emb.freqs, which tell the number of heads")
-    return depth, weights["perceiver.norm_lat.weight"].numel() // (4 * stored[0].numel())
+def official_part(weights, mark, where):
+    """A released checkpoint holds other models beside the tokenizer. -> The weights that have the prefix of
+    the one whose name ends with `mark`, without that prefix."""
+    prefixes = [name.removesuffix(mark) for name in weights if name.endswith(mark)]
+    if not prefixes:
+        raise BadInput(f"{where}: not in the authors' layout, which has {mark}; our folders: from_pretrained")
+    return under(weights, prefixes[0])
 
 
 def official_segmenter(weights, where):
-    """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names."""
+    """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names. Both
+    Perceivers of the release have one depth and one number of heads."""
     backbone, depths, dims = convnext_names(under(weights, "patch_encoder.backbone."), where)
-    rest = rename(weights, SEGMENTER_NAMES)
-    depth, heads = official_perceiver(rest, where)
-    queries, dim = rest["latents"].shape
+    depth = count(weights, r"trajectory_perceiver\.layers\.(\d+)\.")
+    queries, dim = weights["trajectory_perceiver.latents"].shape
+    # only the stored rotary frequencies tell the heads: there is one for every four channels of a head
+    heads = dim // (4 * len(weights["trajectory_perceiver.layers.0.0.rotary_emb.freqs"]))
     cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims,
                         frames=8, normed_residual=True, norm_media=True)
-    return cfg, rest | {f"backbone.{k}": v for k, v in backbone.items()}
+    renamed = rename(weights, SEGMENTER_NAMES)
+    return cfg, renamed | {f"backbone.{name}": value for name, value in backbone.items()}
 
 
 def load_segmenter(path):
@@ -513,8 +448,8 @@ def load_segmenter(path):
     inside TrajViT2's. In eval mode."""
     if Path(path).is_dir():
         return TrajTok.from_pretrained(path).segmenter
-    marks = ("log_scale", "trajectory_perceiver.latents")
-    cfg, weights = official_segmenter(official_part(read_weights(path), marks, path), path)
+    weights = official_part(read_weights(path), "trajectory_perceiver.latents", path)
+    cfg, weights = official_segmenter(weights, path)
     return fit_weights(Segmenter(cfg), weights, path).eval()
 
 
@@ -523,21 +458,11 @@ def load_segmenter(path):
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class RunConfig:
+class TrainConfig:
     """The flags of every training. The comments are their --help."""
     size: str = "nano"                  # nano, or a larger one of the script's sizes
-    data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
-    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
-    val: str | None = None              # a manifest of held-out clips; default: a part of --data
-    name: str | None = None             # of the run, whose folder is named at the end; default: size and data
+    name: str | None = None             # of the run, whose folder is named at the end; default: the size
     out: str = "out"                    # where runs are kept
-    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
-    frames: int | None = None           # frames of a clip; default: the size's
-    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
-    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
-    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
-    shared_colours: bool = True         # may two objects of a made clip have the same colour?
-    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
     batch: int = 32                     # clips a step of each process
     steps: int = 300                    # steps
     lr: float = 1e-3                    # peak learning rate
@@ -546,7 +471,6 @@ class RunConfig:
     clip: float = 1.0                   # largest gradient norm
     seed: int = 0                       # of weights, data order and augmentation
     save_every: int = 100               # steps between checkpoints
-    eval_clips: int = 256               # held-out made clips, all captions distinct
     device: str = "auto"                # cpu, cuda, ...
     workers: int = 0                    # processes that make batches; 0: the training process
     bf16: bool | None = None            # matrix products in bfloat16; default: on a GPU
@@ -554,8 +478,29 @@ class RunConfig:
     overwrite: bool = False             # start again over a run of this name
 
     def __post_init__(self):
-        at_least(self, 1, "image_size frames max_objects batch steps save_every eval_clips")
-        at_least(self, 0, "stride lr warmup weight_decay clip seed workers")
+        at_least(self, 1, "batch steps save_every")
+        at_least(self, 0, "lr warmup weight_decay clip seed workers")
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """The flags of a training on made clips, or on real ones with captions or masks."""
+    data: str = "world"                 # `world`, or a manifest, CSV or folder; several with commas
+    mix: str | None = None              # shares of several sets, with commas: 0.5,0.5; default: equal
+    val: str | None = None              # a manifest of held-out clips; default: a part of --data
+    image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
+    frames: int | None = None           # frames of a clip; default: the size's
+    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
+    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
+    max_objects: int = 8                # of a made clip of the full world: 1 .. 8
+    shared_colours: bool = True         # may two objects of a made clip have the same colour?
+    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
+    eval_clips: int = 256               # held-out made clips, all captions distinct
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "image_size frames max_objects eval_clips")
+        at_least(self, 0, "stride")
 
 
 def at_least(cfg, least, names):
@@ -574,9 +519,10 @@ def sized(cfg, shape):
     # the stage is small enough for minutes: its clips hold two things at most
     if cfg.data == "world" and cfg.world == "stage":
         shape = dataclasses.replace(shape, image_size=32, frames=8, num_queries=8)
-    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    shape = dataclasses.replace(shape, **given)
-    return shape, dataclasses.replace(cfg, **{name: getattr(shape, name) for name in names})
+    chosen = {name: getattr(cfg, name) or getattr(shape, name) for name in names}
+    if chosen["image_size"] % 32:
+        raise BadInput(f"--image-size {cfg.image_size}: give a multiple of 32, e.g. 224")
+    return dataclasses.replace(shape, **chosen), dataclasses.replace(cfg, **chosen)
 
 
 def setup(cfg):
@@ -585,8 +531,7 @@ def setup(cfg):
     device = choose_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # the others wait while the first process evaluates: torch's ten minutes would be too short
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))
         if dist.get_rank():
             # only the first process prints; stderr stays open in all, so no error is lost
             sys.stdout = open(os.devnull, "w")
@@ -595,39 +540,27 @@ def setup(cfg):
 
 
 def choose_device(name):
-    """--device -> torch.device. Of several processes each takes a GPU of its own, or its share of the cores:
-    OMP_NUM_THREADS, which `launch` sets."""
+    """--device -> torch.device. Of several processes each takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        # matrix products that stay in float32 may use TF32, which is several times faster
-        torch.set_float32_matmul_precision("high")
-    if name == "cpu":
-        keep_memory()                                           # has to come before the first tensor
-        # threads that have to share a core wait for each other in a loop: a run becomes ten times slower
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(data.cores(), 16))))
+    if name == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Keep freed memory, up to 64 MiB a tensor. By default the C library maps every large tensor from the
+        # system and gives it back, page by page, at each step; a nano step on two cores then takes twice as
+        # long. Larger tensors would leave holes in the memory that is kept.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large tensors start at a page: fewer holes
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 26)                               # M_MMAP_THRESHOLD: below 64 MiB, use the heap
+        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: never shrink the heap
     try:
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            # matrix products that stay in float32 may use TF32, which is several times faster
+            torch.set_float32_matmul_precision("high")
         # a device that does not work fails here, and not after the data is read
         return torch.zeros(1, device=name).device
     # on a build of torch without GPUs even the switch is missing
     except (RuntimeError, AssertionError, AttributeError):
         raise BadInput(f"--device {name}: not available here; give cpu, or leave it out") from None
-
-
-def keep_memory():
-    """Tell the C library to keep freed memory, up to 64 MiB a tensor. By default every large tensor is mapped
-    from the system and given back, page by page, at each step; a nano step on two cores then takes twice as
-    long. Larger tensors would leave holes in the memory that is kept. Linux with glibc only."""
-    if sys.platform == "linux":
-        # PyTorch then starts large tensors at a page, which leaves fewer holes
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(-3, 1 << 26)                                # M_MMAP_THRESHOLD: below 64 MiB, use the heap
-            mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def launch(cfg):
@@ -648,11 +581,10 @@ def ranks():
 
 def all_reduce(values, device):
     """A list of numbers of this process -> their means over all processes."""
-    if ranks()[1] == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float32, device=device)
-    dist.all_reduce(sums)
-    return (sums / ranks()[1]).tolist()
+    means = torch.tensor(values, device=device) / ranks()[1]
+    if dist.is_initialized():
+        dist.all_reduce(means)
+    return means.tolist()
 
 
 def gather(x):
@@ -660,10 +592,9 @@ def gather(x):
     gradient, so our own rows are put back. That is enough: every process computes the same loss from all
     rows, so each gets the whole gradient of its own rows, and sum_gradients adds up the processes' shares."""
     rank, world = ranks()
-    if world == 1:
-        return x
     rows = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(rows, x.detach().contiguous())
+    if world > 1:
+        dist.all_gather(rows, x.detach().contiguous())
     rows[rank] = x
     return torch.cat(rows)
 
@@ -671,7 +602,7 @@ def gather(x):
 def sum_gradients(parameters):
     """p.grad becomes its sum over all processes. CHOICE: after the backward pass instead of
     DistributedDataParallel, which must know beforehand which parameters a step uses; here that changes."""
-    if ranks()[1] > 1:
+    if dist.is_initialized():
         for p in parameters:
             # all processes have to call all_reduce for the same parameters, or they wait for each other
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -700,13 +631,14 @@ def make_optimizer(model, cfg, scales=None):
     silence the layers behind them.
 
     scales {prefix: factor}: parameters whose names begin with the prefix learn `factor` times as fast. AdamW
-    ignores group["scale"]: set_learning_rate multiplies by it."""
+    ignores group["scale"]: the training loops multiply their rate by it."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            factors = [factor for prefix, factor in (scales or {}).items() if name.startswith(prefix)]
-            key = factors[0] if factors else 1.0, cfg.weight_decay if p.dim() > 1 else 0.0
-            groups.setdefault(key, []).append(p)
+            fitting = [factor for prefix, factor in (scales or {}).items() if name.startswith(prefix)]
+            scale = fitting[0] if fitting else 1.0
+            decay = cfg.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(p)
     groups = [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=p.is_cuda)
 
@@ -730,12 +662,9 @@ def peak_memory_gb(device):
 def count_gflops(run):
     """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. Not to be called
     under no_grad, where torch's counter fails."""
-    def attention(q, k, v, *_, **__):                           # shapes, and options that change no count
-        return sdpa_flop_count(q, k, v)
-
-    # the attention kernel of CPUs is missing in the counter's own table
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
+    # the kernels of attention that the counter knows: on a GPU, and on a CPU, where it is two products
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(kernels):
         run()
     return counter.get_total_flops() / 1e9
 
@@ -745,34 +674,17 @@ def count_gflops(run):
 # -----------------------------------------------------------------------------------------------------------
 
 def run_folder(cfg, script, suffix=""):
-    """out/<script>-<name>. Without --name it is the size, the names of the data if they are one's own, and
-    `suffix`, e.g. out/clip-nano-pets-vit3d."""
-    name = cfg.size
-    # most manifests are called manifest.json: their folder says more
-    if cfg.data != "world":
-        sets = [Path(one.strip()).resolve() for one in cfg.data.split(",")]
-        name += "-" + "+".join(one.parent.name if one.stem == "manifest" else one.stem for one in sets)
-    return Path(cfg.out) / f"{script}-{cfg.name or name + suffix}"
+    """out/<script>-<name>. Without --name it is the size and `suffix`, e.g. out/clip-nano-vit3d."""
+    return Path(cfg.out) / f"{script}-{cfg.name or cfg.size + suffix}"
 
 
 def resumed(cfg, folder, argv):
     """With --resume or --eval-only: the saved configuration, changed by the flags in argv. Flags win over
     saved values, and these over the defaults of the size."""
-    config = folder / "config.json"
-    saved = read_json(config) if config.exists() else {}
-    if "size" not in saved:
-        raise BadInput(f"{folder}: no run to go on with, or to score; train one first")
+    saved = read_json(folder / "config.json")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
-
-
-def make_folder(folder):
-    """mkdir -p, or one line that says why not."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot make this folder ({error.strerror}); give another --out") from None
 
 
 def open_run(folder, cfg, **more):
@@ -782,16 +694,15 @@ def open_run(folder, cfg, **more):
     config = folder / "config.json"
     if ranks()[0]:
         return
-    if config.exists() and not (cfg.resume or cfg.overwrite):
-        raise BadInput(f"{folder}: holds a run; --resume goes on with it, --overwrite starts it again")
     if cfg.overwrite:
         # otherwise the new run would go on from the old state
         for name in ("config.json", "state.pt", "log.jsonl", "result.json", "model.safetensors"):
             (folder / name).unlink(missing_ok=True)
+    if config.exists() and not cfg.resume:
+        raise BadInput(f"{folder}: holds a run; give --resume to go on, --overwrite, or another --name")
     if config.exists() and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
-    make_folder(folder)
-    write_json(config, {**dataclasses.asdict(cfg), **more})
+    write_json(config, dataclasses.asdict(cfg) | more)
 
 
 def save_checkpoint(folder, model, optimizer, step):
@@ -805,10 +716,10 @@ def save_checkpoint(folder, model, optimizer, step):
         return
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
     try:
-        replace(folder / "state.pt", lambda beside: torch.save(state, beside))
+        with replacing(folder / "state.pt") as beside:
+            torch.save(state, beside)
         write_weights(folder / "model.safetensors", model.state_dict())
-    # what the two writers raise on a full disk
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:                               # what torch.save raises on a full disk
         raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
 
 
@@ -818,11 +729,7 @@ def load_checkpoint(folder, model, optimizer):
     path = folder / "state.pt"
     if not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises exceptions of many types on a damaged file
-    except Exception as error:
-        raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); remove it") from None
+    state = torch.load(path, map_location="cpu", weights_only=True)
     fit_weights(model, state["model"], path)
     # the moments are the saved run's, the settings, e.g. --weight-decay, those of the flags given now
     saved, now = state["optimizer"], optimizer.state_dict()["param_groups"]
@@ -840,7 +747,8 @@ class Log:
         self.path = folder / "log.jsonl"
         if first is not None and not ranks()[0]:
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] < first]
-            replace(self.path, lambda beside: beside.write_text("".join(kept)))
+            with replacing(self.path) as beside:
+                beside.write_text("".join(kept))
 
     def __call__(self, **line):
         # the first process writes for all
@@ -870,12 +778,13 @@ GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
 def write_text(image, text, top, left, scale=2):
     """Write into image uint8 (H, W, 3), in place, in capitals 5 · scale high; what leaves the image is cut
     off. Drawn here so that pictures need no font and no plotting library."""
-    for i, letter in enumerate(text.lower()):
-        rows = GLYPHS.get(letter, "00700")                      # a dash for an unknown letter
-        bits = np.array([[int(row) & bit > 0 for bit in (4, 2, 1)] for row in rows])
-        ink = bits.repeat(scale, 0).repeat(scale, 1)
-        box = image[top:top + 5 * scale, left + 4 * i * scale:][:, :3 * scale]
+    for letter in text.lower():
+        rows = np.array([*GLYPHS.get(letter, "00700")], int)    # a dash for an unknown letter
+        ink = rows[:, None] & (4, 2, 1) > 0                     # (5, 3)
+        ink = ink.repeat(scale, 0).repeat(scale, 1)
+        box = image[top:top + 5 * scale, left:left + 3 * scale]
         box[ink[:len(box), :box.shape[1]]] = 40
+        left += 4 * scale
 
 
 def filmstrip(video, rows, count=4, scale=2):
@@ -894,65 +803,64 @@ def filmstrip(video, rows, count=4, scale=2):
         colours = palette(sum(inter.shape))
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
-        shown[name] = paint(video, ids, mine[1:])[some]
+        # ids begin at -1, which is the last index: its colour stands there
+        shown[name] = paint(video, ids, np.roll(mine, -1, 0))[some]
     return captioned(shown, scale)
 
 
 def captioned(rows, scale):
-    """rows {name: frames uint8 (count, H, W, 3)} -> image: each row of frames with its name at the left, with
-    white gaps."""
+    """rows {name: frames uint8 (H, W, 3)} -> image: each row of frames with its name at the left, and white
+    gaps."""
     lines = []
     for name, images in rows.items():
-        images = images.repeat(scale, 1).repeat(scale, 2)
-        images = np.pad(images, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
-        line = np.pad(np.concatenate(list(images), 1), ((0, 0), (80, 0), (0, 0)), constant_values=255)
+        line = np.full((scale * len(images[0]) + 4, 80, 3), 255, np.uint8)
         write_text(line, name, len(line) // 2 - 5, 4)
+        for image in images:
+            image = image.repeat(scale, 0).repeat(scale, 1)
+            image = np.pad(image, ((0, 4), (0, 4), (0, 0)), constant_values=255)
+            line = np.concatenate((line, image), 1)
         lines.append(line)
     return np.concatenate(lines)
 
 
-def plot(path, panels, x="step", log=False):
+def plot(path, panels, x="step"):
     """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, a panel below the other.
-    x: the name of the horizontal axis. log: both axes are logarithmic; all values must be above 0.
+    x: the name of the horizontal axis.
 
     SVG is text: it needs no plotting library and is sharp at any size. In it y grows downwards: the axes of a
     panel run from (70, 250) at the lower left to (370, 30) at the upper right."""
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="480" height="{300 * len(panels)}" '
              'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
-    note = " (both axes are logarithmic)" if log else ""
     for i, (title, lines) in enumerate(panels.items()):
-        points = {name: np.array(line, float) for name, line in lines.items()}      # (points, 2): x, y
-        if log:
-            points = {name: np.log10(line) for name, line in points.items()}
-        corners = np.concatenate(list(points.values()))
+        corners = np.concatenate(list(lines.values()))          # (points, 2): x, y
         low, span = corners.min(0), np.maximum(np.ptp(corners, 0), 1e-9)
         parts.append(f'<g transform="translate(0 {300 * i})"><text x="70" y="20">{title}</text>')
-        parts.append(f'<text x="220" y="290" text-anchor="middle">{x}{note}</text>')
+        parts.append(f'<text x="220" y="290" text-anchor="middle">{x}</text>')
         # five grid lines each way, with the values that they stand for
         for share in np.linspace(0, 1, 5):
             right, up = 70 + 300 * share, 250 - 220 * share
-            tick = 10 ** (low + share * span) if log else low + share * span
+            tick = low + share * span
             parts.append(f'<path d="M70 {up}H370M{right} 250V255" stroke="#ddd"/>')
             parts.append(f'<text x="64" y="{up + 4}" text-anchor="end">{tick[1]:.3g}</text>')
             parts.append(f'<text x="{right}" y="269" text-anchor="middle">{tick[0]:.4g}</text>')
-        for j, (name, line) in enumerate(points.items()):
+        for j, (name, line) in enumerate(lines.items()):
             colour = "rgb({},{},{})".format(*palette(j + 1)[j])
-            pixels = (line - low) / span * (300, -220) + (70, 250)
+            pixels = (np.array(line) - low) / span * (300, -220) + (70, 250)
             pixels = " ".join(f"{right:.1f},{up:.1f}" for right, up in pixels)
             parts.append(f'<polyline points="{pixels}" fill="none" stroke="{colour}"/>')
             parts.append(f'<text x="378" y="{44 + 16 * j}" fill="{colour}">{name}</text>')
         parts.append("</g>")
-    replace(path, lambda beside: beside.write_text("\n".join([*parts, "</svg>"])))
+    with replacing(path) as beside:
+        beside.write_text("\n".join([*parts, "</svg>"]))
 
 
 def aligned(lines):
     """Lines of cells -> lines of text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    texts = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        texts.append("  ".join([first.ljust(widths[0]), *cells]))
-    return texts
+    columns = []
+    for column in zip(*lines):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in column])
+    return ["  ".join(cells) for cells in zip(*columns)]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -981,8 +889,7 @@ def pretrain(cfg):
     device = setup(cfg)
     train_set, held_out = data.open_data(cfg, "mask")
     folder = run_folder(cfg, "segmenter")
-    manifest = data.fingerprint(cfg.data, cfg.val)
-    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=manifest)
+    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=data.fingerprint(cfg.data, cfg.val))
     # a whole tokenizer is saved, so that `show` and train_clip.py can read it
     tokenizer = TrajTok(shape).to(device)
     segmenter = tokenizer.segmenter
@@ -993,9 +900,8 @@ def pretrain(cfg):
     first = load_checkpoint(folder, tokenizer, optimizer)
     log, damage = Log(folder, first), data.Damage()
     for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
-        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, cfg)
         # 1. clips and their labels. A file that could not be used was replaced; it is named once
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
@@ -1013,20 +919,20 @@ def pretrain(cfg):
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
-        terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item())
+        # `live`: trajectories a clip that own a point. A few out of many queries means that the queries have
+        # become alike
+        live = seg.alive.sum(1).float().mean()
+        terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item(), live=live.item())
         check_finite(terms, step)
         optimizer.step()
-        # 4. the log and the checkpoint. `live`: trajectories a clip that own a point. A few out of many
-        # queries means that the queries have become alike
-        terms["live"] = seg.alive.float().sum(1).mean().item()
-        log(step=step, **terms, lr=lr)
+        # 4. the log and the checkpoint
+        log(step=step, **terms, lr=optimizer.param_groups[0]["lr"])
         if step % 10 == 0 or step + 1 == cfg.steps:
-            shown = "  ".join(f"{name} {x:.3f}" for name, x in terms.items())
-            print(f"step {step:5d}/{cfg.steps}  {shown}", flush=True)
+            print(f"step {step:5d}/{cfg.steps}", *(f" {key} {x:.3f}" for key, x in terms.items()), flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
-    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage.files)))
+    write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
     print("\n".join(aligned([[key, f"{value:.3f}"] for key, value in result.items()])))
     print(f"wrote {folder}/: model.safetensors, result.json, trajectories.png, curves.svg")
@@ -1036,31 +942,32 @@ def pretrain(cfg):
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
     """VEQ, STQ and the best IoU of each labelled object, on the clips that have labels. -> dict of means over
-    these clips, empty if there are none; pictures: [video, found, true] of the first six. CHOICE: scores on
+    these clips, empty if there are none; pictures: (video, found, true) of the first four. CHOICE: scores on
     the segmenter's own grid, at which it decides (PAPER: "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
-        if not len(batch["video"]):                             # none of its files can be used
+        video, labels = batch["video"], batch["labels"]
+        if not len(video):                                      # none of its files can be used
             continue
         # object_iou of made clips leaves out the grounds, whose ids come first
         first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device, bf16):
-            seg = segmenter(batch["video"])
+            seg = segmenter(video)
         # a million: every label counts here, while training keeps the K largest
-        truth = labels_on_grid(batch["labels"], seg.grid, 10 ** 6).unflatten(1, seg.grid).cpu()
-        found = seg.ids.unflatten(1, seg.grid).cpu()            # (b, t, h, w), as truth
-        labelled = (truth >= 0).flatten(1).any(1)
-        for j in labelled.nonzero()[:, 0].tolist():
-            scores = video_metrics(found[j:j + 1], truth[j:j + 1])
-            # NaN where only grounds are labelled; nanmean leaves such a clip out
-            best = best_overlaps(found[j:j + 1], truth[j:j + 1], first) or [math.nan]
-            rows.append(dict(object_iou=sum(best) / len(best), veq=scores["veq"], stq=scores["stq"],
-                             live_trajectories=int(seg.alive[j].sum())))
-            if len(pictures) < 6:
-                fine = seg.masks(batch["labels"].shape[-2:])    # (b, t, H, W)
-                pictures.append([x[j].cpu().numpy() for x in (batch["video"], fine, batch["labels"])])
+        truth = labels_on_grid(labels, seg.grid, 10 ** 6)       # (b, n), as seg.ids
+        found = seg.ids.cpu().split(1)
+        for mine, true, alive in zip(found, truth.cpu().split(1), seg.alive):
+            if (true >= 0).any():
+                # NaN where only grounds are labelled; nanmean leaves such a clip out
+                best = best_overlaps(mine, true, first) or [math.nan]
+                scores = video_metrics(mine, true)
+                row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
+                rows.append(row | dict(live_trajectories=int(alive.sum())))
+        if not pictures:
+            fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
+            pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
     keys = rows[0] if rows else ()
     return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}, pictures
 
@@ -1068,14 +975,16 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
 def save_pictures(folder, pictures, log, terms):
     """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
     steps."""
-    sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
-    # two side by side; of three or five the last has no partner and is left out
-    pairs = [np.concatenate(sheets[i:i + 2], 1) for i in range(0, len(sheets) - 1, 2)] or sheets
-    if pairs:
-        write_png(folder / "trajectories.png", np.concatenate(pairs))
-    curves = {term: [(line["step"], line[term]) for line in log.lines() if term in line] for term in terms}
-    # each term has a panel of its own, and its only line needs no name
-    plot(folder / "curves.svg", {term: {"": curve} for term, curve in curves.items() if curve})
+    if pictures:
+        sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
+        write_png(folder / "trajectories.png", np.concatenate(sheets))
+    curves = {}
+    for term in terms:
+        curve = [(line["step"], line[term]) for line in log.lines() if term in line]
+        if curve:
+            # each term has a panel of its own, and its only line needs no name
+            curves[term] = {"": curve}
+    plot(folder / "curves.svg", curves)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1088,107 +997,85 @@ class ShowConfig:
     clip: str = "world"                 # a video or picture file, or `world` for a made clip
     weights: str = "out/clip-nano"      # a run's folder, or a checkpoint that the authors released
     frames: int | None = None           # spread over the clip; 0: all of them; default: the tokenizer's
-    window: int = 0                     # with --frames 0: so many frames have trajectories of their own
+    window: int = 0                     # so many frames have trajectories of their own; 0: all of them
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
     stages: bool = False                # walk through the method on this clip: <clip>-stages.png
     device: str = "auto"                # cpu, cuda, ...
 
-    def __post_init__(self):
-        at_least(self, 0, "frames window index")
 
-
-class Painter:
-    """The `each` of TrajTok.stream and windows: adds every frame, with its trajectories below it, to a
-    film, and keeps a few frames, evenly spaced, for a picture."""
-
-    def __init__(self, add, count):
-        self.add, self.colours = add, palette(count)
-        self.kept, self.every = [], 1                           # (frame, ids) of every `every`-th frame
-        self.frames = 0
-
-    def __call__(self, first, video, seg):                      # video (1, t, H, W, 3), from frame `first` on
-        video = video[0].cpu().numpy()
-        ids = seg.masks(video.shape[1:3])[0].cpu().numpy()
-        sheet = np.concatenate((video, paint(video, ids, self.colours)), 1)
-        # frames of 64 px are enlarged, or nobody could see a thing
-        scale = max(1, 224 // video.shape[1])
-        self.add(sheet.repeat(scale, 1).repeat(scale, 2))
-        self.kept += [pair for i, pair in enumerate(zip(video, ids), first) if i % self.every == 0]
-        # how many frames will come is not known: when there are too many, every second one goes
-        while len(self.kept) > 16:
-            self.kept = self.kept[::2]
-            self.every *= 2
-        self.frames += len(video)
-
-
-def clip_of(cfg, tokenizer):
-    """The clip of `show`, in one piece -> video (1, t, H, W, 3), rows of the picture, frames a second."""
-    size = tokenizer.cfg.image_size
-    frames = tokenizer.cfg.frames if cfg.frames is None else cfg.frames
+def open_clip(cfg, shape):
+    """The clip of `show` -> frames, as TrajTok.stream takes them: uint8 (t, H, W, 3), or with --frames 0 a
+    function, since a long video stays on disk; how many they are; frames a second."""
+    size = shape.image_size
+    count = shape.frames if cfg.frames is None else cfg.frames
     if cfg.clip == "world":
-        world = data.World(size=size, frames=frames)
-        video, labels = data.rasterise(data.stack([data.script(data.TEST + cfg.index, world)]), size)
-        return video, {"true": labels[0].numpy()}, 4.0
+        world = data.World(size=size, frames=count or shape.frames)
+        script = data.script(data.TEST + cfg.index, world)
+        video, _ = data.rasterise(data.stack([script]), size)
+        return video[0], world.frames, 4.0
     if Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
-        frames = 1
-    video, times = data.decode(cfg.clip, frames, size)
-    # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
-    return torch.from_numpy(video)[None], {}, len(times) / (times[-1] + 0.25)
-
-
-def show(cfg):
-    """Draw the trajectories of a clip into a film and a picture, and print how many tokens they make."""
-    device = choose_device(cfg.device)
-    released = Path(cfg.weights).is_file()
-    tokenizer = TrajTok.load_official(cfg.weights) if released else TrajTok.from_pretrained(cfg.weights)
-    tokenizer.to(device)
-    m, size = cfg.tokens_per_trajectory, tokenizer.cfg.image_size
-    if m not in tokenizer.cfg.choices:
-        raise BadInput(f"--tokens-per-trajectory {m}: one of {tokenizer.cfg.choices}")
-    # with --frames 0 a video stays on disk and is read a chunk at a time
-    long = cfg.frames == 0
-    if cfg.window and not long:
-        raise BadInput(f"--window {cfg.window}: goes with --frames 0")
-    if long and (cfg.clip == "world" or Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES):
-        raise BadInput(f"--frames 0: is for video files, not for {cfg.clip}")
-    video, truth, rate = (None, {}, data.frame_rate(cfg.clip)) if long else clip_of(cfg, tokenizer)
+        count = 1
+    if count > 0:
+        video, times = data.decode(cfg.clip, count, size)
+        # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
+        return video, count, count / (times[-1] + 0.25)
 
     def read():                                                 # a new iterator each time it is called
         chunks = data.read_frames(cfg.clip, size, cfg.window or 8)
         return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
-    # tokens; the film is written while they are made
-    base = Path(cfg.out) / f"{Path(cfg.clip).stem}-trajectories"
-    make_folder(base.parent)
-    began = time.time()
-    with film(f"{base}.mp4", rate) as add, torch.no_grad(), precision(device):
-        painter = Painter(add, tokenizer.cfg.num_queries)
-        if not long:
-            tokens, seg = tokenizer(video.to(device), m)
-            painter(0, video, seg)
-        elif cfg.window:
-            tokens = tokenizer.windows(read, cfg.window, m, painter)
+    return read, len(data.frame_times(cfg.clip)), data.frame_rate(cfg.clip)
+
+
+def show(argv):
+    """Draw the trajectories of a clip into a film and a picture, and print how many tokens they make."""
+    cfg = configure(ShowConfig, None, argv, positional="clip")
+    device = choose_device(cfg.device)
+    load = TrajTok.load_official if Path(cfg.weights).is_file() else TrajTok.from_pretrained
+    tokenizer = load(cfg.weights).to(device)
+    m, size = cfg.tokens_per_trajectory, tokenizer.cfg.image_size
+    if m not in tokenizer.cfg.choices:
+        raise BadInput(f"--tokens-per-trajectory {m}: one of {tokenizer.cfg.choices}")
+    video, count, rate = open_clip(cfg, tokenizer.cfg)
+    base = Path(cfg.out) / Path(cfg.clip).stem
+    colours = palette(tokenizer.cfg.num_queries)
+    # frames of 64 px are enlarged, or nobody could see a thing
+    scale = max(1, 224 // size)
+    # frames for the picture, evenly spaced
+    some = np.linspace(0, count - 1, min(8, count)).round()
+    kept = {"frames": [], "found": []}
+
+    def draw(first, video, seg):                                # video (1, t, H, W, 3), from frame `first` on
+        ids = seg.masks(video.shape[2:4])[0].cpu().numpy()
+        video = video[0].cpu().numpy()
+        painted = paint(video, ids, colours)
+        add(np.concatenate((video, painted), 1).repeat(scale, 1).repeat(scale, 2))
+        chosen = np.isin(np.arange(first, first + len(video)), some)
+        kept["frames"].extend(video[chosen])
+        kept["found"].extend(painted[chosen])
+
+    # tokens; the film is written while they are made. A short clip is one window
+    with film(f"{base}-trajectories.mp4", rate) as add, precision(device):
+        if callable(video) and not cfg.window:
+            tokens = tokenizer.stream(video, m, each=draw)
         else:
-            tokens = tokenizer.stream(read, m, each=painter)
-    if cfg.stages and not long:
-        draw_stages(tokenizer, video.to(device), m, f"{base.parent}/{Path(cfg.clip).stem}-stages.png")
-    # the picture, and what to say
-    frames, ids = (np.stack(parts) for parts in zip(*painter.kept))
-    rows = {"found": ids} | {name: labels[::painter.every] for name, labels in truth.items()}
-    write_png(f"{base}.png", filmstrip(frames, rows, min(8, len(frames)), max(1, 224 // size)))
+            tokens = tokenizer.windows(video, cfg.window or count, m, draw)
+    write_png(f"{base}-trajectories.png", captioned(kept, scale))
+    if cfg.stages and not callable(video):
+        draw_stages(tokenizer, torch.as_tensor(video)[None].to(device), m, f"{base}-stages.png")
     trajectories = tokens.trajectory[tokens.mask].unique()
-    print(f"{cfg.clip}: {painter.frames} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
-          f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {time.time() - began:.1f} s on "
-          f"{device.type}, {peak_memory_gb(device):.2f} GB")
-    print(f"wrote {base}.png and {base}.mp4")
+    print(f"{cfg.clip}: {count} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
+          f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {peak_memory_gb(device):.2f} GB")
+    print(f"wrote {base}-trajectories.png and {base}-trajectories.mp4")
 
 
 @torch.no_grad()
 def draw_stages(tokenizer, video, m, path):
-    """The method on one clip uint8 (1, t, H, W, 3), a stage a line: shapes and ranges on the terminal, and a
-    picture of features, soft and hard masks, and of what the tokens of the largest trajectory read."""
+    """The method on one clip uint8 (1, t, H, W, 3): shapes and ranges of each stage on the terminal, and a
+    picture of features, soft and hard masks, and of the points that the tokens of the largest trajectory
+    read."""
     segmenter, encoder = tokenizer.segmenter, tokenizer.encoder
     # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
     features, grid = segmenter.extract(normalise(video))
@@ -1197,105 +1084,110 @@ def draw_stages(tokenizer, video, m, path):
     soft = seg.logits.softmax(-1)
     points = encoder.add_places(features, grid)
     latents = encoder.start(*soft_sums(soft, points), TrajectoryPath.sums(soft, grid), m)
-    z = encoder.perceiver(latents, points, seg.ids)
-    tokens = encoder.finish(z, seg.alive)
-    # 2. what the first token of a trajectory reads, and how much: softmax over its own points of q k, a mean
-    # over heads and relative to the point that is read most
-    largest = soft.sum(1)[0].argsort(descending=True)[:3]
-    perceiver = encoder.perceiver
-    x, y = perceiver.norm_lat(latents), perceiver.norm_ctx(points)
-    q, _, _, k, _ = perceiver.layers[0][0].project(x, y, x.shape[1])
-    s = torch.einsum("ac,nac->an", q[0, m * largest[0]], k[0]) / math.sqrt(q.shape[-1])
-    read = s.masked_fill(seg.ids[0] != largest[0], -math.inf).softmax(-1).mean(0)[:, None]
-    # 3. features as colours: their three principal components
-    pca = torch.pca_lowrank(features[0].float(), 3)[0]
-    pca = (pca / pca.abs().amax(0) + 1) / 2
-
-    def drawn(values):                                          # (n, 1 or 3) in 0 .. 1 -> uint8 (t, H, W, 3)
-        maps = rearrange(values.expand(-1, 3), "(t h w) c -> t c h w", t=grid[0], h=grid[1])
-        maps = F.interpolate(maps.float(), size=video.shape[2:4]).movedim(1, -1)
-        return (255 * maps).byte().cpu().numpy()
-
-    frames, ids = video[0].cpu().numpy(), seg.masks(video.shape[2:4])[0].cpu().numpy()
-    rows = {"frames": frames, "pca of f": drawn(pca)}
-    rows |= {f"mask {i + 1}": drawn(soft[0, :, query, None]) for i, query in enumerate(largest)}
-    rows |= {"hard": paint(frames, ids, palette(soft.shape[-1])), "read": drawn(read / read.max())}
-    some = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
-    write_png(path, captioned({name: row[some] for name, row in rows.items()}, max(1, 128 // len(frames[0]))))
+    tokens = encoder.finish(encoder.perceiver(latents, points, seg.ids), seg.alive)
     stages = {"video": video, "features F": features, "queries Q": queries, "mask logits": seg.logits,
               "M_soft": soft, "M_hard": seg.ids, "latents": latents, "tokens z": tokens.z}
-    lines = [[name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"] for name, x in stages.items()]
-    print("\n".join(aligned([["stage", "shape", "range"], *lines])), f"\nwrote {path}")
+    lines = [["stage", "shape", "range"]]
+    for name, x in stages.items():
+        lines.append([name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"])
+    print("\n".join([*aligned(lines), f"wrote {path}"]))
+    # 2. the picture. Values of the points, (n, 1 or 3) in 0 .. 1; features as three principal components
+    pca = torch.pca_lowrank(features[0].float(), 3)[0]
+    largest = soft.sum(1)[0].argsort(descending=True)[:3]
+    values = {"pca of f": (pca / pca.abs().amax(0) + 1) / 2}
+    for i, query in enumerate(largest):
+        values[f"mask {i + 1}"] = soft[0, :, query, None]
+    values["hard"] = torch.from_numpy(palette(soft.shape[-1]) / 255)[seg.ids[0].cpu()]
+    values["read"] = (seg.ids[0] == largest[0])[:, None]
+    some = np.linspace(0, grid[0] - 1, min(4, grid[0])).astype(int)
+    rows = {"frames": video[0].cpu().numpy()[some]}
+    stride = video.shape[2] // grid[1]
+    for name, x in values.items():
+        maps = rearrange(255 * x.float(), "(t h w) c -> t h w c", t=grid[0], h=grid[1])[some]
+        maps = maps.expand(-1, -1, -1, 3).byte().cpu().numpy()
+        rows[name] = maps.repeat(stride, 1).repeat(stride, 2)
+    write_png(path, captioned(rows, max(1, 128 // video.shape[2])))
 
 
 # -----------------------------------------------------------------------------------------------------------
 # python trajtok.py table, compare
 # -----------------------------------------------------------------------------------------------------------
 
+def scores_of(results, name):
+    """A score of each seed, of those that have it: None stands where there is none, e.g. no segmentation."""
+    return np.array([result[name] for result in results if result.get(name) is not None], float)
+
+
+def spread(x):
+    """Mean and deviation over seeds; of a single seed the deviation is not known, and shown as 0."""
+    return f"{x.mean():.3f} +-{x.std(ddof=len(x) > 1):.3f}" if len(x) else "-"
+
+
+def differ(a, b):
+    """Is the difference of two means larger than twice its standard error? For scores of each seed (n_a,) and
+    (n_b,):
+
+      |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)
+
+    With a single seed the error is not known, and the answer no."""
+    if min(len(a), len(b)) < 2:
+        return False
+    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    return abs(a.mean() - b.mean()) > 2 * error
+
+
 def summary(rows):
     """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
     line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row
-    that has the score, with a star if it is larger than twice its standard error."""
-    scores = {}                                                 # a dict as an ordered set of names
+    that has the score, with a star if they differ."""
+    names = {}                                                  # a dict as an ordered set
     for result in sum((row["results"] for row in rows), []):
-        scores |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
+        names |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
-    for score in scores:
-        cells, first = [], None
-        for row in rows:
-            # None: this row's tokenizer has no such score, e.g. no segmentation
-            x = np.array([r[score] for r in row["results"] if r.get(score) is not None], float)
-            cell = f"{x.mean():.3f}" if len(x) else "-"
-            # a single seed has no deviation
-            if len(x) > 1:
-                cell += f" +-{x.std(ddof=1):.3f}"
-            if first is not None and len(x):
-                cell += f" ({x.mean() - first.mean():+.3f}{star(x, first)})"
-            first = x if first is None and len(x) else first
-            cells.append(cell)
-        lines.append([score, *cells])
+    for name in names:
+        columns = [scores_of(row["results"], name) for row in rows]
+        first = next(x for x in columns if len(x))
+        lines.append([name, *(cell(x, first) for x in columns)])
     return aligned(lines)
 
 
-def star(a, b):
-    """ "*" if the difference of two means is larger than twice its standard error, " " if not, "" if a single
-    seed leaves the error unknown. Scores of each seed (n_a,), (n_b,):
-
-      |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)"""
-    if min(len(a), len(b)) < 2:
-        return ""
-    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return "*" if abs(a.mean() - b.mean()) > 2 * error else " "
+def cell(x, first):
+    """Mean and deviation of x, then its difference to `first`, with a star if it is a clear one."""
+    if x is first or not len(x):
+        return spread(x)
+    star = "*" if differ(x, first) else " "
+    return f"{spread(x)} ({x.mean() - first.mean():+.3f}{star})"
 
 
 def read_json(path):
-    """A file that a person pointed to -> the JSON object in it, a dict."""
+    """A JSON file that a person pointed to."""
     try:
-        value = json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds no JSON object")
-    return value
 
 
 def read_rows(path):
-    """What compare wrote, or the folder of a run -> rows [{name, results}]."""
-    if Path(path).is_dir():
-        return [dict(name=Path(path).name, results=[read_json(Path(path) / "result.json")])]
-    rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all(row.get("results") for row in rows):
-        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
-    return rows
+    """What compare wrote, or the folder of a run -> rows {name: {name, results}}."""
+    path = Path(path)
+    if path.is_dir():
+        return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
+    try:
+        return {row["name"]: row for row in read_json(path)["rows"]}
+    except (KeyError, TypeError):
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote") from None
 
 
 def table(argv):
-    """Runs, side by side; or what `compare` wrote."""
+    """Runs, side by side; or what `compare` wrote; or, for results/claims.json, the verdicts."""
     if not argv:
         raise BadInput("table: give folders of runs, a JSON of compare, or results/claims.json")
-    claims = Path(argv[0]).is_file() and read_json(argv[0]).get("claims")
-    rows = [] if claims else [row for name in argv for row in read_rows(name)]
-    print("\n".join(verdicts(claims, Path(argv[0]).parent) if claims else summary(rows)))
+    first = Path(argv[0])
+    if first.is_file() and "claims" in read_json(first):
+        lines = verdicts(read_json(first)["claims"], first.parent)
+    else:
+        lines = summary([row for path in argv for row in read_rows(path).values()])
+    print("\n".join(lines))
 
 
 def verdicts(claims, folder):
@@ -1305,18 +1197,17 @@ def verdicts(claims, folder):
     than its `against_score`), of what compare wrote to folder / json; with `less`, that it is smaller. Where
     the difference is at most twice its standard error, or its error is unknown, the claim is undecided."""
     lines = ["| claim | paper | ours | against it | seeds | verdict |", "|---|---|---|---|---|---|"]
+    nothing = dict(results=[])
     for claim in claims:
-        path = folder / claim["json"]
-        rows = {row["name"]: row["results"] for row in read_rows(path)} if path.exists() else {}
-        scores = dict(row=claim["score"], against=claim.get("against_score", claim["score"]))
-        sides = [[r[score] for r in rows.get(claim[side], [])] for side, score in scores.items()]
-        a, b = (np.array(side, float) for side in sides)
-        cells = [f"{x.mean():.3f} +-{x.std(ddof=len(x) > 1):.3f}" if len(x) else "-" for x in (a, b)]
+        path, score = folder / claim["json"], claim["score"]
+        rows = read_rows(path) if path.exists() else {}
+        a = scores_of(rows.get(claim["row"], nothing)["results"], score)
+        b = scores_of(rows.get(claim["against"], nothing)["results"], claim.get("against_score", score))
         verdict = "undecided" if len(a) and len(b) else "not measured"
-        if star(a, b) == "*":
+        if differ(a, b):
             verdict = "holds" if (a.mean() > b.mean()) != claim.get("less", False) else "does not hold"
-        cells = [claim["claim"], claim["paper"], *cells, f"{len(a)}, {len(b)}", verdict]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = claim["claim"], claim["paper"], spread(a), spread(b), f"{len(a)}, {len(b)}", verdict
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -1328,51 +1219,44 @@ def compare(argv):
     line of shell. {seed} in FLAGS is the seed, as in --init out/clip-base-{seed}. The JSON: {command,
     hardware, rows: [{name, flags, script, results: [result.json of each seed]}]}."""
     parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
-    parser.add_argument("rows", nargs="+", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
+    parser.add_argument("rows", nargs="*", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
     parser.add_argument("--json", default="out/compare.json", help="where results are kept")
     parser.add_argument("--out", default="out", help="where the runs are kept")
-    args = parser.parse_args(argv)
-    make_folder(Path(args.json).parent)
-    rows = read_rows(args.json) if Path(args.json).exists() else []
-    for text in args.rows:
-        name, colon, flags = (part.strip() for part in text.partition(":"))
-        if not (name and colon):
-            raise BadInput(f"compare {text!r}: write a row as NAME: FLAGS")
-        # a row that the JSON holds already gets the seeds that it lacks
-        row = next((row for row in rows if row["name"] == name), None)
-        if row is None:
-            row = dict(name=name, flags=flags, script=args.script, results=[])
-            rows.append(row)
+    # what has a colon is a row, wherever it stands: argparse would take a row behind --seeds for a seed
+    args = parser.parse_args([text for text in argv if ":" not in text])
+    texts = [text for text in argv if ":" in text]
+    if args.rows or not texts:
+        raise BadInput(f"compare {args.rows}: write each row as NAME: FLAGS")
+    command = shlex.join(["python", "trajtok.py", "compare", *argv])
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    hardware = f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
+    if not Path(args.json).exists():
+        write_json(args.json, dict(rows=[]))
+    for text in texts:
+        name, flags = (part.strip() for part in text.split(":", 1))
+        new = dict(name=name, flags=flags, script=args.script, results=[])
+        row = read_rows(args.json).get(name, new)
         if (row["flags"], row["script"]) != (flags, args.script):
             raise BadInput(f"{args.json}: {name} has flags {row['flags']!r} there; give it another name")
-        for seed in args.seeds:
-            if seed in [result["seed"] for result in row["results"]]:
-                print(f"{name}, seed {seed}: taken from {args.json}")
-                continue
-            row["results"].append(train_row(args, name, flags, seed))
-            # after each training, so that an interrupted comparison loses one of them at most
-            command = shlex.join(["python", "trajtok.py", "compare", *argv])
-            write_json(args.json, dict(command=command, hardware=hardware(), rows=rows))
-    print("\n".join(summary(rows)))
-
-
-def hardware():
-    """The machine in words, kept with results: clips/s say nothing without it."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
+        done = [result["seed"] for result in row["results"]]
+        for seed in [seed for seed in args.seeds if seed not in done]:
+            result = train_row(args, name, flags, seed)
+            # written after each training, so that an interrupted comparison loses one of them at most; read
+            # anew, because another process may have written meanwhile
+            rows = read_rows(args.json)
+            rows.setdefault(name, new)["results"].append(result)
+            write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
+    print("\n".join(summary(read_rows(args.json).values())))
 
 
 def train_row(args, name, flags, seed):
     """Train one row with one seed, in a process of its own -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
-    try:
-        flags = shlex.split(flags.replace("{seed}", str(seed)))
-        command = [sys.executable, args.script, *flags, "--seed", str(seed)]
-    except ValueError as error:
-        raise BadInput(f"compare {flags!r}: {error}") from None
-    command += ["--name", name, "--out", args.out, "--overwrite"]
+    flags = shlex.split(flags.replace("{seed}", str(seed)))
+    own = ["--seed", str(seed), "--name", name, "--out", args.out, "--overwrite"]
+    command = [sys.executable, args.script, *flags, *own]
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
         raise BadInput(f"{name}: {args.script} failed (see above); what was finished is in {args.json}")
@@ -1388,10 +1272,7 @@ def main(argv=None):
         cfg = configure(PretrainConfig, PRETRAIN_SIZES, argv)
         pretrain(resumed(cfg, run_folder(cfg, "segmenter"), argv) if cfg.resume else cfg)
 
-    def show_command(argv):
-        show(configure(ShowConfig, None, argv, positional="clip"))
-
-    commands = {"pretrain": pretrain_command, "show": show_command, "table": table, "compare": compare}
+    commands = {"pretrain": pretrain_command, "show": show, "table": table, "compare": compare}
     data.dispatch("trajtok.py", __doc__, commands, argv)
 
 
