@@ -1861,9 +1861,14 @@ def warped(x, flow, mode="bilinear"):
     return F.grid_sample(x, place.movedim(1, -1), mode, padding_mode="border", align_corners=False)
 
 
+def window(x):
+    """The sum over the channels of x (n, c, h, w), averaged over 5 x 5 pixels: (n, 1, h, w)."""
+    return box(x.sum(1, keepdim=True), 2)
+
+
 def misfit(a, b, flow):
     """How much a and b differ after the motion is undone, averaged over 5 x 5 pixels: (n, 1, h, w)."""
-    return box((warped(b, flow) - a).abs().sum(1, keepdim=True), 2)
+    return window((warped(b, flow) - a).abs())
 
 
 def coarse_motion(a, b):
@@ -1884,16 +1889,16 @@ def refined_motion(a, b, flow):
     the remaining difference, (sum g g^T) d = -sum g (b - a), where g is the gradient of a."""
     gx, gy = torch.gradient(a, dim=(3, 2))
     # the small number keeps the system solvable where the window has no texture
-    xx = box((gx * gx).sum(1, keepdim=True), 2) + 1e-4
-    yy = box((gy * gy).sum(1, keepdim=True), 2) + 1e-4
-    xy = box((gx * gy).sum(1, keepdim=True), 2)
+    xx = window(gx * gx) + 1e-4
+    yy = window(gy * gy) + 1e-4
+    xy = window(gx * gy)
     determinant = xx * yy - xy * xy
     # Windows with edges of two directions determine the motion. The others follow their neighbours.
     weight = determinant / (xx + yy) + 1e-5
     for _ in range(3):
         error = warped(b, flow) - a
-        ex = box((gx * error).sum(1, keepdim=True), 2)
-        ey = box((gy * error).sum(1, keepdim=True), 2)
+        ex = window(gx * error)
+        ey = window(gy * error)
         step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
         flow = flow + step.clamp(-1, 1)
         flow = box(flow * weight, 1) / box(weight, 1)
@@ -2038,8 +2043,9 @@ def classic_segment(x):
     t, _, h, w = x.shape
     owner, per_frame = superpixels(x)
     # texture: differences of brightness to the right and to the lower neighbour, 0 at the border
-    right = torch.diff(x[:, :1], dim=3, append=x[:, :1, :, -1:]).abs()
-    down = torch.diff(x[:, :1], dim=2, append=x[:, :1, -1:]).abs()
+    light = F.pad(x[:, :1], (0, 1, 0, 1), mode="replicate")
+    right = (light[..., :-1, 1:] - x[:, :1]).abs()
+    down = (light[..., 1:, :-1] - x[:, :1]).abs()
     looks = box(torch.cat([x, 2 * right, 2 * down], 1), 1)
     # from the centre of the frame, in units of its short side
     place = (positions(h, w) - torch.tensor([w, h]).view(2, 1, 1) / 2) / min(h, w)

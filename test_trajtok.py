@@ -1488,20 +1488,19 @@ def test_labels_on_davis():
     it; all frames show whether the tracking between the anchors holds."""
     scores, spent, count = {}, 0.0, 0
     for name, frames, truth in davis(os.environ["DAVIS"]):
-        at = ((torch.arange(8) + 0.5) * len(frames) / 8).long()
         began = time.process_time()
         ids = data.label_frames([frames.numpy()], data.classic_labels, 48).long()
         spent += time.process_time() - began
         count += len(frames)
-        tubes = {"classic": ids[at], "k-means 36": pixel_clusters(frames[at]), "grid 6 x 6": grid(frames[at])}
+        at = ((torch.arange(8) + 0.5) * len(frames) / 8).long()
+        some = frames[at]
+        tubes = {"classic": ids[at], "k-means 36": pixel_clusters(some), "grid 6 x 6": grid(some)}
         for method, tube in tubes.items():
-            row = (*object_scores(tube, truth[at]), len(tube.unique()))
-            scores.setdefault(method, []).append(row)
+            scores.setdefault(method, []).append((*object_scores(tube, truth[at]), len(tube.unique())))
         scores.setdefault("classic, all frames", []).append((*object_scores(ids, truth), len(ids.unique())))
-        print("{:20s} {:.3f}  {:.3f}".format(name, *scores["classic"][-1]), flush=True)
-    print(f"{'':20s}  best  union  tubes   ({count / spent:.1f} frames a second of one core)")
+    print(f"best, union, tubes; {count / spent:.1f} frames a second of one core")
     for method, rows in scores.items():
-        print("{:20s} {:.3f}  {:.3f}  {:5.1f}".format(method, *np.mean(rows, 0)))
+        print(f"{method:20s}", np.mean(rows, 0).round(3))
     best, union, tubes = np.mean(scores["classic"], 0)
     assert best >= 0.47 and union >= 0.61 and tubes <= 42 and count / spent >= 12
 
