@@ -1007,10 +1007,12 @@ def in_order(stream, begin=0):
     """Decode a stream from its start, or from a key frame before `begin` seconds -> an iterator over (seconds
     after the first frame of the file, frame), in the order in which they are shown. BadVideo where the file
     ends early."""
-    container, rate, first = stream.container, rate_of(stream), stream.start_time or 0
+    container, rate = stream.container, rate_of(stream)
+    size = stream.width, stream.height
+    first = stream.start_time or 0
+    end = begin
     if begin:
         container.seek(first + int(begin / stream.time_base), stream=stream)
-    size, end = (stream.width, stream.height), begin
     for count, frame in enumerate(container.decode(stream)):
         # an array of frames, or of masks, has one size; joined transport streams may have several
         if (frame.width, frame.height) != size:
@@ -1031,7 +1033,9 @@ def in_order(stream, begin=0):
 def on_screen(stream, wanted, margin):
     """What is on screen at the times `wanted`, ascending -> [(seconds, frame)]: for each the last frame that
     began before. Gaps of more than two margins are sought, not decoded."""
-    frames, found, over = in_order(stream), [], (math.inf, None)
+    frames, found = in_order(stream), []
+    # what comes after the last frame
+    over = math.inf, None
     # `ahead` is the frame decoded last, `shown` the one before it. Only when `ahead` begins after t is it
     # certain that `shown` is still on screen at t. At first, and after a seek, both are the same frame.
     shown = ahead = next(frames)
@@ -1263,12 +1267,15 @@ def add_row(entry, row, folder):
         entry[key] = entry[key] or value
     captions = row.get("caption") or []
     captions = [captions] if isinstance(captions, str) else captions
-    entry["caption"] = list(dict.fromkeys([*(entry["caption"] or []), *captions])) or None
-    talk = conversation(row.get("conversations") or [])
-    entry["conversations"] += [talk] if talk else []
-    entry["qa"] += row.get("qa") or []
-    pairs = talk + (row.get("qa") or [])
-    texts = [*captions, *(pair["question"] for pair in pairs)]
+    known = entry["caption"] or []
+    entry["caption"] = known + [text for text in captions if text not in known] or None
+    pairs = row.get("qa") or []
+    entry["qa"] += pairs
+    if row.get("conversations"):
+        talk = conversation(row["conversations"])
+        entry["conversations"].append(talk)
+        pairs = pairs + talk
+    texts = captions + [pair["question"] for pair in pairs]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
     for pair in pairs:
@@ -2257,7 +2264,8 @@ class MakeConfig:
 def make(argv):
     """Writes the clips that a training sees."""
     cfg = configure(MakeConfig, None, argv)
-    world, out = world_of(cfg), Path(cfg.out)
+    world = world_of(cfg)
+    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     # the seeds of `made_clips`, so that --data world sees the same clips
     first = TRAIN + cfg.seed % 49 * 10_000_000
