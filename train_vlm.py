@@ -1020,7 +1020,9 @@ def shard(model, device, cfg):
     # rotary angles stay float32: inputs are not cast
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (ranks()[1],))
-    layers = [*model.decoder.layers, *(model.vision.encoder["layers"] if model.vision else ())]
+    layers = list(model.decoder.layers)
+    if model.vision:
+        layers += model.vision.encoder["layers"]
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # what is ignored stays an ordinary parameter in every process
@@ -1052,8 +1054,12 @@ def restore(folder, model, optimizer):
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    given = [dict(group) for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=WHOLE)
+    # the moments are the saved run's, the settings, e.g. --weight-decay, those of the flags given now
+    for group, settings in zip(optimizer.param_groups, given):
+        group.update(settings)
     return state["step"]
 
 
@@ -1192,7 +1198,6 @@ def ask(argv):
         owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
         pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
-        trajtok.make_folder(path.parent)
         strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
         write_png(path, strip)
         print(f"wrote {path}")
