@@ -3535,7 +3535,7 @@ def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
     """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
+        rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [SystemExit], wraps=train_vlm.set_rates)
         patch.setattr(train_vlm, "set_rates", rates)
         run(train_vlm.main, *argv)
     one, two = vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-nano-trajtok"
@@ -4057,7 +4057,7 @@ def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
     again, save = tmp_path / "adapter-nano", train_adapter.save_checkpoint
     # the second save is the VideoMAE's last; of the resumed run the second is the heads' first
     for saves, flags in ((1, ADAPTER), (4, ["--resume"])):
-        stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [KeyboardInterrupt], wraps=save)
+        stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [SystemExit], wraps=save)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(train_adapter, "save_checkpoint", stop)
             run(train_adapter.main, "--out", tmp_path, *flags)
