@@ -135,7 +135,7 @@ def dispatch(script, doc, commands, argv):
 @contextlib.contextmanager
 def replacing(path):
     """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a
-    kill, sees the old file or the new one, never half of one."""
+    kill, sees the old file or the new one, never half of one. The folder is made."""
     path = Path(path)
     # numpy and PyAV go by the suffix of a file, so it stays as it is
     beside = path.with_name(f".{os.getpid()}.{path.name}")

@@ -582,7 +582,8 @@ def random_text(dice):
     program to know them."""
     pieces = [*" \n\r\t'.,!?-_09abcdefghijABsStTlLvVeEmMdD", "'s", "'LL", "'re", " the", " red", "square",
               "\r\n", " \n", "  ", "\u0085", "\u2028", "\u00a0", "\u3000", "\x1c", "\x0b", "\u200b",
-              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307", "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
+              "e\u0301", "\u212b", "\u1100\u1161", "\u0323\u0307",
+              "½", "²", "٣", "Ⅷ", "漢字", "\U0001d15e", "👍"]
     for c in dice.integers(0x20, 0xfffe, 9):
         if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co"):
             pieces.append(chr(c))
@@ -1102,26 +1103,6 @@ def test_a_bad_file_is_named_counted_and_replaced(media, broken, capsys):
             list(data.loader(data.VideoBatches(bad, 3, 16, 3), 0, 1, workers))
 
 
-class Numbers(torch.utils.data.Dataset):
-    """Dataset `name`, whose batch i is (name, i). Module level: workers need it."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __getitem__(self, i):
-        return self.name, i
-
-
-class Unsendable(Numbers):
-    """Its batches never leave the worker, as when there is no shared memory."""
-
-    def __getitem__(self, i):
-        return self
-
-    def __reduce__(self):
-        raise OSError(28, "No space left on device")
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loader_without_shared_memory_ends(monkeypatch):
     """Catches: a training that waits for ever, or for hours, in a container with a small /dev/shm."""
@@ -1130,7 +1111,8 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
     # without a time-out the loader never ends
     signal.alarm(60)
     with pytest.raises(BadInput, match="for 2 s, .*/dev/shm"):
-        list(data.loader(Unsendable("a"), 0, 3, workers=1))
+        # a batch that cannot be pickled never leaves its worker
+        list(data.loader([threading.Lock()] * 3, 0, 3, workers=1))
     signal.alarm(0)
 
 
@@ -1138,7 +1120,7 @@ def test_a_loader_without_shared_memory_ends(monkeypatch):
 def test_mixtures_keep_their_shares(shares):
     """Catches: a share that drifts, a set whose batches are repeated or left out, processes that draw from
     different sets in one step."""
-    sets = [Numbers(j) for j in range(len(shares))]
+    sets = [list(zip([j] * 4000, range(4000))) for j in range(len(shares))]
     mixed, pairs = data.Mixed(sets, shares, seed=3), data.Mixed(sets, shares, seed=3, world=2)
     counts = np.zeros(len(shares), int)
     for i in range(2000):
@@ -1733,7 +1715,7 @@ def test_normalise():
     """Catches: channels or frames in the wrong place, a mean that is taken off twice."""
     video = random_video(2, 3, 4, 5)
     naive = (video / 255 - torch.tensor(segmenter.MEAN)) / torch.tensor(segmenter.STD)
-    nearly(segmenter.normalise(video), naive.permute(0, 1, 4, 2, 3))
+    nearly(segmenter.normalise(video), naive.movedim(-1, 2))
 
 
 class Pyramid(nn.Conv2d):
@@ -2382,7 +2364,8 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """Catches: a traceback of torch.save, or of the weights' writer; half a checkpoint in the old one's place."""
+    """Catches: a traceback of torch.save or of the weights' writer; half a checkpoint in the old one's
+    place."""
     net = nn.Linear(100, 100)                                   # 40 kB
     optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
     trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
@@ -2514,7 +2497,8 @@ def test_a_table_by_hand():
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
     ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
-    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
+    ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), 
+    ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
     ("pretrain --init no", "no/model"), ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
 
@@ -2541,9 +2525,10 @@ def test_a_claim_is_judged_by_twice_the_standard_error(tmp_path, capsys):
     asked = {("high", "low"): "holds", ("low", "high"): "does not hold", ("low", "high", "less"): "holds",
              ("high", "noisy"): "undecided", ("high", "single"): "undecided",
              ("high", "absent"): "not measured"}
-    claims = [dict(claim="c", paper="p", json="a.json", row="high", against="high", score="r", against_score="s")]
+    first = dict(claim="c", paper="p", json="a.json", score="r")
+    claims = [first | dict(row="high", against="high", against_score="s")]
     for row, against, *less in asked:
-        claims.append(claims[0] | dict(row=row, against=against, against_score="r", less=bool(less)))
+        claims.append(first | dict(row=row, against=against, less=bool(less)))
     (tmp_path / "claims.json").write_text(json.dumps(dict(claims=claims)))
     run(trajtok.main, "table", tmp_path / "claims.json")
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -2778,8 +2763,7 @@ def test_linear_probe():
     x = (4 * torch.randn(4, 12)[y] + noise) * torch.logspace(-3, 3, 12)
     x[:, 5] = 1.0                                               # never changes
     for features, least, most in ((x, 0.97, 1), (noise, 0.1, 0.4)):
-        parts = list(zip(features.split(200), y.split(200)))
-        assert least <= train_clip.linear_probe(*parts) <= most
+        assert least <= train_clip.linear_probe(*zip(features.split(200), y.split(200))) <= most
 
 
 def test_flops_of_every_tokenizer(capsys):
@@ -2788,9 +2772,7 @@ def test_flops_of_every_tokenizer(capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: list(map(float, line.split()[1:])) for line in lines}
     assert list(table) == list(train_clip.TOKENIZERS)
-    for name, row in table.items():
-        assert row == sorted(set(row)), name
-        assert len(row) == 5
+    assert all(row == sorted(set(row)) and len(row) == 5 for row in table.values())
 
 
 def test_the_stage_has_a_setting_of_its_own(capsys):
@@ -3019,9 +3001,11 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
-    without the rows of yesterday."""
+    without the rows of yesterday, or of another comparison that writes meanwhile."""
     def train_here(command):
         train_clip.main(command[2:])
+        rows = trajtok.read_rows(path) | dict(other=dict(name="other", results=[dict(seed=0), dict(seed=1)]))
+        trajtok.write_json(path, dict(rows=list(rows.values())))
         return subprocess.CompletedProcess(command, 0)
 
     train = mock.Mock(side_effect=train_here)
@@ -3034,14 +3018,13 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
         assert train.call_count == count
     written = json.loads(path.read_text())
     assert {"command", "hardware", "rows"} <= set(written)
-    for row in written["rows"]:
-        assert [result["seed"] for result in row["results"]] == [0, 1]
+    assert [[result["seed"] for result in row["results"]] for row in written["rows"]] == [[0, 1]] * 2
     config = read_config(tmp_path / "clip-detach-1")
     assert (config["detach"], config["seed"]) == (False, 1)
     for other in (["base: --no-path", *argv], [*rows, *argv, "--script", "train_vlm.py"]):
         assert "another name" in refused(capsys, trajtok.main, "compare", *other)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
-    assert capsys.readouterr().out.split()[:3] == ["clip-base-0", "base", "detach"]
+    assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
@@ -3534,8 +3517,8 @@ def same_weights(a, b, atol=0.0):
 def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
     """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [SystemExit], wraps=train_vlm.set_rates)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
         patch.setattr(train_vlm, "set_rates", rates)
         run(train_vlm.main, *argv)
     one, two = vlm_run / "vlm-nano-trajtok", tmp_path / "vlm-nano-trajtok"
@@ -3604,7 +3587,7 @@ def test_full_size_trains_on_films_from_published_folders(vlm_run, tmp_path, cap
     (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"), (["--data", "x.json"], "--segmenter"),
     (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"),
     (["ask", "none.mp4", "What?", "--model", "RUN"], "none.mp4"),
-    (["ask", "x.mp4", "What?", "--model", "SEG"], "no run")))
+    (["ask", "x.mp4", "What?", "--model", "SEG"], "config.json")))
 def test_bad_input_of_the_vlm_is_refused(vlm_run, tmp_path, capsys, monkeypatch, argv, words):
     """Catches: a traceback, or a run or a pre-training that begins, where one line should name the value
     and the mend."""
@@ -4057,8 +4040,8 @@ def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
     again, save = tmp_path / "adapter-nano", train_adapter.save_checkpoint
     # the second save is the VideoMAE's last; of the resumed run the second is the heads' first
     for saves, flags in ((1, ADAPTER), (4, ["--resume"])):
-        stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [SystemExit], wraps=save)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop = mock.Mock(side_effect=[mock.DEFAULT] * saves + [KeyboardInterrupt], wraps=save)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train_adapter, "save_checkpoint", stop)
             run(train_adapter.main, "--out", tmp_path, *flags)
     assert len(log(again)) == 8
@@ -4181,8 +4164,8 @@ SHORTER = {
 
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Catches: a command that its parser knows and that fails when it is run; a command that needs what none
-    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's own
-    that cannot be trained. Commands for other machines, or with weights that others published, are only
+    before it has made; an example in Python that does not run as it stands; a tokenizer in a file of one's
+    own that cannot be trained. Commands for other machines, or with weights that others published, are only
     read."""
     monkeypatch.chdir(tmp_path)
     for script in HERE.glob("*.py"):

@@ -170,9 +170,8 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
-                # captions start with almost the same vector.
-                # each layer adds two branches to x. As in GPT-2, their last maps start smaller, so that the
-                # sum of all 2 · layers branches is about as large as one
+                # captions start with almost the same vector. Each layer adds two branches to x: as in GPT-2,
+                # their last maps start smaller, so that the sum of all branches is about as large as one.
                 branch = name.endswith(("proj.weight", "mlp.2.weight"))
                 fan = p.shape[1] * (2 * layers if branch else 1)
                 nn.init.normal_(p, std=fan ** -0.5)
@@ -252,7 +251,6 @@ class ViT3D(Tokenizer):
         x = self.embed(self.patches(video)).flatten(1, 3)       # (b, t' h' w', width)
         # a shorter clip uses the first positions, which are in the order (t', h', w')
         return x + self.position[:, :x.shape[1]], None, None
-
 
     def by_time_step(self, x):
         """[CLS; patches] (b, 1 + t' h' w', d) -> CLS (b, 1, d), patches (b, t', h' w', d)."""
@@ -565,8 +563,6 @@ class Batch(NamedTuple):
     mask: torch.Tensor              # bool (b, s), True = a real token
 
 
-
-
 def encode(model, batch, m):
     """-> unit vectors of videos and texts (b, e), segmentation loss (0 without masks), terms for the log.
     The contrastive loss is the caller's: it needs the vectors of all micro-batches and processes."""
@@ -723,15 +719,13 @@ def zero_shot(model, clips):
     return sum(hits) / len(hits)
 
 
-
-
 def probe(model, clips, world):
     """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape and its motion."""
     count = model.cfg.probe_clips
     sets = []
     # train: numbers of training clips so high that no training reaches them; then valid, then test
-    for begin, end in ((500_000_000, count), (data.VALIDATION, max(count // 4, 1))):
-        batches = data.WorldBatches(world, model.cfg.batch, indices=range(begin, begin + end))
+    for begin, size in ((500_000_000, count), (data.VALIDATION, max(count // 4, 1))):
+        batches = data.WorldBatches(world, model.cfg.batch, indices=range(begin, begin + size))
         sets.append(embed(model, batches, data.Damage()))
     sets.append(clips)
     scores = {}

@@ -327,13 +327,13 @@ def read_weights(path, wrappings=("model", "state_dict")):
     # the two readers raise exceptions of many types on a file that is not theirs
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise BadInput(f"{path}: no whole file of weights ({reason}); check the path") from None
+        raise BadInput(f"{file}: no whole file of weights ({reason}); check the path") from None
     # twice, because one wrapping may stand inside another, in either order
     for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
     weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
     if not weights:
-        raise BadInput(f"{path}: holds no named weights; check the path, or let the run save first")
+        raise BadInput(f"{path}: holds no weights, e.g. model.safetensors; let the run save them first")
     return weights
 
 
