@@ -3671,7 +3671,7 @@ def test_published_backbones_have_their_sizes(kind, width, depth, heads, mlp, pa
 
 
 @pytest.mark.parametrize("config, cut, words", (
-    (None, 0, "has width 128"), ("no json", 0, "config.json"), ("{}", 1000, "model.safetensors")))
+    (None, 0, "has width 128"), ("no json", 0, "config.json"), ("{}", 1000, "no whole file")))
 def test_bad_backbones_are_refused(tmp_path, config, cut, words):
     """Catches: a traceback, or part of a model, where a person gave the wrong folder."""
     path = tmp_path / "model.safetensors"

@@ -1141,6 +1141,8 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
 def open_model(folder, device="cpu"):
     """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
     there."""
+    if "connector" not in trajtok.read_json(Path(folder) / "config.json"):
+        raise BadInput(f"{folder}/config.json: of no run of train_vlm.py; give another --model")
     cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
     return cfg, encoding, trajtok.load_weights(VLM(cfg, *parts), folder).eval().to(device)
