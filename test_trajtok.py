@@ -9,8 +9,6 @@ are skipped.
 """
 import argparse
 import cmath
-import colorsys
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -27,9 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import types
 import unicodedata
 import xml.etree.ElementTree
 import zlib
