@@ -48,8 +48,8 @@ import data
 from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
-from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
-                       normalise, segmentation_loss, tube_overlaps, video_metrics)
+from segmenter import (ConvNeXt, Segmenter, best_overlaps, hungarian, labels_on_grid, normalise,
+                       segmentation_loss, tube_overlaps, video_metrics)
 
 # -----------------------------------------------------------------------------------------------------------
 # The tokenizer
