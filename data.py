@@ -65,17 +65,20 @@ class BadVideo(BadInput):
 
 
 def one_line_errors(main):
-    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is
-    a bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput, or too little memory, prints one line on stderr and exits with code 2.
+    Any other exception is a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
         # file names that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            print(f"error: {reason}: give a smaller --micro-batch or --batch, and --recompute", file=sys.stderr)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        raise SystemExit(2)
     return wrapped
 
 
@@ -1706,7 +1709,7 @@ def open_data(cfg, need="caption", world=1):
         train += learnt
         held_out += tested
     if val:
-        held_out = real_batches(cfg, val, False)
+        held_out = real_batches(val, *clip_options(cfg, False))
     # one dataset stays what it is: made clips are also asked for their indices
     if len(held_out) > 1:
         held_out = [torch.utils.data.ConcatDataset(held_out)]
@@ -1788,14 +1791,18 @@ def real_clips(cfg, name, need, val):
     # printed, because a column that was not read, or a split that fails, shows first in these numbers
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
-    return real_batches(cfg, train, True), real_batches(cfg, test, False)
+    return real_batches(train, *clip_options(cfg, True)), real_batches(test, *clip_options(cfg, False))
 
 
-def real_batches(cfg, entries, train):
-    """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
+def clip_options(cfg, train):
+    """What VideoBatches takes after the entries."""
+    return cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
+
+
+def real_batches(entries, *options):
+    """Entries -> a VideoBatches of the videos, one of the pictures: their batches have different shapes."""
     videos = [entry for entry in entries if not entry["image"]]
     pictures = [entry for entry in entries if entry["image"]]
-    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
     return [VideoBatches(kind, *options) for kind in (videos, pictures) if kind]
 
 

@@ -2392,7 +2392,7 @@ def test_a_table_by_hand():
 
 REFUSED = (
     ("", "pretrain, show"), ("fly", "pretrain, show"), ("table", "folders of runs"), ("table no", "no:"),
-    ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "no such file"),
+    ("compare base", "NAME: FLAGS"), ("compare a: --script no.py", "failed"), ("show no.mp4", "No such file"),
     ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"), 
     ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"),
     ("show CLIP --weights CLIP", "whole file"), ("pretrain --data BARE", "mask"),
@@ -3699,7 +3699,7 @@ def new_head(row, classes, num_queries, cfg=HEADS):
 
 
 def masks(ids, num_queries):
-    return train_adapter.as_segmentation(20.0 * F.one_hot(ids, num_queries), (2, 4, 4))
+    return segmenter.assign(20.0 * F.one_hot(ids, num_queries), (2, 4, 4))
 
 
 def two_halves(count, seed):
@@ -3769,7 +3769,7 @@ def test_logits_are_resized_in_space_and_time():
     expected = rearrange(frames.mean(2), "b t k h w -> b (t h w) k")
     found = train_adapter.resize_logits(logits, (4, 8, 8), (2, 5, 3))
     nearly(found, expected, 1e-5)
-    seg = train_adapter.as_segmentation(found, (2, 5, 3))
+    seg = segmenter.assign(found, (2, 5, 3))
     assert torch.equal(seg.ids, found.argmax(-1))
     for alive, ids in zip(seg.alive, seg.ids):
         assert alive.nonzero()[:, 0].tolist() == ids.unique().tolist()
