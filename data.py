@@ -33,6 +33,7 @@ import csv
 import dataclasses
 import fractions
 import functools
+import glob
 import inspect
 import io
 import itertools
@@ -64,17 +65,20 @@ class BadVideo(BadInput):
 
 
 def one_line_errors(main):
-    """Wrap a script's main: BadInput prints one line on stderr and exits with code 2. Any other exception is
-    a bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput, or too little memory, prints one line on stderr and exits with code 2.
+    Any other exception is a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
         # file names that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            print(f"error: {reason}: give a smaller --micro-batch or --batch, and --recompute", file=sys.stderr)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        raise SystemExit(2)
     return wrapped
 
 
@@ -928,21 +932,18 @@ def opened(path):
     line: training can replace the file, and a person can read which one it was."""
     # imported here, so that training on made clips needs no PyAV
     import av
-    if not os.path.isfile(path):
-        raise BadVideo(f"{path}: no such file; paths are relative to the manifest, with / between folders")
     try:
-        with av.open(str(path)) as container:
+        # text beside the video may be in any encoding
+        with av.open(str(path), metadata_errors="ignore") as container:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
                 raise BadVideo(f"{path}: holds no video that can be decoded; give another file")
             stream.thread_type = "AUTO"
-            # in a loader's worker one thread: the other cores belong to the other workers
-            if torch.utils.data.get_worker_info() is not None:
-                stream.codec_context.thread_count = 1
+            # one in a loader's worker: the other cores belong to the other workers
+            stream.codec_context.thread_count = torch.get_num_threads()
             yield stream
-    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise BadVideo(f"{path}: cannot be decoded ({reason}); re-encode or remove it") from None
+    except av.error.FFmpegError as error:
+        raise BadVideo(f"{path}: cannot be decoded ({error.strerror}); re-encode or remove it") from None
 
 
 def rate_of(stream):
@@ -962,11 +963,10 @@ def frame_rate(path):
 def frame_count(stream):
     """How many frames a video shows, as its header says. Where the header does not say it, the packets are
     counted."""
-    length = float((stream.duration or 0) * stream.time_base)
-    # MKV writes the length as a text: "00:01:02.500"
-    if not length and "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    # MKV knows only when picture and sound end, in microseconds
+    length = ((stream.container.duration or 0) - (stream.container.start_time or 0)) / 1e6
+    if stream.duration:
+        length = float(stream.duration * stream.time_base)
     expected = round(length * rate_of(stream))
     # the number of frames in an MP4 includes those that its edit list hides; its length does not
     if expected and "mov" in stream.container.format.name:
@@ -983,20 +983,19 @@ def frame_times(path):
         # AVI has no time stamps
         if stream.container.format.name == "avi" or None in stamps:
             return np.arange(len(stamps)) / rate_of(stream)
-        return (np.array(sorted(stamps)) - min(stamps, default=0)) * float(stream.time_base)
+        return (np.sort(stamps) - min(stamps, default=0)) * float(stream.time_base)
 
 
 def upright(frame, size, whole=False, crop=0.5):
     """A frame of PyAV -> uint8 (size, size, 3), a square cut out of it: at crop=0 from the left or upper end
     of its longer side, at 1 from the other end. whole: (h, w, 3), all of it, its short side `size` pixels.
     Pixels are taken for square ones."""
-    import av
     # Below transparent pixels a file may hold any colour. Web pages show them on white, and so do we.
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
         rgba = frame.to_ndarray(format="rgba").astype(np.float32)
         alpha = rgba[..., 3:] / 255
         rgb = rgba[..., :3] * alpha + 255 * (1 - alpha)
-        frame = av.VideoFrame.from_ndarray(rgb.round().astype(np.uint8), format="rgb24")
+        frame = frame.from_ndarray(rgb.round().astype(np.uint8), format="rgb24")
     scale = size / min(frame.width, frame.height)
     w, h = round(frame.width * scale), round(frame.height * scale)
     image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
@@ -1007,61 +1006,55 @@ def upright(frame, size, whole=False, crop=0.5):
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
-def in_order(stream):
-    """Decode a stream from where it stands -> an iterator over (seconds after the first frame of the file,
-    frame), in the order in which they are shown."""
-    container, start = stream.container, stream.start_time or 0
-    first = None
-    # count is the frame's number only if decoding began at the start of the file: AVI is never sought
+def in_order(stream, begin=0):
+    """Decode a stream from its start, or from a key frame before `begin` seconds -> an iterator over (seconds
+    after the first frame of the file, frame), in the order in which they are shown. BadVideo where the file
+    ends early."""
+    container, rate = stream.container, rate_of(stream)
+    size = stream.width, stream.height
+    first = stream.start_time or 0
+    end = begin
+    if begin:
+        container.seek(first + int(begin / stream.time_base), stream=stream)
     for count, frame in enumerate(container.decode(stream)):
-        first = first or frame
         # an array of frames, or of masks, has one size; joined transport streams may have several
-        if (frame.width, frame.height) != (first.width, first.height):
-            raise BadVideo(f"{container.name}: a frame of {frame.width} x {frame.height} px among those of "
-                           f"{first.width} x {first.height}; re-encode it at one size")
-        # AVI has no time stamps: the n-th frame that the decoder gives out is shown at n / rate
-        if frame.pts is None or container.format.name == "avi":
-            yield count / rate_of(stream), frame
-        else:
-            yield float((frame.pts - start) * stream.time_base), frame
+        if (frame.width, frame.height) != size:
+            raise BadVideo(f"{container.name}: the size of its frames changes; re-encode it at one size")
+        # AVI has no time stamps, and is never sought: the n-th frame is shown at n / rate
+        seconds = count / rate
+        if frame.pts is not None and container.format.name != "avi":
+            seconds = float((frame.pts - first) * stream.time_base)
+        end = seconds + 1 / rate
+        yield seconds, frame
+    # Headers often announce a few frames too many; for a file that was cut off it is a lot.
+    length = frame_count(stream) / rate
+    if not end or length - end > max(3 / rate, 0.05 * length):
+        raise BadVideo(f"{container.name}: its frames end at {end:.2f} s, its header says {length:.2f} s; "
+                       "re-encode or remove it")
 
 
-def on_screen(stream, wanted):
+def on_screen(stream, wanted, margin):
     """What is on screen at the times `wanted`, ascending -> [(seconds, frame)]: for each the last frame that
-    began before. None where there is no frame."""
-    # Seek only over long gaps: frames are stored in another order than they are shown, so a seek aims some
-    # frames early, and the key frame where decoding can begin lies earlier still.
-    margin = 16 / rate_of(stream)
-    # AVI has no time stamps to seek by. With 4:4:4 colours, old versions of x264 write how the stream is to
-    # be decoded into its first frame alone.
-    if stream.container.format.name == "avi" or "444" in (stream.codec_context.pix_fmt or ""):
-        margin = math.inf
+    began before. Gaps of more than two margins are sought, not decoded."""
     frames, found = in_order(stream), []
+    # what comes after the last frame
+    over = math.inf, None
     # `ahead` is the frame decoded last, `shown` the one before it. Only when `ahead` begins after t is it
     # certain that `shown` is still on screen at t. At first, and after a seek, both are the same frame.
-    shown = ahead = next(frames, None)
+    shown = ahead = next(frames)
     for t in wanted:
-        if ahead and t - ahead[0] > 2 * margin:
-            first = (stream.start_time or 0) + int((t - margin) / stream.time_base)
-            stream.container.seek(first, stream=stream)
-            frames = in_order(stream)
-            shown = ahead = next(frames, None)
+        if t - ahead[0] > 2 * margin:
+            # Frames are stored in another order than they are shown, so a seek aims a margin early.
+            frames = in_order(stream, t - margin)
+            shown = ahead = next(frames, over)
             # The seek may lead behind t, or to where a decoder cannot begin: then decode from the start.
-            if not ahead or ahead[0] > t or not ahead[1].key_frame:
+            if ahead[0] > t or not ahead[1].key_frame:
                 stream.container.seek(0)
-                frames, margin = in_order(stream), math.inf
-                shown = ahead = next(frames, None)
-        while ahead and ahead[0] <= t:
-            shown, ahead = ahead, next(frames, None)
+                return on_screen(stream, wanted, math.inf)
+        while ahead[0] <= t:
+            shown, ahead = ahead, next(frames, over)
         found.append(shown)
     return found
-
-
-def check_end(path, end, announced, rate):
-    """BadVideo for a file that ends early: at `end` seconds, where its header says `announced`. Headers often
-    announce a few frames too many; for a file that was cut off it is a lot."""
-    if announced - end > max(3 / rate, 0.05 * announced):
-        raise BadVideo(f"{path}: ends at {end:.2f} s, its header says {announced:.2f} s; re-encode or cut it")
 
 
 def decode(path, frames, size, start=None, stride=1, crop=0.5):
@@ -1078,8 +1071,8 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
         rate, total = rate_of(stream), frame_count(stream)
         if total < frames:
             raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
-        numbers = np.arange(frames)
         # numbers of frames at a constant rate; times follow from them, and at a variable rate the times count
+        numbers = np.arange(frames)
         if start is None:
             numbers = np.floor((numbers + 0.5) * total / frames)
         else:
@@ -1087,18 +1080,13 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
             stride = max(1, min(stride, total // frames))
             room = total - 1 - (frames - 1) * stride
             numbers = round(start * room) + numbers * stride
+        # AVI has no time stamps to seek by. With 4:4:4 colours, old versions of x264 write how the stream is
+        # to be decoded into its first frame alone.
+        fixed = stream.container.format.name == "avi" or "444" in (stream.codec_context.pix_fmt or "")
         # ask for the middle of a frame's time, so that rounding cannot make it a neighbour's
-        wanted = (numbers + 0.5) / rate
-        found = on_screen(stream, wanted)
-        if None in found:
-            raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
+        found = on_screen(stream, (numbers + 0.5) / rate, math.inf if fixed else 16 / rate)
         images = [upright(frame, size, crop=crop) for _, frame in found]
-    times = np.array([seconds for seconds, _ in found])
-    # Either the last frame stays on screen for long, or the file ends early. Only its packets tell.
-    if wanted[-1] - times[-1] > 2 / rate:
-        end = max(times[-1], frame_times(path)[-1]) + 1 / rate
-        check_end(path, end, wanted[-1], rate)
-    return np.stack(images), times
+    return np.stack(images), np.array([seconds for seconds, _ in found])
 
 
 def read_frames(path, size, length=8, whole=False):
@@ -1106,15 +1094,9 @@ def read_frames(path, size, length=8, whole=False):
     cuts, the last perhaps shorter; whole: (length, h, w, 3). Memory does not grow with the video. BadVideo as
     for `decode`."""
     with opened(path) as stream:
-        rate, total = rate_of(stream), frame_count(stream)
-        frames, end = in_order(stream), 0
-        # in pieces: the frames of a long film would fill the memory
+        frames = in_order(stream)
         while piece := list(itertools.islice(frames, length)):
-            end = max(end, piece[-1][0] + 1 / rate)
             yield np.stack([upright(frame, size, whole) for _, frame in piece])
-    if not end:
-        raise BadVideo(f"{path}: holds no frame that can be decoded; re-encode or remove it")
-    check_end(path, end, total / rate, rate)
 
 
 def load_labels(mask_path, graph_path, times, size, video):
@@ -1151,8 +1133,7 @@ def load_labels(mask_path, graph_path, times, size, video):
 def read_npz(path, key, axes):
     """One array of whole numbers from an .npz file. BadVideo says what is wrong with the file."""
     try:
-        with np.load(path) as file:
-            array = file[key]
+        array = np.load(path)[key]
     # what numpy raises depends on where a file is damaged
     except Exception as error:
         raise BadVideo(f"{path}: no `{key}` in it ({type(error).__name__}); write it again") from None
@@ -1171,10 +1152,8 @@ COLUMNS = dict.fromkeys("video path filename file video_path".split(), "video")
 COLUMNS |= dict.fromkeys("caption text sentence".split(), "caption")
 COLUMNS |= dict.fromkeys("label class action".split(), "label")
 COLUMNS |= dict(split="split", mask="mask", graph="graph")
-# What a row of a manifest may hold. `appearance`, `colour` and `motion` are the classes of made clips.
-TYPES = dict(video=str, image=str, caption=(str, list), label=(str, int), split=str, mask=str, graph=str,
-             qa=list, conversations=list, appearance=int, colour=int, motion=int)
-EXPECTED = 'give a JSON list of {"video": path, "caption": text}, such an object a line, a CSV or a folder'
+EXPECTED = ('give a JSON list of {"video": path, "caption": text, "split": "train" | "val" | "test"}, such '
+            "an object a line, a CSV or a folder")
 # what people call the parts of a data set, as a value of "split" or as the name of a folder -> our name
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -1197,13 +1176,13 @@ def read_manifest(path):
     try:
         # a list: errors in the table as such come before any row
         for where, row in list(read_rows(path)):
-            entry = to_entry(row, folder)
+            row = json.loads(row) if isinstance(row, str) else row
+            entry = new_entry(row, folder)
             # the real path: a file may be named in several ways
-            earlier = entries.setdefault(os.path.realpath(entry["path"]), entry)
-            if earlier is not entry:
-                add_row(earlier, entry)
+            entry = entries.setdefault(os.path.realpath(entry["path"]), entry)
+            add_row(entry, row, folder)
     # whatever indexing and conversion raise where JSON holds other types than expected
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path} {where}: {error}; {EXPECTED}") from None
     if not entries:
         raise BadInput(f"{path}: holds no entries; {EXPECTED}")
@@ -1238,83 +1217,68 @@ def csv_rows(text):
     rows = [(where, cells) for where, cells in rows if any(cells)]
     # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
     header = ["video", "label"]
-    if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-        header = known_columns(*rows.pop(0))
+    if Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        names = rows.pop(0)[1]
+        header = [COLUMNS.get(name.lower()) for name in names]
+        if "video" not in header or not {"caption", "label", "mask"} & set(header):
+            raise ValueError(f"a header of {', '.join(names)[:60]}; name a column for the file and one for "
+                             f"its caption or label, by one of {', '.join(COLUMNS)}")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
         yield where, {key: cell for key, cell in zip(header, cells) if key and cell}
 
 
-def known_columns(where, cells):
-    """A header -> our name of each column, None for those that are not read."""
-    header = [COLUMNS.get(cell.lower()) for cell in cells]
-    if "video" not in header or not {"caption", "label", "mask"} & set(header):
-        raise ValueError(f"{where}: a header of {', '.join(cells)[:60]}; name a column for the file and one "
-                         f"for its caption or label, by one of {', '.join(COLUMNS)}")
-    return header
-
-
 def folder_rows(root):
     """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed; hidden names, and the
     folder that macOS adds to an archive, are left out."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        # a link to a folder above would never end
-        real = os.path.realpath(folder)
-        known = real in seen
-        seen.add(real)
-        # os.walk goes on to the folders that are left in its list
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX" and not known)
-        found += [Path(folder, name).relative_to(root) for name in sorted(files) if name[0] != "."]
+    names = glob.glob("**", root_dir=root, recursive=True)
+    files = sorted(Path(name) for name in names if "__MACOSX" not in name)
     # pictures count where there are no videos: beside videos they are thumbnails
-    videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
-    for file in videos or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]:
+    videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+    for file in videos or [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
         parents = list(file.parts[:-1])
         part = parents.pop(0) if parents and parents[0] in SPLITS else None
         label = parents[0] if parents else None
         yield str(file), dict(video=str(file), split=part, label=label)
 
 
-def to_entry(row, folder):
-    """A row of a manifest -> an entry. ValueError says what is wrong with it."""
-    row = json.loads(row) if isinstance(row, str) else row
-    if not isinstance(row, dict) or not (row.get("video") or row.get("image")):
-        raise ValueError(f'{json.dumps(row)[:80]} names neither "video" nor "image"')
-    # every key that we know, None where the row does not have it
-    row = {key: row.get(key) for key in TYPES}
-    for key, value in row.items():
-        if value is not None and not isinstance(value, TYPES[key]):
-            raise ValueError(f'"{key}" is {json.dumps(value)[:60]}; it must be {TYPES[key]}')
+def new_entry(row, folder):
+    """The entry of the file that a row names, without what the row says of it."""
+    file = Path(folder, row.get("video") or row["image"])
     # relative to the manifest: a data set can be moved, and its name and split stay the same
-    file = Path(folder, row["video"] or row["image"])
     name = Path(os.path.relpath(file, folder)).as_posix()
-    entry = dict(path=str(file), name=name)
-    entry["image"] = not row["video"] or file.suffix.lower() in IMAGE_SUFFIXES
-    entry |= {key: row[key] for key in MADE if row[key] is not None}
+    image = not row.get("video") or file.suffix.lower() in IMAGE_SUFFIXES
+    entry = dict(path=str(file), name=name, image=image, caption=None, label=None, split=None)
+    for kind, sidecar in sidecars(file).items():
+        entry[kind] = str(sidecar) if sidecar.exists() else None
+    return entry | dict(qa=[], conversations=[])
+
+
+def add_row(entry, row, folder):
+    """Add to an entry what a row says of its file. ValueError says what is wrong with it. Captions may be
+    many, a label one."""
+    entry |= {key: row[key] for key in MADE if key in row}
+    entry |= {key: str(Path(folder, row[key])) for key in ("mask", "graph") if row.get(key)}
     # a text, always: class 3 of a JSON file is class "3" of a CSV file
-    entry["label"] = None if row["label"] is None else str(row["label"])
+    label = None if row.get("label") is None else str(row["label"])
     # an unknown word is refused: taken for training, it would put test clips into it
-    if row["split"] not in (None, *SPLITS):
-        raise ValueError(f'"split" is {row["split"]!r}; give "train", "val" or "test"')
-    entry["split"] = SPLITS.get(row["split"])
-    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-    entry["caption"] = captions or None
-    # a sidecar that is named must be there; one that is not named may be
-    for key in ("mask", "graph"):
-        sidecar = Path(folder, row[key]) if row[key] else file.with_name(f"{file.stem}_{key}.npz")
-        entry[key] = str(sidecar) if row[key] or sidecar.exists() else None
-    entry["qa"] = row["qa"] or []
-    entry["conversations"] = [conversation(row["conversations"])] if row["conversations"] else []
-    check_texts(entry)
-    return entry
-
-
-def check_texts(entry):
-    """ValueError for a caption or a question that is empty or no text, and for an answer that is not among
-    the options of its question."""
-    pairs = [*entry["qa"], *itertools.chain(*entry["conversations"])]
-    texts = (entry["caption"] or []) + [pair["question"] for pair in pairs]
+    part = SPLITS[row["split"]] if row.get("split") else None
+    for key, value in dict(label=label, split=part).items():
+        if None not in (value, entry[key]) and value != entry[key]:
+            raise ValueError(f'"{key}" is {value!r}, but an earlier row of the file says {entry[key]!r}')
+        entry[key] = entry[key] or value
+    captions = row.get("caption") or []
+    captions = [captions] if isinstance(captions, str) else captions
+    known = entry["caption"] or []
+    entry["caption"] = known + [text for text in captions if text not in known] or None
+    pairs = row.get("qa") or []
+    entry["qa"] += pairs
+    if row.get("conversations"):
+        talk = conversation(row["conversations"])
+        entry["conversations"].append(talk)
+        pairs = pairs + talk
+    texts = captions + [pair["question"] for pair in pairs]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
     for pair in pairs:
@@ -1328,24 +1292,9 @@ def conversation(turns):
     pairs = []
     # strict: a question without its answer is refused
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        if (human["from"], gpt["from"]) != ("human", "gpt"):
-            raise ValueError('a conversation goes "human", "gpt", "human", "gpt"')
         question = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
         pairs.append(human | dict(question=question, answer=gpt["value"]))
     return pairs
-
-
-def add_row(entry, other):
-    """Add to an entry what another row of the same file says. Captions may be many, a label one."""
-    for key in ("label", "split", "mask", "graph"):
-        if entry[key] is None:
-            entry[key] = other[key]
-        if other[key] not in (None, entry[key]):
-            raise ValueError(f'"{key}" is {other[key]!r}, but an earlier row of the file says {entry[key]!r}')
-    captions = (entry["caption"] or []) + (other["caption"] or [])
-    entry["caption"] = list(dict.fromkeys(captions)) or None
-    entry["qa"] += other["qa"]
-    entry["conversations"] += other["conversations"]
 
 
 def split(entries):
@@ -1427,12 +1376,11 @@ def load_encoding(name="world"):
         return published_encoding(Path(name))
     try:
         return tiktoken.get_encoding(name)
-    except ValueError:
-        known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--text {name}: no folder, no `world`, and none of tiktoken's {known}") from None
     # tiktoken downloads its files; the errors of the network are kinds of OSError
-    except OSError:
-        raise BadInput(f"--text {name}: cannot be fetched; put it into TIKTOKEN_CACHE_DIR") from None
+    except (ValueError, OSError) as error:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise BadInput(f"--text {name}: no folder, not `world`, and none of tiktoken's {known}, or neither "
+                       f"in TIKTOKEN_CACHE_DIR nor to be fetched ({type(error).__name__})") from None
 
 
 def published_encoding(path):
@@ -1446,27 +1394,24 @@ def published_encoding(path):
     byte = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(hidden)}
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        normalizer, first = spec.get("normalizer"), spec["pre_tokenizer"]
+        first = spec["pre_tokenizer"]
         steps = first.get("pretokenizers", [first])
-        names = [step["type"] for step in steps]
         special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         vocabulary = spec["model"]["vocab"]
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
         merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
         # Steps that are not done here, or merges in another order than that of their ids, would give tokens
         # that the model does not know, without any error.
-        assert names in (["ByteLevel"], ["Split", "ByteLevel"]), f"steps {names}"
-        assert normalizer in (None, {"type": "NFC"}), f"normalizer {normalizer}"
+        assert [step["type"] for step in steps] in (["ByteLevel"], ["Split", "ByteLevel"]), steps
         assert steps[0].get("behavior") in (None, "Isolated") and not steps[-1].get("add_prefix_space"), steps
+        assert spec.get("normalizer") in (None, {"type": "NFC"}), f"normalizer {spec['normalizer']}"
         assert merged == sorted(merged), "merges are not in the order of their ids"
-        assert all(bytes([i]) in ranks for i in range(256)), "not byte-level"
-        pattern = steps[0]["pattern"]["Regex"] if names[0] == "Split" else GPT_WORDS
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{path}: not a published byte-level tokenizer ({reason})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise BadInput(f"{path}: not a published byte-level tokenizer ({error!r})") from None
     # texts are closed by this token; a tokenizer that has none gets it behind all others
     special.setdefault(END, max([*ranks.values(), *special.values()]) + 1)
-    kind = Composing if normalizer else tiktoken.Encoding
+    pattern = steps[0]["pattern"]["Regex"] if len(steps) > 1 else GPT_WORDS
+    kind = Composing if spec.get("normalizer") else tiktoken.Encoding
     return kind(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -1764,7 +1709,7 @@ def open_data(cfg, need="caption", world=1):
         train += learnt
         held_out += tested
     if val:
-        held_out = real_batches(cfg, val, False)
+        held_out = real_batches(val, *clip_options(cfg, False))
     # one dataset stays what it is: made clips are also asked for their indices
     if len(held_out) > 1:
         held_out = [torch.utils.data.ConcatDataset(held_out)]
@@ -1846,14 +1791,18 @@ def real_clips(cfg, name, need, val):
     # printed, because a column that was not read, or a split that fails, shows first in these numbers
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
-    return real_batches(cfg, train, True), real_batches(cfg, test, False)
+    return real_batches(train, *clip_options(cfg, True)), real_batches(test, *clip_options(cfg, False))
 
 
-def real_batches(cfg, entries, train):
-    """Entries -> a dataset of the videos, one of the pictures: their batches have different shapes."""
+def clip_options(cfg, train):
+    """What VideoBatches takes after the entries."""
+    return cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
+
+
+def real_batches(entries, *options):
+    """Entries -> a VideoBatches of the videos, one of the pictures: their batches have different shapes."""
     videos = [entry for entry in entries if not entry["image"]]
     pictures = [entry for entry in entries if entry["image"]]
-    options = cfg.frames, cfg.image_size, cfg.batch, cfg.seed, train, cfg.stride
     return [VideoBatches(kind, *options) for kind in (videos, pictures) if kind]
 
 
@@ -1926,9 +1875,14 @@ def warped(x, flow, mode="bilinear"):
     return F.grid_sample(x, place.movedim(1, -1), mode, padding_mode="border", align_corners=False)
 
 
+def window(x):
+    """The sum over the channels of x (n, c, h, w), averaged over 5 x 5 pixels: (n, 1, h, w)."""
+    return box(x.sum(1, keepdim=True), 2)
+
+
 def misfit(a, b, flow):
     """How much a and b differ after the motion is undone, averaged over 5 x 5 pixels: (n, 1, h, w)."""
-    return box((warped(b, flow) - a).abs().sum(1, keepdim=True), 2)
+    return window((warped(b, flow) - a).abs())
 
 
 def coarse_motion(a, b):
@@ -1949,16 +1903,16 @@ def refined_motion(a, b, flow):
     the remaining difference, (sum g g^T) d = -sum g (b - a), where g is the gradient of a."""
     gx, gy = torch.gradient(a, dim=(3, 2))
     # the small number keeps the system solvable where the window has no texture
-    xx = box((gx * gx).sum(1, keepdim=True), 2) + 1e-4
-    yy = box((gy * gy).sum(1, keepdim=True), 2) + 1e-4
-    xy = box((gx * gy).sum(1, keepdim=True), 2)
+    xx = window(gx * gx) + 1e-4
+    yy = window(gy * gy) + 1e-4
+    xy = window(gx * gy)
     determinant = xx * yy - xy * xy
     # Windows with edges of two directions determine the motion. The others follow their neighbours.
     weight = determinant / (xx + yy) + 1e-5
     for _ in range(3):
         error = warped(b, flow) - a
-        ex = box((gx * error).sum(1, keepdim=True), 2)
-        ey = box((gy * error).sum(1, keepdim=True), 2)
+        ex = window(gx * error)
+        ey = window(gy * error)
         step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
         flow = flow + step.clamp(-1, 1)
         flow = box(flow * weight, 1) / box(weight, 1)
@@ -2050,29 +2004,29 @@ def unlike_the_camera(x):
 
 
 def stands_out(values, t):
-    """values (n,) of the superpixels of t frames -> (n,): 0 at the median of their frame, 1 at nine times the
-    usual deviation from it. Where the camera's motion was not found all patches deviate and few stand out."""
+    """values (n, 1) of the superpixels of t frames -> (n, 1): 0 at the median of their frame, 1 at nine times
+    the usual deviation from it. Where the camera's motion was not found all patches deviate and few stand
+    out."""
     values = values.view(t, -1)
     away = values - values.median(1, keepdim=True).values
     usual = torch.maximum(away.abs().median(1, keepdim=True).values, away.abs().median())
-    return (away / (9 * usual + 1e-2)).clamp(0, 1).flatten()
+    return (away / (9 * usual + 1e-2)).clamp(0, 1).view(-1, 1)
 
 
-def votes(looks, size, values, t):
-    """values (n,) of the superpixels of t frames, their appearance (n, c) and size (n,) -> means over the six
-    most similar superpixels of each frame, five times over. Motion marks only parts of an object, in some
-    frames (the edges, a leg), and the votes add what looks the same. They also remove false alarms, because
-    the background that looks like those does not move."""
+def votes(looks, values, t):
+    """values (n, 1) of the superpixels of t frames and their appearance (n, c) -> means over the six most
+    similar superpixels of each frame, five times over. Motion marks only parts of an object, in some frames
+    (the edges, a leg), and the votes add what looks the same. They also remove false alarms, because the
+    background that looks like those does not move."""
     per_frame = len(looks) // t
     distance = torch.cdist(looks, looks).view(-1, t, per_frame)
     distance, index = distance.topk(min(6, per_frame), largest=False)                # (n, t, 6)
     index = (index + per_frame * torch.arange(t)[:, None]).flatten(1)                # (n, 6 t)
     distance = distance.flatten(1) / (distance.median() + 1e-6)
-    # Softmax over the 6 t voters of a superpixel, so that their weights sum to 1. The logarithm makes them
-    # proportional to the size, so that an empty patch has nearly no vote.
-    weight = torch.softmax(size.clamp(min=1e-3).log()[index] - 2 * distance ** 2, 1)
+    # softmax over the 6 t voters of a superpixel, so that their weights sum to 1
+    weight = torch.softmax(-2 * distance ** 2, 1)
     for _ in range(5):
-        values = (weight * values[index]).sum(1)
+        values = (weight * values[index, 0]).sum(1, keepdim=True)
     return values
 
 
@@ -2087,17 +2041,15 @@ def connected(chosen):
     return ids.long()
 
 
-def moving_score(looks, place, size, error, own, t):
-    """Superpixels of t frames: appearance (n, 5), position (n, 2), size (n,), misfit and own motion (n, 1)
-    -> how much each one moves by itself (n, 1), from 0 to 1."""
-    # where there is texture a small error of the motion makes a large difference
-    error = error[:, 0] / (looks[:, 3:].mean(1) + 0.06)
-    moving = stands_out(error, t) + stands_out(own[:, 0], t)
+def moving_score(looks, place, error, own, t):
+    """Superpixels of t frames: appearance (n, 5), position (n, 2), misfit and own motion (n, 1) -> how much
+    each one moves by itself (n, 1), from 0 to 1."""
+    moving = stands_out(error, t) + stands_out(own, t)
     # CHOICE: people film what they care about near the centre
-    moving = moving * torch.exp(-place.square().sum(1) / 0.245)
-    moving = votes(torch.cat([looks, 0.25 * place], 1), size, moving, t)
+    moving = moving * torch.exp(-place.square().sum(1, keepdim=True) / 0.245)
+    moving = votes(torch.cat([looks, 0.25 * place], 1), moving, t)
     # a quantile, since a few very bright spots must not set the scale
-    return (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)[:, None]
+    return (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)
 
 
 def classic_segment(x):
@@ -2105,30 +2057,25 @@ def classic_segment(x):
     t, _, h, w = x.shape
     owner, per_frame = superpixels(x)
     # texture: differences of brightness to the right and to the lower neighbour, 0 at the border
-    right = torch.diff(x[:, :1], dim=3, append=x[:, :1, :, -1:]).abs()
-    down = torch.diff(x[:, :1], dim=2, append=x[:, :1, -1:]).abs()
+    light = F.pad(x[:, :1], (0, 1, 0, 1), mode="replicate")
+    right = (light[..., :-1, 1:] - x[:, :1]).abs()
+    down = (light[..., 1:, :-1] - x[:, :1]).abs()
     looks = box(torch.cat([x, 2 * right, 2 * down], 1), 1)
     # from the centre of the frame, in units of its short side
     place = (positions(h, w) - torch.tensor([w, h]).view(2, 1, 1) / 2) / min(h, w)
     values = torch.cat([looks, place.expand(t, 2, h, w), unlike_the_camera(x)], 1)
     values = rearrange(values, "t c h w -> (t h w) c")
     values = group_means(values, owner.flatten(), torch.zeros(t * per_frame, 9))
-    size = torch.bincount(owner.flatten(), minlength=t * per_frame)
     looks, place, error, own = values.split([5, 2, 1, 1], 1)
-    moving = moving_score(looks, place, size, error, own, t)
+    moving = moving_score(looks, place, error, own, t)
     points = torch.cat([looks, 0.35 * place, 0.25 * moving], 1)
     first = torch.linspace(0, len(points) - 1, REGIONS).long()
     ids = k_means(points, points[first])[owner]
-    # Two groups of superpixels, static (0) and moving (1). CHOICE: unless the two are clearly separate, all
-    # keep their cluster, because wrong objects are worse than none.
-    group = k_means(moving, torch.tensor([[0.0], [1.0]]))
-    inside = moving - group_means(moving, group, torch.zeros(2, 1))[group]
-    if inside.var() < 0.32 * moving.var():
-        pieces = connected(group[owner] == 1)
-        # each large component of the moving ones is an object
-        number, area = pieces[pieces >= 0].unique(return_counts=True)
-        for i, piece in enumerate(number[area >= 0.08 * area.sum()]):
-            ids[pieces == piece] = REGIONS + i
+    # each large component of the moving superpixels is an object
+    pieces = connected(moving[owner, 0] > 0.5)
+    number, area = pieces[pieces >= 0].unique(return_counts=True)
+    for i, piece in enumerate(number[area >= 0.08 * area.sum()]):
+        ids[pieces == piece] = REGIONS + i
     return ids
 
 
@@ -2210,8 +2157,6 @@ def write_labels(mask_path, graph_path, ids):
     """Trajectories (T, H, W), -1 = none -> both sidecars; returns how many trajectories there are. The object
     id of a trajectory is its number + 1, because 0 means none."""
     count = int(ids.max()) + 1
-    if count > 65535:
-        raise BadVideo(f"{mask_path}: {count} trajectories, a mask can hold 65535; cut the video into parts")
     graph = np.zeros((count, len(ids)), np.int64)
     for t, frame in enumerate(ids):
         present = np.unique(frame[frame >= 0])
@@ -2219,7 +2164,8 @@ def write_labels(mask_path, graph_path, ids):
     # An old mask is removed first and the new one written last, so that a mask always has its own graph.
     Path(mask_path).unlink(missing_ok=True)
     write_npz(graph_path, "tensor", graph)
-    write_npz(mask_path, "arr_0", (ids + 1).astype(np.uint8 if count < 256 else np.uint16))
+    # one, two or four bytes a pixel, as many as the largest id needs
+    write_npz(mask_path, "arr_0", (ids + 1).astype(np.min_scalar_type(count)))
     return count
 
 
@@ -2234,20 +2180,18 @@ def load_sam2(folder):
     """-> the image model and the video model of a folder, on a GPU if there is one."""
     try:
         from transformers import Sam2Model, Sam2VideoModel, logging
-    except ImportError:
-        raise BadInput("--sam2 needs transformers: pip install transformers, or leave it out") from None
-    if not Path(folder, "config.json").exists():
-        raise BadInput(f"--sam2 {folder}: holds no config.json; give the folder of a published SAM2")
-    # the image model does not use the weights of the memory, and transformers would list them all
-    logging.set_verbosity_error()
-    models = []
-    for kind in (Sam2Model, Sam2VideoModel):
-        model, info = kind.from_pretrained(folder, output_loading_info=True)
-        # transformers would fill in random weights and only warn
-        if info["missing_keys"]:
-            raise BadInput(f"--sam2 {folder}: is incomplete; {min(info['missing_keys'])} is missing")
-        models.append(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
-    return models
+        # the image model does not use the weights of the memory, and transformers would list them all
+        logging.set_verbosity_error()
+        options = dict(output_loading_info=True, local_files_only=True)
+        loaded = [kind.from_pretrained(folder, **options) for kind in (Sam2Model, Sam2VideoModel)]
+    except (ImportError, OSError) as error:
+        raise BadInput(f"--sam2 {folder}: needs pip install transformers, and the folder of a published SAM2 "
+                       f"({type(error).__name__})") from None
+    # transformers would fill in random weights and only warn
+    missing = [name for _, info in loaded for name in info["missing_keys"]]
+    if missing:
+        raise BadInput(f"--sam2 {folder}: is incomplete; {min(missing)} is missing")
+    return [model.eval().to("cuda" if torch.cuda.is_available() else "cpu") for model, _ in loaded]
 
 
 def sam2_masks(model, pixels):
@@ -2304,6 +2248,7 @@ def sam2_labels(folder, frames):
 # -----------------------------------------------------------------------------------------------------------
 # python data.py make | check | label
 # -----------------------------------------------------------------------------------------------------------
+
 # All three go through their files in processes, show a progress bar, and end with one line of summary.
 
 @dataclass(frozen=True)
@@ -2324,36 +2269,22 @@ class MakeConfig:
 
 
 def make(argv):
-    """Writes the clips that a training sees. A run that was stopped keeps its clips and makes the others."""
+    """Writes the clips that a training sees."""
     cfg = configure(MakeConfig, None, argv)
-    if cfg.clips < 1 or cfg.image_size % 2 or not 1 <= cfg.fps <= 1000:
-        raise BadInput(f"--clips {cfg.clips} --image-size {cfg.image_size} --fps {cfg.fps}: at least 1, an "
-                       "even number, 1 to 1000")
     world = world_of(cfg)
     out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     # the seeds of `made_clips`, so that --data world sees the same clips
     first = TRAIN + cfg.seed % 49 * 10_000_000
-    # the clips in the folder are kept, so they have to be of this world
-    settings, text = out / "made_of.txt", f"{world}, {cfg.fps} fps"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        old = settings.read_text() if settings.exists() else text
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be used ({error.strerror}); give another folder") from None
-    if old != text:
-        raise BadInput(f"--out {out}: holds clips of {old}; give the same flags, or another folder")
-    with replacing(settings) as beside:
-        beside.write_text(text)
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
-    rows = list(worked(make_clip, jobs, cfg.workers, "clips"))
-    write_json(out / "manifest.json", rows)
+    write_json(out / "manifest.json", worked(make_clip, jobs, cfg.workers, "clips"))
     print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'}")
 
 
 def worked(work, jobs, workers, unit):
-    """work(job) of each job, in order, with a progress bar. workers None: one for each core."""
+    """[work(job)] in order, with a progress bar. workers None: one for each core."""
     workers = min(cores() if workers is None else workers, len(jobs))
-    return tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}")
+    return list(tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}"))
 
 
 def make_clip(job):
@@ -2361,50 +2292,45 @@ def make_clip(job):
     out, index, world, fps = job
     made = script(index, world)
     file = out / f"{index:010d}.mp4"
+    video, labels = rasterise(stack([made]), world.size, "cpu")
+    write_labels(*sidecars(file).values(), labels[0].numpy())
+    # lossless, because an ordinary file blurs the borders of the objects, where labels change
+    with film(file, fps, exact=True) as add:
+        add(video[0].numpy())
     row = dict(video=file.name, caption=made["caption"], label=MOTIONS[made["motion"]], qa=made["qa"])
-    row |= {key: int(made[key]) for key in MADE}
-    if not file.exists():
-        video, labels = rasterise(stack([made]), world.size, "cpu")
-        write_labels(*sidecars(file), labels[0].numpy())
-        # Lossless, because an ordinary file blurs the borders of the objects, where labels change. The video
-        # is written last, so that a clip always has its labels.
-        with film(file, fps, exact=True) as add:
-            add(video[0].numpy())
-    return row
+    return row | {key: int(made[key]) for key in MADE}
 
 
 def sidecars(file):
-    """The paths of a video's mask and graph: x.mp4 -> x_mask.npz, x_graph.npz."""
-    return [file.with_name(f"{file.stem}_{kind}.npz") for kind in ("mask", "graph")]
+    """Where a video's mask and graph are looked for: x.mp4 -> x_mask.npz, x_graph.npz."""
+    return {kind: file.with_name(f"{file.stem}_{kind}.npz") for kind in ("mask", "graph")}
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Decodes every file of a manifest, CSV or folder, and names those that a training could not use."""
     manifest: str = ""                  # a manifest (.json, .jsonl), a CSV or a folder
-    image_size: int = 64                # pixels of a side that frames are decoded to
     workers: int | None = None          # processes; 0: none but this one; default: one for each core
 
 
 def check(argv):
     """Prints the reason for each file that cannot be used; exit code 1 if there is one."""
     cfg = configure(CheckConfig, None, argv, positional="manifest")
-    jobs = [(entry, cfg.image_size) for entry in read_manifest(cfg.manifest)]
-    results = worked(inspect_entry, jobs, cfg.workers, "files")
-    reasons = [reason for reason in results if reason]
-    print(*reasons, f"{cfg.manifest}: {len(jobs)} files, {len(reasons)} of them cannot be used", sep="\n")
+    entries = read_manifest(cfg.manifest)
+    reasons = [reason for reason in worked(inspect_entry, entries, cfg.workers, "files") if reason]
+    print(*reasons, f"{cfg.manifest}: {len(entries)} files, {len(reasons)} of them cannot be used", sep="\n")
     if reasons:
         raise SystemExit(1)
 
 
-def inspect_entry(job):
+def inspect_entry(entry):
     """-> what is wrong with an entry, or None."""
-    entry, size = job
     try:
-        # Damage shows only where it is decoded. A deque of length 0 takes all frames and keeps none.
-        collections.deque(read_frames(entry["path"], size), maxlen=0)
+        # damage shows only where it is decoded
+        for _ in read_frames(entry["path"], 64):
+            pass
         if entry["mask"] or entry["graph"]:
-            load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), size, entry["path"])
+            load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), 64, entry["path"])
     except BadVideo as error:
         return str(error)
 
@@ -2430,30 +2356,24 @@ def label(argv):
         # A missing package or folder is an error before the work begins. Each process would load a SAM2.
         load_sam2(cfg.sam2)
         workers = workers or 0
-    jobs, counts = label_jobs(cfg), []
-    for result in worked(label_video, jobs, workers, "videos"):
-        if isinstance(result, int):
-            counts.append(result)
-        else:
-            tqdm.write(f"left out: {result}", file=sys.stderr)
-    average = sum(counts) / max(len(counts), 1)
-    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
-    if jobs and not counts:
-        raise BadInput(f"{cfg.source}: no file could be labelled")
-
-
-def label_jobs(cfg):
-    """-> a job of `label_video` for every file that has no mask."""
     jobs = {}
     for entry in read_manifest(cfg.source):
-        mask, graph = sidecars(Path(entry["path"]))
         # a manifest may name other sidecars than those beside the video
-        mask, graph = Path(entry["mask"] or mask), entry["graph"] or graph
+        beside = sidecars(Path(entry["path"]))
+        mask, graph = (Path(entry[kind] or path) for kind, path in beside.items())
         if mask in jobs:
             raise BadInput(f"{entry['path']} and {jobs[mask][1]}: both would have {mask}; rename one")
         if cfg.overwrite or not mask.exists():
             jobs[mask] = cfg, entry["path"], mask, graph
-    return list(jobs.values())
+    results = worked(label_video, list(jobs.values()), workers, "videos")
+    counts = [result for result in results if isinstance(result, int)]
+    for reason in results:
+        if isinstance(reason, str):
+            print(f"left out: {reason}", file=sys.stderr)
+    average = sum(counts) / max(len(counts), 1)
+    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
+    if jobs and not counts:
+        raise BadInput(f"{cfg.source}: no file could be labelled")
 
 
 def label_video(job):

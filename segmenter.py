@@ -294,6 +294,13 @@ def head(dim):
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim // 8))
 
 
+def assign(logits, grid, features=None):
+    """Each point to the query that fits it best: logits (b, n, K) -> Segmentation."""
+    ids = logits.argmax(-1)                                     # each point has exactly one owner
+    alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
+    return Segmentation(features, logits, ids, alive, grid)
+
+
 class Features(nn.Module):
     """The dense features F of a clip: the maps of a backbone at several scales, in one width, summed."""
 
@@ -340,7 +347,7 @@ class Segmenter(Features):
         """x (b, t, 3, H, W), normalised -> Segmentation."""
         features, grid = self.extract(x)
         queries = self.cluster(features)
-        return self.assign(queries, features, grid)
+        return assign(self.mask_logits(queries, features), grid, features)
 
     def cluster(self, features):
         """The queries Q read the points (b, n, d) -> (b, K, d)."""
@@ -350,13 +357,6 @@ class Segmenter(Features):
         points = features.detach() if self.cfg.detach else features
         queries = self.latents.expand(len(features), -1, -1)
         return self.perceiver(queries, points)
-
-    def assign(self, queries, features, grid):
-        """Every point to the query that fits it best -> Segmentation."""
-        logits = self.mask_logits(queries, features)
-        ids = logits.argmax(-1)                                 # each point has exactly one owner
-        alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-        return Segmentation(features, logits, ids, alive, grid)
 
     def mask_logits(self, queries, features):
         """scale · cosine(head(Q), head(F))  (b, n, K).

@@ -48,7 +48,7 @@ import data
 import trajtok
 from data import BadInput, configure, write_json
 from encoder import TrajectoryEncoder, compact
-from segmenter import Segmentation, normalise
+from segmenter import assign, normalise
 from trajtok import Log, learning_rate, load_checkpoint, make_optimizer, open_run, precision, save_checkpoint
 
 # -----------------------------------------------------------------------------------------------------------
@@ -313,14 +313,6 @@ def resize_logits(logits, grid, target):
     x = rearrange(logits, "b (t h w) k -> b k t h w", t=grid[0], h=grid[1])
     x = F.interpolate(x, size=target, mode="trilinear")
     return rearrange(x, "b k t h w -> b (t h w) k")
-
-
-def as_segmentation(logits, grid):
-    """Logits (b, n, K) on a grid -> Segmentation. M_hard, the argmax over the queries, is taken after
-    resizing."""
-    ids = logits.argmax(-1)
-    alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
-    return Segmentation(None, logits, ids, alive, grid)
 
 
 @torch.no_grad()
@@ -645,7 +637,7 @@ class Features(NamedTuple):
     def read(self, clips, device):
         """-> features (b·v, n, D), their Segmentation, classes (b,)."""
         x, logits, y = (torch.from_numpy(array[clips]).to(device) for array in self[:3])
-        return x.flatten(0, 1).float(), as_segmentation(logits.flatten(0, 1).float(), self.grid), y
+        return x.flatten(0, 1).float(), assign(logits.flatten(0, 1).float(), self.grid), y
 
 
 def extract(folder, batches, backbone, segmenter, damage, cfg, device):

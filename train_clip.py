@@ -1005,11 +1005,7 @@ def main(argv=None):
         return count_flops(cfg)
     if not cfg.eval_only:
         trajtok.launch(cfg)
-    try:
-        train(cfg, folder)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"out of memory ({reason}): give a smaller --micro-batch, and --recompute") from None
+    train(cfg, folder)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import TrajectoryEncoder
-from segmenter import Segmentation, fourier_codes, normalise, one_hot, recomputed
+from segmenter import assign, fourier_codes, normalise, one_hot, recomputed
 from trajtok import TrajTokConfig, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ class TrajectoryConnector(nn.Module):
         masks = one_hot(ids.flatten(1), self.num_queries)
         # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
         # the plain mean of its points. The softmax of 1e4 x mask is the mask.
-        seg = Segmentation(None, 1e4 * masks, ids.flatten(1), masks.any(1), ids.shape[1:])
+        seg = assign(1e4 * masks, ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
 
@@ -819,27 +819,21 @@ def open_films(cfg, size, world):
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
+
+    def batches(some, batch, train):
+        return data.real_batches(some, cfg.frames, size, batch, cfg.seed, train, 0)
+
     # without captions the first stage has no steps, and its batches are never asked for
     training = []
     for some in (captioned or asked, asked):
-        sets = film_batches(cfg, size, some, cfg.batch, True)
+        sets = batches(some, cfg.batch, True)
         training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, world))
-    return *training, ConcatDataset(film_batches(cfg, size, test, 1, False))
+    return *training, ConcatDataset(batches(test, 1, False))
 
 
 def frame_size(*parts):
     """Pixels of a side at which films are decoded, for a segmenter and a vision tower or None."""
     return max([part.cfg.image_size for part in parts if part], default=64)
-
-
-def film_batches(cfg, size, entries, batch, train):
-    """-> a dataset of the films and one of the pictures, whose batches have different shapes."""
-    sets = []
-    for image in (False, True):
-        kind = [entry for entry in entries if entry["image"] == image]
-        if kind:
-            sets.append(data.VideoBatches(kind, cfg.frames, size, batch, cfg.seed, train, stride=0))
-    return sets
 
 
 def add_options(entries):
@@ -1141,6 +1135,8 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
 def open_model(folder, device="cpu"):
     """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
     there."""
+    if "connector" not in trajtok.read_json(Path(folder) / "config.json"):
+        raise BadInput(f"{folder}/config.json: of no run of train_vlm.py; give another --model")
     cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
     return cfg, encoding, trajtok.load_weights(VLM(cfg, *parts), folder).eval().to(device)
@@ -1221,11 +1217,7 @@ def main(argv=None):
     # The segmenter was pre-trained by one process, before torchrun starts several. Each of them comes here
     # again, and finds the segmenter's folder.
     trajtok.launch(cfg)
-    try:
-        train(cfg, folder)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"out of memory ({reason}): give a smaller --batch, and --recompute") from None
+    train(cfg, folder)
 
 
 if __name__ == "__main__":

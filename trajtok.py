@@ -48,8 +48,8 @@ import data
 from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
-from segmenter import (ConvNeXt, Segmentation, Segmenter, best_overlaps, hungarian, labels_on_grid,
-                       normalise, segmentation_loss, tube_overlaps, video_metrics)
+from segmenter import (ConvNeXt, Segmenter, assign, best_overlaps, hungarian, labels_on_grid, normalise,
+                       segmentation_loss, tube_overlaps, video_metrics)
 
 # -----------------------------------------------------------------------------------------------------------
 # The tokenizer
@@ -157,7 +157,7 @@ class TrajTok(nn.Module):
                 points, grid = segmenter.extract(normalise(video.to(device)))
                 seg = None
                 if queries is not None:
-                    seg = segmenter.assign(queries, points, grid)
+                    seg = assign(segmenter.mask_logits(queries, points), grid, points)
                     points = encoder.add_places(points, grid, first, length)
                     if first + video.shape[1] == length:        # cfg.last_points are in the last chunk
                         seg.ids[:, points.shape[1] - self.cfg.last_points:] = EVERYONE
@@ -1082,7 +1082,7 @@ def draw_stages(tokenizer, video, m, path):
     # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
     features, grid = segmenter.extract(normalise(video))
     queries = segmenter.cluster(features)
-    seg = segmenter.assign(queries, features, grid)
+    seg = assign(segmenter.mask_logits(queries, features), grid, features)
     soft = seg.logits.softmax(-1)
     points = encoder.add_places(features, grid)
     latents = encoder.start(*soft_sums(soft, points), TrajectoryPath.sums(soft, grid), m)
