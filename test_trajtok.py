@@ -144,25 +144,6 @@ def numbers(video):
     return (12 * twelves + ones).tolist()
 
 
-def labelled(folder, name, count=8, side=48, image=False):
-    """A bright square that moves over dark ground, as an MP4 (or a PNG) with sidecars: object 300 is
-    trajectory 1."""
-    mask = np.zeros((count, side, side), np.uint16)
-    for i in range(count):
-        left = 2 + i * (side - 20) // max(count - 1, 1)
-        mask[i, 12:28, left:left + 16] = 300
-    frames = np.where(mask > 0, 220, 40).astype(np.uint8)[..., None].repeat(3, -1)
-    path = folder / (f"{name}.png" if image else f"{name}.mp4")
-    if image:
-        data.write_png(path, frames[0])
-    else:
-        encode(path, frames)
-    np.savez_compressed(folder / f"{name}_mask.npz", mask)
-    graph = np.array([[0] * count, [300] * count])
-    np.savez_compressed(folder / f"{name}_graph.npz", tensor=graph)
-    return path
-
-
 def manifest(path, rows):
     path.write_text(json.dumps(rows))
     return path
@@ -183,10 +164,10 @@ def media(tmp_path_factory):
     return folder
 
 
-def entry(path, caption=None):
-    texts = [caption] if isinstance(caption, str) else caption
-    return dict(path=str(path), name=Path(path).name, image=Path(path).suffix == ".png", caption=texts,
-                label=None, group=None, split=None, mask=None, graph=None)
+def entry(path, captions=None):
+    """A video as read_manifest gives it."""
+    nothing = dict.fromkeys(("label", "group", "split", "mask", "graph"))
+    return nothing | dict(path=str(path), name=path.name, image=False, caption=captions)
 
 
 def log(folder):
@@ -390,8 +371,8 @@ def deed_seen(path, before):
     (8, 1, {"first"}), (8, 2, {"first", "after"}), (32, 4, {"first", "after", "times"})))
 def test_answers_to_stories_can_be_seen(frames, acts, kinds):
     """Catches: a question whose answer is not what the pixels show: deeds, their order and number, who leaves
-    when and who comes back; an answer that is not among its options."""
-    asked = set()
+    when and who comes back; an answer that is not among its options, or always in the same place."""
+    asked, places = set(), set()
     for index in range(40):
         s = story(index, frames, acts)
         slots, names = s["scene"]["slots"], [data.name_of(look) for look in s["scene"]["looks"]]
@@ -427,26 +408,12 @@ def test_answers_to_stories_can_be_seen(frames, acts, kinds):
                 again="yes" if back & set(others) else "no",
                 order=min(others, key=goes.get, default=""))
             assert qa["answer"] == seen[qa["type"]], (index, qa)
-            assert qa["answer"] in options and 2 <= len(set(options)) == len(options) <= 4
+            assert qa["answer"] in options and len(set(options)) == len(options)
             asked.add(qa["type"])
+            places.add((len(options), options.index(qa["answer"])))
     assert asked == {"what", "again", "back", "order"} | kinds
-
-
-def test_stories_cannot_be_guessed_from_the_question():
-    """Catches: answers that lean to one side: the most frequent answer, or the place of the right option,
-    would be right far more often than a guess. Measured on 600 stories."""
-    asked = {}
-    for qa in itertools.chain.from_iterable(story(i)["qa"] for i in range(600)):
-        answer, options = qa["answer"], qa["options"]
-        asked.setdefault(len(options), []).append(options.index(answer))
-        if qa["type"] == "order":
-            # the first or the second that it names
-            answer = min(options, key=qa["question"].index) == answer
-        asked.setdefault(qa["type"], []).append(answer)
-    limits = {"what": 0.19, "first": 0.18, "after": 0.2, "times": 0.58, "again": 0.56, "order": 0.6,
-              2: 0.6, 3: 0.4, 4: 0.3}
-    for kind, limit in limits.items():
-        assert max(map(asked[kind].count, asked[kind])) < limit * len(asked[kind]), kind
+    # of four
+    assert places >= {(4, 0), (4, 1), (4, 2), (4, 3)}
 
 
 def test_controls_are_what_one_frame_gives_away():
@@ -2222,14 +2189,30 @@ def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns):
         assert data.frame_rate(f"{base}-trajectories.mp4") == 10
 
 
+def labelled(folder, name, count):
+    """A bright square that moves over dark ground, with sidecars: object 300 is the only trajectory. An MP4,
+    or of one frame a PNG. -> its row in a manifest."""
+    mask = np.zeros((count, 48, 48), np.uint16)
+    for i in range(count):
+        mask[i, 12:28, 4 * i:4 * i + 16] = 300
+    frames = np.repeat(40 + mask[..., None] // 2, 3, -1).astype(np.uint8)
+    np.savez(folder / f"{name}_mask.npz", mask)
+    np.savez(folder / f"{name}_graph.npz", tensor=np.full((1, count), 300))
+    if count == 1:
+        data.write_png(folder / f"{name}.png", frames[0])
+        return {"image": f"{name}.png"}
+    encode(folder / f"{name}.mp4", frames)
+    return {"video": f"{name}.mp4"}
+
+
 def test_pretrain(tmp_path, capsys):
     """Catches: labels of real video that never reach the loss; a damaged file that ends the run or is not
     counted; clips of different lengths that do not fit into one picture; files that are missing; a resumed
     run that is another one, or of another size."""
     rows = []
     for i in range(8):
-        path = labelled(tmp_path, f"v{i}", 1 if i % 2 else 6, image=bool(i % 2))
-        rows.append({"image" if i % 2 else "video": path.name, "split": "val" if i < 3 else "train"})
+        row = labelled(tmp_path, f"v{i}", 1 if i % 2 else 6)
+        rows.append(row | {"split": "val" if i < 3 else "train"})
     for name in ("v0.mp4", "v4.mp4"):                           # one held out, one to learn from
         (tmp_path / name).write_text("no video")
     argv = ["pretrain", *SMALL, "--size", "tiny", "--steps", 4, "--out", tmp_path, "--name"]
@@ -2761,8 +2744,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     for seeds, count in (([], 2), ([1], 4), ([1], 4)):
         run(trajtok.main, "compare", *argv, *seeds, *rows)
         assert train.call_count == count
-    written = json.loads(path.read_text())
-    assert {"command", "hardware", "rows"} <= set(written)
+    assert {"command", "hardware", "rows"} <= set(json.loads(path.read_text()))
     config = read_config(tmp_path / "clip-detach-1")
     assert (config["detach"], config["seed"]) == (False, 1)
     assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
