@@ -33,7 +33,6 @@ import csv
 import dataclasses
 import fractions
 import functools
-import glob
 import inspect
 import io
 import itertools
@@ -1232,11 +1231,20 @@ def csv_rows(text):
 def folder_rows(root):
     """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed; hidden names, and the
     folder that macOS adds to an archive, are left out."""
-    names = glob.glob("**", root_dir=root, recursive=True)
-    files = sorted(Path(name) for name in names if "__MACOSX" not in name)
+    root = root.resolve()
+    files = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = Path(folder).relative_to(root)
+        hidden = place.name.startswith(".") or "__MACOSX" in place.name
+        # a link that leads back to a folder above it would be followed for ever
+        above = [os.path.realpath(parent) for parent in Path(folder).parents]
+        if hidden or os.path.realpath(folder) in above:
+            folders.clear()
+        else:
+            files += [place / name for name in names if not name.startswith(".")]
     # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-    for file in videos or [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
+    for file in sorted(videos or [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]):
         parents = list(file.parts[:-1])
         part = parents.pop(0) if parents and parents[0] in SPLITS else None
         label = parents[0] if parents else None
