@@ -11,8 +11,8 @@ Everything that is trained on comes through this file, in one form whatever its 
    same clip on every machine.
 2. Real video.  `decode` reads T frames with PyAV, by seeking, straight to the size asked for; `load_labels`
    reads the masks that stand beside a video.
-3. Manifests.  `read_manifest` takes the JSON, CSV files and folders that people have; `split` holds out a
-   part.
+3. Manifests.  `read_manifest` takes the JSON files, CSV files and folders that people have; `split` holds
+   out a part.
 4. Text.  tiktoken encodings: words of captions, a tiktoken name, or a published tokenizer.json.
 5. Batches.  `open_data` is what a training calls. Batch i is a pure function of (seed, i), so a run's place
    in its data is one number. Files that cannot be used are named, counted and replaced.
@@ -33,7 +33,6 @@ import csv
 import dataclasses
 import fractions
 import functools
-import glob
 import inspect
 import io
 import itertools
@@ -65,17 +64,17 @@ class BadVideo(BadInput):
 
 
 def one_line_errors(main):
-    """Wrap a script's main: BadInput, or too little memory, prints one line on stderr and exits with code 2.
-    Any other exception is a bug of ours, and its traceback is what we want to see."""
+    """Wrap a script's main: BadInput, or too little memory on a GPU, prints one line on stderr and exits with
+    code 2. Any other exception is a bug of ours, and its traceback is what we want to see."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        # file names that the terminal cannot show
+        # File names may hold characters that the terminal cannot show: they are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            print(f"error: {reason}: give a smaller --micro-batch or --batch, and --recompute", file=sys.stderr)
+            print(f"error: {reason}: lower --batch or --micro-batch, or give --recompute", file=sys.stderr)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
@@ -106,7 +105,8 @@ def configure(config, sizes, argv, positional=None):
         if size not in sizes:
             raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
-    # Python does not keep comments: they are read off the source, of the classes it is derived from, too.
+    # Python does not keep comments: they are read from the source of the class and of those it is derived
+    # from. __mro__ ends with `object`; backwards, a derived class's comment replaces that of its base.
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], allow_abbrev=False)
@@ -114,7 +114,7 @@ def configure(config, sizes, argv, positional=None):
         flag = "--" + field.name.replace("_", "-")
         default = values[field.name]
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
-        # annotations are texts here, such as "int | None"
+        # `from __future__ import annotations` makes them texts, such as "int | None"
         kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type.split(" |")[0]]
         if field.name == positional:
             parser.add_argument(positional, type=kind, help=helps.get(positional))
@@ -138,15 +138,15 @@ def dispatch(script, doc, commands, argv):
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as beside`: what is written to `beside` is renamed at the end. A reader, or a
-    kill, sees the old file or the new one, never half of one. The folder is made."""
+    """`with replacing(path) as beside`: what is written to `beside` is renamed to `path` at the end. There is
+    always the old file or the new one, never half of one, even after a kill. The folder is made."""
     path = Path(path)
-    # numpy and PyAV go by the suffix of a file, so it stays as it is
+    # numpy and PyAV choose the format by a file's suffix, so the suffix stays as it is
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        # on disk before it has the name: else a power cut could leave an empty file
+        # The bytes must be on disk before the file gets its name: else a power cut could leave it empty.
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -179,9 +179,10 @@ def write_png(path, image):
 @contextlib.contextmanager
 def film(path, rate, exact=False):
     """`with film(path, rate) as add`: add(frames uint8 (t, H, W, 3), H and W even) as often as one likes ->
-    an H.264 file that every player opens. exact: lossless colours at full resolution, for training; no
-    pixel is more than 2 of 255 off, but browsers do not play it."""
+    an H.264 file that every player opens. exact, for training: nothing is lost but the rounding of RGB to
+    YUV, so no pixel is more than 2 of 255 off; browsers do not play it. A name in .png: one frame."""
     import av
+    # H.264 wants a fraction: 29.97 frames a second are 30000 / 1001
     rate = fractions.Fraction(max(rate, 1.0)).limit_denominator(1001)
     codec, pixels = "libx264", "yuv444p" if exact else "yuv420p"
     if Path(path).suffix == ".png":
@@ -192,6 +193,7 @@ def film(path, rate, exact=False):
         stream = container.add_stream(codec, rate=rate, options=options, pix_fmt=pixels)
 
         def add(frames):
+            # the first frames give the size
             if not stream.codec_context.is_open:
                 stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
@@ -213,6 +215,7 @@ def paint(video, ids, colours):
     """Frames uint8 (t, H, W, 3) under coloured trajectories ids (t, H, W), -1 = none: the frame's light, the
     trajectory's colour."""
     grey = video.astype(np.float32).mean(-1, keepdims=True)
+    # id -1 reads the last colour; the next line replaces it
     painted = 0.75 * colours[ids] + 0.35 * (grey - 64)
     painted = np.where(ids[..., None] >= 0, painted, grey)
     return painted.clip(0, 255).astype(np.uint8)
@@ -230,8 +233,8 @@ def in_processes(work, jobs, workers):
     if workers < 1:
         yield from map(work, jobs)
         return
-    # one thread each: together they take as many cores as there are workers.
-    # spawned, not forked: a copy of a process whose threads hold locks may wait for them for ever
+    # Each has one thread, so together they take as many cores as there are workers. They are spawned, not
+    # forked: a copy of a process whose threads hold locks may wait for these locks for ever.
     context = torch.multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(work, jobs)
@@ -251,7 +254,7 @@ COLOURS = {
     "red": "#dc2828", "orange": "#f58c19", "yellow": "#f5e132", "green": "#2da53c",
     "cyan": "#3cd7e1", "blue": "#2d50e1", "purple": "#8232af", "pink": "#fa82be",
     "white": "#f8f8f8", "black": "#16161a"}
-# Grounds are muted and objects saturated, so no object can vanish on its ground.
+# Grounds are muted; objects are saturated, white or black, so no object can vanish on its ground.
 GROUNDS = {
     "sand": "#cdb482", "grass": "#5c804e", "water": "#628aaa", "snow": "#d0d8e2",
     "brick": "#965c4e", "stone": "#808084", "earth": "#624c3a", "tiles": "#aaaa96"}
@@ -260,19 +263,21 @@ DARK = "#404048"
 # labels: 0 is the ground, 1..8 objects
 MAX_OBJECTS, MAX_GROUNDS = 8, 1
 
-# The mean radius of the subject, as a fraction of the frame; of more than three objects all are smaller.
+# The mean radius of the subject, as a fraction of the frame. Where there are more than three objects, all of
+# them are smaller.
 RADIUS = (0.185, 0.255)
 # Growing and shrinking change the subject's radius by the factor GROWTH, from sqrt(1 / GROWTH) to
 # sqrt(GROWTH) times its mean or back. The others have a SHARE of the mean, so that "the largest object" is
 # the subject at every moment: 0.53 * sqrt(1.7) = 0.69 of its radius at most.
 GROWTH = 1.7
 SHARE = (0.43, 0.53)
-# A clip has one of these numbers of objects.
+# The number of objects in a clip is drawn from this list, in which some numbers stand more often than others.
 COUNTS = (1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)
 # Centres stay inside this box.
 LOW, HIGH = 0.12, 0.88
 
-# Clips are numbered. Training starts at TRAIN and never reaches VALIDATION: that would take 10^9 clips.
+# Clips are numbered. A training starts at TRAIN or at most 5 · 10^8 clips later (`made_clips`), and would
+# need as many again to reach VALIDATION.
 TRAIN, VALIDATION, TEST, HELDOUT = 0, 1_000_000_000, 1_150_000_000, 1_200_000_000
 
 # An act is a motion program and a way, such as ("orbit", "clockwise"). The program is the motion class that
@@ -283,9 +288,11 @@ SOLO = MOTIONS[:6]
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TURNS = {"clockwise": 1, "anticlockwise": -1}
 AXES = {"sideways": (1, 0), "upright": (0, 1)}
+# The ways of each program; most programs have one way only, without a name.
 WAYS = dict.fromkeys(MOTIONS, ("",)) | {
     "straight": tuple(DIRECTIONS), "bounce": tuple(AXES), "orbit": tuple(TURNS), "spin": tuple(TURNS)}
-# What a camera and a light may do, as rates of a logarithm.
+# What a camera and a light may do: how much the logarithm of the zoom, or of the brightness, changes in the
+# course of the clip.
 ZOOMS = {"in": 0.35, "out": -0.35}
 LIGHTS = {"lighter": 0.6, "darker": -0.6}
 # In a chain the subject does one deed after another. Each is an infinitive, as questions use it; its third
@@ -299,11 +306,11 @@ DEEDS = {
 ROLES = {
     "stays": ((9, 9), (9, 9)), "comes": ((-9, -9), (0.3, 0.8)),
     "leaves": ((0.15, 0.75), (9, 9)), "returns": ((0.12, 0.35), (0.55, 0.8))}
-# What a clip shows when it runs backwards. Captions and classes of reversed clips are made with it.
+# What a word becomes when the clip runs backwards. Captions and classes of reversed clips are made with it.
 OPPOSITE = {
     "left": "right", "up": "down", "clockwise": "anticlockwise", "grow": "shrink", "in": "out",
     "lighter": "darker", "approach": "leave", "follow": "lead"}
-OPPOSITE |= {after: before for before, after in OPPOSITE.items()}
+OPPOSITE |= {opposite: word for word, opposite in OPPOSITE.items()}
 
 
 @dataclass(frozen=True)
@@ -316,7 +323,7 @@ class World:
     acts: int = 1                   # acts of the subject; several are a chain: each ends where it began
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
-    story: bool = False             # a chain even of one act
+    story: bool = False             # clips of one act are chains, too
     words: str = "all"              # captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
     shapes: int = len(SHAPES)       # how many of SHAPES there are
     plain: bool = False             # one dark ground without a pattern
@@ -324,13 +331,13 @@ class World:
 
     def __post_init__(self):
         # An act needs four frames to be seen.
-        acts = max(1, self.frames // 4)
-        limits = dict(size=(8, 4096), frames=(1, 10 ** 6), max_objects=(1, MAX_OBJECTS), acts=(1, acts))
+        most = max(1, self.frames // 4)
+        limits = dict(size=(8, 4096), frames=(1, 10 ** 6), max_objects=(1, MAX_OBJECTS), acts=(1, most))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"{name} {getattr(self, name)}: give {low} to {high}")
         assert self.words in ("all", "looks", "deeds"), self.words
-        # The acts of a chain go forth and back: reversed they look the same.
+        # Most acts of a chain go forth and back, and look the same when they are reversed.
         assert not (self.reverse and self.chain), "only clips of one act can be reversed"
 
     @property
@@ -338,15 +345,16 @@ class World:
         return self.story or self.acts > 1
 
 
-# A setting in which little is shown, and captions ask for all of it: colours and grounds cannot win the
-# retrieval. The full world is closer to real video, where they do.
+# A setting in which little is shown and captions tell shapes and deeds alone, so that colours and grounds do
+# not win the retrieval. The full world is closer to real video, where they do.
 STAGE = World(size=32, max_objects=2, camera=False, light=False, words="deeds", plain=True)
 WORLDS = {"full": World(), "stage": STAGE}
 
 
 def held_out_colour(shape):
     """The colour that this shape never has in training, validation and test. In the HELDOUT range the subject
-    always has it: accuracy there measures composition, not memory."""
+    always has it: accuracy there measures composition, not memory. 3 and the 10 colours have no common
+    divisor, so each of the 10 shapes lacks another colour."""
     return (7 - 3 * shape) % len(COLOURS)
 
 
@@ -363,13 +371,13 @@ def shuffled(rng, options):
 # -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: motion
 # -----------------------------------------------------------------------------------------------------------
-# A motion class should need motion. It cannot be hidden entirely: a thing that stands beside another may have
-# come there, a spread of radii is growing or shrinking. `known_controls` measures how much single frames and
-# statistics without order give away, and stands beside every probe of motion.
+# A probe of the motion class should need motion. That is never quite so: a thing that stands beside another
+# may have come there, and where radii vary something grows or shrinks. `known_controls` measures how much
+# single frames and statistics without order give away; its result stands beside every probe of motion.
 
 def choose_acts(rng, world, count):
-    """-> act, deeds and hero, see `script`. Two equal deeds never stand side by side: they would look like
-    one. The hero is the deed that questions count: it occurs 1, 2 or 3 times, each as often."""
+    """-> act, deeds and hero, see `script`. Two equal deeds never follow each other: they would look like
+    one. The hero is the deed that questions count: whether it occurs 1, 2 or 3 times is equally likely."""
     if not world.chain:
         program = pick(rng, MOTIONS if count > 1 else SOLO)
         return dict(act=(program, pick(rng, WAYS[program])), deeds=[], hero="")
@@ -386,31 +394,31 @@ def choose_acts(rng, world, count):
 
 def perform(rng, act, s, me, other=None, reach=1):
     """One act -> the paths (T, 4) of the subject and of its companion. me, other: the states (x, y, radius,
-    angle) in which they begin; s (T,): how much of the act is done in each frame; reach multiplies the
-    distance."""
+    angle) in which they begin; s (T,): how much of the act is done in each frame; reach multiplies how far
+    the subject goes."""
     program, way = act
     far = reach * rng.uniform(0.3, 0.5)
     phase = rng.uniform(0, 2 * math.pi)
     other = me if other is None else other
     x, y = other[:2] - me[:2]
-    away = max(math.hypot(x, y), 1e-6)
+    distance = max(math.hypot(x, y), 1e-6)
     touching = 0.95 * (me[2] + other[2])
     # how far the subject has come along a line
     along = {
         "straight": far * s,
-        # forth, back and forth again, to either side first
+        # a triangle wave: forth, back and forth again; the sign says to which side first
         "bounce": far * (1 - np.abs(1 - 3 * s % 2)) * math.copysign(1, phase - math.pi),
         # up to the companion, and a rest beside it
-        "approach": (away - touching * (1 + 0.025 * phase)) * np.minimum(s / 0.6, 1),
+        "approach": (distance - touching * (1 + 0.025 * phase)) * np.minimum(s / 0.6, 1),
         # both go the same way, the companion ahead
         "follow": 0.6 * far * s,
         # both meet half-way and spring back
-        "collide": (away - touching) / 2 * (1 - np.abs(1 - 2 * s)),
+        "collide": (distance - touching) / 2 * (1 - np.abs(1 - 2 * s)),
         # through the companion's place, behind it or in front of it, and out on its far side
-        "behind": 2 * away * s,
-        "front": 2 * away * s}
+        "behind": 2 * distance * s,
+        "front": 2 * distance * s}
     # the line leads where `way` says, or else to the companion
-    direction = (DIRECTIONS | AXES).get(way, (x / away, y / away))
+    direction = (DIRECTIONS | AXES).get(way, (x / distance, y / distance))
     line = np.outer(along.get(program, 0 * s), direction)           # (T, 2)
     mine = np.full((len(s), 4), me)
     mine[:, :2] += line
@@ -420,8 +428,8 @@ def perform(rng, act, s, me, other=None, reach=1):
         mine[:, 0] += 0.44 * far * (np.cos(angle) - math.cos(phase))
         mine[:, 1] += 0.44 * far * (np.sin(angle) - math.sin(phase))
     if program == "spin":
-        # 3 to 5 radians, in a chain a tenth more. At 8 frames that is at most 41 degrees a frame, so that no
-        # square is seen to turn backwards.
+        # 3 to 5 radians, in a chain a tenth more. Where an act has 8 frames that is at most 41 degrees a
+        # frame: from 45 on a square would seem to turn backwards.
         mine[:, 3] += TURNS[way] * 10 * far * s
     mine[:, 2] *= GROWTH ** {"grow": s, "shrink": -s}.get(program, 0)
     theirs = np.full((len(s), 4), other)
@@ -450,13 +458,14 @@ def stage_act(rng, world, states, scene):
     box."""
     program, _ = scene["act"]
     s = np.linspace(0, 1, world.frames)
-    # All subjects have the sizes at which growing and shrinking begin and end, or these would tell them.
+    # Every subject may have the sizes at which growing and shrinking begin and end: else a size would give
+    # these two programs away.
     # `size` is the logarithm of the first radius over the mean one, in halves of log(GROWTH).
     size = pick(rng, (-1.0, 1.0, rng.uniform(-1, 1)))
     size = {"grow": -1.0, "shrink": 1.0}.get(program, size)
     states[0, 2] *= GROWTH ** (size / 2)
     movers = 1 if program in SOLO else 2
-    # nobody is anywhere yet
+    # infinite places are not in the box: nothing has its place yet
     paths = np.full((len(states), world.frames, 4), np.inf)
     while not inside(paths[:movers]):
         states[0, :2] = rng.uniform(LOW, HIGH, 2)
@@ -465,7 +474,7 @@ def stage_act(rng, world, states, scene):
             states[1, :2] = beside(rng, states[0], states[1], close)
         paths[:movers] = perform(rng, scene["act"], s, *states[:2])[:movers]
     # All others stand where a companion could: beside the first or the last place of something. From the
-    # third object on half of them move, too.
+    # third object on half of them move, too, by the first four programs, which do not change their size.
     for j in range(movers, len(states)):
         while not inside(paths[j]):
             neighbour = paths[rng.integers(j), pick(rng, (0, -1))]
@@ -509,34 +518,36 @@ def visit(rng, path):
     role = pick(rng, list(ROLES))
     goes, comes = [int(len(path) * rng.uniform(*when)) for when in ROLES[role]]
     # Going and coming take a few frames. `gone` is 0 where the object is at home and 1 where it is away.
-    way = max(1, min(len(path) // 16, 4))
+    steps = max(1, min(len(path) // 16, 4))
     frame = np.arange(len(path))
-    gone = ((frame - goes) / way).clip(0, 1) - ((frame - comes) / way).clip(0, 1)
+    gone = ((frame - goes) / steps).clip(0, 1) - ((frame - comes) / steps).clip(0, 1)
     path[:, 0] += gone * math.copysign(0.9, path[0, 0] - 0.5)
     return role, goes
 
 
 def filmed(rng, world):
-    """-> camera (T, 3) of centre x, y and zoom, light (T, 3) of gains, what they do in words"""
+    """-> camera (T, 3): shift of its centre in x and y, and zoom; light (T, 3): gains; what they do, in
+    words."""
     # From -1/2 to 1/2: in the middle of a clip everything is where and as large as without a camera.
     tau = np.linspace(-0.5, 0.5, world.frames)
     camera = np.tile((0.0, 0.0, 1.0), (world.frames, 1))
     # each clip has a tint
     light = np.tile(rng.uniform(0.94, 1.06, 3), (world.frames, 1))
-    film = []
+    changes = []
     if world.camera and not world.chain and rng.random() < 0.35:
         way = pick(rng, (*DIRECTIONS, *ZOOMS))
         if way in ZOOMS:
             camera[:, 2] = np.exp(ZOOMS[way] * tau)
-            film.append(f"the camera zooms {way}")
+            changes.append(f"the camera zooms {way}")
         else:
             camera[:, :2] = np.outer(tau, DIRECTIONS[way]) * rng.uniform(0.12, 0.25)
-            film.append(f"the camera pans {way}")
+            changes.append(f"the camera pans {way}")
     if world.light and rng.random() < 0.25:
         way = pick(rng, tuple(LIGHTS))
+        # from exp(-0.6) to 1, or back: the lightest moment is as light as an unchanged clip
         light *= np.exp(LIGHTS[way] * tau - 0.3)[:, None]
-        film.append(f"it gets {way}")
-    return camera, light, film
+        changes.append(f"it gets {way}")
+    return camera, light, changes
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -546,17 +557,18 @@ def filmed(rng, world):
 def script(index, world=World()):
     """The scene number `index`, the same on every machine: small arrays for `rasterise`, words, classes.
 
-    Arrays: camera (T, 3): centre x, y and zoom; light (T, 3): gain of each colour channel; place (8, T, 4):
-    x, y, radius, angle of each object on the screen, the deepest first; shape (8,); count: how many objects
-    there are; rgb (9, 3) of the ground and the objects; contrast: of the pattern on the ground.
+    Arrays: camera (T, 3): shift of its centre in x and y, and zoom; light (T, 3): gain of each colour
+    channel; place (8, T, 4): x, y, radius, angle of each object on the screen, the deepest first; shape (8,);
+    count: how many objects there are; rgb (9, 3) of the ground and the objects; contrast: of the pattern on
+    the ground.
 
     For learning: caption; qa: list of dict(type, question, answer, options); appearance, colour, motion:
     classes of the subject (motion -1: what is only seen backwards).
 
-    scene: dict, of what words are made. Its lists are of objects, the subject first: looks, (shape, colour)
-    of each; slots, its index in `place`; visits of the others in a chain, (role, first frame of going). act:
-    the subject's first; deeds in a chain; hero: the deed that is counted; ground: its name; film: what camera
-    and light do."""
+    scene: the dict from which captions and questions are made. Three of its values are lists of objects, the
+    subject first: looks, (shape, colour) of each; slots, its index in `place`; visits, without the subject
+    and in a chain alone, (role, first frame of going). The others: act, the subject's first; deeds, those of
+    a chain; hero, the deed that is counted; ground, its name; film, what camera and light do; world."""
     rng = np.random.default_rng((SEED, index))
     looks, states = cast(rng, world, index)
     count = len(looks)
@@ -564,23 +576,23 @@ def script(index, world=World()):
     states[:, 3] = rng.uniform(0, 2 * math.pi, count)
     stage = stage_chain if world.chain else stage_act
     paths, visits = stage(rng, world, states, scene)
-    camera, light, film = filmed(rng, world)
+    camera, light, changes = filmed(rng, world)
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
         scene["act"] = [backwards(word) for word in scene["act"]]
-        film = [backwards(text) for text in film]
+        changes = [backwards(text) for text in changes]
     program = scene["act"][0]
 
-    # The order of painting, the deepest first, is random, but for two of whom one passes behind the other.
-    # In a chain the subject is the nearest, so that what is asked about is seen.
+    # Objects are painted from the deepest to the nearest. Their order is random, except for two of which one
+    # passes behind the other. In a chain the subject is the nearest, so that what is asked about is seen.
     depth = rng.random(count)
     if world.chain:
         depth[0] = 1
     elif program in ("behind", "front"):
         depth[:2] = sorted(depth[:2], reverse=program == "front")
     order = depth.argsort()
-    # What is not there is far out of view, so that all clips have arrays of one shape and the painter finds
-    # no pixel of it. The camera moves everything on the screen the other way.
+    # Slots without an object get a place far out of view: arrays of all clips then have one shape, and the
+    # painter finds no pixel. The camera moves everything on the screen the other way.
     place = np.full((MAX_OBJECTS, world.frames, 4), (9.0, 9.0, 1e-3, 0.0))
     place[:count] = paths[order]
     place[..., :2] = (place[..., :2] - 0.5 - camera[:, :2]) * camera[:, 2:] + 0.5
@@ -595,7 +607,7 @@ def script(index, world=World()):
     arrays = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=0 if world.plain else 0.12)
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     slots = order.argsort().tolist()
-    scene |= dict(world=world, looks=looks, slots=slots, visits=visits, ground=ground, film=film)
+    scene |= dict(world=world, looks=looks, slots=slots, visits=visits, ground=ground, film=changes)
     text = dict(caption=describe(rng, scene), qa=questions(rng, scene), scene=scene)
     motion = MOTIONS.index(program) if program in MOTIONS else -1
     classes = dict(appearance=looks[0][0], colour=looks[0][1], motion=motion)
@@ -613,8 +625,8 @@ def backwards(text):
 
 
 def cast(rng, world, index):
-    """Who is there, the subject first -> [(shape, colour)], and states (count, 4) of x, y, radius and angle,
-    of which the radii are known."""
+    """The objects of a clip, the subject first -> [(shape, colour)], and states (count, 4) of x, y, radius
+    and angle, of which only the radii are set."""
     count = pick(rng, [n for n in COUNTS if n <= world.max_objects])
     radius = rng.uniform(*RADIUS) * (1 - 0.06 * max(count - 3, 0))
     looks, states = [], np.zeros((count, 4))
@@ -642,12 +654,12 @@ def cast(rng, world, index):
 
 @functools.lru_cache(maxsize=None)
 def known_controls(world, clips=3000):
-    """What is known of the motion class without any motion: accuracy (chance 1 / 11) from the true states of
-    the subject and its companion in the last frame alone, and from their mean and spread over the frames,
-    which hold no order. A probe of a video model proves use of order only where it is above the second."""
+    """How well the motion class can be told without any motion: accuracy (chance 1 / 11) from the true states
+    of the subject and its companion in the last frame alone, and from their mean and spread over the frames,
+    which hold no order. A probe shows that a video model uses the order only if it is above the second."""
     states, motion = [], []
     for s in (script(i, world) for i in range(clips)):
-        # who is alone is its own companion
+        # the slots of the subject and its companion; a subject that is alone is its own companion
         mine, theirs = (s["scene"]["slots"] * 2)[:2]
         me, other = s["place"][[mine, theirs]]                      # (T, 4)
         # which of the two is nearer
@@ -660,9 +672,9 @@ def known_controls(world, clips=3000):
 
 
 def guessed(x, y, hidden=1000):
-    """Accuracy of classes y (n,) from features x (n, d), fitted to three quarters and judged on the rest.
-    The judge is a network of one wide layer. Its first weights stay random, so that the others are a least-
-    squares problem, solved at once: no learning rate can be wrong."""
+    """Accuracy of classes y (n,) from features x (n, d), fitted to three quarters and measured on the rest,
+    by a network of one wide hidden layer. Its first weights stay random, so that the others are the solution
+    of a problem of least squares: no learning rate can be wrong."""
     n = 3 * len(y) // 4
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-3)
     rng = np.random.default_rng(0)
@@ -681,6 +693,7 @@ def guessed(x, y, hidden=1000):
 # Captions vary in their words and their order, as people's do. Where words=deeds, they do not: there every
 # difference between two captions is one between two clips.
 
+# Alternatives stand between bars, and {} is where the companion is named.
 VERBS = {
     "straight": "moves|glides|drifts|slides|travels", "bounce": "bounces|springs|bobs",
     "orbit": "circles|goes round|moves in a circle", "spin": "spins|turns on the spot|rotates",
@@ -717,8 +730,9 @@ def third(infinitive):
 
 
 def describe(rng, scene):
-    """A caption. Subject, companion, deeds and ground are always told, the rest by chance. `words`: "looks"
-    leaves out the deeds; "deeds" tells shapes and deeds alone, always in the same words."""
+    """A caption. It always tells subject, companion, deeds, ground and at most two of the other objects (all
+    in a chain); what camera and light do it tells by chance. `words`: "looks" leaves out the deeds; "deeds"
+    tells shapes and deeds alone, always in the same words."""
     words, deeds = scene["world"].words, scene["deeds"]
     program, way = scene["act"]
     names = [a(name_of(look)) for look in scene["looks"]]
@@ -741,13 +755,13 @@ def describe(rng, scene):
     if words == "looks":
         doing = ""
     # 2. the sentence
-    order = ["{subject} {doing} {where} {rest}"]
+    sentences = ["{subject} {doing} {where} {rest}"]
     if words == "all" and not deeds:
-        order += [
+        sentences += [
             "{subject} {doing} {rest} , {where}",
             "{where} , {subject} {doing} {rest}",
             "there is {subject} {where} ; it {doing} {rest}"]
-    text = pick(rng, order).format(subject=subject, doing=doing, where=where, rest=rest)
+    text = pick(rng, sentences).format(subject=subject, doing=doing, where=where, rest=rest)
     # 3. what camera and light do, in most captions and not in all: people do not always say it
     for change in scene["film"]:
         if words == "all" and rng.random() < 0.7:
@@ -759,15 +773,15 @@ def questions(rng, scene):
     """What can be asked about a clip, and seen in it: list of dict(type, question, answer, options). Types:
     what; and of chains first, after, times, back (who left and came back?), again (did it come back?), order.
 
-    Nothing may be answered without looking. Wrong options come from the same clip where it offers enough:
-    that a thing occurs is not yet the answer. All deeds are equally likely at each place of a chain; how
-    often the hero's occurs, and who comes back, was drawn first, each number and role as often."""
+    No question should be answerable without the video. Wrong options come from the same clip where it offers
+    enough, so it is not enough to see what occurs. All deeds are equally likely at each place of a chain, as
+    are the numbers of times that the hero can occur, and the roles of an object."""
     names, deeds = [name_of(look) for look in scene["looks"]], scene["deeds"]
     subject, *others = names
     qa = []
 
     def ask(kind, question, answer, seen, all_of=()):
-        """`seen` are the wrong options to be taken first."""
+        """Wrong options are taken from `seen` first, then from `all_of`."""
         options = shuffled(rng, sorted(set(seen))) + shuffled(rng, list(all_of))
         options = [option for option in dict.fromkeys(options) if option != answer][:3]
         if options:
@@ -779,13 +793,14 @@ def questions(rng, scene):
     if deeds:
         ask("first", f"What does the {subject} do first?", deeds[0], deeds, DEEDS)
     if len(deeds) > 1:
-        # What follows a deed that occurs several times is asked of its first time. It is another deed.
+        # A deed may occur several times: the question is about its first time. The deed after it is another.
         deed = pick(rng, list(dict.fromkeys(deeds[:-1])))
         follows = deeds[deeds.index(deed) + 1]
         possible = [other for other in DEEDS if other != deed]
         question = f"What does the {subject} do right after it first {third(deed)}?"
         ask("after", question, follows, set(deeds) - {deed}, possible)
     if len(deeds) > 2:
+        # the numbers that choose_acts draws from: the letters of "1", "12" or "123"
         hero, times = scene["hero"], "123"[:(len(deeds) + 1) // 2]
         ask("times", f"How many times does the {subject} {hero}?", str(deeds.count(hero)), times)
     visits = list(zip(others, scene["visits"]))
@@ -817,8 +832,9 @@ CELLS = 128
 
 @functools.lru_cache(maxsize=None)
 def atlas(device):
-    """Shapes bool (10, 128, 128) at an object's own coordinates, -1 .. 1 to either side, False along their
-    edges. Formulas are evaluated once: afterwards a look-up costs the same whatever the shape."""
+    """Tables of the shapes, bool (10, 128, 128), in an object's own coordinates, both from -1 to 1; True =
+    inside, and all edges of a table are False. Formulas are evaluated once: afterwards a look-up costs the
+    same whatever the shape."""
     g = (np.arange(CELLS) + 0.5) / CELLS * 2 - 1
     x, y = np.meshgrid(g, g)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -852,7 +868,7 @@ def rasterise(scripts, size, device="cpu"):
     """stack(scripts) -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) with H = W = size, on
     `device`."""
     device = torch.device(device)
-    # So many clips at once: on a CPU their planes stay in its cache.
+    # Few clips at once, so that their planes stay in the cache of a CPU.
     chunk = 16 if device.type == "cpu" else 64
     painted = []
     for i in range(0, len(scripts["count"]), chunk):
@@ -863,8 +879,9 @@ def rasterise(scripts, size, device="cpu"):
 
 
 def paint_clips(s, size):
-    """Painter's algorithm: the ground, then objects from the deepest to the nearest. `ids` holds the surface
-    that covers each pixel last, `gain` how bright it is there; colours come once, at the end."""
+    """Scripts of some clips -> video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W), by the painter's
+    algorithm: the ground, then objects from the deepest to the nearest. `ids` holds the surface that covers
+    each pixel last, `gain` how bright it is there; colours come once, at the end."""
     device = s["rgb"].device
     # The ground is a plane that the camera looks at, laid in lighter and darker squares, so that a camera
     # that pans is told from a thing that moves.
@@ -878,9 +895,9 @@ def paint_clips(s, size):
     # The object of one depth in all clips at a time. Later ones cover earlier ones. One side of each is
     # lighter, so that even a circle is seen to spin.
     for j in range(int(s["count"].max())):
-        where, v = covered(s, j, size)
+        where, down = covered(s, j, size)
         ids.view(-1)[where] = MAX_GROUNDS + j
-        gain.view(-1)[where] = 1 + 0.25 * v
+        gain.view(-1)[where] = 1 + 0.25 * down
     video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=device)
     for c in range(3):
         colour = s["rgb"][..., c].gather(1, ids.flatten(1)).view_as(ids)
@@ -893,7 +910,8 @@ def covered(s, j, size):
     on it (n,), along its own axis, in radii. Only a square window around the object is looked at: at 64 px
     this is 6 times as fast as looking at every pixel of the frame."""
     x, y, r, angle = s["place"][:, j, :, :, None, None].unbind(2)           # (b, t, 1, 1)
-    # sqrt(2) radii to each side hold a square that is turned; 2.5 in all hold every shape of the table
+    # The corners of a table that is turned are sqrt(2) radii away, but no shape goes farther than 1.25: the
+    # window has 2.5 radii in all, and a few pixels for rounding.
     w = min(int(2.5 * size * r.max()) + 3, 2 * size)
     offset = torch.arange(w, device=x.device) - w // 2
     # Pixel numbers of the window, and where their centres are on the object: shifted, turned back, scaled.
@@ -920,7 +938,8 @@ def covered(s, j, size):
 # 2. Real video
 # -----------------------------------------------------------------------------------------------------------
 
-# What is taken for a video or a picture in a folder, and for a clip rather than a header in a table.
+# By these suffixes videos and pictures are found in a folder, and in a table a first row that names a file is
+# told from a header.
 VIDEO_SUFFIXES = set(".mp4 .mkv .mov .avi .webm .m4v .mpg .mpeg .gif .asf .wmv .flv .ts .3gp".split())
 IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .webp".split())
 
@@ -933,7 +952,7 @@ def opened(path):
     # imported here, so that training on made clips needs no PyAV
     import av
     try:
-        # text beside the video may be in any encoding
+        # titles and other texts in the file may be in any encoding
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
@@ -963,7 +982,7 @@ def frame_rate(path):
 def frame_count(stream):
     """How many frames a video shows, as its header says. Where the header does not say it, the packets are
     counted."""
-    # MKV knows only when picture and sound end, in microseconds
+    # MKV stores only when the whole file, picture and sound, ends; PyAV gives it in microseconds
     length = ((stream.container.duration or 0) - (stream.container.start_time or 0)) / 1e6
     if stream.duration:
         length = float(stream.duration * stream.time_base)
@@ -989,7 +1008,7 @@ def frame_times(path):
 def upright(frame, size, whole=False, crop=0.5):
     """A frame of PyAV -> uint8 (size, size, 3), a square cut out of it: at crop=0 from the left or upper end
     of its longer side, at 1 from the other end. whole: (h, w, 3), all of it, its short side `size` pixels.
-    Pixels are taken for square ones."""
+    Pixels are assumed to be square."""
     # Below transparent pixels a file may hold any colour. Web pages show them on white, and so do we.
     if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
         rgba = frame.to_ndarray(format="rgba").astype(np.float32)
@@ -1026,7 +1045,8 @@ def in_order(stream, begin=0):
             seconds = float((frame.pts - first) * stream.time_base)
         end = seconds + 1 / rate
         yield seconds, frame
-    # Headers often announce a few frames too many; for a file that was cut off it is a lot.
+    # Headers often announce a few frames too many; that of a file that was cut off announces many. `end` is
+    # 0 where not even one frame was decoded.
     length = frame_count(stream) / rate
     if not end or length - end > max(3 / rate, 0.05 * length):
         raise BadVideo(f"{container.name}: its frames end at {end:.2f} s, its header says {length:.2f} s; "
@@ -1035,9 +1055,9 @@ def in_order(stream, begin=0):
 
 def on_screen(stream, wanted, margin):
     """What is on screen at the times `wanted`, ascending -> [(seconds, frame)]: for each the last frame that
-    began before. Gaps of more than two margins are sought, not decoded."""
+    began before. Gaps of more than two margins (seconds) are skipped by seeking, not decoded."""
     frames, found = in_order(stream), []
-    # what comes after the last frame
+    # stands for a frame after the last one, which never begins
     over = math.inf, None
     # `ahead` is the frame decoded last, `shown` the one before it. Only when `ahead` begins after t is it
     # certain that `shown` is still on screen at t. At first, and after a seek, both are the same frame.
@@ -1064,21 +1084,22 @@ def decode(path, frames, size, start=None, stride=1, crop=0.5):
     start=None: what is on screen in the middles of T equal parts. Else T frames in a row, every `stride`-th
     (less where the video is too short), from `start` on, a fraction 0 .. 1 of the room there is.
 
-    BadVideo: fewer than T frames, a file that ends early, one that fails. Not noticed are wrong pixels that a
-    damaged file decodes to without an error, and transport streams joined from several; a decoder that hangs
-    is waited for."""
+    BadVideo: fewer than T frames, a file that ends early, one that cannot be decoded. Two things are not
+    noticed: wrong pixels to which a damaged file decodes without an error, and transport streams joined from
+    several of one size. A decoder that hangs is waited for."""
     with opened(path) as stream:
-        rate, total = rate_of(stream), frame_count(stream)
-        if total < frames:
-            raise BadVideo(f"{path}: has {total} frames, fewer than the {frames} asked for")
-        # numbers of frames at a constant rate; times follow from them, and at a variable rate the times count
+        rate, count = rate_of(stream), frame_count(stream)
+        if count < frames:
+            raise BadVideo(f"{path}: has {count} frames, fewer than the {frames} asked for")
+        # Frames are numbered as if the rate were constant. Their times follow from the numbers, and it is the
+        # frames at these times that are read, also where the rate varies.
         numbers = np.arange(frames)
         if start is None:
-            numbers = np.floor((numbers + 0.5) * total / frames)
+            numbers = np.floor((numbers + 0.5) * count / frames)
         else:
             # a short video is seen at a smaller stride, rather than left out
-            stride = max(1, min(stride, total // frames))
-            room = total - 1 - (frames - 1) * stride
+            stride = max(1, min(stride, count // frames))
+            room = count - 1 - (frames - 1) * stride
             numbers = round(start * room) + numbers * stride
         # AVI has no time stamps to seek by. With 4:4:4 colours, old versions of x264 write how the stream is
         # to be decoded into its first frame alone.
@@ -1104,7 +1125,7 @@ def load_labels(mask_path, graph_path, times, size, video):
     `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
     mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
     trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
-    # a training that went on without the half of a pair would miss labels in silence
+    # Without one half of a pair there are no labels: a training would go on without them, in silence.
     if not (mask_path and graph_path):
         raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
     mask = read_npz(mask_path, "arr_0", 3)
@@ -1146,8 +1167,8 @@ def read_npz(path, key, axes):
 # 3. Manifests, CSV files, folders
 # -----------------------------------------------------------------------------------------------------------
 
-# What people call the columns of a CSV file -> our name of it. Other columns are not read, but a header
-# without a column for the file is refused: it may be a table of something else.
+# What people call the columns of a CSV file -> our names. Other columns are not read, but a header without a
+# column for the file is refused: it may be a table of something else.
 COLUMNS = dict.fromkeys("video path filename file video_path".split(), "video")
 COLUMNS |= dict.fromkeys("caption text sentence".split(), "caption")
 COLUMNS |= dict.fromkeys("label class action".split(), "label")
@@ -1162,7 +1183,7 @@ def read_manifest(path):
     """A manifest (a JSON list or JSON lines), a CSV file or a folder -> a list of entries, one for each file:
     dicts of path, name (the path relative to the manifest), image (bool), caption (list of texts or None),
     label, split ("train", "val", "test" or None), mask, graph, qa (list of dicts question, answer) and
-    conversations (a list of lists of such dicts).
+    conversations (a list of lists of such dicts); for made clips also the classes in MADE.
 
     Rows that name the same file are one entry with all their captions and questions: as two candidates of a
     retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
@@ -1215,7 +1236,8 @@ def csv_rows(text):
     # stripped: " walking" and "walking" would be two classes
     rows = [(f"line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     rows = [(where, cells) for where, cells in rows if any(cells)]
-    # Kinetics writes `path,label` and V-JEPA `path label`, without a header: the first row names a file
+    # Kinetics writes `path,label` and V-JEPA `path label`, without a header: a first row that names a file is
+    # no header
     header = ["video", "label"]
     if Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         names = rows.pop(0)[1]
@@ -1232,11 +1254,20 @@ def csv_rows(text):
 def folder_rows(root):
     """root/[train|val|test/]label/.../file -> (where, row) pairs. Links are followed; hidden names, and the
     folder that macOS adds to an archive, are left out."""
-    names = glob.glob("**", root_dir=root, recursive=True)
-    files = sorted(Path(name) for name in names if "__MACOSX" not in name)
+    root = root.resolve()
+    files = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = Path(folder).relative_to(root)
+        hidden = place.name.startswith(".") or "__MACOSX" in place.name
+        # a link that leads back to a folder above it would be followed for ever
+        above = [os.path.realpath(parent) for parent in Path(folder).parents]
+        if hidden or os.path.realpath(folder) in above:
+            folders.clear()
+        else:
+            files += [place / name for name in names if not name.startswith(".")]
     # pictures count where there are no videos: beside videos they are thumbnails
     videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-    for file in videos or [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
+    for file in sorted(videos or [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]):
         parents = list(file.parts[:-1])
         part = parents.pop(0) if parents and parents[0] in SPLITS else None
         label = parents[0] if parents else None
@@ -1256,8 +1287,8 @@ def new_entry(row, folder):
 
 
 def add_row(entry, row, folder):
-    """Add to an entry what a row says of its file. ValueError says what is wrong with it. Captions may be
-    many, a label one."""
+    """Add to an entry what a row says of its file. ValueError says what is wrong with it. A file may have
+    many captions, but one label and one split."""
     entry |= {key: row[key] for key in MADE if key in row}
     entry |= {key: str(Path(folder, row[key])) for key in ("mask", "graph") if row.get(key)}
     # a text, always: class 3 of a JSON file is class "3" of a CSV file
@@ -1271,7 +1302,7 @@ def add_row(entry, row, folder):
     captions = row.get("caption") or []
     captions = [captions] if isinstance(captions, str) else captions
     known = entry["caption"] or []
-    entry["caption"] = known + [text for text in captions if text not in known] or None
+    entry["caption"] = (known + [text for text in captions if text not in known]) or None
     pairs = row.get("qa") or []
     entry["qa"] += pairs
     if row.get("conversations"):
@@ -1287,8 +1318,8 @@ def add_row(entry, row, folder):
 
 
 def conversation(turns):
-    """LLaVA's turns -> [dict(question, answer)]. A <video> mark goes, and the words around it stay apart: the
-    video always stands before the text."""
+    """LLaVA's turns -> [dict(question, answer)]. A <video> or <image> mark becomes a blank, because the video
+    always stands before the text."""
     pairs = []
     # strict: a question without its answer is refused
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
@@ -1299,8 +1330,9 @@ def conversation(turns):
 
 def split(entries):
     """-> (training, held out). "split" decides where it is given; entries without it are then trained on. If
-    no entry has one, a hash of each name holds out a quarter, at most 5 000: an entry stays on its side when
-    others are added. Of a few entries a sixth at least is held out."""
+    no entry has one, a hash of each name holds out a quarter, at most about 5 000. Between a few dozen and
+    20 000 entries, each stays on its side when others are added. Of few entries at least a sixth is held out,
+    and never none."""
     if any(entry["split"] for entry in entries):
         held_out = [entry["split"] in ("val", "test") for entry in entries]
     else:
@@ -1312,7 +1344,7 @@ def split(entries):
         # a CRC is a number below 2 ** 32, spread evenly: a share of the names lies below that share of it
         share = min(0.25, 5000 / len(entries))
         limit = max(share * 2 ** 32, ranked[least - 1] + 1)
-        # the last hash is always trained on: of two entries both may be below a quarter
+        # The entry with the largest hash is always trained on: of two entries both may be below a quarter.
         held_out = [number < min(limit, ranked[-1]) for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
     test = [entry for entry, held in zip(entries, held_out) if held]
@@ -1379,8 +1411,8 @@ def load_encoding(name="world"):
     # tiktoken downloads its files; the errors of the network are kinds of OSError
     except (ValueError, OSError) as error:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--text {name}: no folder, not `world`, and none of tiktoken's {known}, or neither "
-                       f"in TIKTOKEN_CACHE_DIR nor to be fetched ({type(error).__name__})") from None
+        raise BadInput(f"--text {name}: give `world`, a folder, or one of tiktoken's {known}, which must be "
+                       f"in TIKTOKEN_CACHE_DIR or on the network ({type(error).__name__})") from None
 
 
 def published_encoding(path):
@@ -1399,6 +1431,7 @@ def published_encoding(path):
         special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
         vocabulary = spec["model"]["vocab"]
         ranks = {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+        # a merge is "a b", or in newer files ["a", "b"]
         merged = [vocabulary["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
         # Steps that are not done here, or merges in another order than that of their ids, would give tokens
         # that the model does not know, without any error.
@@ -1449,7 +1482,7 @@ def distinct(world, begin, count):
 
 
 class WorldBatches(torch.utils.data.Dataset):
-    """Batch i of made clips: the next ones of `indices`, a list or a range.
+    """Batch i of made clips: places i·batch .. (i + 1)·batch - 1 of `indices`, a list or a range.
 
     A batch leaves its worker as scripts of a few kB. `finish` paints them on the device that trains: a GPU
     paints faster than pixels could be sent to it."""
@@ -1483,8 +1516,8 @@ class VideoBatches(torch.utils.data.Dataset):
 
     Training: the entries stand in an endless row, epoch after epoch, each epoch in an order of its own. Batch
     i takes the first `batch` usable ones from place i·batch on, so it is full even where an epoch ends or a
-    file is damaged; no file stands in it twice. It is short only where the whole set has fewer usable files:
-    a contrastive loss over one clip would be 0 whatever the model says.
+    file is damaged (a contrastive loss over one clip would be 0 whatever the model says). No file stands in
+    it twice, so it is short where the whole set has fewer usable files.
     A clip is `frames` frames in a row from a random place, every 1st to every stride-th (drawn); stride 0:
     frames spread over the whole video.
 
@@ -1504,7 +1537,8 @@ class VideoBatches(torch.utils.data.Dataset):
         """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
-    # two epochs are kept: a batch may need the end of one and the beginning of the next
+    # A batch may need the end of one epoch and the beginning of the next. The two orders that are kept are
+    # the last ones that any dataset of the process has used.
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         """The entries' numbers as one epoch takes them."""
@@ -1518,7 +1552,7 @@ class VideoBatches(torch.utils.data.Dataset):
         first = i * self.batch
         last = min(first + self.batch, self.files)
         if self.train:
-            # so many places hold a whole epoch, and with it every entry, wherever they begin
+            # twice as many places as entries hold a whole epoch, and so every entry, wherever they begin
             last = first + 2 * self.files
         clips, bad = {}, {}
         for place in range(first, last):
@@ -1534,7 +1568,7 @@ class VideoBatches(torch.utils.data.Dataset):
         clips, bad = list(clips.values()), list(bad.values())
         batch = dict(video=torch.empty(0), labels=torch.empty(0), bad=bad)
         if clips:
-            # what all of them have: classes, for example, stand in manifests of made clips alone
+            # the keys that all clips have: only made clips, for example, have classes in their manifest
             for key in set(clips[0]).intersection(*clips):
                 values = [clip[key] for clip in clips]
                 batch[key] = torch.stack(values) if torch.is_tensor(values[0]) else values
@@ -1578,7 +1612,7 @@ class Mixed(torch.utils.data.Dataset):
 
     def __init__(self, datasets, shares, seed=0, world=1):
         self.datasets, self.world = datasets, world
-        # of the steps that the datasets before it leave; the last one takes them all
+        # shares of the steps that the earlier datasets leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
         self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
 
@@ -1664,7 +1698,8 @@ def changed(clip, ids, rng, flip):
     clip = clip[:, top:top + height, left:left + width]
     ids = ids[:, top:top + height, left:left + width]
     x = F.interpolate(rearrange(clip, "t h w c -> t c h w").float(), (h, w), mode="bilinear")
-    # nearest: between trajectories 2 and 8 there is no 5. It does not take whole numbers; doubles hold them.
+    # "nearest", because a mean of trajectories 2 and 8 is none. interpolate takes no integers; doubles hold
+    # them exactly.
     ids = F.interpolate(ids[:, None].double(), (h, w), mode="nearest-exact")[:, 0].long()
     if rng.random() < 0.5 and flip:
         x, ids = x.flip(-1), ids.flip(-1)
@@ -1677,7 +1712,7 @@ def changed(clip, ids, rng, flip):
     mean = (x * light).sum(1).mean()
     x = mean + contrast * (x - mean)
     grey = (x * light).sum(1, keepdim=True)
-    # every fifth clip is grey
+    # one clip in five is grey
     if rng.random() >= 0.8:
         saturation = 0
     x = grey + saturation * (x - grey)
@@ -1703,7 +1738,7 @@ def open_data(cfg, need="caption", world=1):
     train, held_out, shares = [], [], []
     for name, share in zip(names, read_shares(cfg.mix, names)):
         learnt, tested = made_clips(cfg) if name == "world" else real_clips(cfg, name, need, val)
-        # within a set, videos and pictures have shares by their numbers
+        # the videos and the pictures of a set have parts of its share, in proportion to their numbers
         files = sum(dataset.files for dataset in learnt)
         shares += [share * dataset.files / files for dataset in learnt]
         train += learnt
@@ -1730,8 +1765,8 @@ def usable_entries(name, need):
             entry["caption"] = [entry["label"].replace("_", " ")]
     usable = [entry for entry in entries if entry[need]]
     lacking = [entry["path"] for entry in entries if not entry[need]]
-    # A caption was forgotten, and somebody will want to add it. A mask is lacking where `label` could not
-    # label a video, which is no mistake.
+    # A missing caption was forgotten, and somebody will want to add it. A mask is missing where `label` could
+    # not label a video, which is no mistake.
     if lacking and (need == "caption" or not usable):
         raise BadInput(f"{name}: {len(lacking)} entries have no {need}, the first {lacking[0]}; add it")
     if lacking:
@@ -1745,7 +1780,7 @@ def read_shares(mix, names):
     try:
         shares = [float(part) for part in parts]
     except ValueError:
-        # no number: refused below, with the numbers that do not fit
+        # what is not a number is refused below, in the same words as a wrong number
         shares = []
     if len(shares) != len(names) or min(shares) <= 0:
         raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
@@ -1753,7 +1788,8 @@ def read_shares(mix, names):
 
 
 def world_of(cfg):
-    """The world that a configuration asks for: one of WORLDS, and of the full one what the flags change."""
+    """The world that a configuration asks for: one of WORLDS. Flags change the full one; of the others they
+    change only the size and the number of frames."""
     name = getattr(cfg, "world", "full")
     if name not in WORLDS:
         raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
@@ -1763,24 +1799,24 @@ def world_of(cfg):
 
 
 def made_clips(cfg):
-    """-> [training dataset], [held-out dataset] of made clips. Every seed has ten million training clips of
-    its own; held-out captions all differ."""
+    """-> [training dataset], [held-out dataset] of made clips. Each seed from 0 to 48 has ten million
+    training clips of its own; held-out captions all differ."""
     world = world_of(cfg)
-    # a recipe that is chosen by its result on the test clips would be tested on what it was chosen by
+    # A recipe must not be chosen by its result on the clips that it is tested on later.
     begin = VALIDATION if getattr(cfg, "eval_split", "test") == "validation" else TEST
     indices = distinct(world, begin, cfg.eval_clips)
     # the clips of all seeds stay well below the index of the first validation clip
-    first = TRAIN + cfg.seed % 49 * 10_000_000
+    first = TRAIN + (cfg.seed % 49) * 10_000_000
     train = WorldBatches(world, cfg.batch, range(first, VALIDATION))
     return [train], [WorldBatches(world, cfg.batch, indices)]
 
 
 def real_clips(cfg, name, need, val):
-    """-> training datasets, held-out datasets of the manifest `name`. With `val`, the entries of another
-    manifest, the latter are none."""
+    """-> training datasets, held-out datasets of the manifest `name`. val: entries of another manifest, which
+    are held out in place of a part of this one; there are then no held-out datasets."""
     entries = usable_entries(name, need)
     if val:
-        # What is held out must not be learnt: neither what "split" says, nor what stands in both manifests.
+        # Nothing held out is trained on: neither what "split" holds out, nor what stands in both manifests.
         held_out = {os.path.realpath(entry["path"]) for entry in val}
         train, test = [entry for entry in entries if entry["split"] in (None, "train")], []
         both = [entry["path"] for entry in train if os.path.realpath(entry["path"]) in held_out]
@@ -1788,7 +1824,7 @@ def real_clips(cfg, name, need, val):
             raise BadInput(f"{name}: of {len(train)} files to train on, {len(both)} are in --val: {both[:1]}")
     else:
         train, test = split(entries)
-    # printed, because a column that was not read, or a split that fails, shows first in these numbers
+    # A column that was not read, or a split that fails, shows first in these numbers.
     masks = sum(bool(entry["mask"]) for entry in train)
     print(f"{name}: {len(train)} clips to train on ({masks} with masks), {len(val or test)} held out")
     return real_batches(train, *clip_options(cfg, True)), real_batches(test, *clip_options(cfg, False))
@@ -1807,8 +1843,8 @@ def real_batches(entries, *options):
 
 
 def fingerprint(data, val=None):
-    """A short text that changes when what is read from these manifests does. A run that is resumed compares
-    it: with other entries its place in the data would mean nothing."""
+    """A short text that changes with what is read from these manifests. A run that is resumed compares it: in
+    other entries its place in the data would mean nothing."""
     crc = 0
     for name in sets_of(data) + ([val] if val else []):
         for entry in [] if name == "world" else read_manifest(name):
@@ -1830,8 +1866,8 @@ def fingerprint(data, val=None):
 # many objects do not move. Eight frames of a stretch are segmented together:
 #
 #   1. superpixels: small patches of one colour;
-#   2. motion: a patch counts as moving if the frame differs from its neighbours after the camera's motion
-#      is undone, and if its own motion differs from the camera's;
+#   2. motion: a patch counts as moving the more the frame differs from its neighbours after the camera's
+#      motion is undone, and the more its own motion differs from the camera's;
 #   3. votes: each patch takes the mean over the patches of all frames that resemble it;
 #   4. each connected component of the moving patches is an object, and k-means divides the rest.
 #
@@ -1844,7 +1880,7 @@ ANCHORS = 8                                                     # frames that ar
 
 def opponent(frames):
     """uint8 (t, H, W, 3) -> float (t, 3, H/2, W/2): brightness, red minus green, yellow minus blue. Shadows
-    change only the first channel. The whole classic method works at this half of the resolution."""
+    change mainly the first channel. The whole classic method works at this half of the resolution."""
     x = rearrange(frames, "t h w c -> t c h w").float() / 255
     r, g, b = halved(x).unbind(1)
     return torch.stack([(r + g + b) / 3, r - g, (r + g) / 2 - b], 1)
@@ -1889,8 +1925,10 @@ def coarse_motion(a, b):
     """Exhaustive search: the 5 x 5 pixels around each pixel of a are compared with those around each pixel
     of b. a, b (n, 3, h, w), small -> flow (n, 2, h, w)."""
     h, w = a.shape[-2:]
+    # the 25 pixels of 3 channels around each pixel: (n, h w, 75)
     p, q = (F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5).mT for x in (a, b))
     distance = torch.cdist(p, q).square()                       # (n, h w, h w)
+    # the unit of the cost: how much a pixel usually differs from the one that it fits best
     usual = distance.amin(2).median(1).values.view(-1, 1, 1)
     place = positions(h, w).flatten(1).T                        # (h w, 2)
     # Distant matches cost a little more. Otherwise ground without texture would match anywhere.
@@ -1913,6 +1951,7 @@ def refined_motion(a, b, flow):
         error = warped(b, flow) - a
         ex = window(gx * error)
         ey = window(gy * error)
+        # d by Cramer's rule, at most one pixel a step
         step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / determinant
         flow = flow + step.clamp(-1, 1)
         flow = box(flow * weight, 1) / box(weight, 1)
@@ -1922,7 +1961,7 @@ def refined_motion(a, b, flow):
 def camera_motion(flow, weight):
     """The camera's part of the motion: an affine field, fitted by iteratively re-weighted least squares, in
     which pixels that move by themselves lose their weight. flow (n, 2, h, w), weight (n, 1, h, w) ->
-    (n, 2, h, w). CHOICE: the border of a frame counts ten times as much as its centre, because a camera
+    (n, 2, h, w). CHOICE: the border of a frame counts about ten times as much as its centre, because a camera
     keeps the object that it follows in the centre."""
     h, w = flow.shape[-2:]
     x, y = 2 * (positions(h, w).flatten(1) + 0.5) / torch.tensor([[w], [h]]) - 1
@@ -1931,7 +1970,7 @@ def camera_motion(flow, weight):
     target, current = flow.flatten(2), weight
     for _ in range(8):
         weighted = rows * current[:, None]
-        # The small number on the diagonal means: an image without texture does not move.
+        # The small number on the diagonal makes the motion 0 where the image has no texture.
         system = weighted @ rows.T + 3e-3 * torch.eye(3)
         camera = (rows.T @ torch.linalg.solve(system, weighted @ target.mT)).mT
         current = weight / ((target - camera).norm(dim=1) + 0.3)
@@ -1961,8 +2000,8 @@ def dense_motion(a, b):
 
 def group_means(values, group, default):
     """values (p, c) -> their means in k groups (k, c). An empty group gets its row of `default` (k, c)."""
-    total = (1e-6 * default).index_add(0, group, values)
-    return total / (1e-6 + torch.bincount(group, minlength=len(default)))[:, None]
+    sums = (1e-6 * default).index_add(0, group, values)
+    return sums / (1e-6 + torch.bincount(group, minlength=len(default)))[:, None]
 
 
 def k_means(points, centres, rounds=10):
@@ -1982,6 +2021,7 @@ def superpixels(x):
     rows, columns = max(h // PATCH, 1), max(w // PATCH, 1)
     owner = []
     for i in range(t):
+        # a difference in colour of 0.06 counts as much as a distance of PATCH pixels
         points = torch.cat([x[i] / 0.06, positions(h, w) / PATCH])                   # (5, h, w)
         centres = F.adaptive_avg_pool2d(points, (rows, columns)).flatten(1).T
         owner.append(i * rows * columns + k_means(points.flatten(1).T, centres, 2))
@@ -1999,25 +2039,26 @@ def unlike_the_camera(x):
     flow, camera = dense_motion(a, b)
     both = torch.cat([misfit(a, b, camera), (flow - camera).norm(dim=1, keepdim=True)], 1)
     ahead, behind = both.split(t - 1)
-    # the last frame has no next one, the first has none before
+    # the last frame is only compared with the one before it, the first only with the one after it
     return torch.minimum(torch.cat([ahead, behind[-1:]]), torch.cat([ahead[:1], behind]))
 
 
 def stands_out(values, t):
     """values (n, 1) of the superpixels of t frames -> (n, 1): 0 at the median of their frame, 1 at nine times
-    the usual deviation from it. Where the camera's motion was not found all patches deviate and few stand
-    out."""
+    the usual deviation from it. If the camera's motion was not found, all patches deviate, so few of them
+    stand out."""
     values = values.view(t, -1)
-    away = values - values.median(1, keepdim=True).values
-    usual = torch.maximum(away.abs().median(1, keepdim=True).values, away.abs().median())
-    return (away / (9 * usual + 1e-2)).clamp(0, 1).view(-1, 1)
+    deviation = values - values.median(1, keepdim=True).values
+    # of this frame or of all frames, whichever is larger
+    usual = torch.maximum(deviation.abs().median(1, keepdim=True).values, deviation.abs().median())
+    return (deviation / (9 * usual + 1e-2)).clamp(0, 1).view(-1, 1)
 
 
 def votes(looks, values, t):
     """values (n, 1) of the superpixels of t frames and their appearance (n, c) -> means over the six most
     similar superpixels of each frame, five times over. Motion marks only parts of an object, in some frames
-    (the edges, a leg), and the votes add what looks the same. They also remove false alarms, because the
-    background that looks like those does not move."""
+    (the edges, a leg), and the votes add what looks the same. They also remove false alarms, because most of
+    the background that looks like a false alarm does not move."""
     per_frame = len(looks) // t
     distance = torch.cdist(looks, looks).view(-1, t, per_frame)
     distance, index = distance.topk(min(6, per_frame), largest=False)                # (n, t, 6)
@@ -2031,8 +2072,9 @@ def votes(looks, values, t):
 
 
 def connected(chosen):
-    """chosen bool (t, h, w) -> connected components in space and time, diagonals included: a number of each
-    component, else -1. Every pixel starts with its own number and takes the largest of its neighbours'."""
+    """chosen bool (t, h, w) -> connected components in space and time, diagonals included: for each pixel the
+    number of its component, -1 where it is not chosen. Every pixel starts with a number of its own and takes
+    the largest among its neighbours, until nothing changes."""
     ids = torch.arange(float(chosen.numel())).view(chosen.shape)
     ids, previous = torch.where(chosen, ids, -1), None
     while previous is None or not torch.equal(ids, previous):
@@ -2048,7 +2090,7 @@ def moving_score(looks, place, error, own, t):
     # CHOICE: people film what they care about near the centre
     moving = moving * torch.exp(-place.square().sum(1, keepdim=True) / 0.245)
     moving = votes(torch.cat([looks, 0.25 * place], 1), moving, t)
-    # a quantile, since a few very bright spots must not set the scale
+    # a quantile instead of the maximum, which a few outliers would set
     return (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)
 
 
@@ -2061,7 +2103,7 @@ def classic_segment(x):
     right = (light[..., :-1, 1:] - x[:, :1]).abs()
     down = (light[..., 1:, :-1] - x[:, :1]).abs()
     looks = box(torch.cat([x, 2 * right, 2 * down], 1), 1)
-    # from the centre of the frame, in units of its short side
+    # positions relative to the centre of the frame, in units of its short side
     place = (positions(h, w) - torch.tensor([w, h]).view(2, 1, 1) / 2) / min(h, w)
     values = torch.cat([looks, place.expand(t, 2, h, w), unlike_the_camera(x)], 1)
     values = rearrange(values, "t c h w -> (t h w) c")
@@ -2142,7 +2184,7 @@ def label_frames(pieces, method, longest):
         ids = method(torch.from_numpy(frames))
         known = {} if tracked is None else linked(tracked, ids[0])
         kept = ids[:len(ids) - shared]
-        # id -1 reads the last entry
+        # id -1 reads the last entry, which stays -1
         number = torch.full((int(ids.max()) + 2,), -1)
         for i in kept[kept >= 0].unique().tolist():
             number[i] = known.get(i, count)
@@ -2180,7 +2222,7 @@ def load_sam2(folder):
     """-> the image model and the video model of a folder, on a GPU if there is one."""
     try:
         from transformers import Sam2Model, Sam2VideoModel, logging
-        # the image model does not use the weights of the memory, and transformers would list them all
+        # The image model has no use for the weights of the memory, and transformers would list them all.
         logging.set_verbosity_error()
         options = dict(output_loading_info=True, local_files_only=True)
         loaded = [kind.from_pretrained(folder, **options) for kind in (Sam2Model, Sam2VideoModel)]
@@ -2237,6 +2279,7 @@ def sam2_labels(folder, frames):
     for i, mask in enumerate(masks):
         session.add_mask_inputs(session.obj_id_to_idx(i), 0, (mask > 0).float()[None])
     session.obj_with_new_inputs = list(range(len(masks)))
+    # without a mask there is nothing to propagate
     for result in video.propagate_in_video_iterator(session, 0) if len(masks) else ():
         logits = F.interpolate(result.pred_masks.cpu(), (height, width), mode="bilinear")
         # Of equal logits the first wins, so that small objects lie on large ones in the first frame.
@@ -2274,8 +2317,8 @@ def make(argv):
     world = world_of(cfg)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    # the seeds of `made_clips`, so that --data world sees the same clips
-    first = TRAIN + cfg.seed % 49 * 10_000_000
+    # numbered as in `made_clips`, so that a training on --data world with this seed sees the same clips
+    first = TRAIN + (cfg.seed % 49) * 10_000_000
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]
     write_json(out / "manifest.json", worked(make_clip, jobs, cfg.workers, "clips"))
     print(f"wrote {out / 'manifest.json'}; train on it with --data {out / 'manifest.json'}")
@@ -2353,7 +2396,8 @@ def label(argv):
         raise BadInput(f"--image-size {cfg.image_size} --stretch {cfg.stretch}: 32 to 1024, and at least 1")
     workers = cfg.workers
     if cfg.sam2:
-        # A missing package or folder is an error before the work begins. Each process would load a SAM2.
+        # A missing package or folder is an error before the work begins. By default all work is done in this
+        # process, because each worker would load a SAM2 of its own.
         load_sam2(cfg.sam2)
         workers = workers or 0
     jobs = {}
@@ -2371,7 +2415,7 @@ def label(argv):
         if isinstance(reason, str):
             print(f"left out: {reason}", file=sys.stderr)
     average = sum(counts) / max(len(counts), 1)
-    print(f"labelled {len(counts)} of {len(jobs)} files that had no labels, {average:.1f} trajectories each")
+    print(f"labelled {len(counts)} of {len(jobs)} files to label, {average:.1f} trajectories each")
     if jobs and not counts:
         raise BadInput(f"{cfg.source}: no file could be labelled")
 

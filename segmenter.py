@@ -1,5 +1,5 @@
 """The universal segmenter: it clusters the points of a clip, in space and time at once, into at most K
-trajectories.
+trajectories. A point is a cell of the feature grid in one frame.
 
 One differentiable pass, no tracker (paper, "Key Designs" 1):
 
@@ -13,7 +13,7 @@ One differentiable pass, no tracker (paper, "Key Designs" 1):
 Training: labels are matched to queries by the Hungarian method, then Dice + focal loss.
 
 Axes in every shape comment: b clip, t frame, h w feature grid, n points in row-major (t, h, w) order, k
-query, l label, d width, a attention head, c channels. """
+query (of K), s latent, l label, d width, a attention head, c channels. """
 from __future__ import annotations
 
 import math
@@ -30,7 +30,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet stati
 
 
 def normalise(video, mean=MEAN, std=STD):
-    """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W) with mean 0 and deviation 1, on the video's device."""
+    """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W), (pixel / 255 - mean) / std in each channel, on the
+    video's device. Over many natural images the result has mean 0 and deviation 1."""
     assert video.dtype == torch.uint8 and video.shape[4:] == (3,), \
         f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}"
     pixels = video.movedim(-1, 2).float()
@@ -40,14 +41,15 @@ def normalise(video, mean=MEAN, std=STD):
 
 
 def recomputed(recompute, function, *args):
-    """function(*args). With `recompute`, the backward pass computes its activations again: none are kept."""
+    """function(*args). With `recompute`, the activations inside the function are not kept: the backward pass
+    computes them again. Nothing in these models is random, so the state of the generator is not saved."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
 
 
 # -----------------------------------------------------------------------------------------------------------
-# ConvNeXt: the maps of a picture
+# ConvNeXt: the feature maps of one frame
 # -----------------------------------------------------------------------------------------------------------
 
 class ChannelNorm(nn.LayerNorm):
@@ -69,8 +71,8 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        # CHOICE: layer scale starts at 0.1. ConvNeXt's 1e-6 is made for 300 epochs: in minutes no block would
-        # do anything.
+        # CHOICE: layer scale starts at 0.1. ConvNeXt's 1e-6 is meant for 300 epochs; in minutes of training
+        # the blocks would have no effect.
         self.gamma = nn.Parameter(torch.full((dim,), 0.1))
 
     def mlp(self, y):
@@ -86,10 +88,10 @@ class ConvNeXt(nn.Module):
     """ConvNeXt (arXiv 2201.03545), the default backbone. forward(x (b, 3, H, W) normalised) -> four maps,
     (b, dims[i], h, w) each.
 
-    A backbone of your own is any module with `.dims`, the channels of its maps, and such a forward: the
-    finest map first. Its size is the grid of the points: no stride is written anywhere. Parameter names are
-    those of the original release. PAPER: ConvNeXt-Tiny, depths 3, 3, 9, 3 and dims 96, 192, 384, 768: 27.8 M
-    parameters."""
+    A backbone of your own is any module with `.dims`, the channels of its maps, and such a forward, which
+    returns the finest map first. The size of that map is the grid of the points; no stride is assumed.
+    Parameter names are those of the original release. PAPER: ConvNeXt-Tiny, depths 3, 3, 9, 3 and dims 96,
+    192, 384, 768: 27.8 M parameters."""
 
     def __init__(self, depths, dims, recompute=False):
         super().__init__()
@@ -104,19 +106,22 @@ class ConvNeXt(nn.Module):
             blocks = [Block(dim, recompute) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.norm = ChannelNorm(dims[-1], eps=1e-6)
+        # linear layers start at the original's 0.02, convolutions at 1 / sqrt(fan in): the output of the stem
+        # then has unit variance, as its input has
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
                 std = 0.02 if isinstance(module, nn.Linear) else fan_in ** -0.5
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        # CHOICE: the stem's bias starts as large as its signal. The LayerNorm after the stem removes the
-        # scale of its input: without a bias a white thing on snow, or a red one on bricks, has the features
-        # of its ground.
+        # CHOICE: the stem's bias starts at unit variance, as large as its signal. The LayerNorm after the
+        # stem removes the scale of its input. Without a bias, two uniform areas whose normalised colours
+        # differ by a factor alone, such as a white thing and snow, or a red one and bricks, would get the
+        # same features.
         nn.init.normal_(stem[0].bias)
 
     def forward(self, x):
-        # in this memory layout depthwise convolutions on a CPU are 4 times as fast
+        # depthwise convolutions on a CPU are 4 times as fast in this memory layout
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages):
@@ -134,9 +139,10 @@ class ConvNeXt(nn.Module):
 def rotary_table(positions, channels):
     """e^(i·angle) of integer positions (...) -> complex (..., 1, c / 2), c = channels of a head.
 
-    Channel pair j of the first half turns by position · 10000^(-2j / (c/2)); the second half does not turn.
-    Angles are float64: in half precision the 25 216 positions of 8 frames at 224 px collapse to a few
-    thousand, and in float32 the millions of points of a long film are off by 0.03."""
+    Channel pair j in the first half of the channels turns by position · 10000^(-2j / (c/2)); the second half
+    does not turn. Angles are float64: in half precision the 25 216 positions of 128 queries and 8 frames at
+    224 px would collapse to a few thousand, and in float32 the angles of a long film's last points, at
+    positions of millions, would be off by 0.03."""
     rotated = channels // 4 * 2
     even = torch.arange(0, rotated, 2, dtype=torch.float64)
     frequency = torch.zeros(channels // 2, dtype=torch.float64)
@@ -148,14 +154,14 @@ def rotary_table(positions, channels):
 def rotate(x, positions):
     """Rotary embedding (arXiv 2104.09864) of x (b, n, a, c) at positions (n,).
     Channels 2j and 2j + 1 are one complex number."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))          # (b, n, a, c / 2)
     turned = torch.view_as_real(pairs * rotary_table(positions, x.shape[-1]))
     return turned.flatten(-2).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
-    """Latents (b, s, d) attend to [latents; points]. Latents have the positions 0 .. s-1, points (b, n, d)
-    those after them."""
+    """Latents (b, s, d) attend to [latents; points]. For the rotary embedding, latents have the positions
+    0 .. s-1 and points (b, n, d) those after them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -168,21 +174,22 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
 
     def project(self, latents, points, first):
-        """-> q, k, v of the latents (b, s, a, c) and k, v of the points (b, n, a, c), of which the first is
-        at the position `first`."""
+        """-> q, k_own, v_own of the latents, each (b, s, a, c), and k, v of the points, each (b, n, a, c).
+        `first` is the position of the first point."""
         latents = self.norm_latents(latents)
         points = self.norm_media(points)
         q = self.to_q(latents).unflatten(-1, (self.heads, -1))
         k_own, v_own = self.keys_and_values(latents)
         k, v = self.keys_and_values(points)
-        here = torch.arange(latents.shape[1], device=latents.device)
-        there = first + torch.arange(points.shape[1], device=points.device)
-        return rotate(q, here), rotate(k_own, here), v_own, rotate(k, there), v
+        # values are not rotated
+        latent_at = torch.arange(latents.shape[1], device=latents.device)
+        point_at = first + torch.arange(points.shape[1], device=points.device)
+        return rotate(q, latent_at), rotate(k_own, latent_at), v_own, rotate(k, point_at), v
 
     def keys_and_values(self, x):
         return rearrange(self.to_kv(x), "b n (two a c) -> two b n a c", two=2, a=self.heads)
 
-    def forward(self, latents, points, ids=None):               # ids: only the encoder's attention uses them
+    def forward(self, latents, points, ids=None):               # ids: for the encoder's TrajectoryAttention
         q, k_own, v_own, k, v = self.project(latents, points, latents.shape[1])
         q = q.transpose(1, 2)                                   # (b, a, s, c)
         k = torch.cat((k_own, k), 1).transpose(1, 2)            # (b, a, s + n, c)
@@ -193,7 +200,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """norm -> down(SiLU(gate) · up), inner width 4d."""
+    """x (..., d) -> down(SiLU(gate(y)) · up(y)) with y = norm(x); the inner width is 4d."""
 
     def __init__(self, dim):
         super().__init__()
@@ -213,7 +220,7 @@ class Perceiver(nn.Module):
 
     CHOICE: a pre-norm residual. The release adds to the *normed* latents (`normed_residual`), so its queries
     may start at 0.02. Ours start at unit variance: the first attention output is nearly the same for all
-    queries, and would dominate small ones, so that all queries collapse into one. CHOICE: points are
+    queries and would dominate small ones, so that all queries would collapse into one. CHOICE: points are
     normalised once, by norm_ctx; the release normalises them again in each layer (`norm_media`)."""
 
     def __init__(self, cfg, attention=CrossAttention):
@@ -246,8 +253,8 @@ def waves(angles):
 
 
 def fourier_codes(features, dim):
-    """Rows of sines and cosines (s, f) -> distinct start vectors (s, dim) of norm 1, by a random orthonormal
-    map."""
+    """Rows of f sines and cosines (s, f) -> start vectors (s, dim), by a random orthonormal map, which keeps
+    the angles between rows. Their norm is 1 (f <= dim)."""
     features = F.normalize(features, dim=-1)
     width = max(features.shape[1], dim)
     basis = torch.linalg.qr(torch.randn(width, width))[0]
@@ -255,21 +262,21 @@ def fourier_codes(features, dim):
 
 
 def query_codes(count, dim):
-    """Start of the K learned queries, (K, dim) of unit variance: Fourier features of a square grid, as in the
-    release. Neighbours on the grid get similar codes and no two the same: queries that start alike would
-    learn alike."""
+    """Start of the K learned queries, (K, dim) of unit variance: Fourier features of the cells of a square
+    grid, as in the release. Neighbours on the grid get similar codes, but no two get the same one: queries
+    that start alike would learn alike."""
     side = math.ceil(math.sqrt(count))
     line = torch.linspace(-1, 1, side + 1)[:-1]
     grid = torch.cartesian_prod(line, line)[:count]             # (K, 2)
     highest = max(math.isqrt(count) // 2, 1)
     frequencies = math.pi * torch.arange(1, highest + 1)
-    angles = grid[:, :, None] * frequencies                     # (K, 2, frequencies)
-    codes = fourier_codes(waves(angles.flatten(1)), dim)
+    angles = grid[:, :, None] * frequencies                     # (K, 2, highest)
+    codes = fourier_codes(waves(angles.flatten(1)), dim)        # (K, dim), norm 1
     return math.sqrt(dim) * (codes + 1e-3 * torch.randn_like(codes))
 
 
 class Segmentation(NamedTuple):
-    """What the segmenter says of b clips."""
+    """The segmenter's output for b clips. (assign leaves features None where only the masks are needed.)"""
     features: torch.Tensor          # F (b, n, d)
     logits: torch.Tensor            # (b, n, K); M_soft = softmax over the last axis, the queries
     ids: torch.Tensor               # int64 (b, n): M_hard, the trajectory of each point
@@ -278,24 +285,25 @@ class Segmentation(NamedTuple):
 
     def masks(self, size):
         """Trajectory of each pixel, int64 (b, t, H, W) for size = (H, W). Logits are interpolated before the
-        argmax: borders then run between grid cells; the other way round they would be stairs."""
+        argmax, so that borders are smooth. An argmax first would give borders along the grid's cells."""
         t, h, w = self.grid
         logits = rearrange(self.logits.float(), "b (t h w) k -> (b t) k h w", t=t, h=h)
         ids = []
-        for frame in logits.split(1):                           # one at a time: K maps of H x W are large
+        for frame in logits.split(1):                           # one at a time: its K maps (H, W) are large
             fine = F.interpolate(frame, size=size, mode="bilinear")
             ids.append(fine.argmax(1))
         return rearrange(torch.cat(ids), "(b t) h w -> b t h w", t=t)
 
 
 def head(dim):
-    """The small map from queries, or points, to the space where they are compared."""
+    """The small MLP from queries, or points, (..., d) to the space (..., d / 8) in which the two are
+    compared."""
     hidden = dim // 4
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim // 8))
 
 
 def assign(logits, grid, features=None):
-    """Each point to the query that fits it best: logits (b, n, K) -> Segmentation."""
+    """Give each point to the query with the largest logit: logits (b, n, K) -> Segmentation."""
     ids = logits.argmax(-1)                                     # each point has exactly one owner
     alive = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, ids, True)
     return Segmentation(features, logits, ids, alive, grid)
@@ -336,9 +344,10 @@ class Segmenter(Features):
         self.perceiver = Perceiver(cfg)
         self.traj_seg_head = head(cfg.dim)
         self.patch_decoder = head(cfg.dim)
-        # softplus(log_scale) + 1 = scale
-        log_scale = math.log(math.expm1(cfg.scale - 1))
-        self.log_scale = nn.Parameter(torch.tensor([log_scale]))
+        # scale = softplus(log_scale) + 1. The name is the release's, although it is no logarithm. The
+        # parameter starts at the inverse, at which the scale is cfg.scale
+        inverse = math.log(math.expm1(cfg.scale - 1))
+        self.log_scale = nn.Parameter(torch.tensor([inverse]))
 
     def forward(self, video):
         return self.segment(normalise(video))
@@ -351,19 +360,19 @@ class Segmenter(Features):
 
     def cluster(self, features):
         """The queries Q read the points (b, n, d) -> (b, K, d)."""
-        # PAPER: no gradient from the Perceiver into F. Otherwise F learns to please the queries while the
-        # queries learn to follow F, and both drift (VEQ 42.3 -> 34.1). F still learns from the mask logits
-        # and from the encoder.
+        # PAPER: no gradient flows from the Perceiver into F. Otherwise F follows the queries while the
+        # queries follow F, and both drift (the paper's VEQ falls from 42.3 to 34.1). F still learns from the
+        # mask logits and from the encoder.
         points = features.detach() if self.cfg.detach else features
         queries = self.latents.expand(len(features), -1, -1)
         return self.perceiver(queries, points)
 
     def mask_logits(self, queries, features):
-        """scale · cosine(head(Q), head(F))  (b, n, K).
+        """Queries (b, K, d), features (b, n, d) -> logits (b, n, K) = scale · cosine(head(Q), head(F)).
 
-        CHOICE: the release's scaled cosine for the paper's dot product. The scale decides how soft the masks
-        are: at the release's 3.8, of K = 128 queries one that fits a point perfectly gets only 27 % of it.
-        Ours starts at cfg.scale."""
+        CHOICE: the release's scaled cosine in place of the paper's dot product. The scale decides how soft
+        the masks are. At the release's 3.8, a query that fits a point perfectly, cosine 1, gets only 27 % of
+        it if the other 127 have cosine 0. Ours starts at cfg.scale."""
         q = F.normalize(self.traj_seg_head(queries).float(), dim=-1)
         p = F.normalize(self.patch_decoder(features).float(), dim=-1)
         scale = (F.softplus(self.log_scale.float()) + 1).clamp(max=20.0)
@@ -382,32 +391,33 @@ def hungarian(cost):
         columns, rows = hungarian(cost.T)
         order = rows.argsort()
         return rows[order], columns[order]
-    # prices u, v with cost - u - v >= 0 everywhere and = 0 on assigned pairs. Index 0 of each array is a
-    # sentinel.
+    # u and v are prices of rows and columns: cost - u - v is >= 0 everywhere and 0 on assigned pairs. Rows
+    # and columns count from 1: row 0 stands for "none", and column 0 holds the row that is to be assigned.
     u, v = np.zeros(r + 1), np.zeros(c + 1)
     owner = np.zeros(c + 1, int)                                # the row that holds each column; 0 = none
     for row in range(1, r + 1):
-        # Dijkstra from this row, along reduced costs, to the nearest free column
-        owner[0], here = row, 0
+        # Dijkstra's algorithm from this row, along the reduced costs, to the nearest free column
+        owner[0], column = row, 0
         distance = np.full(c + 1, np.inf)
         before = np.zeros(c + 1, int)
         done = np.zeros(c + 1, bool)
-        while owner[here]:
-            done[here] = True
-            holder = owner[here]
+        while owner[column]:
+            done[column] = True
+            holder = owner[column]
             reduced = cost[holder - 1] - u[holder] - v[1:]
             better = ~done[1:] & (reduced < distance[1:])
             distance[1:][better] = reduced[better]
-            before[1:][better] = here
-            here = np.where(done, np.inf, distance)[1:].argmin() + 1
-            step = distance[here]
+            before[1:][better] = column
+            column = np.where(done, np.inf, distance)[1:].argmin() + 1
+            # with the new prices the way to this column costs 0
+            step = distance[column]
             u[owner[done]] += step
             v[done] -= step
             distance[~done] -= step
-        # along the path, each column passes to the row that came before it
-        while here:
-            owner[here] = owner[before[here]]
-            here = before[here]
+        # along the path back to column 0, each column is given the owner of the column before it
+        while column:
+            owner[column] = owner[before[column]]
+            column = before[column]
     columns = np.flatnonzero(owner[1:])
     rows = owner[1:][columns] - 1
     order = rows.argsort()
@@ -420,7 +430,8 @@ def one_hot(labels, count):
 
 
 def pair_iou(gt, pred):
-    """IoU of each label with each query: gt (b, n, l) one-hot, pred (b, n, k) in [0, 1] -> (b, l, k)."""
+    """IoU of each label with each query's mask: gt (b, n, l) one-hot, pred (b, n, k) in [0, 1] -> (b, l,
+    k)."""
     inter = torch.einsum("bnl,bnk->blk", gt, pred)
     areas = gt.sum(1)[:, :, None] + pred.sum(1)[:, None]
     return inter / (areas - inter).clamp(min=1)
@@ -428,19 +439,20 @@ def pair_iou(gt, pred):
 
 @torch.no_grad()
 def match(logits, labels):
-    """logits (b, n, k), labels int64 (b, n), -1 = unlabelled, ids < k -> permutation (b, k): [b, l] = the
-    query of label l.
+    """logits (b, n, k), labels int64 (b, n), each < k, -1 = unlabelled -> permutation int64 (b, k): [i, l] is
+    the query of label l in clip i.
 
     PAPER: Hungarian on -IoU of the argmax masks. Labels that do not occur get the queries that are left.
     DEVIATION: the IoU of the soft masks is added. Early on most queries win no point, their argmax IoU is 0
-    with every label, and their assignment would be an accident of the column order."""
+    with every label, and the order of the columns would decide which of them a label gets."""
     b, _, k = logits.shape
     soft = logits.float().softmax(-1)                           # over the queries
     hard = one_hot(logits.argmax(-1), k)
     gt = one_hot(labels, int(labels.max()) + 1)                 # (b, n, l)
     iou = pair_iou(gt, hard) + pair_iou(gt, soft)               # (b, l, k)
-    iou = iou.nan_to_num().cpu().numpy()                        # NaN logits: the loss reports them
-    present = gt.any(1).cpu().numpy()
+    # NaN logits get this far; the loss is then NaN, and check_finite reports it
+    iou = iou.nan_to_num().cpu().numpy()
+    present = gt.any(1).cpu().numpy()                           # (b, l)
     order = np.zeros((b, k), int)
     for i in range(b):
         occurs = np.flatnonzero(present[i])
@@ -452,7 +464,7 @@ def match(logits, labels):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Losses: means within each clip, then over clips. So micro-batches and processes average to the whole batch
+# Losses: means within each clip, then over clips, so that the mean over micro-batches is that of the batch
 # -----------------------------------------------------------------------------------------------------------
 
 def dice_loss(logits, labels):
@@ -460,23 +472,24 @@ def dice_loss(logits, labels):
     Scalar. logits (b, n, k) with column l = label l; labels (b, n), -1 = unlabelled. A clip without labels
     counts as 0.
 
-    PAPER: Dice makes the segmenter find every region, small ones too. CHOICE: regions of one clip each; the
-    release pools label l of all clips. CHOICE: |P| counts unlabelled points: they are not part of a labelled
-    trajectory, and a single labelled object would otherwise be content with one query for everything."""
-    p = logits.float().softmax(-1)                              # over the queries: one trajectory a point
+    PAPER: Dice makes the segmenter find every region, small ones too. CHOICE: a region belongs to one clip;
+    the release pools label l of all clips of a batch. CHOICE: |P| counts unlabelled points too. They are not
+    part of a labelled trajectory; without them, one query that claims every point would have no loss on a
+    clip with a single labelled object."""
+    p = logits.float().softmax(-1)                              # over the queries, which share each point
     gt = one_hot(labels, logits.shape[-1])
     inter = (p * gt).sum(1)                                     # (b, k)
     areas = p.sum(1) + gt.sum(1)
     dice = 1 - (2 * inter + 1e-6) / (areas + 1e-6)
     occurs = gt.any(1).float()
-    clip = (dice * occurs).sum(1) / occurs.sum(1).clamp(min=1)
+    clip = (dice * occurs).sum(1) / occurs.sum(1).clamp(min=1)               # (b,)
     return clip.mean()
 
 
 def focal_loss(logits, labels):
     """-(1 - p)² log p, p = M_soft of the labelled query (arXiv 1708.02002): mean over labelled points, then
-    over clips. Points that are already right weigh little, so small things count beside large ones.
-    At initialisation p is about 1/k and the loss (1 - 1/k)² ln k."""
+    over clips. Scalar; arguments as for dice_loss. Points that are already right weigh little, so that small
+    things count beside large ones. At initialisation p is about 1/k and the loss (1 - 1/k)² ln k."""
     known = labels >= 0
     target = labels.clamp(min=0)[..., None]
     log_soft = logits.float().log_softmax(-1)                   # over the queries
@@ -496,7 +509,7 @@ def labels_on_grid(labels, grid, k):
             known = clip >= 0
             area = clip[known].bincount()
             by_size = area.argsort(descending=True, stable=True)
-            rank = by_size.argsort()                            # 0 = the largest label
+            rank = by_size.argsort()                            # of each label: 0 = the largest
             clip[known] = rank[clip[known]]
         points = points.masked_fill(points >= k, -1)
     return points
@@ -513,14 +526,15 @@ def segmentation_loss(seg, labels):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Metrics: tubes, which are masks over T x H x W
+# Metrics of tubes. A tube is the mask of one trajectory or label over (t, h, w)
 # -----------------------------------------------------------------------------------------------------------
 
 def tube_overlaps(pred, gt):
-    """One clip: pred, gt int64 of one shape, gt -1 = unlabelled -> intersections and unions (labels, tubes).
-    A predicted tube's area counts unlabelled pixels, as in training."""
+    """One clip: pred >= 0 and gt, -1 = unlabelled, int64 of one shape -> intersections and unions (labels,
+    tubes), in points or pixels. A predicted tube's area counts unlabelled points too, as in dice_loss."""
     tubes = int(pred.max()) + 1
-    rows = int(gt.max()) + 2                                    # row 0 holds the unlabelled pixels
+    rows = int(gt.max()) + 2                                    # row 0 holds the unlabelled points
+    # a table of how many points have this label and lie in this tube
     cell = (gt + 1) * tubes + pred
     table = torch.bincount(cell.flatten(), minlength=rows * tubes).view(rows, tubes)
     inter = table[1:]
@@ -529,9 +543,9 @@ def tube_overlaps(pred, gt):
 
 
 def video_metrics(pred, gt):
-    """Video entity quality and segmentation-and-tracking quality of tubes; pred, gt int64 (b, t, H, W), gt -1
-    = unlabelled. -> dict(veq, sq, rq, stq, aq), each a mean over the clips in [0, 1]. Tubes are matched one
-    to one; IoU >= 0.5 counts:
+    """Video entity quality and segmentation-and-tracking quality of tubes; pred, gt int64 (b, ...), gt -1 =
+    unlabelled. -> dict(veq, sq, rq, stq, aq), each in [0, 1], a mean over the clips. Tubes and labels are
+    paired one to one; a pair with IoU >= 0.5 is a match, a true positive (TP):
 
       sq  mean IoU of the matches      rq  TP / (TP + FP/2 + FN/2)     veq = sq · rq
       aq  sum of the matches' intersections / sum of their unions      stq = sqrt(sq · aq)
@@ -542,10 +556,10 @@ def video_metrics(pred, gt):
         inter, union = tube_overlaps(one_pred, one_gt)
         iou = inter / union.clamp(min=1)
         rows, columns = hungarian(-iou.double().numpy())
-        good = (iou[rows, columns] >= 0.5).numpy()
+        good = (iou[rows, columns] >= 0.5).numpy()              # True = a match
         matches = rows[good], columns[good]
         tp = int(good.sum())
-        # TP + FP are all tubes and TP + FN all labels that occur
+        # tubes on labelled points are TP + FP, labels that occur TP + FN: rq = 2 TP / (tubes + labels)
         tubes = int(inter.any(0).sum())
         labels = int(inter.any(1).sum())
         sq = iou[matches].sum() / max(tp, 1)
@@ -558,8 +572,8 @@ def video_metrics(pred, gt):
 
 
 def best_overlaps(pred, gt, first=0):
-    """For each label >= `first` of each clip: the IoU of the predicted tube that fits it best. -> list of
-    floats."""
+    """For each label >= `first` that occurs in a clip, the IoU of the predicted tube that fits it best. pred,
+    gt int64 (b, ...) -> list of floats, of all clips."""
     best = []
     for one_pred, one_gt in zip(pred, gt):
         inter, union = tube_overlaps(one_pred, one_gt)

@@ -881,6 +881,17 @@ def test_folders_of_classes(tmp_path):
         ("train/sit/f.mp4", None, "sit", "train"), ("val/run/b.MP4", None, "run", "val")]
 
 
+def test_a_link_back_to_its_own_data_set(tmp_path):
+    """Catches: a link to a folder above it that is followed for ever and makes "sit" a part of "run"."""
+    for name in ("run/a.mp4", "sit/b.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "run/back").symlink_to(tmp_path)
+    (tmp_path / "sit/up").symlink_to(tmp_path.parent)
+    rows = [row for _, row in data.folder_rows(tmp_path)]
+    assert [(row["video"], row["label"]) for row in rows] == [("run/a.mp4", "run"), ("sit/b.mp4", "sit")]
+
+
 def test_a_manifest_decides_what_is_held_out(tmp_path):
     """Catches: a "split" that is ignored; 28 clips called <id>/rgb.mp4 of which one is trained on; a clip
     that is tested on after it was trained on, because others were added."""

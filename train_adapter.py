@@ -20,10 +20,11 @@ Features are computed once and kept on disk; all heads train side by side on the
 command trains one seed: `python trajtok.py compare ... --script train_adapter.py` makes a table.
 
 Writes out/adapter-<name>/: config.json, log.jsonl, state.pt, model.safetensors (the heads), result.json,
-curves.svg, features/, and where they were not given videomae/ and segmenter-nano/, which serve again.
+curves.svg, features/, and, unless they were given, videomae/ and segmenter-nano/, which later runs can use.
 
-Axes in every shape comment: b clip, v view of a clip, t frame, n token of the backbone, k trajectory, m
-tokens of each, D and d widths, a attention head, c its channels. """
+Axes in every shape comment: b clip, v view of a clip, t frame, h row, w column, n token of the backbone, K
+queries of the segmenter, k trajectory, m tokens of each, D and d widths, a attention head, c its channels.
+t', h' and w' count the tokens of the backbone's grid."""
 from __future__ import annotations
 
 import itertools
@@ -107,8 +108,8 @@ def mlp(width, inner):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The backbones, the decoder and the heads are made of it; parameter names
-    are those of the original releases."""
+    """Pre-norm transformer block. The backbones, VideoMAE's decoder and the heads are made of it. Its
+    parameters have the names of the original releases."""
 
     def __init__(self, width, heads, inner, eps=1e-5):
         super().__init__()
@@ -124,7 +125,7 @@ class Block(nn.Module):
 
 def init_weights(module):
     """CHOICE: matrices start at a deviation of 1 / sqrt(fan-in). At PyTorch's default, 0.58 of that,
-    attention stays faint for the minutes that these models train."""
+    attention stays nearly uniform for the minutes that these models train."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
@@ -146,14 +147,14 @@ class Backbone(nn.Module):
         init_weights(self)
 
     def tubes(self, x):
-        """x (b, t, 3, H, W) -> the pixels of each tubelet (b, n, 3·u·p·q)."""
+        """x (b, t, 3, H, W) -> the pixels of each tubelet (b, n, 3·u·p·q): u frames of p x q pixels."""
         u, p = self.cfg.tubelet, self.cfg.patch
         return rearrange(x, "b (t u) c (h p) (w q) -> b (t h w) (c u p q)", u=u, p=p, q=p)
 
     def embed(self, tubes):
         """(b, n, 3·u·p·q) -> (b, n, D). A convolution whose stride is its kernel is one matrix product."""
         proj = self.patch_embed["proj"]
-        # under autocast the residual stream stays float32
+        # back to float32: under autocast the product is bfloat16, and the residual stream must not be
         return F.linear(tubes, proj.weight.flatten(1), proj.bias).to(tubes.dtype)
 
     def encode(self, z, rotation=None):
@@ -179,9 +180,11 @@ class Backbone(nn.Module):
 def rotary_3d(grid, channels, device=None):
     """cos and sin, float32 (n, c), for the tokens of a grid (t', h', w') and heads of c channels.
 
-    t, h and w get d = 2 floor(floor(c / 3) / 2) channels each; those left over do not turn (cos 1, sin 0):
+    t, h and w get d = 2 floor(floor(c / 3) / 2) channels each, which turn at position p of their axis by
 
         angle[p, i] = p · 1e4^(-i / (d/2)),  i < d/2
+
+    Channels that are left over do not turn (cos 1, sin 0).
 
     The release repeats the d/2 angles one after another, [a0 a1 .. a0 a1 ..], and yet turns adjacent
     channels as pairs: the two of a pair turn by different angles. Its weights were trained that way."""
@@ -213,16 +216,16 @@ class VJEPA2(Backbone):
 
 
 def sinusoid(n, width):
-    """float32 (n, width): of token p the sine (even channels j) or cosine (odd) of
-    p / 10000^(2 floor(j/2) / width)."""
+    """Table of positions, float32 (n, width): for token p and channel j the sine (even j) or the cosine (odd
+    j) of p / 10000^(2 floor(j/2) / width)."""
     j = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(n)[:, None] / 1e4 ** (2 * (j // 2) / width)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 class VideoMAE(Backbone):
-    """VideoMAE's encoder (arXiv 2203.12602, 2303.16727). Its positions count through the whole clip: clips
-    of another size or length do not go through."""
+    """VideoMAE's encoder (arXiv 2203.12602, 2303.16727). Its table has one row for each token of a clip:
+    clips of another size or length do not go through."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -254,26 +257,27 @@ BACKBONE_NAMES = [
     (r"(?:\w+\.)*layer\.(\d+)\.output\.dense\.(.+)", r"blocks.\1.mlp.fc2.\2"),
     (r"(?:\w+\.)*layernorm\.(.+)", r"norm.\1"),
 ]
-# CHOICE: of V-JEPA2's two encoders the target encoder, the slow mean of the other, with which the release
-# evaluates
+# V-JEPA2's files hold two encoders. CHOICE: the target encoder is taken, a running mean of the other, because
+# the release evaluates with it.
 WRAPPERS = ("target_encoder", "encoder", "model", "module", "state_dict")
-# no tensor tells the number of heads: for files without a config.json, by width, that of the published shape
+# No tensor tells the number of heads. For files without a config.json it is that of the published model of
+# the same width: {width: heads}.
 PUBLISHED_HEADS = dict(vjepa2={1024: 16, 1280: 16, 1408: 22},
                        videomae={384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16})
-# what the model hub's config.json calls what no tensor tells
+# Other fields that no tensor tells: their name in the model hub's config.json -> ours.
 HUB_KEYS = dict(num_attention_heads="heads", num_heads="heads", frames_per_clip="frames", num_frames="frames",
                 crop_size="image_size", img_size="image_size", image_size="image_size", layer_norm_eps="eps")
 
 
 def backbone_config(path, weights):
-    """A BackboneConfig, read off the weights, and for the rest off config.json; where that is silent, as
-    published."""
+    """A BackboneConfig, read off the shapes of the weights. What they do not tell is read off config.json, or
+    else is that of the published models."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     config = trajtok.read_json(file) if file.exists() else {}
     if "backbone_shape" in config:                              # a folder of ours
         return BackboneConfig(**config["backbone_shape"])
     width, _, tubelet, patch, _ = weights["patch_embed.proj.weight"].shape
-    # as published; what config.json says comes on top
+    # the published models' values, which those of config.json replace
     values = dict(kind="vjepa2", frames=64, image_size=256)
     if "blocks.0.attn.q_bias" in weights:
         values = dict(kind="videomae")
@@ -291,8 +295,8 @@ def backbone_config(path, weights):
 
 
 def join_projections(weights):
-    """The hub keeps query, key and value apart. VideoMAE's keys have no bias, which would shift all scores
-    of a query alike, and a softmax does not see that: zeros stand in its place."""
+    """Join query, key and value, which the hub keeps apart. VideoMAE's keys have no bias: it would shift all
+    scores of a query alike, which does not change a softmax. Zeros take its place."""
     for name in list(weights):
         if ".attn.query." in name:
             names = [name.replace("query", part) for part in ("query", "key", "value")]
@@ -365,7 +369,7 @@ class Attentive(nn.Module):
             x = block(x)
         k, v = rearrange(self.kv(self.norm1(x)), "b n (two a c) -> two b a n c", two=2, a=self.heads)
         q = repeat(self.q(self.query), "1 1 (a c) -> b a 1 c", b=len(x), a=self.heads)
-        # softmax over the n tokens: where the query looks
+        # softmax over the n tokens, which the query reads
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.query[:, 0] + rearrange(y, "b a 1 c -> b (a c)")
         return self.head(y + self.mlp(self.norm2(y)))
@@ -373,7 +377,7 @@ class Attentive(nn.Module):
 
 class TrajAdapter(nn.Module):
     """PAPER: TrajTok's trajectory encoder on frozen features. CHOICE: a LayerNorm and a projection before
-    it, and behind it a small transformer over [CLS; live tokens]."""
+    it, and a small transformer over [CLS; live tokens] after it."""
 
     def __init__(self, dim, classes, num_queries, cfg):
         super().__init__()
@@ -401,7 +405,7 @@ class TrajAdapter(nn.Module):
 
 
 HEADS = dict(linear=Linear, attentive=Attentive, trajadapter=TrajAdapter)
-# the tokens a trajectory that each is reported with. PAPER: one TrajAdapter serves 1, 2 and 4.
+# With how many tokens a trajectory each is evaluated. PAPER: one TrajAdapter serves 1, 2 and 4.
 TOKENS = dict(linear=[1], attentive=[1], trajadapter=[1, 2, 4])
 
 
@@ -411,8 +415,8 @@ TOKENS = dict(linear=[1], attentive=[1], trajadapter=[1, 2, 4])
 
 def tube_mask(clips, grid, rng):
     """int64 (clips, t·kept): the tenth of the n places that the encoder sees, the same cells in all time
-    steps. PAPER (VideoMAE): 90 % are hidden, in tubes, or what is hidden now could be copied from a moment
-    ago."""
+    steps. PAPER (VideoMAE): 90 % are hidden, and in tubes: else a hidden place could be copied from the time
+    step before."""
     t, h, w = grid
     kept = max(round(0.1 * h * w), 1)
     cells = rng.random((clips, 1, h * w)).argsort(-1)[..., :kept]
@@ -421,8 +425,9 @@ def tube_mask(clips, grid, rng):
 
 
 def normalised_pixels(tubes):
-    """(b, n, 3·p) -> the same; each colour of each tubelet has mean 0 and deviation 1, VideoMAE's target.
-    CHOICE: 1e-3 is added to the variance. Made grounds are flat: rounding errors would become targets."""
+    """VideoMAE's target: tubelets of p pixels (b, n, 3·p) -> the same with mean 0 and deviation 1 in each
+    colour of each tubelet. CHOICE: 1e-3 is added to the variance. Made grounds are flat, and without it
+    rounding errors would become targets."""
     x = rearrange(tubes, "b n (c p) -> b n c p", c=3)
     var, mean = torch.var_mean(x, -1, keepdim=True, unbiased=False)
     return ((x - mean) / (var + 1e-3).sqrt()).flatten(2)
@@ -444,12 +449,12 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(width), to_pixels)
 
     def forward(self, video, seen):
-        """video uint8 (b, t, H, W, 3), seen from tube_mask -> loss, prediction and target (b, n, 3·p),
-        hidden bool (b, n), True = the encoder did not see it."""
+        """video uint8 (b, t, H, W, 3), seen from tube_mask -> loss, prediction and target (b, n, 3·p) for
+        tubelets of p pixels, hidden bool (b, n), True = the encoder did not see it."""
         encoder = self.encoder
         tubes = encoder.tubes(normalise(video))
         clip = torch.arange(len(seen), device=seen.device)[:, None]
-        # the encoder costs a tenth: it sees the visible tubelets alone, at their places
+        # the encoder costs a tenth: it sees the visible tubelets alone, with the positions of their places
         z = encoder.encode(encoder.embed(tubes[clip, seen]) + encoder.positions[seen])
         z = self.encoder_to_decoder(z)
         # the decoder gets what was seen, and elsewhere one learned token
@@ -471,7 +476,8 @@ def pretrain_videomae(shape, cfg, folder, device):
     optimizer = make_optimizer(model, cfg)
     first = load_checkpoint(folder, model, optimizer)
     log = Log(folder, first)
-    begin = data.TRAIN + cfg.seed % 49 * 10_000_000
+    # clips of this seed's own, as in data.made_clips
+    begin = data.TRAIN + (cfg.seed % 49) * 10_000_000
     clips = data.WorldBatches(world_of(shape), cfg.batch, range(begin, data.VALIDATION))
     batches = data.loader(clips, first, cfg.steps, cfg.workers)
     # disable=None: no bar where the output goes to a file
@@ -479,7 +485,7 @@ def pretrain_videomae(shape, cfg, folder, device):
     for step, batch in enumerate(batches, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        # each clip under two masks: making clips takes longer than hiding parts of them
+        # each clip is used under two masks, because making a clip takes longer than hiding parts of it
         video = data.finish(batch, device)["video"].repeat_interleave(2, 0)
         seen = tube_mask(len(video), shape.grid, np.random.default_rng((cfg.seed, 8, step))).to(device)
         with precision(device, cfg.bf16):
@@ -512,7 +518,7 @@ class AdapterConfig(trajtok.TrainConfig):
     frames: int | None = None       # frames of a clip; default: the backbone's, of `full` 16
     # the clips
     ask: str = "colour"             # of the largest object of made clips: its colour, appearance or motion
-    clips: int = 3000               # made clips to learn from; a sixth of it to choose by, a third to test on
+    clips: int = 3000               # made, to learn from; a sixth as many to choose by, a third to test on
     stride: int = 4                 # of real video: every stride-th frame in a row
     segments: int = 1               # of real test video: so many stretches, evenly (published: 8 or 2)
     crops: int = 1                  # ... and of each so many squares along the longer side (published: 3)
@@ -554,27 +560,26 @@ ADAPTER_SIZES["full"] = dict(size="full", frames=16, epochs=20, head_lr=3e-4, ra
 # -----------------------------------------------------------------------------------------------------------
 
 def world_of(shape):
-    """CHOICE: made clips of at most four objects, no two of one colour, under a still camera and light:
-    what minutes of heads can answer in part, and what tells them apart."""
+    """CHOICE: made clips of at most four objects, no two of one colour, with camera and light at rest. Heads
+    that train for minutes answer a part of what is asked about them, and differ in how large it is."""
     return data.World(size=shape.image_size, frames=shape.frames, max_objects=4, shared_colours=False,
                       camera=False, light=False)
 
 
 def made_clips(shape, cfg):
     """-> {train, valid, test: dataset}, names of the classes."""
-    # far up the training range, where no pre-training gets
+    # (first clip, divisor of cfg.clips): training clips far up the range, which no pre-training reaches
     starts = dict(train=(data.TRAIN + 500_000_000, 1), valid=(data.VALIDATION, 6), test=(data.TEST, 3))
     sets = {}
-    for name, (first, share) in starts.items():
-        indices = range(first, first + math.ceil(cfg.clips / share))
+    for name, (first, divisor) in starts.items():
+        indices = range(first, first + math.ceil(cfg.clips / divisor))
         sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices)
     return sets, ASKED[cfg.ask]
 
 
 class Views(data.VideoBatches):
-    """Labelled videos, in order, segments x crops views of each: video (b, v, t, H, W, 3). A file that is
-    shorter than a clip, or cannot be used, is left out: repeated frames would be a motion that is not
-    there."""
+    """Labelled videos, in order, segments x crops views of each: video (b, v, t, H, W, 3). A file that cannot
+    be used is left out, and so is one shorter than a clip: to repeat its frames would change its motion."""
 
     def __init__(self, entries, shape, cfg, segments=1, crops=1):
         super().__init__(entries, shape.frames, shape.image_size, cfg.batch, train=False, stride=cfg.stride)
@@ -596,7 +601,7 @@ def evenly(count):
 
 
 def real_clips(shape, cfg):
-    """As made_clips. Tested on: what data.split holds out. Chosen by: every tenth training clip."""
+    """As made_clips. test: what data.split holds out; valid: every tenth of the others; train: the rest."""
     # a picture is no clip: nothing moves in it
     entries = [entry for entry in data.read_manifest(cfg.data) if not entry["image"]]
     names = sorted({str(entry["label"]) for entry in entries})
@@ -605,14 +610,15 @@ def real_clips(shape, cfg):
     train, test = data.split(entries)
     # a class that is not asked for is left out everywhere
     train, test = labelled(train, names), labelled(test, names)
+    # the second, twelfth, ...: two clips are enough for a set of each kind
     valid = train[1::10]
     learnt = [entry for i, entry in enumerate(train) if i % 10 != 1]
     known = {entry["label"] for entry in learnt}
     lacking = [name for i, name in enumerate(names) if i not in known]
     if lacking or not valid or not test:
-        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; too "
-                       f"few, or none to learn from of {', '.join(lacking) or 'any class'}")
-    # several views are for testing; training and validation clips have the middle one
+        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; give "
+                       f"two to learn from, one to test on, and some of {', '.join(lacking) or 'each class'}")
+    # several views are for the test alone; clips for training and validation have the middle one
     return dict(train=Views(learnt, shape, cfg), valid=Views(valid, shape, cfg),
                 test=Views(test, shape, cfg, cfg.segments, cfg.crops)), names
 
@@ -628,21 +634,21 @@ def labelled(entries, names):
 # -----------------------------------------------------------------------------------------------------------
 
 class Features(NamedTuple):
-    """What the frozen models say of a set of clips, memory-mapped."""
+    """The outputs of the frozen models for a set of clips, memory-mapped, and the classes of the clips."""
     features: np.ndarray            # float16 (clips, v, n, D)
     logits: np.ndarray              # float16 (clips, v, n, K)
     classes: np.ndarray             # int64 (clips,)
     grid: tuple                     # (t', h', w')
 
     def read(self, clips, device):
-        """-> features (b·v, n, D), their Segmentation, classes (b,)."""
+        """clips: b of their numbers -> features (b·v, n, D), their Segmentation, classes (b,)."""
         x, logits, y = (torch.from_numpy(array[clips]).to(device) for array in self[:3])
         return x.flatten(0, 1).float(), assign(logits.flatten(0, 1).float(), self.grid), y
 
 
 def extract(folder, batches, backbone, segmenter, damage, cfg, device):
-    """A dataset of clips -> Features in `folder`, kept if they are complete: classes.npy is written last.
-    Clips that cannot be used are left out."""
+    """A dataset of clips -> Features in `folder`. If they are there already they are read: classes.npy, which
+    is written last, shows that they are complete. Clips that cannot be used are left out."""
     done = folder / "classes.npy"
     if not done.exists():
         write_features(folder, batches, backbone, segmenter, damage, cfg, device)
@@ -653,7 +659,8 @@ def extract(folder, batches, backbone, segmenter, damage, cfg, device):
 
 
 def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
-    """Write the three files of `extract`. The last rows of two of them may stay empty."""
+    """Write the three files of `extract`. Where clips are left out, the last rows of features.npy and
+    logits.npy stay empty."""
     folder.mkdir(parents=True, exist_ok=True)
     views = len(getattr(batches, "views", [1]))                 # made clips have one
     shape = (len(batches) * cfg.batch, views, math.prod(backbone.cfg.grid))
@@ -664,7 +671,7 @@ def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
         arrays.append(array.reshape(-1, *array.shape[2:]))      # a row for each view
         size += array.nbytes
     if size > shutil.disk_usage(folder).free:
-        # in the middle of a memory map a full disk would be a SIGBUS
+        # a disk that gets full while a memory map is written kills the process (SIGBUS)
         raise BadInput(f"--features {folder}: no room for features of {1e-9 * size:.3g} GB")
     classes, row = [], 0
     loader = data.loader(batches, 0, len(batches), cfg.workers)
@@ -673,6 +680,7 @@ def write_features(folder, batches, backbone, segmenter, damage, cfg, device):
         video = data.finish(batch, device)["video"]
         if not len(video):                                      # none of these files can be used
             continue
+        # made clips have each class under its name, real ones have a label
         classes += torch.as_tensor(batch.get(cfg.ask, batch["label"])).tolist()
         # a clip may have two dozen views: never more than a batch at once
         for part in video.view(-1, *video.shape[-4:]).split(cfg.batch):
@@ -696,6 +704,7 @@ def train_heads(heads, rates, features, folder, cfg, device):
     clips = len(features.classes)
     epoch_steps = math.ceil(clips / cfg.batch)
     steps = cfg.epochs * epoch_steps
+    # a schedule from 0 to 1: group["scale"] is the learning rate of a head
     schedule = replace(cfg, steps=steps, warmup=steps // 10, lr=1.0)
     optimizer = make_optimizer(heads, schedule, {f"{name}.": rate for name, rate in rates.items()})
     first = load_checkpoint(folder, heads, optimizer)
@@ -703,7 +712,8 @@ def train_heads(heads, rates, features, folder, cfg, device):
     for step in tqdm(range(first, steps), "heads", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule) * group["scale"]
-        # an order for each epoch, drawn from the seed: a resumed run goes on in the middle of it
+        # Each epoch has an order of its own, drawn from the seed, so that a resumed run can go on in the
+        # middle of it. The number after the seed, 6 or 5, keeps the two sequences of random numbers apart.
         epoch, place = divmod(step, epoch_steps)
         order = np.random.default_rng((cfg.seed, 6, epoch)).permutation(clips)
         x, seg, y = features.read(order[place * cfg.batch:][:cfg.batch], device)
@@ -730,9 +740,10 @@ def train_heads(heads, rates, features, folder, cfg, device):
 @torch.no_grad()
 def accuracies(heads, features, cfg, device):
     """-> {(name of the head, tokens a trajectory): share of right answers}. The probabilities of a clip are
-    the mean over its views."""
+    the means over its views."""
     clips, views = features.features.shape[:2]
     right = {}
+    # so many clips that their views make a batch
     at_once = max(cfg.batch // views, 1)
     for some in np.array_split(np.arange(clips), math.ceil(clips / at_once)):
         x, seg, y = features.read(some, device)
@@ -747,13 +758,13 @@ def accuracies(heads, features, cfg, device):
 
 
 def report(heads, rates, sets, cfg, device):
-    """Of each row the head that does best on validation clips, and its accuracy on test clips -> a flat
-    dict."""
+    """For each row of TOKENS, the head that does best on validation clips and its accuracy on test clips -> a
+    flat dict."""
     valid = accuracies(heads, sets["valid"], cfg, device)
     test = accuracies(heads, sets["test"], cfg, device)
     result = {}
     for row, choices in TOKENS.items():
-        # chosen by validation clips: by test clips, the best of several would look better than it is
+        # Validation clips choose: of several heads, the best on the test clips would look better than it is.
         names = [name for name in heads if name.startswith(row)]
         best = max(names, key=lambda name: sum(valid[name, m] for m in choices))
         for m in choices:
@@ -771,7 +782,7 @@ def report(heads, rates, sets, cfg, device):
 def train(cfg):
     began = time.time()
     device = trajtok.setup(cfg)
-    # what is given is read, and refused, before anything is written
+    # what is given is read, and refused if it is wrong, before anything is written
     backbone = cfg.backbone and Backbone.from_pretrained(cfg.backbone)
     segmenter = cfg.segmenter and trajtok.load_segmenter(cfg.segmenter)
     own = backbone.cfg if backbone else NANO
@@ -786,25 +797,27 @@ def train(cfg):
     open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     # what is not given is pre-trained
     if not segmenter:
-        own = trajtok.PretrainConfig(
+        plan = trajtok.PretrainConfig(
             name="nano", out=str(folder), image_size=shape.image_size, frames=shape.frames, max_objects=4,
             shared_colours=False, batch=cfg.batch, steps=math.ceil(cfg.steps / 2), seed=cfg.seed,
             workers=cfg.workers, device=cfg.device, resume=cfg.resume, overwrite=cfg.overwrite)
-        segmenter = trajtok.load_segmenter(trajtok.pretrain(own))
+        segmenter = trajtok.load_segmenter(trajtok.pretrain(plan))
     if not backbone:
         backbone = Backbone.from_pretrained(pretrain_videomae(shape, cfg, folder / "videomae", device))
-    backbone.cfg = shape                                        # of rotary positions no weight depends on it
+    # V-JEPA2 also takes clips of another size and length: no weight depends on them
+    backbone.cfg = shape
+    # sums of all parameters, by which the features of two models are told apart
     weights = [p.sum().item() for model in (backbone, segmenter) for p in model.parameters()]
     backbone.to(device)
     segmenter.to(device).eval()
     # names and counts the files that cannot be used
     sets, damage = {}, data.Damage()
     for name, batches in clips.items():
-        # features of other clips or weights go to another folder
+        # features of other clips, or from other weights, go to another folder
         made_of = zlib.crc32(repr((shape, cfg.ask, vars(batches), weights)).encode())
         where = Path(cfg.features or folder / "features") / f"{name}-{made_of:08x}"
         sets[name] = extract(where, batches, backbone, segmenter, damage, cfg, device)
-    # every row at every rate: which rate is best is decided on the validation clips
+    # a head for each row and rate; the validation clips decide which rate is best
     heads, rates = nn.ModuleDict(), {}
     for row, i in itertools.product(HEADS, range(cfg.rates)):
         name, rate = f"{row}-{i}", cfg.head_lr * 2 ** i

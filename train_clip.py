@@ -3,14 +3,16 @@
     video uint8 (b, t, H, W, 3) -> tokenizer -> tokens (b, M, w) -> [CLS; tokens] -> transformer -> (b, e)
     caption ids (b, s) -> text transformer -> mean over the tokens                               -> (b, e)
 
+    b clip, t frame, M tokens of a clip, s tokens of a caption, w width of the transformer, e shared width
+
     loss = InfoNCE(video, text) + segmentation_weight · (0.5 focal + dice)       PAPER: optimised jointly
 
-    python train_clip.py                             # TrajViT2, nano, on the procedural world: two CPU cores
+    python train_clip.py                             # TrajViT2, nano, on made clips; for two CPU cores
     python train_clip.py --tokenizer vit3d           # trajvit, vivit, tokenlearner, rlt or mine.py:Mine
     python train_clip.py --data videos/manifest.json # captioned videos of your own
     python train_clip.py --init-segmenter out/segmenter-nano --freeze-segmenter
     python train_clip.py --resume                    # go on where a run was saved, step for step
-    python train_clip.py --eval-only --tokens-per-trajectory 4        # score what was saved
+    python train_clip.py --eval-only --tokens-per-trajectory 4        # score the saved weights again
     python train_clip.py --flops                     # GFLOPs of every tokenizer, counted
     python train_clip.py --size large                # all GPUs of this machine; several machines: torchrun
 
@@ -54,7 +56,7 @@ class ClipConfig(RunConfig):
     num_queries: int | None = None          # K, trajectories at most; default: the size's
     places: bool = False                    # ours: points say where and when they are
     path: bool = False                      # ours: tokens know how their trajectory moved
-    position_scale: float = 1.0             # of the codes of places, or of a grid's positions at the start
+    position_scale: float = 1.0             # factor of the codes of places, or of a grid's first positions
     detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
     hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
     hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
@@ -64,22 +66,22 @@ class ClipConfig(RunConfig):
     rlt_threshold: float = 0.1              # rlt: patches that changed by less are dropped
     # the two transformers
     layers: int = 4                         # of the video transformer
-    width: int = 128                        # w
-    heads: int = 4                          # of both
+    width: int = 128                        # w: its width
+    heads: int = 4                          # of both transformers
     text_layers: int = 3                    # of the text transformer
     text_width: int = 128                   # its width
     embed: int = 128                        # e: width of the space that video and text share
-    text: str | None = None                 # world, captions (their own words), a tiktoken name, a folder
+    text: str | None = None                 # vocabulary: world, captions (theirs), a tiktoken name, a folder
     text_length: int = 48                   # longest caption in tokens, the end token included
     # the loss, and how it is computed
     segmentation_weight: float = 1.0        # of (0.5 focal + dice_weight x dice); 0: none
     dice_weight: float = 1.0                # ablation: 0
     init: str | None = None                 # start from all weights of this run
     init_segmenter: str | None = None       # start from the segmenter of this run, e.g. of `pretrain`
-    freeze_segmenter: bool = False          # leave that segmenter as it is
+    freeze_segmenter: bool = False          # leave the segmenter as it is
     segmenter_lr: float = 1.0               # the segmenter's learning rate, as a multiple of lr
-    micro_batch: int = 0                    # clips that go through the model at once; 0: all
-    processes: int = 0                      # on this machine; 0: one for each GPU
+    micro_batch: int = 0                    # clips that go through the model at once; 0: the whole batch
+    processes: int = 0                      # processes on this machine; 0: one for each GPU
     compile: bool = False                   # torch.compile the tokenizer and the transformers' layers
     recompute: bool = False                 # less memory, more time: activations are computed again
     # the evaluation
@@ -107,11 +109,11 @@ class ClipConfig(RunConfig):
             raise BadInput(f"--eval-split {self.eval_split}: test or validation")
 
 
-# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4x as fast. Minutes of training
-# are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold at most
-# four objects, no two of one colour: at 64 px, eight are a few points each, and the segmenter learns to tell
-# things apart by place later than by colour.
-# base and large fit a card of 80 GB: sixteen clips at a time, activations computed again.
+# CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4 times as fast. Minutes of
+# training are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold
+# at most four objects, no two of one colour: at 64 px each of eight objects would be a few points only, and
+# the segmenter learns to tell things apart by place later than by colour.
+# base and large fit a GPU of 80 GB: sixteen clips go through at a time, and activations are computed again.
 FULL = dict(layers=12, width=768, heads=12, text_layers=12, text_width=768, embed=256, text_length=77,
             learned_tokens=16, batch=64, micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
@@ -147,9 +149,9 @@ class Layer(nn.Module):
         x (1, N, w) holds the clips one after the other, and the list `lengths` says how long each is."""
         qkv = self.qkv(self.norm1(x))
         q, k, v = rearrange(qkv, "b s (three a c) -> three b a s c", three=3, a=self.heads)
-        # softmax over the keys of the own clip: padding and dead trajectories are not read
+        # softmax over the keys of the same clip: padding and dead trajectories are not read
         if lengths is None:
-            # None instead of a mask of True: a GPU has a faster kernel without a mask
+            # None rather than a mask that is all True: a GPU has a faster kernel without a mask
             keys = None if mask is None else mask[:, None, None]        # (b, 1, 1, s): same for all queries
             y = F.scaled_dot_product_attention(q, k, v, keys)
         else:
@@ -169,9 +171,9 @@ class Transformer(nn.Module):
         self.recompute = recompute
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # std 1 / sqrt(fan in). With the customary 0.02 attention is so weak at width 128 that all
-                # captions start with almost the same vector. Each layer adds two branches to x: as in GPT-2,
-                # their last maps start smaller, so that the sum of all branches is about as large as one.
+                # std 1 / sqrt(fan in). With the customary 0.02, attention is so weak at width 128 that all
+                # captions start with almost the same vector. Each layer adds two branches to x. As in GPT-2,
+                # their last matrices start smaller, so that all branches together are about as large as one.
                 branch = name.endswith(("proj.weight", "mlp.2.weight"))
                 fan = p.shape[1] * (2 * layers if branch else 1)
                 nn.init.normal_(p, std=fan ** -0.5)
@@ -179,24 +181,26 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, x, mask=None, lengths=None, begin=0, end=None):
-        """Layers begin .. end - 1; end=None: to the last one, and the norm behind it."""
+        """x, mask, lengths: as in Layer. Only layers begin .. end - 1 are applied; with end=None, all layers
+        from `begin` on, and then the norm."""
         for layer in self.layers[begin:end]:
             x = recomputed(self.recompute, layer, x, mask, lengths)
         return self.norm(x) if end is None else x
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The tokenizers. Everything else is the same for all of them: transformers, clips, schedule
+# The tokenizers. Transformers, clips and schedule are the same for all of them
 # -----------------------------------------------------------------------------------------------------------
 
 class Tokenizer(nn.Module):
-    """A tokenizer is a module built from the ClipConfig, with one method:
+    """A tokenizer is a module built from the ClipConfig; it need not be derived from this class. It has one
+    method:
 
         forward(video uint8 (b, t, H, W, 3), m, labels (b, t, H, W)) -> tokens (b, M, w), mask, seg
 
-    m: how many tokens a trajectory has; grids of patches ignore it. labels: -1 = of no trajectory; only a
-    tokenizer that is given its masks reads them. mask bool (b, M), True = a real token; None: all are. seg: a
-    Segmentation, which gets the segmentation loss, or None.
+    m: how many tokens a trajectory has; grids of patches ignore it. labels: the true trajectory of each
+    pixel, -1 = none; only a tokenizer that is given its masks, as TrajViT is, reads them. mask bool (b, M),
+    True = a real token; None: all are. seg: a Segmentation, which gets the segmentation loss, or None.
 
     A tokenizer that changes the tokens between the layers has a second method, which calls the layers itself:
 
@@ -204,11 +208,11 @@ class Tokenizer(nn.Module):
 
 
 class TrajViT2(TrajTok):
-    """The paper's tokenizer, TrajTok. It is a TrajTok rather than holding one, so that its weights have the
-    names with which TrajTok.from_pretrained reads them."""
+    """The paper's tokenizer, TrajTok, with the interface above. It is derived from TrajTok, so that its
+    weights have the names that TrajTok.from_pretrained reads."""
 
     def __init__(self, cfg):
-        # the flags that TrajTokConfig has under the same names
+        # the flags that are fields of TrajTokConfig under the same names
         names = ("image_size", "frames", "num_queries", "places", "path", "position_scale", "detach",
                  "hierarchical", "hard_mask", "mean_start", "recompute")
         same = {name: getattr(cfg, name) for name in names}
@@ -228,20 +232,20 @@ class ViT3D(Tokenizer):
         if cfg.image_size % cfg.patch:
             raise BadInput(f"--patch {cfg.patch}: does not divide an image of {cfg.image_size} px")
         self.cfg = cfg
-        self.side = cfg.image_size // cfg.patch                 # h' = w': patches
+        self.side = cfg.image_size // cfg.patch                 # h' = w': patches along a side
         self.steps = math.ceil(cfg.frames / 2)                  # t': time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
         self.position = self.positions(self.steps * self.side ** 2)
 
     def positions(self, count):
-        """Learned positions. 0.02 is their scale at the start in ViT."""
+        """Learned positions (1, count, width). They start at a deviation of 0.02, as in ViT."""
         scale = 0.02 * self.cfg.position_scale
         return nn.Parameter(scale * torch.randn(1, count, self.cfg.width))
 
     def patches(self, video):
         """uint8 (b, t, H, W, 3) -> normalised pixels of the patches (b, t', h', w', 2·p·p·3)."""
         x = normalise(video)
-        # of an odd number of frames, the last is taken twice; so is a picture
+        # if the number of frames is odd, the last one is taken twice; a picture is one frame
         if x.shape[1] % 2:
             x = torch.cat((x, x[:, -1:]), 1)
         p = self.cfg.patch
@@ -253,18 +257,18 @@ class ViT3D(Tokenizer):
         return x + self.position[:, :x.shape[1]], None, None
 
     def by_time_step(self, x):
-        """[CLS; patches] (b, 1 + t' h' w', d) -> CLS (b, 1, d), patches (b, t', h' w', d)."""
+        """[CLS; patches] (b, 1 + t' h' w', width) -> CLS (b, 1, width), patches (b, t', h' w', width)."""
         return x[:, :1], rearrange(x[:, 1:], "b (t n) d -> b t n d", n=self.side ** 2)
 
 
 class ViViT(ViT3D):
     """Factorised encoder (ViViT's model 2, arXiv 2103.15691). The transformer sees each time step alone, with
-    a CLS of its own; a second, small one reads these CLSs in order. CHOICE: the second has the published 4
-    layers, or a third of the first's where that is less."""
+    a CLS of its own; a second, small transformer reads these CLSs in order. CHOICE: the second one has the
+    published 4 layers, or a third of the first one's layers where these are fewer."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        # the first transformer does not know which time step it sees: positions are those in a frame
+        # the first transformer does not know which time step it sees: these are positions within a frame
         self.position = self.positions(self.side ** 2)
         self.time = self.positions(1 + self.steps)
         layers = min(4, max(1, cfg.layers // 3))
@@ -276,11 +280,11 @@ class ViViT(ViT3D):
         return x.flatten(1, 2), None, None
 
     def through(self, transformer, x):
-        cls, steps = self.by_time_step(x)
-        b, t = steps.shape[:2]
+        cls, patches = self.by_time_step(x)
+        b, t = patches.shape[:2]
         # in space: a copy of CLS before the patches of each time step
         copies = cls[:, None].expand(-1, t, -1, -1)
-        x = torch.cat((copies, steps), 2).flatten(0, 1)         # (b t', 1 + h' w', d)
+        x = torch.cat((copies, patches), 2).flatten(0, 1)       # (b t', 1 + h' w', width)
         read = transformer(x)[:, 0]                             # what each copy has read
         # in time: CLS before the time steps of each clip
         x = torch.cat((cls, read.unflatten(0, (b, t))), 1)
@@ -302,14 +306,14 @@ class TokenLearner(ViT3D):
         cls, x = self.by_time_step(transformer(x, end=self.at))
         # softmax over the patches of a time step: a token is a mean of them
         weights = self.score(self.norm(x)).mT.softmax(-1)       # (b, t', learned, h' w')
-        learned = weights.to(x.dtype) @ x
+        learned = weights.to(x.dtype) @ x                       # (b, t', learned, width)
         x = torch.cat((cls, learned.flatten(1, 2)), 1)
         return transformer(x, begin=self.at)
 
 
 class RLT(ViT3D):
-    """Run-length tokenization (arXiv 2411.05222): a ViT3D that drops the patches that did not change since
-    the time step before: those where, over normalised pixels,
+    """Run-length tokenization (arXiv 2411.05222): a ViT3D that drops the patches that have not changed since
+    the time step before. These are the patches in which, with a mean over normalised pixels,
 
       mean |last frame of this time step - first frame of the one before| <= rlt_threshold"""
 
@@ -317,14 +321,15 @@ class RLT(ViT3D):
         x = self.patches(video)
         z = self.embed(x).flatten(1, 3)
         first, last = x.chunk(2, -1)                            # the two frames of each patch
-        change = (last[:, 1:] - first[:, :-1]).abs().mean(-1)
+        change = (last[:, 1:] - first[:, :-1]).abs().mean(-1)   # (b, t' - 1, h', w')
         kept = torch.ones_like(x[..., 0], dtype=torch.bool)     # True = a token; the first time step always
         kept[:, 1:] = change > self.cfg.rlt_threshold
         return z + self.position[:, :z.shape[1]], kept.flatten(1), None
 
 
 class Reader(nn.Module):
-    """One learned latent reads a trajectory's vectors, one from each frame: cross-attention without MLPs."""
+    """One learned latent reads a trajectory's vectors, one from each frame, by cross-attention, without
+    MLPs."""
 
     def __init__(self, dim, depth, heads):
         super().__init__()
@@ -335,8 +340,9 @@ class Reader(nn.Module):
             self.layers.append(nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim), attention)))
 
     def forward(self, x, seen):
-        """x (s, t, d); seen bool (s, t), True = in this frame -> (s, d)."""
-        z = self.latent.expand(len(x), -1, -1)
+        """x (s, t, d) of s trajectories; seen bool (s, t), True = the trajectory is in this frame -> (s,
+        d)."""
+        z = self.latent.expand(len(x), -1, -1)                  # (s, 1, d)
         for norm_z, norm_x, attention in self.layers:
             y = norm_x(x)
             # softmax over the frames in which the trajectory is seen; key_padding_mask: True = not read
@@ -352,14 +358,15 @@ class TrajViT(Features):
       place:      mean (x, y, time) of these points, as sines and cosines           -> Reader over the frames
       token = linear(appearance + place)
 
-    CHOICE: on made clips it gets the true masks, where the paper has an external segmenter and tracker.
-    CHOICE: TrajTok's backbone for the published ResNet-18, so that the two differ in their tokens alone."""
+    CHOICE: on made clips it gets the true masks, where its paper has an external segmenter and tracker.
+    CHOICE: TrajTok's backbone replaces the published ResNet-18, so that the two differ in their tokens
+    alone."""
 
     def __init__(self, cfg):
         shape = dataclasses.replace(SIZES[cfg.size], recompute=cfg.recompute)
         super().__init__(shape)
         d = shape.dim
-        self.most = cfg.num_queries                             # K: of more trajectories the largest are kept
+        self.most = cfg.num_queries                             # K: the largest K trajectories are kept
         depth = 4 if cfg.layers >= 24 else 2                    # as published: 4 for ViT-Large
         self.appearance = Reader(d, depth, shape.heads)
         self.place = Reader(d, depth, shape.heads)
@@ -373,7 +380,7 @@ class TrajViT(Features):
         ids = labels_on_grid(labels, grid, self.most).to(f.device)           # (b, n), -1 = of no trajectory
         appearance, centre, seen = self.means(f.float(), ids, grid)
         alive = seen.any(1)                                     # (b K,), True = has a point at all
-        # a softmax over no frame would be NaN: a dead trajectory reads all frames, and is masked later
+        # a softmax over no frame would be NaN, so a dead trajectory reads all frames, and is masked later
         seen = seen | ~alive[:, None]
         frequencies = math.pi * 2 ** torch.linspace(0, 6, 16, device=f.device)
         angles = centre[..., None] * frequencies                # (b K, t, 3, 16)
@@ -383,10 +390,11 @@ class TrajViT(Features):
         return z.unflatten(0, (b, -1)), alive.unflatten(0, (b, -1)), None
 
     def means(self, f, ids, grid):
-        """Means over the points of each trajectory in each frame: of the features (b, n, d) -> (b K, t, d),
-        and of x, y and time, each in (0, 1) -> (b K, t, 3). And seen (b K, t), True = has a point there."""
+        """Means over the points of each trajectory in each frame: of the features f (b, n, d) -> (b K, t, d),
+        and of x, y and time, each in (0, 1) -> (b K, t, 3). Third, seen (b K, t), True = the trajectory has a
+        point in this frame."""
         t, h, w = grid
-        # what is summed of every point: its features, its place, and a 1 to count it
+        # what is summed over the points: features, place, and a 1 to count them
         place = times_and_places(grid, f.device).flip(1)        # (n, 3): x, y, time
         place = place.expand(len(f), -1, -1)
         points = torch.cat((f, place, torch.ones_like(f[..., :1])), 2)       # (b, n, d + 4)
@@ -406,7 +414,7 @@ TOKENIZERS = {"trajvit2": TrajViT2, "trajvit": TrajViT, "vit3d": ViT3D, "vivit":
 
 
 def tokenizer_class(name):
-    """--tokenizer -> its class: one of ours, or FILE.py:CLASS, for which the file is run."""
+    """--tokenizer -> its class: one of ours, or that of FILE.py:CLASS, for which the file is run."""
     if name in TOKENIZERS:
         return TOKENIZERS[name]
     file, _, wanted = name.rpartition(":")
@@ -422,10 +430,10 @@ def tokenizer_class(name):
 
 class VideoEncoder(nn.Module):
     """Tokenizer, then a transformer over [CLS; tokens]. Trajectories are a set and get no positions here:
-    where and when one was has to be in its token. Patches get learned positions from their tokenizer.
+    where and when a thing was has to be in its token. Patches get learned positions from their tokenizer.
 
-    Dead trajectories and dropped patches end here: real tokens are moved to the front of each clip, and the
-    batch is cut at the clip that has most."""
+    Tokens of dead trajectories and of dropped patches end here: real tokens are moved to the front of each
+    clip, and the batch is cut at the largest number of them."""
 
     def __init__(self, tokenizer, cfg):
         super().__init__()
@@ -444,7 +452,7 @@ class VideoEncoder(nn.Module):
             mask = None
         if mask is not None:
             count = mask.sum(1)
-            z, mask, _ = compact(Tokens(z, mask, mask))         # the third field is not needed here
+            z, mask, _ = compact(Tokens(z, mask, mask))         # mask stands in for `trajectory`, unused here
             mask = F.pad(mask, (1, 0), value=True)              # CLS is always real
         # PAPER: a CLS token in front; a plain ViT from here on
         x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
@@ -457,10 +465,10 @@ class VideoEncoder(nn.Module):
         return x[:, 0], count, seg
 
     def packed(self, x, mask):
-        """What the transformer makes of each CLS (b, 1, w) when one sequence holds the real tokens of all
-        clips, and each clip attends to itself. For a CPU: at nano, with four tokens a trajectory, twice as
-        fast as padding."""
-        lengths = mask.sum(1)
+        """The transformer without padding: x (b, 1 + M, w), mask, True = real -> CLS (b, 1, w). One sequence
+        holds the real tokens of all clips, and each clip attends to itself. On a CPU this is twice as fast
+        as padding, at nano with four tokens a trajectory."""
+        lengths = mask.sum(1)                                   # (b,)
         first = lengths.cumsum(0) - lengths                     # where each clip, and so its CLS, begins
         y = self.transformer(x[mask][None], lengths=lengths.tolist())        # (1, N, w)
         return y[0, first, None]
@@ -468,8 +476,8 @@ class VideoEncoder(nn.Module):
 
 class TextEncoder(nn.Module):
     """CHOICE (the paper does not say; the release takes BERT-base): a bidirectional transformer from scratch
-    with learned positions. A caption's vector is the mean over its real tokens, which differs between
-    captions of different words from the first step on; a CLS would have to learn that first."""
+    with learned positions. A caption's vector is the mean over its real tokens. Captions of different words
+    then have different vectors from the first step on; a CLS would have to learn that first."""
 
     def __init__(self, vocabulary, cfg):
         super().__init__()
@@ -478,7 +486,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.transformer = Transformer(cfg.text_layers, cfg.text_width, cfg.heads, cfg.recompute)
 
-    def forward(self, ids, mask):                               # (b, s), True = a real token -> (b, w)
+    def forward(self, ids, mask):                               # (b, s), True = real -> (b, text_width)
         x = self.transformer(self.embed(ids) + self.position[:, :ids.shape[1]], mask)
         # the mean over real tokens: with padding in it, a vector would depend on the other captions' lengths
         return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -486,7 +494,7 @@ class TextEncoder(nn.Module):
 
 class VideoCLIP(nn.Module):
     """A video tower and a text tower, trained so that a clip and its caption have similar unit vectors (CLIP,
-    arXiv 2103.00020). Both are trained from scratch. encoding: of the captions (data.load_encoding)."""
+    arXiv 2103.00020). Both are trained from scratch. encoding: captions -> ids (data.load_encoding)."""
 
     def __init__(self, cfg, encoding):
         super().__init__()
@@ -498,7 +506,7 @@ class VideoCLIP(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
     def embed_video(self, video, m=1, labels=None):
-        """-> unit vectors (b, e), CLS (b, w), number of tokens (b,), Segmentation or None."""
+        """-> unit vectors (b, e), CLS (b, w), number of real tokens (b,), Segmentation or None."""
         with trajtok.precision(video.device, self.cfg.bf16):
             cls, count, seg = self.video(video, m, labels)
             vectors = self.video_proj(cls).float()
@@ -513,11 +521,11 @@ class VideoCLIP(nn.Module):
     def contrastive(self, video, text):
         """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; ln b before training.
 
-          L = -1/2b sum_i ( log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i] )
+          L = -1/(2b) sum_i ( log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i] )
 
-        The temperature tau starts at 0.07 and is learned; the loop clamps it to [0.001, 0.5] after each
+        The temperature tau starts at 0.07 and is learned; `train` clamps it to [0.001, 0.5] after each
         step."""
-        # softmax over the batch: each video chooses among all captions (rows), each caption among all videos
+        # softmax over the batch: each video chooses among all captions, each caption among all videos
         logits = video @ text.T / self.temperature
         target = torch.arange(len(video), device=video.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -528,14 +536,14 @@ def count_parameters(model):
 
 
 def build(cfg, encoding, device):
-    """The model of a run, with the weights that it starts from: random ones, all those of another run
-    (--init), or its segmenter's alone (--init-segmenter). PAPER: with --freeze-segmenter the masks stay as
-    they are, and the encoder and all behind it learn."""
+    """The model of a run with its first weights: random ones, all weights of another run (--init), or those
+    of another run's segmenter (--init-segmenter). PAPER: with --freeze-segmenter the masks stay as they are,
+    while the encoder and everything behind it learn."""
     model = VideoCLIP(cfg, encoding)
     segmenter = getattr(model.video.tokenizer, "segmenter", None)
     ablated = not (cfg.detach and cfg.hierarchical and cfg.hard_mask and cfg.mean_start)
-    changed = ablated or cfg.places or cfg.path or cfg.init_segmenter or cfg.freeze_segmenter
-    if changed and segmenter is None:
+    needed = ablated or cfg.places or cfg.path or cfg.init_segmenter or cfg.freeze_segmenter
+    if needed and segmenter is None:
         raise BadInput(f"--tokenizer {cfg.tokenizer}: has no segmenter to change, to load or to freeze")
     if cfg.init:
         trajtok.load_weights(model, cfg.init)
@@ -543,7 +551,7 @@ def build(cfg, encoding, device):
         trajtok.load_weights(segmenter, cfg.init_segmenter, "video.tokenizer.segmenter.", "segmenter.")
     if cfg.freeze_segmenter:
         segmenter.requires_grad_(False)
-    # Module.compile() works in place; torch.compile(module) would put `_orig_mod.` before names of weights
+    # Module.compile() works in place; torch.compile(module) would put `_orig_mod.` before the weights' names
     if cfg.compile:
         model.video.tokenizer.compile()
         for layer in (*model.video.transformer.layers, *model.text.transformer.layers):
@@ -564,16 +572,17 @@ class Batch(NamedTuple):
 
 
 def encode(model, batch, m):
-    """-> unit vectors of videos and texts (b, e), segmentation loss (0 without masks), terms for the log.
-    The contrastive loss is the caller's: it needs the vectors of all micro-batches and processes."""
+    """-> unit vectors of videos and of texts, each (b, e), weighted segmentation loss (0 without a
+    Segmentation), terms for the log. The caller computes the contrastive loss, which needs the vectors of all
+    micro-batches and processes."""
     video, _, count, seg = model.embed_video(batch.video, m, batch.labels)
     text = model.embed_text(batch.ids, batch.mask)
     terms = dict(tokens=count.float().mean().item())
     segmentation = video.new_zeros(())
     if seg is not None:
-        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
+        # outside autocast: the matching counts points, and bfloat16 counts exactly only up to 256
         focal, dice = segmentation_loss(seg, batch.labels)
-        # PAPER: Dice beside focal finds small things. 0.5 and 1 are the release's weights
+        # PAPER: Dice is added to focal, so that small things are found. 0.5 and 1 are the release's weights
         both = 0.5 * focal + model.cfg.dice_weight * dice
         segmentation = model.cfg.segmentation_weight * both
         terms |= dict(focal=focal.item(), dice=dice.item())
@@ -581,12 +590,13 @@ def encode(model, batch, m):
 
 
 def whole_step(model, batch, m):
-    """Gradients of one batch into p.grad -> terms of the loss. Other processes' clips are negatives."""
+    """Put the gradients of one batch into p.grad -> terms for the log. Other processes' clips are negatives
+    too."""
     video, text, segmentation, terms = encode(model, batch, m)
     contrastive = model.contrastive(gather(video), gather(text))
-    # train() sums gradients over processes. Each has the same contrastive loss, of all clips, but a gradient
-    # from its own clips only: the sum is the whole. The segmentation loss is the mean over its own clips: the
-    # sum has to be divided.
+    # train() sums the gradients over all processes. Each process has the same contrastive loss, of all clips,
+    # but the gradient through its own clips only, so that the sum is the whole gradient. The segmentation
+    # loss is a mean over the process's own clips, so that its sum has to be divided.
     loss = contrastive + segmentation / ranks()[1]
     # PAPER: both losses train the masks, the segmentation loss directly, the contrastive one through z_init
     loss.backward()
@@ -594,9 +604,9 @@ def whole_step(model, batch, m):
 
 
 def micro_batch_step(model, batch, m):
-    """The same gradients, with activations of only `cfg.micro_batch` clips in memory (GradCache, arXiv
-    2101.06983). InfoNCE couples all clips of a batch, but only through their vectors v and t. Nothing in the
-    model is random once m is drawn, so that embedding a clip twice gives the same vectors."""
+    """The gradients of whole_step, with activations of only `cfg.micro_batch` clips in memory (GradCache,
+    arXiv 2101.06983). InfoNCE couples all clips of a batch, but only through their vectors v and t. Nothing
+    in the model is random once m is drawn, so a clip that is embedded twice gets the same vector twice."""
     size = model.cfg.micro_batch
     parts = [Batch(*part) for part in zip(*(x.split(size) for x in batch))]
     # 1. the vectors of all clips, without the graph that leads to them
@@ -607,12 +617,12 @@ def micro_batch_step(model, batch, m):
     video, text = video.requires_grad_(), text.requires_grad_()
     contrastive = model.contrastive(gather(video), gather(text))
     contrastive.backward()
-    # 3. each part again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and dt constant,
-    # has the same gradient with respect to the weights as the contrastive loss
+    # 3. each part is embedded again, with a graph. By the chain rule sum(dv · v) + sum(dt · t), with dv and
+    # dt constant, has the same gradient with respect to the weights as the contrastive loss
     means = collections.Counter()
     for part, dv, dt in zip(parts, video.grad.split(size), text.grad.split(size)):
         v, t, segmentation, terms = encode(model, part, m)
-        share = len(v) / len(video)
+        share = len(v) / len(video)                             # the last part may be smaller
         part_loss = (dv * v).sum() + (dt * t).sum() + share * segmentation / ranks()[1]
         part_loss.backward()
         for key, value in terms.items():
@@ -626,18 +636,21 @@ def micro_batch_step(model, batch, m):
 
 def recalls(similarity, prefix, right):
     """similarity (queries, candidates) -> R@1, R@5, R@10 in [0, 1]. right bool, the same shape, True = an
-    answer to that query. Rank = how many wrong candidates score at least as high as the best answer. A tie
-    counts against the model: otherwise a constant output would score 1."""
+    answer to that query. The rank of a query is the number of wrong candidates that score at least as high as
+    its best answer. So a tie counts against the model: otherwise a constant output would score 1."""
     answer = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-    # not (similarity >= answer), which is False for NaN: a model that outputs NaN would be perfect
+    # written as "not smaller", because NaN >= answer is False: a model that outputs NaN would be perfect
     rank = (~(similarity < answer) & ~right).sum(1)
     return {f"{prefix}_r{n}": (rank < n).float().mean().item() for n in (1, 5, 10)}
 
 
 def linear_probe(train, valid, test):
-    """Each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from frozen features to
-    one-hot classes, fitted on the n vectors X of train:  W = (X^T X + n penalty I)^-1 X^T Y.  Of four
-    penalties the one that is best on valid is taken."""
+    """train, valid, test: each (features (n, w), classes (n,)) -> accuracy on test of a ridge regression from
+    frozen features to one-hot classes, fitted on train:
+
+      W = (X^T X + n penalty I)^-1 X^T Y
+
+    Of four penalties, the one with the best accuracy on valid is taken."""
     mean = train[0].mean(0)
     deviation = train[0].std(0) + 1e-6
 
@@ -662,21 +675,22 @@ def linear_probe(train, valid, test):
 
 @torch.no_grad()
 def embed(model, batches, damage):
-    """All n clips of a dataset -> dict of vectors (n, e), features = CLS (n, w), tokens = their number (n,),
-    where = [(batch, row)], and, as far as the batches hold them, captions, label, appearance, motion."""
+    """All n clips of a dataset -> dict: vectors (n, e); features (n, w), the CLS; tokens (n,), how many;
+    where, a list of (batch, row); and, if the batches hold them, captions, label, appearance, motion. It is
+    empty if no clip can be used."""
     model.eval()
     clips = collections.defaultdict(list)
     loader = data.loader(batches, 0, len(batches), model.cfg.workers)
     for i, batch in enumerate(tqdm(loader, "clips embedded", len(batches), leave=False, disable=None)):
         damage.add(batch["bad"])
         batch = data.finish(batch, model.temperature.device)
-        if not len(batch["video"]):                             # none of its files can be used
+        if not len(batch["video"]):                             # no file of this batch can be used
             continue
         m = model.cfg.tokens_per_trajectory
         vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
         batch["where"] = [(i, j) for j in range(len(vectors))]
-        # real clips have no appearance and motion
+        # real clips have no appearance and motion. The rows of each value are appended to a list
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
             clips[key] += batch.get(key, [])
     for key in clips:
@@ -695,9 +709,9 @@ def embed_texts(model, texts):
 
 
 def retrieval(model, clips):
-    """Text-to-video and video-to-text retrieval -> dict of recalls; texts; right, bool (texts, clips), True =
-    the clip has this caption; similarity of the same shape. Each different caption is one query, and any of
-    the clips that have it is a right answer."""
+    """Text-to-video and video-to-text retrieval -> dict of recalls; texts, the different captions; right,
+    bool (texts, clips), True = the clip has this caption; similarity, of the same shape. Each different
+    caption is one query, and every clip that has it is a right answer."""
     captions = clips["captions"]
     texts = sorted({text for own in captions for text in own})
     right = torch.tensor([[text in own for own in captions] for text in texts])
@@ -708,8 +722,8 @@ def retrieval(model, clips):
 
 
 def zero_shot(model, clips):
-    """The share of labelled clips whose label fits them best of all labels, or None without labels. A label
-    is the vector of its name in a sentence (CLIP, arXiv 2103.00020)."""
+    """The share of labelled clips to which their own label is the most similar of all; None without labels.
+    The vector of a label is that of a sentence with its name, cfg.prompt (CLIP, arXiv 2103.00020)."""
     labels = sorted({label for label in clips["label"] if label})
     if not labels:
         return None
@@ -720,10 +734,11 @@ def zero_shot(model, clips):
 
 
 def probe(model, clips, world):
-    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape and its motion."""
+    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape, called appearance,
+    and for its motion."""
     count = model.cfg.probe_clips
     sets = []
-    # train: numbers of training clips so high that no training reaches them; then valid, then test
+    # train: training clips of numbers so high that no training reaches them; then valid; test is `clips`
     for begin, size in ((500_000_000, count), (data.VALIDATION, max(count // 4, 1))):
         batches = data.WorldBatches(world, model.cfg.batch, indices=range(begin, begin + size))
         sets.append(embed(model, batches, data.Damage()))
@@ -735,13 +750,13 @@ def probe(model, clips, world):
 
 
 def reversal(model, clips, held_out):
-    """Does the model know which way time runs? v, t: vectors of a clip and its caption; v', t': of the same
-    clip backwards. -> the share of clips for which
+    """Does the model know which way time runs? v and t are the vectors of a clip and its caption, v' and t'
+    those of the same clip backwards. -> the share of clips for which
 
-      v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0,
+      v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0
 
-    of those whose caption changes to one of a motion that training shows; chance is 1/2. None without such
-    clips."""
+    Only clips count whose caption changes, and whose motion backwards is one that training shows. Chance is
+    1/2. None if there is no such clip."""
     world = dataclasses.replace(held_out.world, reverse=True)
     batches = data.WorldBatches(world, model.cfg.batch, indices=held_out.indices)
     twins = embed(model, batches, data.Damage())
@@ -751,14 +766,14 @@ def reversal(model, clips, held_out):
     t = embed_texts(model, texts) - embed_texts(model, twin_texts)
     right = (v * t).sum(1) > 0
     changed = torch.tensor([a != b for a, b in zip(texts, twin_texts)])
-    # a clip in which something approaches, backwards, has no motion class
+    # a clip in which something approaches has no motion class when it runs backwards
     changed &= twins["motion"] >= 0
     return right[changed].float().mean().item() if changed.any() else None
 
 
 def found_clips(similarity, right, texts, clips, held_out):
-    """A picture: three captions, and below each the three clips that it finds first, as three frames; the bar
-    under a clip is green if it has this caption, red if not."""
+    """-> image uint8 (H, W, 3): three captions, and below each the three clips that it finds first, each as
+    three frames in a row. The bar under a clip is green if the clip has this caption, else red."""
     sheet = []
     for query in np.linspace(0, len(texts) - 1, 3).astype(int):
         found = []
@@ -780,8 +795,9 @@ def found_clips(similarity, right, texts, clips, held_out):
 
 
 def count_flops(cfg):
-    """--flops: a table of GFLOPs of embedding one clip. Counted on the meta device, where tensors have shapes
-    and no values, so nothing is computed. Upper bounds: no trajectory is dead, no patch dropped."""
+    """--flops: print a table of the GFLOPs that VideoEncoder takes for one clip. They are counted on the meta
+    device, where tensors have shapes and no values, so nothing is computed. They are upper bounds, as no
+    trajectory is dead and no patch is dropped."""
     lengths = (8, 16, 32, 64, 128)
     side = cfg.image_size
     lines = [["GFLOPs a clip", *(f"{t} frames" for t in lengths)]]
@@ -792,7 +808,7 @@ def count_flops(cfg):
             with torch.device("meta"):
                 video = VideoEncoder(tokenizer(one), one)
                 pixels = torch.zeros(1, t, side, side, 3, dtype=torch.uint8)
-            # trajvit reads the number of labels off their values, so these lie on the CPU: vertical stripes
+            # trajvit reads the values of labels, so these lie on the CPU: vertical stripes, a label each
             labels = torch.arange(side).expand(1, t, side, -1)
             gflops = trajtok.count_gflops(lambda: video(pixels, cfg.tokens_per_trajectory, labels))
             cells.append(f"{gflops:.2f}")
@@ -804,12 +820,13 @@ def count_flops(cfg):
 # The run
 # -----------------------------------------------------------------------------------------------------------
 
-# what is printed of a step, and drawn as curves
+# the terms of a step that are printed, and drawn as curves
 TERMS = ("contrastive", "focal", "dice", "tokens")
 
 
 def train(cfg, folder):
-    """Data, model and optimizer; the steps; then the scores on the held-out clips."""
+    """Make data, model and optimizer, train, and score the held-out clips. With --eval-only, only score.
+    `world` is the number of processes, `rank` the number of this one."""
     device = trajtok.setup(cfg)
     rank, world = ranks()
     train_set, held_out = data.open_data(cfg, "caption", world)
@@ -828,7 +845,7 @@ def train(cfg, folder):
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
     log = trajtok.Log(folder, first)
-    clips = cfg.batch * world                                   # a step, of all processes
+    clips = cfg.batch * world                                   # of a step, in all processes
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
           f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
@@ -837,7 +854,7 @@ def train(cfg, folder):
         lr = trajtok.learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        # 1. the batch. A file that could not be used was replaced in it; it is named once
+        # 1. the batch. A file that could not be used was replaced by another; it is named once
         damage.add(batch["bad"])
         batch = prepare(model, batch, step * world + rank)
         # 2. the gradients. PAPER: 1, 2 or 4 tokens a trajectory, drawn at each step. The draw depends on the
@@ -848,7 +865,7 @@ def train(cfg, folder):
         take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
         terms = take_step(model, batch, m)
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
-        # every process had the whole gradient of the temperature, and their sum is `world` times too large
+        # every process had the whole gradient of the temperature, so their sum is `world` times too large
         model.temperature.grad /= world
         # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
@@ -859,7 +876,7 @@ def train(cfg, folder):
         # focal is exactly 0 only where not one point is labelled
         if step == first and terms.get("focal") == 0:
             print("no segmentation loss: no clip of this batch has masks")
-        # means over processes. This waits for the slowest of them, so `seconds` is the time of all
+        # means over processes. This waits for the slowest process, so `seconds` is the time of the whole step
         terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
         seconds = time.time() - mark
         pace = clips / seconds
@@ -881,11 +898,12 @@ def train(cfg, folder):
 
 
 def prepare(model, batch, number):
-    """A batch as data.py makes it -> Batch on the model's device, augmented if asked for."""
+    """A batch as data.py makes it -> Batch on the model's device, with --augment augmented. number: of the
+    batch, in all processes; it is the seed of the augmentation, together with cfg.seed."""
     cfg, device = model.cfg, model.temperature.device
     batch = data.finish(batch, device)
     video, labels = batch["video"], batch["labels"]
-    # made clips are never the same twice and need no augmentation; the key "motion" marks them
+    # made clips never repeat and need no augmentation; the key "motion" marks them
     if cfg.augment and "motion" not in batch:
         video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6)
     if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
@@ -895,10 +913,10 @@ def prepare(model, batch, number):
 
 
 def choose_words(cfg, train_set, folder):
-    """--text -> the encoding of captions, and its words if they are the run's own, or None. `captions`, the
-    default for real data: 256 bytes and the most frequent words of the training captions. Words are numbered
-    in their order: a run that goes on, or starts from another's weights, has to take the words of that
-    run."""
+    """--text -> the encoding of captions, and its list of words if that is the run's own, else None. With
+    `captions`, the default for real data, the vocabulary is 256 bytes and the most frequent words of the
+    training captions. A word's id follows from its place in the list, so a run that goes on, or starts from
+    the weights of another, has to take the list of that run."""
     if cfg.text != "captions":
         return data.load_encoding(cfg.text), None
     captions = train_set.captions()
@@ -913,8 +931,8 @@ def choose_words(cfg, train_set, folder):
 
 
 def validate(model, log, step, damage):
-    """--eval-every: retrieval on validation clips, or on the held-out clips of real data -> one line on the
-    terminal and one in the log."""
+    """--eval-every: retrieval on validation clips, for real data on the held-out clips. Writes one line to
+    the terminal and one to the log."""
     cfg = dataclasses.replace(model.cfg, eval_split="validation")
     _, held_out = data.open_data(cfg)
     result, *_ = retrieval(model, embed(model, held_out, damage))
@@ -923,8 +941,9 @@ def validate(model, log, step, damage):
 
 
 def score_run(model, held_out, folder, log, damage):
-    """Score the held-out clips: retrieval, zero-shot classes, linear probes, segmentation (None where the
-    data has no labels for it, or the tokenizer no masks). Write result.json and pictures, and print them."""
+    """Score the held-out clips: retrieval, zero-shot classes, linear probes, direction of time, segmentation.
+    A score is None where the data has no labels for it, or the tokenizer no masks. Write result.json and
+    pictures, and print the scores."""
     cfg, device = model.cfg, model.temperature.device
     clips = embed(model, held_out, damage)
     if not clips:
@@ -932,13 +951,14 @@ def score_run(model, held_out, folder, log, damage):
     result, texts, right, similarity = retrieval(model, clips)
     result |= dict(zero_shot=zero_shot(model, clips), appearance=None, motion=None, veq=None, stq=None)
     write_png(folder / "found.png", found_clips(similarity, right, texts, clips, held_out))
-    # GFLOPs of real clips, in which dead trajectories and dropped patches cost nothing; --flops counts them
+    # GFLOPs, the mean of eight held-out clips. Here the transformer reads no dead trajectories and no dropped
+    # patches, while --flops counts them
     first_batch, _ = clips["where"][0]
     batch = data.finish(held_out[first_batch], device)
     video, labels = batch["video"][:8], batch["labels"][:8]
     gflops = trajtok.count_gflops(lambda: model.embed_video(video, cfg.tokens_per_trajectory, labels))
     result["gflops"] = gflops / len(video)
-    # made clips alone: their generator knows what the subject is and how it moves
+    # only for made clips: their generator knows what the subject is and how it moves
     if hasattr(held_out, "world"):
         result |= probe(model, clips, held_out.world) | data.known_controls(held_out.world)
         result["reversal"] = reversal(model, clips, held_out)
@@ -948,7 +968,7 @@ def score_run(model, held_out, folder, log, damage):
         result |= scores
     start = cfg.init_segmenter or cfg.init
     if start:
-        # what the weights that this run started from had already seen
+        # how many clips had trained the weights that this run started from
         before = trajtok.read_json(Path(start) / "config.json")
         result["clips_before"] = before["steps"] * before["batch"]
     steps = [line for line in log.lines() if "contrastive" in line]      # the other lines are validations
@@ -963,7 +983,7 @@ def score_run(model, held_out, folder, log, damage):
 
 
 def report(result, folder):
-    """Print what the run scored, with chance beside it, and which command to try next."""
+    """Print the scores of a run, with chance beside them, and which command to try next."""
     n = result["clips"]
     lines = [[f"{n} held-out clips", "score", "chance"]]
     for name, key, chance in (
@@ -975,7 +995,7 @@ def report(result, folder):
             ("which way time runs", "reversal", 1 / 2),
             ("trajectories: best IoU of objects", "object_iou", None),
             ("trajectories: VEQ", "veq", None), ("trajectories: STQ", "stq", None)):
-        if result.get(key) is not None:                         # None: the data or the tokenizer has none
+        if result.get(key) is not None:                         # None: no labels, or no masks
             beside = f"{min(100 * chance, 100):.1f} %" if chance else ""
             lines.append([name, f"{100 * result[key]:.1f} %", beside])
     print("\n".join(["", *trajtok.aligned(lines)]))

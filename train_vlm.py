@@ -73,7 +73,8 @@ class DecoderConfig:
     tie_word_embeddings: bool = True    # logits come from the embedding table itself
 
 
-# number of parameters behind each
+# Ids, width, width of the SwiGLU, layers, query heads, key heads; nano also has channels of a head and
+# rope_theta. Behind each its number of parameters.
 DECODERS = {
     "nano": DecoderConfig(1030, 128, 384, 3, 4, 2, 32, 1e4, max_position_embeddings=4096),     # 0.7 M
     "0.6b": DecoderConfig(151936, 1024, 3072, 28, 16, 8),                                      # 596 M
@@ -83,15 +84,15 @@ DECODERS = {
 
 
 def rotate_halves(x, cos, sin):
-    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c);
-    cos, sin (s, c/2), float32."""
+    """Rotary embedding that pairs channel j with channel j + c/2. x (b, a, s, c); cos, sin (s, c/2), float32
+    -> float32 (b, a, s, c)."""
     u, v = x.float().chunk(2, -1)
     return torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; q and k are normed head by head
-    before they are rotated."""
+    """Causal self-attention with grouped queries: several heads of queries share one of keys and values. q
+    and k are normed head by head before they are rotated."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -107,12 +108,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, memory=None):
-        """x (b, s, w). memory: a dict that keeps the keys and values of earlier
-        positions."""
+        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions, and the last
+        queries, which `attended` reads. None: nothing is kept."""
+        # q (b, query heads, s, c); k and v (b, key heads, s, c)
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
+        # an empty memory, or none: these are the first positions, and is_causal is the mask
         if memory:
             k = torch.cat((memory["k"], k), 2)
             v = torch.cat((memory["v"], v), 2)
@@ -129,15 +132,14 @@ class Attention(nn.Module):
 
 
 def causal_mask(s, k):
-    """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read,
-    which is nothing after the query."""
+    """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read:
+    every position up to the query's own."""
     n = k.shape[2]
     return torch.ones(s, n, dtype=torch.bool, device=k.device).tril(n - s)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one half decides how much of the other
-    passes."""
+    """down(silu(gate(x)) * up(x)): one half decides how much of the other passes."""
 
     def __init__(self, width, mlp):
         super().__init__()
@@ -150,8 +152,8 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: each branch reads a normed copy of the stream, and is added to
-    it."""
+    """Pre-norm: each branch reads a normed copy of the residual stream, and its output is added to the
+    stream."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -166,16 +168,13 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(ids int64 (b, s), or embeddings (b, s, w)) -> logits (b, s,
-    vocabulary)
-    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of
-    targets,), row by row; -1 = none.
+    """forward(ids int64 (b, s), or embeddings (b, s, w)) -> logits (b, s, vocabulary)
+    forward(ids, targets (b, s)) -> -log p of each target, float32 (number of targets,), row by row; a target
+    of -1 is none.
 
-    targets[i] is what position i predicts: ids shifted by one, by the caller.
-    Rows are padded at the right: attention is causal, so padding is read by
-    padding alone, and needs no mask.
-    cache: what empty_cache() gave; ids then continue what was given before, and
-    are added to it."""
+    targets[:, i] is what position i predicts: the caller shifts ids by one. Rows are padded at the right:
+    attention is causal, so padding is read by padding alone and needs no mask.
+    cache: what empty_cache() gave; ids then continue what was given before, and are added to it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -188,8 +187,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # 1 / sqrt(fan in), the ends of branches smaller with depth. The
-                # table likewise: tied logits start near 1.
+                # A deviation of 1 / sqrt(fan-in); the last matrices of branches get less, because the stream
+                # is the sum of 2 x depth branches. The table of words as well: tied logits then start near 1.
                 fan_in = p.shape[1]
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     fan_in *= 2 * cfg.num_hidden_layers
@@ -197,7 +196,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
-        # each layer has a memory of its own
+        # each layer has a memory of its own, or None
         memories = cache or [None] * len(self.layers)
         cos, sin = self.rotary(x.shape[1], memories[0], x.device)
         for layer, memory in zip(self.layers, memories):
@@ -206,22 +205,21 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
             return F.linear(x, head.weight)
-        # logits where there is a target alone: 151 936 of them a position are not
-        # made for nothing
+        # only where there is a target: 151 936 logits for every other position would be computed for nothing
         wanted = targets >= 0
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
     def rotary(self, length, memory, device):
-        """cos and sin (s, c/2) of the next `length` positions. float32: bfloat16
-        holds no whole number above 256."""
+        """cos and sin (s, c/2) of the next `length` positions. float32: above 256 bfloat16 cannot tell
+        neighbouring positions apart."""
         first = memory["k"].shape[2] if memory else 0
         last, context = first + length, self.cfg.max_position_embeddings
         if last > context:
-            raise BadInput(f"{last} tokens, and a context of {context}: give less --frames")
+            raise BadInput(f"{last} tokens, but a context of {context}: give fewer --frames")
         positions = torch.arange(first, last, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
-        angle = positions[:, None] * self.cfg.rope_theta ** -channel
+        angle = positions[:, None] * self.cfg.rope_theta ** -channel                # (s, c/2)
         return angle.cos(), angle.sin()
 
     def empty_cache(self):
@@ -230,8 +228,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A published Qwen3: config.json and one or several files of weights ->
-        Decoder in float32."""
+        """The folder of a published Qwen3, config.json and one or several files of weights -> Decoder in
+        float32."""
         return load_published(cls, DecoderConfig, [(r"model\.(.+)", r"\1")], folder, "qwen3")
 
 
@@ -240,14 +238,14 @@ class Decoder(nn.Module):
 # -----------------------------------------------------------------------------------------------------------
 
 def load_published(cls, config_cls, names, folder, *kinds):
-    """A folder from the hub, whose model_type is one of kinds -> the model.
-    names: renaming rules of the weights."""
+    """A folder from the hub whose model_type is one of `kinds` -> a model of class cls in float32. names:
+    rules that turn the published names of the weights into ours."""
     config = trajtok.read_json(Path(folder) / "config.json")
     kind = config.get("model_type")
     if kind not in kinds:
         raise BadInput(f"{folder}: model_type {kind!r} is not one of {', '.join(kinds)}")
-    # what we need stands at the top, or in one of these parts; the last two are
-    # the older and the newer way to write the same
+    # The fields stand at the top of the file or in one of these parts. The last two are the older and the
+    # newer name of the same part.
     for part in ("vision_config", "rope_scaling", "rope_parameters"):
         config |= config.get(part) or {}
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
@@ -261,8 +259,7 @@ def load_published(cls, config_cls, names, folder, *kinds):
     # some folders of tied models hold the table twice
     if config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)
-    # to draw four billion random weights would take a minute: memory is reserved
-    # instead, and filled once
+    # To draw four billion random weights would take a minute: memory is only reserved, and filled once.
     with torch.device("meta"):
         model = cls(cfg)
     return trajtok.fit_weights(model.to_empty(device="cpu"), weights, folder)
@@ -279,17 +276,16 @@ FPS = 8.0                                                       # of made clips
 
 @functools.lru_cache(maxsize=None)
 def load_tokenizer(name="world"):
-    """-> a tiktoken Encoding with the special tokens above. name: a published
-    Qwen3 folder, or `world`: the words of made stories. Its encode_ordinary never
-    makes a special token, whatever a text says."""
+    """-> a tiktoken Encoding with the special tokens above. name: a published Qwen3 folder, or `world`: the
+    words of made stories. Its encode_ordinary never makes a special token, whatever a text says."""
     if name != "world":
         return data.load_encoding(str(name))
-    # a time stamp is one token: the digits of a window's stamp would outnumber
-    # its visual tokens
+    # A time stamp of eight frames is one token: as single digits it would outnumber the window's visual
+    # tokens.
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
     texts = ["user\nassistant\n" + DESCRIBE]
     texts += [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    # a thousand times: the list keeps the most frequent words
+    # counted a thousand times, so that they are among the 700 most frequent words, which are kept
     texts *= 1000
     for i in range(1000):
         clip = data.script(i, story_world(32))
@@ -300,28 +296,26 @@ def load_tokenizer(name="world"):
 
 
 def stamp(times):
-    """When the first and the last frame of a window are shown, in seconds, as
-    text."""
+    """When the first and the last frame of a window are shown, in seconds, as text."""
     return f"<{times[0]:.1f}-{times[-1]:.1f}s>"
 
 
 def chat(encoding, turns, windows=()):
-    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the
-    token, the number of the visual token that stands here instead (-1: none), and
-    whether the assistant says it: what the loss is on.
+    """One conversation in Qwen3's format -> a list of (id, visual, spoken): the token, the number of the
+    visual token that stands here instead (-1: none), and whether the assistant says it, which is what the
+    loss is on.
 
-    turns: dicts of question and answer; the answer of the last may be None: the
-    text ends where it begins.
-    windows: (time stamp, numbers of its visual tokens), which stand before the
-    first question."""
+    turns: dicts of question and answer. The last answer may be None: the text then ends where it would begin.
+    windows: pairs of a time stamp and the numbers of the window's visual tokens. They stand before the first
+    question."""
     encode, special = encoding.encode_ordinary, encoding.encode_single_token
     row = []
 
     def add(ids, spoken=False):
         row.extend((token, -1, spoken) for token in ids)
 
-    # pieces are encoded one by one: what is asked is then exactly how what is
-    # learnt begins
+    # Pieces are encoded one by one. The prompt of `ask` then has the same tokens as a conversation in
+    # training has up to its answer.
     for turn in turns:
         add([special(TURN), *encode("user\n")])
         for mark, numbers in windows:
@@ -338,23 +332,22 @@ def chat(encoding, turns, windows=()):
 
 
 def lay_out(conversations, device="cpu"):
-    """What chat gave, one conversation a row, padded at the right -> ids; visual,
-    -1 = a word; targets: what a position predicts, -1 = nothing. Each int64 (b,
-    s)."""
+    """What chat gave, one conversation a row, padded at the right -> three tensors int64 (b, s): ids; visual,
+    the number of a visual token, -1 = a word; targets, what a position predicts, -1 = nothing."""
     length = max(len(row) for row in conversations)
     padding = (0, -1, False)
     rows = [row + [padding] * (length - len(row)) for row in conversations]
     ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
-    # position i predicts token i + 1
+    # position i predicts token i + 1; no row begins with a spoken token, so none comes round to its end
     targets = torch.where(spoken == 1, ids, -1).roll(-1, 1)
     return ids, visual, targets
 
 
 @torch.no_grad()
 def generate(decoder, x, stop, known=None, most=64):
-    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer,
-    each the most likely one; it ends before a token of `stop`. known: ids below
-    it alone (published tables have more rows than there are tokens)."""
+    """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each the most likely one;
+    it ends before a token of `stop`, or after `most` tokens. Only ids below `known` are chosen: published
+    tables have more rows than there are tokens."""
     cache = decoder.empty_cache()
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
@@ -382,12 +375,12 @@ class SigLIP2Config:
 
     @property
     def side(self):
-        return self.image_size // self.patch_size               # 378 / 14: 27 x 27 patches
+        """Patches along each side: 378 / 14 = 27."""
+        return self.image_size // self.patch_size
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm: attention among all patches, then an MLP with the tanh form of
-    GELU."""
+    """Pre-norm: attention among all patches, then an MLP with the tanh form of GELU."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -414,20 +407,19 @@ class VisionLayer(nn.Module):
         return self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
 
 
-# a published SigLIP2 also holds a text tower, a head that pools the patches, and
-# the temperature of the two
+# A published SigLIP2 also holds a text tower, a head that pools the patches, and the scale and bias of its
+# loss. They are dropped.
 SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head\..+", None),
                 (r"vision_model\.(.+)", r"\1")]
 
 
 class SigLIP2(nn.Module):
-    """The vision tower of SigLIP and SigLIP2 of fixed size.
+    """The vision tower of SigLIP, and of SigLIP2 for pictures of one size.
 
-    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n =
-    h·w patches row by row, after the last norm as the hub's last_hidden_state;
-    post_norm=False: before it.
-    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm,
-    as the published TrajVLM reads."""
+    features(x (b, 3, H, W), in -1 .. 1, H = W = cfg.image_size) -> (b, n, d), n = h·w patches row by row,
+    after the last norm like the hub's last_hidden_state; post_norm=False: before it.
+    forward(video uint8 (v, t, H, W, 3)) -> (v, t, h, w, d), before the last norm: what the published TrajVLM
+    reads."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -473,19 +465,20 @@ def place_codes(count, dim):
     """Learned codes (count, d) of the places along one axis. At the start neighbours are alike, and each code
     is twice as large as a feature.
 
-    CHOICE: tables of codes and not the waves of encoder.Places, which has frequencies that are too high for a
-    grid of 8 x 8 cells, and whose few weights move all codes at each step. With tables the decoder finds
-    sooner how a thing moves by a cell or two."""
+    CHOICE: tables of codes and not the waves of encoder.Places. Its frequencies are too high for a grid of
+    8 x 8 cells, and its few weights move all codes at each step. With tables the decoder learns sooner how a
+    thing moves by a cell or two."""
     angle = math.pi * (torch.arange(count) + 0.5)[:, None] / count * torch.arange(1, 5)
-    waves = torch.cat((angle.sin(), angle.cos()), 1)
+    waves = torch.cat((angle.sin(), angle.cos()), 1)            # (count, 8)
     return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves, dim))
 
 
 class PlacedFeatures(nn.Module):
-    """Features (v, t, h, w, d), h = w = side -> LayerNorm, less what all of them share, + codes of frame, row
-    and column: a token is a mean of what it reads, and does not know where its thing was unless that says it.
+    """Features (v, t, h, w, d), h = w = side -> LayerNorm, less the mean and over the deviation of each
+    channel that `calibrate` has found, + codes of frame, row and column. A token is a mean of what it reads,
+    and does not know where its thing was unless the features say it.
 
-    CHOICE: of frozen features the mean is taken off. The mean of a nano segmenter's normed features is nine
+    CHOICE: frozen features are centred and scaled. The mean of a nano segmenter's normed features is nine
     tenths as long as they are; beside it a decoder that trains for minutes does not see the colours."""
 
     def __init__(self, dim, window, side):
@@ -499,12 +492,12 @@ class PlacedFeatures(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features):
-        """Mean and deviation of each channel, of the first batch in all
-        processes. A deviation is at least 0.1: a batch that shows nothing must
-        not make later features huge."""
+        """Set mean and deviation of each channel to those of features (v, t, h, w, d), the first batch of all
+        processes. A deviation is at least 0.1: a channel that is constant in this batch must not make later
+        features huge."""
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
         means = torch.cat((x.mean(0), x.square().mean(0))).tolist()
-        # every process has as many points
+        # all processes have the same number of points, so means over processes are those of the whole batch
         mean, square = torch.tensor(trajtok.all_reduce(means, x.device)).chunk(2)
         self.mean.copy_(mean)
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
@@ -517,8 +510,8 @@ class PlacedFeatures(nn.Module):
 
 
 class Project(nn.Module):
-    """SwiGLU from d to the decoder's width. The output starts as large as a row of the decoder's table of
-    words: both enter the same stream."""
+    """SwiGLU from d to the decoder's width. The output starts about as large as a row of the decoder's table
+    of words, because both enter the same stream."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -526,7 +519,7 @@ class Project(nn.Module):
         self.gate = nn.Linear(dim, 4 * dim)
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, width)
-        # silu(a) b is small where a and b have variance 1/3
+        # a and b start with variance 1/3, and silu(a) b is small there: the 8 makes up for it
         nn.init.normal_(self.down.weight, std=8 * (4 * dim * width) ** -0.5)
         nn.init.zeros_(self.down.bias)
 
@@ -539,13 +532,13 @@ class TrajectoryConnector(nn.Module):
     """TrajVLM: features (v, t, h, w, d), ids (v, t, h, w) -> (N, width).
 
     Window after window, m tokens of each live trajectory, in order of their numbers. A dead one owns no point
-    of its window and gives no token: windows have different numbers of them. PAPER: a depth-2 Perceiver
-    under hard masks."""
+    of its window and gives no token, so windows have different numbers of tokens. PAPER: a depth-2 Perceiver
+    under hard masks. shape: the segmenter's TrajTokConfig; placed: PlacedFeatures."""
 
-    def __init__(self, cfg, shape, features, dim, width):
+    def __init__(self, cfg, shape, placed, dim, width):
         super().__init__()
         self.m, self.num_queries = cfg.tokens_per_trajectory, shape.num_queries
-        self.features, self.project = features, Project(dim, width)
+        self.features, self.project = placed, Project(dim, width)
         self.encoder = TrajectoryEncoder(TrajTokConfig(
             dim=dim, num_queries=shape.num_queries, heads=shape.heads, depth=2, max_tokens=self.m,
             out_dim=dim))
@@ -558,8 +551,8 @@ class TrajectoryConnector(nn.Module):
 
     def forward(self, features, ids):
         masks = one_hot(ids.flatten(1), self.num_queries)
-        # CHOICE: the hard mask in place of the segmenter's soft one, which is frozen here: a token starts at
-        # the plain mean of its points. The softmax of 1e4 x mask is the mask.
+        # CHOICE: the hard mask in place of the soft one, which cannot learn here because the segmenter is
+        # frozen. A token starts at the plain mean of its points: the softmax of 1e4 x mask is the mask.
         seg = assign(1e4 * masks, ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
@@ -570,10 +563,10 @@ class PatchConnector(nn.Module):
     width)."""
     m = 1
 
-    def __init__(self, cfg, features, dim, width):
+    def __init__(self, cfg, placed, dim, width):
         super().__init__()
         self.frames, self.side = cfg.patch_frames, cfg.patch_side
-        self.features, self.project = features, Project(dim, width)
+        self.features, self.project = placed, Project(dim, width)
 
     def grid(self, frames):
         """(t', h', w') for windows of so many frames: a picture has one step in time."""
@@ -583,11 +576,12 @@ class PatchConnector(nn.Module):
         """(v, t, h, w): the token, counted over the windows, that each cell is pooled into."""
         grid = self.grid(ids.shape[1])
         cells = torch.arange(len(ids) * math.prod(grid), dtype=torch.float32, device=ids.device)
+        # by the nearest cell; float32 holds these numbers exactly
         return F.interpolate(cells.view(-1, 1, *grid), size=ids.shape[1:])[:, 0].long()
 
     def forward(self, features, ids):
         x = rearrange(self.features(features), "v t h w d -> v d t h w")
-        x = F.adaptive_avg_pool3d(x, self.grid(ids.shape[1]))
+        x = F.adaptive_avg_pool3d(x, self.grid(ids.shape[1]))   # (v, d, t', h', w')
         return self.project(rearrange(x, "v d t h w -> (v t h w) d"))
 
 
@@ -605,35 +599,36 @@ class VLM(nn.Module):
         decoder.recompute = cfg.recompute
         if cfg.connector == "blind":
             return
-        # CHOICE: without SigLIP2 half the segmenter's grid, as its 27 is half of 56
+        # CHOICE: without SigLIP2 a grid of half the segmenter's side. SigLIP2's side is 27, about half of 56,
+        # that of the published segmenter.
         dim, self.side = segmenter.cfg.dim, segmenter.cfg.image_size // 8
         if vision is not None:
             vision.recompute = cfg.recompute
             dim, self.side = vision.cfg.hidden_size, vision.cfg.side
         width = decoder.cfg.hidden_size
-        features = PlacedFeatures(dim, cfg.window, self.side)
-        self.connector = PatchConnector(cfg, features, dim, width)
+        placed = PlacedFeatures(dim, cfg.window, self.side)
+        self.connector = PatchConnector(cfg, placed, dim, width)
         # both connectors read the same features: they differ in how they pool them
         if cfg.connector == "trajtok":
-            self.connector = TrajectoryConnector(cfg, segmenter.cfg, features, dim, width)
+            self.connector = TrajectoryConnector(cfg, segmenter.cfg, placed, dim, width)
         self.segmenter = segmenter.requires_grad_(False)
         self.vision = vision
 
     def embed(self, ids, visual, inputs):
-        """-> (b, s, w): words, and visual tokens where they belong. inputs: what
-        `visual_inputs` gave."""
+        """-> (b, s, w): embedded words, and visual tokens where they belong. inputs: what `visual_inputs`
+        gave."""
         x = self.decoder.embed_tokens(ids)
         if inputs is None:
             return x
-        # only vision runs here, with gradient; the frozen segmenter ran before
+        # The vision tower learns, so it runs here; the frozen segmenter ran in visual_inputs or before.
         features = self.vision(inputs["video"]) if self.vision else inputs["features"]
-        tokens = self.connector(features, inputs["ids"]).to(x.dtype)
+        tokens = self.connector(features, inputs["ids"]).to(x.dtype)                # (N, w)
         return torch.where((visual >= 0)[..., None], tokens[visual.clamp(min=0)], x)
 
     def forward(self, ids, visual, targets, inputs=None):
         """-> -log p of each row's answers, summed over their tokens (b,)."""
-        losses = self.decoder(self.embed(ids, visual, inputs), targets)
-        # losses stand row by row: add up those of each row
+        losses = self.decoder(self.embed(ids, visual, inputs), targets)             # (number of targets,)
+        # the row of each loss; losses of one row are added up
         row = (targets >= 0).nonzero()[:, 0]
         return losses.new_zeros(len(ids)).index_add(0, row, losses)
 
@@ -647,7 +642,7 @@ def segment_windows(segmenter, windows, side, bf16=None):
         seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
     logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
-    ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)
+    ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)       # (v·t, side, side)
     features = rearrange(seg.features, "v (t h w) d -> (v t) d h w", t=t, h=h)
     features = F.adaptive_avg_pool2d(features, side)
     return rearrange(features, "(v t) d h w -> v t h w d", t=t), ids.unflatten(0, (-1, t))
@@ -671,15 +666,14 @@ class VLMConfig(trajtok.TrainConfig):
     segmenter: str | None = None            # a run's folder, or the authors' file; nano pre-trains one
     segmenter_steps: int = 100              # of a segmenter that is pre-trained here
     # the clips
-    frames: int = 64                        # of a clip; made stories have 8, 16, ... up to these
+    frames: int = 64                        # of a clip; made stories have 8, 16, 32, ... up to so many
     window: int = 8                         # frames with trajectories of their own and one time stamp
     tokens_per_trajectory: int = 1          # 1, 2 or 4
     patch_frames: int = 2                   # patch: number of tokens of a window along time ...
     patch_side: int = 2                     # ... and along each side of the picture
     questions: int = 4                      # about each clip in a step
     clips: int = 600                        # made stories of the shortest length to learn from
-    # the training: captions first, then questions; each part has a rate in either
-    # stage
+    # the training: captions first, then questions; each part has a learning rate in either stage
     caption_steps: int = 0                  # steps of the first stage
     steps: int = 480                        # steps of the second stage
     batch: int = 16                         # clips a step of each process
@@ -707,12 +701,12 @@ class VLMConfig(trajtok.TrainConfig):
             raise BadInput(f"--size {self.size}: give --decoder and --vision, a published folder each")
 
 
-# PAPER: captions, then questions, with a vision tower that learns, too. A batch is that of each process.
+# PAPER: captions, then questions, with a vision tower that learns, too. `batch` is that of each process.
 FULL = dict(questions=1, batch=8, caption_steps=2000, steps=10_000, warmup=300, save_every=1000,
             patch_frames=8, patch_side=4, weight_decay=0.0, recompute=True)
 VLM_SIZES = {"nano": {}, "0.6b": FULL, "1.7b": FULL, "4b": FULL}
-# peak learning rates of each part, on captions and on questions. PAPER: the published ones. CHOICE: nano
-# learns from random weights, and goes straight to the questions.
+# Peak learning rates of each part, on captions and on questions. PAPER: the published ones. CHOICE: nano
+# starts from random weights and goes straight to the questions.
 PUBLISHED_RATES = {"connector.": (2e-4, 5e-6), "vision.": (6e-6, 5e-6), "decoder.": (2e-5, 1e-5)}
 NANO_RATES = {"connector.": (2e-3, 2e-3), "vision.": (0.0, 0.0), "decoder.": (2e-3, 2e-3)}
 
@@ -764,17 +758,18 @@ class StoryBatches(Dataset):
     """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and
     on are those of one step, and of one length: all processes then have rows of about the same length.
 
-    CHOICE: the shortest clips alone for the first two fifths: to find the right token among six is learnt in
-    minutes, among sixty not."""
+    CHOICE: only the shortest clips in the first two fifths of the steps: to find the right token among six is
+    learnt in minutes, among sixty it is not."""
 
     def __init__(self, stories, cfg, world):
-        # stories {frames: clips}
+        # {number of frames: its clips}
         self.stories, self.cfg, self.world = stories, cfg, world
 
     def __getitem__(self, i):
         step, rank = divmod(i, self.world)
         rng = np.random.default_rng((self.cfg.seed, step))
-        # every process draws the same numbers and takes every world-th clip of them
+        # the generator does not know the process: all of them draw one length and one order of its clips, and
+        # each takes every world-th clip
         frames = 8
         if step >= 0.4 * self.cfg.steps:
             frames = int(rng.choice(list(self.stories)))
@@ -786,8 +781,8 @@ class StoryBatches(Dataset):
 def open_stories(cfg, segmenter, world, device):
     """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
-    # lengths 8, 16, 32, ...; each has indices of its own, so no story is a part of another
-    for place in range(cfg.frames.bit_length() - 3):
+    # lengths 8, 16, 32, ... up to cfg.frames; each has indices of its own, so no story is a part of another
+    for place in range(cfg.frames.bit_length() - 3):            # 64 frames: 0 .. 3
         frames = 8 * 2 ** place
         count = max(round(cfg.clips / 2 ** (place / 2)), world)
         first = data.TRAIN + 10_000_000 * place
@@ -801,16 +796,16 @@ def open_stories(cfg, segmenter, world, device):
 def open_films(cfg, size, world):
     """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
     entries = data.read_manifest(cfg.data)
-    # every question becomes a conversation, so that all that follows knows one kind
     for entry in entries:
-        # `qa` holds questions without a sequel, `conversations` lists of turns
+        # `qa` holds single questions, `conversations` lists of turns. Each question becomes a conversation of
+        # one turn, so that there is only one kind from here on.
         entry["qa"] = [[turn] for turn in entry["qa"]] + entry["conversations"]
     entries = [entry for entry in entries if entry["qa"]]
     if len(entries) < 2:
         raise BadInput(f'{cfg.data}: give at least two clips with "conversations" or "qa"')
     asked, test = data.split(entries)
     add_options(test)
-    # a caption may say what is asked about the same video later
+    # No captions of held-out videos: they may tell the answers.
     tested = {os.path.realpath(entry["path"]) for entry in test}
     captioned = []
     for entry in data.read_manifest(cfg.captions or cfg.data):
@@ -821,6 +816,7 @@ def open_films(cfg, size, world):
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
 
     def batches(some, batch, train):
+        # 0: frames are spread over the whole video
         return data.real_batches(some, cfg.frames, size, batch, cfg.seed, train, 0)
 
     # without captions the first stage has no steps, and its batches are never asked for
@@ -837,11 +833,11 @@ def frame_size(*parts):
 
 
 def add_options(entries):
-    """Give each last question that has no options its answer and three others to choose from, in a fixed
-    order."""
+    """Give the last question of each conversation, if it has no options, its answer and up to three others to
+    choose from, in an order that is the same in every run."""
     turns = [talk[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
-        # answers to questions of the same type: others could be told apart without the video
+        # answers to questions of the same type: wrong ones of another type would be found without the video
         alike = [other for other in turns if other.get("type") == turn.get("type")]
         others = {other["answer"] for other in alike} - {turn["answer"]}
         rng = np.random.default_rng(number)
@@ -854,8 +850,8 @@ def visual_inputs(batch, model, cfg, device):
     wants them: time stamp and numbers of the visual tokens."""
     if model.connector is None:
         return None, [()] * len(batch["qa"])
-    # Real clips come as pixels: thousands of long films fit no memory, and a vision tower that learns sees
-    # them anew at each step. Stories were segmented before the training.
+    # Real clips come as pixels: features of thousands of long films do not fit into memory, and a vision
+    # tower that learns has other features at each step. Stories were segmented before the training.
     if "video" in batch:
         video = cut_windows(batch["video"], cfg.window).to(device)
         features, ids = segment_windows(model.segmenter, video, model.side, cfg.bf16)
@@ -863,8 +859,8 @@ def visual_inputs(batch, model, cfg, device):
     else:
         features = torch.cat(batch["features"]).float().to(device)
         inputs = dict(features=features, ids=torch.cat(batch["ids"]).long().to(device))
-    # Visual tokens are numbered over the whole batch, clip after clip and window after window, m of each
-    # owner: the largest owner in a window says where the window's tokens end.
+    # Visual tokens are numbered over the whole batch, clip after clip and window after window. Each owner of
+    # cells has m of them, so the largest owner in a window says where the tokens of the window end.
     owner = model.connector.owner(inputs["ids"]).flatten(1).amax(1)
     ends = iter((model.connector.m * (owner + 1)).tolist())
     first, windows = 0, []
@@ -884,15 +880,15 @@ def visual_inputs(batch, model, cfg, device):
 
 def pretrain_segmenter(cfg):
     """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
-    own = trajtok.PretrainConfig(
+    plan = trajtok.PretrainConfig(
         name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
         warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
         device=cfg.device, overwrite=True)
-    folder = trajtok.run_folder(own, "segmenter")
-    # It is written last. Of two runs at a time each trains the segmenter, from the same seed: whose files
-    # are kept does not matter.
+    folder = trajtok.run_folder(plan, "segmenter")
+    # result.json is written last. If two runs begin at the same time both train the segmenter, from the same
+    # seed: it does not matter whose files are kept.
     if not (folder / "result.json").exists():
-        trajtok.pretrain(own)
+        trajtok.pretrain(plan)
     return str(folder)
 
 
@@ -918,8 +914,8 @@ def set_rates(optimizer, step, cfg):
 
 
 def training_rows(batch, windows, encoding, cfg, step):
-    """cfg.questions conversations of each clip, drawn at random, again from the start where a clip has
-    fewer. Of which process a clip is does not matter."""
+    """cfg.questions conversations of each clip, drawn at random; where a clip has fewer, they are repeated.
+    The draw depends on the place of a clip in the whole batch, not on the process that has it."""
     rank, world = ranks()
     rows = []
     for i, own in enumerate(windows):
@@ -953,8 +949,8 @@ def train(cfg, folder):
     first = restore(folder, model, optimizer) if cfg.resume else 0
     log, damage = trajtok.Log(folder, first), data.Damage()
     print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
-    # 2. batches of captions, then of questions, from the step on that was saved. PAPER: captions first teach
-    # the connector to speak the decoder's language
+    # 2. batches of captions, then of questions, beginning at the saved step. PAPER: with captions the
+    # connector first learns to make tokens that the decoder can read
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
     batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
@@ -973,12 +969,12 @@ def train(cfg, folder):
         model.train()
         optimizer.zero_grad()
         with trajtok.precision(device, cfg.bf16):
-            # the mean over an answer's tokens, then over the rows. Every process has as many rows: the mean
-            # over processes is that of the whole batch
+            # the mean over an answer's tokens, then over the rows. All processes have the same number of
+            # rows, so the mean over processes is that of the whole batch
             loss = (model(ids, visual, targets, inputs) / (targets >= 0).sum(1)).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        # of sharded gradients the norm is a sum over processes that is still to be made
+        # of sharded gradients each process has a part of the norm: full_tensor puts it together
         norm = norm.full_tensor() if world > 1 else norm
         terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
@@ -1032,18 +1028,18 @@ class Gathered(dict):
         return dict(self)
 
 
-# Whole tensors under the names of the parameters: any number of processes can go on from the file.
+# Whole tensors, under the names of the parameters: any number of processes can resume from the file.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder, model, optimizer, step):
-    """As trajtok.save_checkpoint. All processes have to call it: gathering shards takes every one of them."""
+    """As trajtok.save_checkpoint. All processes have to call it, because each holds a part of the weights."""
     weights, moments = get_state_dict(model, optimizer, options=WHOLE)
     trajtok.save_checkpoint(folder, Gathered(weights), Gathered(moments), step)
 
 
 def restore(folder, model, optimizer):
-    """-> the step to begin with: 0 if nothing was saved."""
+    """The last checkpoint into model and optimizer -> the step to begin with: 0 if nothing was saved."""
     path = folder / "state.pt"
     if not path.exists():
         return 0
@@ -1072,14 +1068,16 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         if not batch.get("qa"):                                 # the file could not be read
             continue
         inputs, (windows,) = visual_inputs(batch, model, cfg, device)
-        # A row for each option of each question. Likelihoods are compared, not generated texts: an answer in
-        # other words would have to be judged by another model.
+        # A row for each option of each question. The last turn of a conversation is asked, those before it
+        # are its context. Likelihoods are compared, not generated texts: an answer in other words would have
+        # to be judged by another model.
         rows, counts = [], []
         for *before, turn in batch["qa"][0]:
             counts.append(len(turn["options"]))
             for text in turn["options"]:
                 rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
         with trajtok.precision(device, cfg.bf16):
+            # (options,) for each question
             costs = model(*lay_out(rows, device), inputs).split(counts)
         for (*_, turn), cost in zip(batch["qa"][0], costs):
             # summed over the tokens: -log p of the whole option
@@ -1136,7 +1134,7 @@ def open_model(folder, device="cpu"):
     """The folder of a run -> its VLMConfig, tokenizer and VLM. The parts that it names must still be
     there."""
     if "connector" not in trajtok.read_json(Path(folder) / "config.json"):
-        raise BadInput(f"{folder}/config.json: of no run of train_vlm.py; give another --model")
+        raise BadInput(f"{folder}/config.json: not of a run of train_vlm.py; give another --model")
     cfg = trajtok.resumed(VLMConfig(), Path(folder), [])
     encoding, *parts = open_parts(cfg)
     return cfg, encoding, trajtok.load_weights(VLM(cfg, *parts), folder).eval().to(device)
@@ -1150,7 +1148,7 @@ def attended(decoder, x, count):
     decoder(x, cache=cache)
     for memory in cache:
         q, k = memory["q"][:, :, count - 1:], memory["k"]
-        # values that say where they stand: what attention gives is then its weights
+        # the value of each position is its own unit vector: what attention gives is then its weights
         places = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
         mask = causal_mask(q.shape[2], k)
         weights.append(F.scaled_dot_product_attention(q, k, places, mask, enable_gqa=True))
@@ -1169,7 +1167,7 @@ def ask(argv):
     args = parser.parse_args(argv)
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
-    # whole windows, or less than one; a picture is a clip of one frame
+    # a multiple of cfg.window, or all frames of a clip shorter than a window; a picture is one frame
     frames = min(cfg.frames, len(data.frame_times(args.clip)))
     frames -= frames % min(frames, cfg.window)
     video, times = data.decode(args.clip, frames, frame_size(model.segmenter, model.vision))
@@ -1181,17 +1179,18 @@ def ask(argv):
     stop = [encoding.encode_single_token(token) for token in (TURN_END, END)]
     x = model.embed(ids, visual, inputs)
     answer = list(generate(model.decoder, x, stop, encoding.n_vocab))
-    # not token by token: one may end within a character
+    # decoded all at once, because a token may end within a character
     print(encoding.decode(answer))
     visual = visual[0] >= 0
     print(f"{frames} frames, {int(visual.sum())} visual tokens, {len(prompt)} tokens in all")
     if inputs:
         said = model.decoder.embed_tokens(torch.tensor([answer], dtype=torch.int64, device=device))
         weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt))
+        # what the m tokens of an owner get together
         weight = weight[visual].view(-1, model.connector.m).sum(1)
         # cells whose trajectory or patch is attended to more than the mean are painted
         owner = model.connector.owner(inputs["ids"])            # (v, t, h, w)
-        owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)
+        owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)      # (v·t, h, w)
         pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
         strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
@@ -1211,7 +1210,7 @@ def main(argv=None):
     if cfg.resume:
         cfg = trajtok.resumed(cfg, folder, argv)
     if not cfg.segmenter:
-        # a wrong folder of another part is refused before the minutes that this takes
+        # the other parts are opened first: a wrong folder is refused before the minutes of the pre-training
         open_parts(cfg)
         cfg = dataclasses.replace(cfg, segmenter=pretrain_segmenter(cfg))
     # The segmenter was pre-trained by one process, before torchrun starts several. Each of them comes here

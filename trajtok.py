@@ -1,4 +1,4 @@
-"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, weights and long video; and the run.
+"""TrajTok, the trajectory tokenizer: segmenter + encoder; its sizes, weights and long video; training runs.
 
     video uint8 (b, t, H, W, 3) -> Segmenter -> Segmentation -> TrajectoryEncoder -> Tokens z (b, K·m, d')
 
@@ -14,7 +14,8 @@
     python trajtok.py table out/clip-a out/clip-b                # results side by side
     python trajtok.py compare "base:" "no detach: --no-detach" --script train_clip.py --seeds 0 1 --json FILE
 
-The second half is what the three training scripts share: devices, processes, checkpoints, the log, plots.
+The second half is what all training scripts share: devices, processes, checkpoints, the log, pictures; and
+the four commands.
 """
 from __future__ import annotations
 
@@ -57,25 +58,25 @@ from segmenter import (ConvNeXt, Segmenter, assign, best_overlaps, hungarian, la
 
 @dataclass(frozen=True)
 class TrajTokConfig:
-    """The one configuration of segmenter and encoder; the defaults are the paper's. image_size and frames are
-    what the tokenizer is trained on: clips of other lengths, and of other sizes that are multiples of 32,
-    go through as well."""
+    """The one configuration of segmenter and encoder; the default sizes are the paper's. image_size and
+    frames are what the tokenizer is trained on: it also takes clips of other lengths, and of other sizes that
+    are multiples of 32."""
     image_size: int = 224
     frames: int = 16
     dim: int = 512                  # d: width of features, queries and tokens inside
-    num_queries: int = 128          # K: trajectories a clip at most
+    num_queries: int = 128          # K: the most trajectories that a clip can have
     depth: int = 2                  # layers of each Perceiver
     heads: int = 8
     depths: tuple = (3, 3, 9, 3)    # ConvNeXt-Tiny
     dims: tuple = (96, 192, 384, 768)
-    max_tokens: int = 4             # tokens of a trajectory at most, a power of two: 1, 2 or 4
-    out_dim: int = 512              # d': width of the tokens that leave
-    scale: float = 10.0             # of the mask logits at the start; learned, at most 20
+    max_tokens: int = 4             # the most tokens of a trajectory, a power of two
+    out_dim: int = 512              # d': width of the tokens that come out
+    scale: float = 10.0             # of the mask logits at the start; it is learned, and at most 20
     recompute: bool = False         # less memory, more time: keep few activations, compute the others again
     # two extensions of ours (encoder.py)
     places: bool = False            # points say where and when they are
     path: bool = False              # tokens know how their trajectory moved
-    position_scale: float = 1.0     # of the codes of places
+    position_scale: float = 1.0     # a factor of the codes that `places` adds
     # the paper's ablations
     detach: bool = True             # False: the Perceiver's gradient reaches the features
     hierarchical: bool = True       # False: the finest map alone
@@ -84,7 +85,7 @@ class TrajTokConfig:
     # what the authors' checkpoints were trained with; load_official turns it on
     normed_residual: bool = False   # latents = norm(latents) + attention, instead of latents + attention
     norm_media: bool = False        # each layer normalises the points once more
-    last_points: int = 0            # so many points at the end of a clip are read by every token
+    last_points: int = 0            # how many points, the last ones of a clip, every token reads
 
     @property
     def choices(self):
@@ -92,9 +93,9 @@ class TrajTokConfig:
         return [2 ** i for i in range(self.max_tokens.bit_length())]
 
 
-# nano trains in minutes on two cores and tiny in hours; base and large need a card of 80 GB. These two are
-# the defaults above and differ only in the width of their tokens, which is that of the transformer behind
-# them. The counts are parameters of segmenter and encoder together; a test counts them.
+# nano trains in minutes on two cores and tiny in hours; base and large need a GPU of 80 GB. These two have
+# the default sizes above and differ only in the width of their tokens, which is that of the transformer
+# behind them. The numbers at the right are parameters of segmenter and encoder; a test counts them.
 NANO_NET = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
 TINY_NET = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
 SIZES = {
@@ -112,8 +113,8 @@ class TrajTok(nn.Module):
     backbone: a module of your own instead of the ConvNeXt, with `.dims`, the channels of its maps, and
     forward(x (b, 3, H, W)) -> maps (b, c, h, w), finest first.
 
-    A loss on the tokens trains the masks too: its gradient reaches them through z_init, the mean of the
-    features under the soft masks. It reaches the features through z_init and through the attention."""
+    A loss on the tokens trains the masks too: its gradient reaches the masks through z_init, the mean of the
+    features under the soft masks, and the features through z_init and through the attention."""
 
     def __init__(self, size="nano", backbone=None):
         super().__init__()
@@ -128,7 +129,7 @@ class TrajTok(nn.Module):
         -> Tokens: z (b, K·m, d'), mask (b, K·m), True = its trajectory owns a point, trajectory (b, K·m);
         Segmentation: F (b, n, d), logits (b, n, K), ids (b, n), alive (b, K), grid (t, h, w)."""
         m = tokens_per_trajectory
-        # train_clip.py gives m: it draws it from (seed, step), so that a resumed run repeats the same draws
+        # train_clip.py passes m, which it draws from (seed, step), so that a resumed run repeats the draws
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
         seg = self.segmenter(video)
@@ -136,36 +137,40 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens
+        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens,
+        b = 1
 
-        frames: uint8 (t, H, W, 3), which is cut into chunks; or a function that returns, each time anew, an
-        iterator over such chunks (a decoder). each(first frame, chunk (1, t, H, W, 3), its Segmentation) is
-        called once a chunk.
+        frames: uint8 (t, H, W, 3), which is cut into chunks of `chunk` frames; or a function that returns,
+        each time it is called, a new iterator over such chunks (a decoder). each(number of the first frame,
+        chunk (1, t, H, W, 3), its Segmentation) is called once for each chunk.
 
-        The features of a long video fit no memory. So they are computed again whenever all of them are
-        needed: once to count the frames, once for each layer of each Perceiver, and once for z_init."""
+        The features of a long video fit no memory. So the video is decoded, and its features are computed,
+        again whenever all of them are needed: once for each layer of each Perceiver, and once for z_init.
+        Before that it is decoded once to count the frames."""
         segmenter, encoder, m = self.segmenter, self.encoder, tokens_per_trajectory
         device = segmenter.latents.device
         length = sum(video.shape[1] for _, video in chunks_of(frames, chunk))
         assert length, "an empty video: there is no frame to make tokens of"
 
-        # Segmenter.segment and TrajectoryEncoder.forward follow, a chunk at a time
+        # from here on, this is Segmenter.segment and TrajectoryEncoder.forward, a chunk at a time
         def read(queries=None):
-            """Decodes the video from its beginning -> first frame, chunk, F (1, n, d), and, once there are
-            queries, the Segmentation; F then has places."""
+            """Decode the video from its beginning; for each chunk yield the number of its first frame, the
+            chunk, F (1, n, d) and its Segmentation. Without queries the latter is None; with them, F includes
+            the codes of places."""
             for first, video in chunks_of(frames, chunk):
                 points, grid = segmenter.extract(normalise(video.to(device)))
                 seg = None
                 if queries is not None:
                     seg = assign(segmenter.mask_logits(queries, points), grid, points)
                     points = encoder.add_places(points, grid, first, length)
-                    if first + video.shape[1] == length:        # cfg.last_points are in the last chunk
+                    # the last cfg.last_points points of the video, in the last chunk
+                    if first + video.shape[1] == length:
                         seg.ids[:, points.shape[1] - self.cfg.last_points:] = EVERYONE
                 yield first, video, points, seg
 
         # the K queries have read the whole video before the first point is given to one of them
         queries = perceive_chunks(segmenter.perceiver, segmenter.latents[None], read)
-        # z_init is a mean over all points: numerator and denominator are summed over the chunks
+        # z_init is a mean over all points: its numerator and denominator are summed over the chunks
         total, weight, alive, path = 0, 0, False, []
         for first, video, points, seg in read(queries):
             soft = seg.logits.softmax(-1)                       # over the queries
@@ -185,9 +190,9 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def windows(self, frames, window=8, tokens_per_trajectory=1, each=None):
-        """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens a
-        window. frames: as for stream, a chunk is a window. -> Tokens, b = 1; trajectory k of window i is
-        number i·K + k: query k stands for another thing in every window."""
+        """A video as separate clips of `window` frames, each with trajectories of its own: K·m tokens for
+        each window. frames, each: as for stream; a chunk is a window. -> Tokens, b = 1. Trajectory k of
+        window i has the number i·K + k, as query k stands for another thing in every window."""
         parts = []
         for first, video in chunks_of(frames, window):
             tokens, seg = self(video.to(self.segmenter.latents.device), tokens_per_trajectory)
@@ -205,7 +210,7 @@ class TrajTok(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> the tokenizer, in eval mode."""
+        """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> its tokenizer, in eval mode."""
         saved = read_json(Path(folder) / "config.json").get("trajtok")
         if not saved:
             raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer")
@@ -229,26 +234,28 @@ class TrajTok(nn.Module):
 # Long video: a Perceiver that reads its points a chunk at a time
 # -----------------------------------------------------------------------------------------------------------
 
-# perceive_chunks() takes it for the trajectory of a point that every token may read (cfg.last_points)
+# stands in Segmentation.ids for a point that every token may read (cfg.last_points)
 EVERYONE = -2
 
 
 def perceive_chunks(perceiver, latents, read, owner=None):
     """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
 
-    read() returns, once for each layer, a new iterator over (first frame, chunk, points (1, n, d), their
-    Segmentation). owner (s,): the trajectory of each latent, under the hard mask; None: no mask.
+    read() is called once for each layer and returns a new iterator over (number of the first frame, chunk,
+    points (1, n, d), their Segmentation). owner (s,): the trajectory of each latent, under the hard mask;
+    None: no mask.
 
-    The softmax over all points, exactly, as flash attention computes it (arXiv 2205.14135). For scores s_j
-    and values v_j, those of the latents themselves and of all points so far,
+    This is the exact softmax over all points, computed as in flash attention (arXiv 2205.14135). For scores
+    s_j and values v_j, of the latents themselves and of all points so far,
 
       y = sum_j exp(s_j - N) v_j,   N = log sum_j exp(s_j)
 
     A new chunk makes N larger. The sum so far is then multiplied by exp(old N - new N)."""
     for attention, mlp in perceiver.layers:
         x = perceiver.norm_lat(latents)
+        # norm is N, -inf for a sum of nothing
         y, norm = 0, torch.tensor(-math.inf, device=x.device)
-        # latents have the positions 0 .. s-1, so the first point of the video has s
+        # latents have the positions 0 .. s-1, so the first point of the video has position s
         position = x.shape[1]
         for _, _, points, seg in read():
             parts = attention.project(x, perceiver.norm_ctx(points), position)
@@ -258,9 +265,10 @@ def perceive_chunks(perceiver, latents, read, owner=None):
             if owner is not None:                               # masked_fill: True = may not be read
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
                 s = s.masked_fill((owner[:, None] != seg.ids) & (seg.ids != EVERYONE), -math.inf)
-            # project returns the latents' own keys with every chunk; they count once, before the points
+            # project returns the latents' own keys with every chunk, but they count once: in the first
             if position == x.shape[1]:
                 s, v = torch.cat((s_own, s), 3), torch.cat((v_own, v), 2)
+            # softmax over the keys, so N is that of each latent and head, (1, a, s, 1)
             larger = torch.logaddexp(norm, s.logsumexp(-1, keepdim=True))
             y = y * (norm - larger).exp() + (s - larger).exp() @ v
             norm = larger
@@ -286,9 +294,9 @@ def chunks_of(frames, length):
 # -----------------------------------------------------------------------------------------------------------
 
 def load_weights(module, folder, *prefixes):
-    """folder/model.safetensors into module, strictly -> module. What train_clip.py wrote holds the tokenizer
-    among other weights, what `pretrain` wrote holds it alone: the weights under the first of the prefixes
-    that occurs are taken, or all of them if none does."""
+    """Load folder/model.safetensors into module, strictly -> module. A file that train_clip.py wrote holds
+    the tokenizer among other weights, one that `pretrain` wrote holds it alone. So the weights under the
+    first of the prefixes that occurs are taken, or all of them if none does."""
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
     parts = [under(weights, prefix) for prefix in (*prefixes, "")]
@@ -296,14 +304,14 @@ def load_weights(module, folder, *prefixes):
 
 
 def write_weights(path, state):
-    """A state dict -> a .safetensors file, renamed into place."""
+    """Write a state dict to a .safetensors file."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with replacing(path) as beside:
         beside.write_bytes(save(state))
 
 
-# A pickle could run code, so torch.load refuses every class that is not named. The original VideoMAE release
-# keeps its command line, an argparse.Namespace, beside the weights.
+# A pickle could run code, so torch.load refuses every class that is not allowed by name. The original
+# VideoMAE release keeps its command line, an argparse.Namespace, beside the weights.
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 
@@ -324,7 +332,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
                 weights |= load_file(file)
             else:
                 weights |= torch.load(file, map_location="cpu", weights_only=True)
-    # the two readers raise exceptions of many types on a file that is not theirs
+    # the two readers raise exceptions of many types on a file that they cannot read
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise BadInput(f"{file}: no whole file of weights ({reason}); check the path") from None
@@ -338,8 +346,8 @@ def read_weights(path, wrappings=("model", "state_dict")):
 
 
 def fit_weights(module, weights, where):
-    """weights into module -> module. Strictly: a missing, an unexpected or a wrongly shaped tensor is
-    refused. Otherwise half of a model could stay random and nobody would notice."""
+    """Load weights into module -> module. A missing, an unexpected or a wrongly shaped tensor is refused:
+    otherwise half of a model could stay random and nobody would notice."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -363,7 +371,8 @@ def rename(weights, rules):
 
 
 def count(weights, pattern):
-    """How many layers a checkpoint has: how many numbers group 1 of the pattern matches in its keys."""
+    """How many layers a checkpoint has: how many different numbers group 1 of the pattern matches in its
+    keys."""
     found = [re.match(pattern, key) for key in weights]
     return len({one[1] for one in found if one})
 
@@ -381,20 +390,20 @@ CONVNEXT_NAMES = [
     (r"(.+)\.(?:mlp\.fc|pointwise_conv)([12])\.(.+)", r"\1.pwconv\2.\3"),
     (r"(.+)\.layer_scale_parameter", r"\1.gamma"),
     (r"(.*)(?:head\.norm|layernorm|layer_norm)\.(.+)", r"\1norm.\2"),
-    # the classifier, and the last norm, which DINOv3's original layout holds twice
+    # dropped: the classifier, and the second copy of the last norm in DINOv3's original layout
     (r"(?:head|classifier|norms)\..+", None),
 ]
 
 
 def load_convnext(path):
-    """A published ConvNeXt: the original's file, DINOv3's, timm's, or a hub folder."""
+    """A published ConvNeXt, from the original's file, DINOv3's, timm's, or a hub folder."""
     weights, depths, dims = convnext_names(read_weights(path), path)
     return fit_weights(ConvNeXt(depths, dims), weights, path)
 
 
 def convnext_names(weights, where):
-    """Any published layout -> weights under our names; depths and dims, which are read off names and
-    shapes."""
+    """Weights in any published layout -> weights under our names, depths, dims. The latter two are read off
+    names and shapes."""
     weights = rename(weights, CONVNEXT_NAMES)
     depths = tuple(count(weights, rf"stages\.{i}\.(\d+)\.") for i in range(4))
     if 0 in depths:
@@ -403,9 +412,9 @@ def convnext_names(weights, where):
     return weights, depths, dims
 
 
-# The authors' names -> ours. The rotary frequencies are computed here. The release's low-resolution head
-# makes the masks that the tokens are built on; a second one, at the frame's resolution, serves the training
-# of the segmenter alone.
+# The authors' names -> ours. Their rotary frequencies are dropped, as rotary_table computes them. The
+# release's low-resolution heads make the masks that the tokens are built on. Its high-resolution heads, at
+# the frame's resolution, are used only to train the segmenter, and are dropped.
 SEGMENTER_NAMES = [
     (r"patch_encoder\.backbone\..+|.+_high_res\..+|.+\.freqs", None),     # the backbone has its own rules
     (r"patch_encoder\.(.+)", r"\1"),
@@ -421,8 +430,8 @@ ENCODER_NAMES = [
 
 
 def official_part(weights, mark, where):
-    """A released checkpoint holds other models beside the tokenizer. -> The weights that have the prefix of
-    the one whose name ends with `mark`, without that prefix."""
+    """A released checkpoint holds other models beside the tokenizer. -> The tokenizer's weights, without
+    their prefix, which is what stands before `mark` in the first name that ends with it."""
     prefixes = [name.removesuffix(mark) for name in weights if name.endswith(mark)]
     if not prefixes:
         raise BadInput(f"{where}: not in the authors' layout, which has {mark}; our folders: from_pretrained")
@@ -431,7 +440,7 @@ def official_part(weights, mark, where):
 
 def official_segmenter(weights, where):
     """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names. Both
-    Perceivers of the release have one depth and one number of heads."""
+    Perceivers of the release have the same depth and number of heads."""
     backbone, depths, dims = convnext_names(under(weights, "patch_encoder.backbone."), where)
     depth = count(weights, r"trajectory_perceiver\.layers\.(\d+)\.")
     queries, dim = weights["trajectory_perceiver.latents"].shape
@@ -444,8 +453,8 @@ def official_segmenter(weights, where):
 
 
 def load_segmenter(path):
-    """A Segmenter from the folder of a run, or from a checkpoint that the authors released: theirs alone, or
-    inside TrajViT2's. In eval mode."""
+    """A Segmenter in eval mode, from the folder of a run, or from a checkpoint that the authors released: of
+    the segmenter alone or of TrajViT2."""
     if Path(path).is_dir():
         return TrajTok.from_pretrained(path).segmenter
     weights = official_part(read_weights(path), "trajectory_perceiver.latents", path)
@@ -461,18 +470,18 @@ def load_segmenter(path):
 class TrainConfig:
     """The flags of every training. The comments are their --help."""
     size: str = "nano"                  # nano, or a larger one of the script's sizes
-    name: str | None = None             # of the run, whose folder is named at the end; default: the size
+    name: str | None = None             # of the run, part of its folder's name; default: the size
     out: str = "out"                    # where runs are kept
-    batch: int = 32                     # clips a step of each process
-    steps: int = 300                    # steps
+    batch: int = 32                     # clips of a step, in each process
+    steps: int = 300                    # optimizer steps of the whole training
     lr: float = 1e-3                    # peak learning rate
     warmup: int = 20                    # steps of linear warm-up; then a cosine to 1 %
-    weight_decay: float = 0.02          # on matrices
+    weight_decay: float = 0.02          # of matrices alone
     clip: float = 1.0                   # largest gradient norm
     seed: int = 0                       # of weights, data order and augmentation
     save_every: int = 100               # steps between checkpoints
     device: str = "auto"                # cpu, cuda, ...
-    workers: int = 0                    # processes that make batches; 0: the training process
+    workers: int = 0                    # processes that make batches; 0: the training process does
     bf16: bool | None = None            # matrix products in bfloat16; default: on a GPU
     resume: bool = False                # go on with the run of this name
     overwrite: bool = False             # start again over a run of this name
@@ -490,11 +499,11 @@ class RunConfig(TrainConfig):
     val: str | None = None              # a manifest of held-out clips; default: a part of --data
     image_size: int | None = None       # pixels of a side, a multiple of 32; default: the size's
     frames: int | None = None           # frames of a clip; default: the size's
-    stride: int = 8                     # take every 1st .. stride-th frame; 0: spread over the video
-    world: str = "full"                 # made clips: full, or stage: little is shown, captions ask for all
+    stride: int = 8                     # frames are 1 .. stride apart (drawn); 0: spread over the video
+    world: str = "full"                 # made clips: full, or stage (plain; captions tell shape and motion)
     max_objects: int = 8                # of a made clip of the full world: 1 .. 8
     shared_colours: bool = True         # may two objects of a made clip have the same colour?
-    augment: bool = False               # of real clips: the same random crop, flip, colours for all frames
+    augment: bool = False               # real clips: a random crop, flip and colours, the same in all frames
     eval_clips: int = 256               # held-out made clips, all captions distinct
 
     def __post_init__(self):
@@ -504,7 +513,7 @@ class RunConfig(TrainConfig):
 
 
 def at_least(cfg, least, names):
-    """Refuse flags, `names` in one text, that are below `least`, infinite or NaN. None is not refused."""
+    """Refuse flags that are below `least`, infinite or NaN; None is allowed. names: "batch steps ..."."""
     for name in names.split():
         value = getattr(cfg, name)
         # every comparison with NaN is False
@@ -513,8 +522,8 @@ def at_least(cfg, least, names):
 
 
 def sized(cfg, shape):
-    """A flag that is None leaves the choice to the size. -> The size's TrajTokConfig `shape`, changed by the
-    flags that were given, and the flags cfg, of which none is None any more."""
+    """--image-size, --frames and --num-queries are None where the size decides. -> The size's TrajTokConfig
+    `shape`, changed by those that were given, and the flags cfg, in which these three are filled in."""
     names = ("image_size", "frames", "num_queries")
     # the stage is small enough for minutes: its clips hold two things at most
     if cfg.data == "world" and cfg.world == "stage":
@@ -526,11 +535,11 @@ def sized(cfg, shape):
 
 
 def setup(cfg):
-    """-> torch.device. Joins the other processes if torchrun launched us. The seed gives all of them the same
-    weights."""
+    """-> torch.device. Initialise torch.distributed if torchrun launched us. torch is seeded, so that all
+    processes start with the same weights."""
     device = choose_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # the others wait while the first process evaluates: torch's ten minutes would be too short
+        # the others wait while the first process evaluates; torch's time-out of ten minutes is too short
         dist.init_process_group(timeout=datetime.timedelta(hours=1))
         if dist.get_rank():
             # only the first process prints; stderr stays open in all, so no error is lost
@@ -540,13 +549,13 @@ def setup(cfg):
 
 
 def choose_device(name):
-    """--device -> torch.device. Of several processes each takes a GPU of its own."""
+    """--device -> torch.device. Under torchrun each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Keep freed memory, up to 64 MiB a tensor. By default the C library maps every large tensor from the
+        # Keep freed memory of tensors up to 64 MiB. By default the C library maps every large tensor from the
         # system and gives it back, page by page, at each step; a nano step on two cores then takes twice as
-        # long. Larger tensors would leave holes in the memory that is kept.
+        # long. Tensors above 64 MiB would leave holes in the memory that is kept.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large tensors start at a page: fewer holes
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 26)                               # M_MMAP_THRESHOLD: below 64 MiB, use the heap
@@ -558,14 +567,15 @@ def choose_device(name):
             torch.set_float32_matmul_precision("high")
         # a device that does not work fails here, and not after the data is read
         return torch.zeros(1, device=name).device
-    # on a build of torch without GPUs even the switch is missing
+    # a build of torch without GPU support raises the latter two
     except (RuntimeError, AssertionError, AttributeError):
         raise BadInput(f"--device {name}: not available here; give cpu, or leave it out") from None
 
 
 def launch(cfg):
-    """`python train_x.py` becomes several processes under torchrun: --processes, or one for each GPU. Returns
-    if one process is enough, or in the processes that torchrun started; otherwise execvp never returns."""
+    """Start `python train_x.py` again as several processes under torchrun: --processes, or one for each GPU.
+    Returns if one process is enough, and in the processes that torchrun started; else execvp replaces this
+    process and never returns."""
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     processes = cfg.processes or gpus
     if processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -575,12 +585,12 @@ def launch(cfg):
 
 
 def ranks():
-    """-> the number of this process, how many train together."""
+    """-> the rank of this process, and how many processes train together."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce(values, device):
-    """A list of numbers of this process -> their means over all processes."""
+    """A list of this process's numbers -> their means over all processes."""
     means = torch.tensor(values, device=device) / ranks()[1]
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -588,9 +598,9 @@ def all_reduce(values, device):
 
 
 def gather(x):
-    """Rows of this process (n, ...) -> those of all, in the order of the processes. all_gather carries no
-    gradient, so our own rows are put back. That is enough: every process computes the same loss from all
-    rows, so each gets the whole gradient of its own rows, and sum_gradients adds up the processes' shares."""
+    """Rows of this process (n, ...) -> those of all processes, in their order (world·n, ...). all_gather
+    carries no gradient, so our own rows are put back. That is enough: every process computes the same loss
+    from all rows, so each gets the whole gradient of its own rows, and sum_gradients adds up these parts."""
     rank, world = ranks()
     rows = [torch.empty_like(x) for _ in range(world)]
     if world > 1:
@@ -627,11 +637,11 @@ def learning_rate(step, cfg):
 
 
 def make_optimizer(model, cfg, scales=None):
-    """AdamW. Weight decay is for matrices alone: norms, biases and scales that are pulled towards 0 would
+    """AdamW. Weight decay is for matrices alone: norms, biases and scales that were pulled towards 0 would
     silence the layers behind them.
 
     scales {prefix: factor}: parameters whose names begin with the prefix learn `factor` times as fast. AdamW
-    ignores group["scale"]: the training loops multiply their rate by it."""
+    ignores group["scale"]: a loop that gives scales multiplies the learning rate of each group by it."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -655,14 +665,14 @@ def peak_memory_gb(device):
     """Peak memory: allocated on a GPU, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20     # bytes or kB
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20     # macOS counts bytes, Linux kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def count_gflops(run):
     """GFLOPs of run(): matrix products, convolutions and attention, 2 per multiply-add. Not to be called
     under no_grad, where torch's counter fails."""
-    # the kernels of attention that the counter knows: on a GPU, and on a CPU, where it is two products
+    # the kernels of attention that the counter knows: one on a GPU; on a CPU, two matrix products
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(kernels):
         run()
@@ -674,12 +684,12 @@ def count_gflops(run):
 # -----------------------------------------------------------------------------------------------------------
 
 def run_folder(cfg, script, suffix=""):
-    """out/<script>-<name>. Without --name it is the size and `suffix`, e.g. out/clip-nano-vit3d."""
+    """out/<script>-<name>. Without --name, the name is the size and `suffix`: out/clip-nano-vit3d."""
     return Path(cfg.out) / f"{script}-{cfg.name or cfg.size + suffix}"
 
 
 def resumed(cfg, folder, argv):
-    """With --resume or --eval-only: the saved configuration, changed by the flags in argv. Flags win over
+    """With --resume or --eval-only -> the saved configuration, changed by the flags in argv. Flags win over
     saved values, and these over the defaults of the size."""
     saved = read_json(folder / "config.json")
     if "size" not in saved:
@@ -690,9 +700,9 @@ def resumed(cfg, folder, argv):
 
 
 def open_run(folder, cfg, **more):
-    """Make the folder of a run and write its config.json: the configuration and `more`. A run that is there
-    already is kept unless --overwrite is given. more["manifest"] is data.fingerprint of the training data: a
-    resumed run on other data would not continue the old one, and is refused."""
+    """Make the folder of a run and write its config.json: the configuration and `more`. A folder that holds a
+    run already is refused without --resume or --overwrite. more["manifest"] is data.fingerprint of the data:
+    a resumed run on other data would not continue the old one, and is refused."""
     config = folder / "config.json"
     if ranks()[0]:
         return
@@ -708,10 +718,11 @@ def open_run(folder, cfg, **more):
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """The state before step number `step`, for --resume, and the weights, for everybody else.
+    """Write state.pt, the state before step number `step`, for --resume, and model.safetensors, the weights,
+    for all other uses.
 
-    All that is random in a run is drawn from the seed and the step, so model, optimizer and step are the
-    whole state, for as many processes and as large a batch as before.
+    All that is random in a run is drawn from the seed and the step. So model, optimizer and step are the
+    whole state, as long as the number of processes and the batch stay the same.
     Files are written under another name and renamed: a kill leaves the old checkpoint or the new one, never
     half of one."""
     if ranks()[0]:
@@ -726,14 +737,14 @@ def save_checkpoint(folder, model, optimizer, step):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """The last checkpoint of a run into model and optimizer -> the step to begin with: 0 if nothing was
+    """Load the last checkpoint of a run into model and optimizer -> the step to go on with, 0 if nothing was
     saved."""
     path = folder / "state.pt"
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     fit_weights(model, state["model"], path)
-    # the moments are the saved run's, the settings, e.g. --weight-decay, those of the flags given now
+    # AdamW's moments are the saved run's; settings, e.g. --weight-decay, are those of the flags given now
     saved, now = state["optimizer"], optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in now]:
         raise BadInput(f"{path}: is of a run that trained other parameters; leave --freeze-... as they were")
@@ -742,8 +753,8 @@ def load_checkpoint(folder, model, optimizer):
 
 
 class Log:
-    """log.jsonl: a line of JSON a step; log(step=3, focal=0.2, ...) appends one. Lines from step `first` on,
-    which a resumed run makes again, are cut off; first = None leaves the file as it is."""
+    """log.jsonl, a line of JSON for each step; log(step=3, focal=0.2, ...) appends one. Lines from step
+    `first` on, which a resumed run writes again, are cut off; first = None leaves the file as it is."""
 
     def __init__(self, folder, first=None):
         self.path = folder / "log.jsonl"
@@ -770,7 +781,7 @@ class Log:
 # Pictures
 # -----------------------------------------------------------------------------------------------------------
 
-# Letters of five rows and three columns. An octal digit is a row: its bit 4 is the left pixel, 1 the right.
+# Letters of five rows and three columns. Each octal digit is a row: its bit 4 is the left pixel, 1 the right.
 GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
     "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
     "55755 72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 "
@@ -778,8 +789,8 @@ GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
 
 
 def write_text(image, text, top, left, scale=2):
-    """Write into image uint8 (H, W, 3), in place, in capitals 5 · scale high; what leaves the image is cut
-    off. Drawn here so that pictures need no font and no plotting library."""
+    """Write text into image uint8 (H, W, 3), in place, in dark grey capitals 5 · scale pixels high. What
+    would lie outside of the image is cut off. With this, pictures need no font and no plotting library."""
     for letter in text.lower():
         rows = np.array([*GLYPHS.get(letter, "00700")], int)    # a dash for an unknown letter
         ink = rows[:, None] & (4, 2, 1) > 0                     # (5, 3)
@@ -791,8 +802,8 @@ def write_text(image, text, top, left, scale=2):
 
 def filmstrip(video, rows, count=4, scale=2):
     """`count` frames of video (t, H, W, 3) in a row, and below them the same frames painted by each of rows
-    {name: ids (t, H, W), -1 = none}, with the names at the left -> image. Ids are arbitrary, so trajectories
-    are matched with those of the last row, and partners have the same colour: the eye can compare."""
+    {name: ids (t, H, W), -1 = none}, with the names at the left -> image. Ids are arbitrary, so the
+    trajectories of each row are matched with those of the last row, and partners get the same colour."""
     some = np.linspace(0, len(video) - 1, count).round().astype(int)
     truth = list(rows.values())[-1]
     shown = {"frames": video[some]}
@@ -801,18 +812,19 @@ def filmstrip(video, rows, count=4, scale=2):
         inter, union = tube_overlaps(torch.from_numpy(ids + 1), torch.from_numpy(truth + 1))
         # hungarian finds the cheapest pairs, so the cost is minus the IoU
         labels, tubes = hungarian(-(inter / union.clamp(min=1)).numpy())
-        # one colour for each label of the last row, then one for each tube, in case it has no partner
+        # a colour for each label of the last row, then a colour for each tube of this row, which it keeps if
+        # it has no partner
         colours = palette(sum(inter.shape))
         mine = colours[len(inter):]
         mine[tubes] = colours[labels]
-        # ids begin at -1, which is the last index: its colour stands there
+        # mine begins with the colour of id -1. As an index, -1 is the last place: roll moves its colour there
         shown[name] = paint(video, ids, np.roll(mine, -1, 0))[some]
     return captioned(shown, scale)
 
 
 def captioned(rows, scale):
-    """rows {name: frames uint8 (H, W, 3)} -> image: each row of frames with its name at the left, and white
-    gaps."""
+    """rows {name: list of frames uint8 (H, W, 3)} -> image: each row of frames, enlarged `scale` times, with
+    its name at the left and white gaps."""
     lines = []
     for name, images in rows.items():
         line = np.full((scale * len(images[0]) + 4, 80, 3), 255, np.uint8)
@@ -826,11 +838,11 @@ def captioned(rows, scale):
 
 
 def plot(path, panels, x="step"):
-    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, a panel below the other.
+    """panels {title: {line's name: [(x, y), ...]}} -> an SVG file, one panel below the other.
     x: the name of the horizontal axis.
 
-    SVG is text: it needs no plotting library and is sharp at any size. In it y grows downwards: the axes of a
-    panel run from (70, 250) at the lower left to (370, 30) at the upper right."""
+    SVG is text: it needs no plotting library and is sharp at any size. In SVG y grows downwards: the axes of
+    a panel run from (70, 250) at the lower left to (370, 30) at the upper right."""
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="480" height="{300 * len(panels)}" '
              'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
     for i, (title, lines) in enumerate(panels.items()):
@@ -857,7 +869,8 @@ def plot(path, panels, x="step"):
 
 
 def aligned(lines):
-    """Lines of cells -> lines of text: the first column to the left, the others to the right."""
+    """Lines of cells -> lines of text, in which the first column is aligned at the left, the others at the
+    right."""
     columns = []
     for column in zip(*lines):
         width = max(map(len, column))
@@ -871,22 +884,23 @@ def aligned(lines):
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Trains the segmenter alone: focal + 2 dice on trajectory labels. Its data needs masks."""
-    init: str | None = None             # start from the segmenter of this run, of `pretrain` or train_clip.py
+    """Trains the segmenter alone: focal + 2 dice on trajectory labels. The data must have masks."""
+    init: str | None = None             # start from the segmenter of this run of `pretrain` or train_clip.py
     num_queries: int | None = None      # K, trajectories at most; default: the size's
     eval_clips: int = 64                # held-out made clips
 
 
-# CHOICE, nano only: clips of at most four objects, no two of one colour. Eight, at 64 px, are a few points
-# each; in minutes the segmenter learns to tell things apart by colour, not yet by place.
+# CHOICE, nano only: clips have at most four objects, no two of one colour. At 64 px, each of eight objects
+# would be a few points only; and in minutes of training the segmenter learns to tell things apart by colour,
+# not yet by place.
 PRETRAIN_SIZES = {name: {"size": name} for name in SIZES}
 PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
 
 
 def pretrain(cfg):
-    """Train the segmenter alone -> the folder of the run, which TrajTok.from_pretrained reads; the encoder in
-    it has random weights. PAPER: TrajAdapter and TrajVLM start from such a segmenter; TrajViT2 trains it
-    together with the task (train_clip.py)."""
+    """Train the segmenter alone -> the folder of the run. TrajTok.from_pretrained reads it, but the encoder
+    in it has random weights. PAPER: TrajAdapter and TrajVLM start from such a segmenter; TrajViT2 trains its
+    segmenter together with the task (train_clip.py)."""
     shape, cfg = sized(cfg, SIZES[cfg.size])
     device = setup(cfg)
     train_set, held_out = data.open_data(cfg, "mask")
@@ -904,25 +918,26 @@ def pretrain(cfg):
     for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        # 1. clips and their labels. A file that could not be used was replaced; it is named once
+        # 1. clips and their labels. A file that could not be used was replaced by another; it is named once
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
         video, labels = batch["video"], batch["labels"]
-        # made clips are never the same twice and need no augmentation; the key "motion" marks them
+        # made clips never repeat and need no augmentation; the key "motion" marks them. Each step has a seed
+        # of its own
         if cfg.augment and "motion" not in batch:
             video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
-        # 2. the loss, with the weights with which the release trains the segmenter alone
+        # 2. the loss, with the weights that the release uses when it trains the segmenter alone
         with precision(device, cfg.bf16):
             seg = segmenter(video)
-        # outside autocast: the matching counts points, and bfloat16 counts exactly to 256 only
+        # outside autocast: the matching counts points, and bfloat16 counts exactly only up to 256
         focal, dice = segmentation_loss(seg, labels)
         loss = focal + 2 * dice
         # 3. the step
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
-        # `live`: trajectories a clip that own a point. A few out of many queries means that the queries have
-        # become alike
+        # `live`: how many trajectories of a clip own a point. If they are few among many queries, the queries
+        # have become alike
         live = seg.alive.sum(1).float().mean()
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item(), live=live.item())
         check_finite(terms, step)
@@ -943,26 +958,27 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
-    """VEQ, STQ and the best IoU of each labelled object, on the clips that have labels. -> dict of means over
-    these clips, empty if there are none; pictures: (video, found, true) of the first four. CHOICE: scores on
-    the segmenter's own grid, at which it decides (PAPER: "low-resolution output")."""
+    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, on the clips that
+    have labels. -> dict of means over these clips, empty if there are none; pictures: (video, found ids, true
+    ids) of the first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides
+    (PAPER: "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
         video, labels = batch["video"], batch["labels"]
-        if not len(video):                                      # none of its files can be used
+        if not len(video):                                      # no file of this batch can be used
             continue
-        # object_iou of made clips leaves out the grounds, whose ids come first
+        # object_iou of made clips leaves out the ground, whose id comes first
         first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device, bf16):
             seg = segmenter(video)
-        # a million: every label counts here, while training keeps the K largest
+        # k is a million here, so that every label counts, while training keeps the K largest
         truth = labels_on_grid(labels, seg.grid, 10 ** 6)       # (b, n), as seg.ids
         found = seg.ids.cpu().split(1)
-        for mine, true, alive in zip(found, truth.cpu().split(1), seg.alive):
+        for mine, true, alive in zip(found, truth.cpu().split(1), seg.alive):    # (1, n), (1, n), (K,)
             if (true >= 0).any():
-                # NaN where only grounds are labelled; nanmean leaves such a clip out
+                # NaN where only the ground is labelled; nanmean leaves such a clip out
                 best = best_overlaps(mine, true, first) or [math.nan]
                 scores = video_metrics(mine, true)
                 row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
@@ -975,8 +991,8 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
 
 
 def save_pictures(folder, pictures, log, terms):
-    """trajectories.png: clips with their found and true trajectories; curves.svg: the log's `terms` over the
-    steps."""
+    """Draw trajectories.png, clips with their found and true trajectories, and curves.svg, the log's `terms`
+    over the steps. pictures: as evaluate_segmenter returns them."""
     if pictures:
         sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
         write_png(folder / "trajectories.png", np.concatenate(sheets))
@@ -998,18 +1014,18 @@ class ShowConfig:
     """Draws the trajectories of a video and tells how many tokens they make."""
     clip: str = "world"                 # a video or picture file, or `world` for a made clip
     weights: str = "out/clip-nano"      # a run's folder, or a checkpoint that the authors released
-    frames: int | None = None           # spread over the clip; 0: all of them; default: the tokenizer's
-    window: int = 0                     # so many frames have trajectories of their own; 0: all of them
+    frames: int | None = None           # how many, spread over the clip; 0: all; default: the tokenizer's
+    window: int = 0                     # frames of a window with trajectories of its own; 0: one window
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method on this clip: <clip>-stages.png
+    stages: bool = False                # walk through the method: <clip>-stages.png; not with --frames 0
     device: str = "auto"                # cpu, cuda, ...
 
 
 def open_clip(cfg, shape):
-    """The clip of `show` -> frames, as TrajTok.stream takes them: uint8 (t, H, W, 3), or with --frames 0 a
-    function, since a long video stays on disk; how many they are; frames a second."""
+    """The clip of `show` -> frames, as TrajTok.stream takes them; their number; frames a second. Frames are
+    uint8 (t, H, W, 3), or with --frames 0 a function that reads them, since a long video stays on disk."""
     size = shape.image_size
     count = shape.frames if cfg.frames is None else cfg.frames
     if cfg.clip == "world":
@@ -1021,7 +1037,7 @@ def open_clip(cfg, shape):
         count = 1
     if count > 0:
         video, times = data.decode(cfg.clip, count, size)
-        # as fast as the clip; the last frame stands for a quarter of a second, and so does a picture
+        # shown as fast as in the clip; the last frame, or a picture, stays for a quarter of a second
         return video, count, count / (times[-1] + 0.25)
 
     def read():                                                 # a new iterator each time it is called
@@ -1043,9 +1059,9 @@ def show(argv):
     video, count, rate = open_clip(cfg, tokenizer.cfg)
     base = Path(cfg.out) / Path(cfg.clip).stem
     colours = palette(tokenizer.cfg.num_queries)
-    # frames of 64 px are enlarged, or nobody could see a thing
+    # frames of 64 px are too small to look at, so they are enlarged
     scale = max(1, 224 // size)
-    # frames for the picture, evenly spaced
+    # the numbers of the frames for the picture, evenly spaced
     some = np.linspace(0, count - 1, min(8, count)).round()
     kept = {"frames": [], "found": []}
 
@@ -1058,7 +1074,7 @@ def show(argv):
         kept["frames"].extend(video[chosen])
         kept["found"].extend(painted[chosen])
 
-    # tokens; the film is written while they are made. A short clip is one window
+    # make the tokens; `draw` writes the film meanwhile. Without --window, a clip in memory is one window
     with film(f"{base}-trajectories.mp4", rate) as add, precision(device):
         if callable(video) and not cfg.window:
             tokens = tokenizer.stream(video, m, each=draw)
@@ -1075,9 +1091,9 @@ def show(argv):
 
 @torch.no_grad()
 def draw_stages(tokenizer, video, m, path):
-    """The method on one clip uint8 (1, t, H, W, 3): shapes and ranges of each stage on the terminal, and a
-    picture of features, soft and hard masks, and of the points that the tokens of the largest trajectory
-    read."""
+    """Walk through the method on one clip uint8 (1, t, H, W, 3): print the shape and range of each stage, and
+    draw features, the three largest soft masks, hard masks, and the points that the tokens of the largest
+    trajectory read."""
     segmenter, encoder = tokenizer.segmenter, tokenizer.encoder
     # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
     features, grid = segmenter.extract(normalise(video))
@@ -1093,7 +1109,8 @@ def draw_stages(tokenizer, video, m, path):
     for name, x in stages.items():
         lines.append([name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"])
     print("\n".join([*aligned(lines), f"wrote {path}"]))
-    # 2. the picture. Values of the points, (n, 1 or 3) in 0 .. 1; features as three principal components
+    # 2. the picture. values: of the points, (n, 1 or 3) in 0 .. 1. The features' three principal components
+    # are their red, green and blue
     pca = torch.pca_lowrank(features[0].float(), 3)[0]
     largest = soft.sum(1)[0].argsort(descending=True)[:3]
     values = {"pca of f": (pca / pca.abs().amax(0) + 1) / 2}
@@ -1116,22 +1133,23 @@ def draw_stages(tokenizer, video, m, path):
 # -----------------------------------------------------------------------------------------------------------
 
 def scores_of(results, name):
-    """A score of each seed, of those that have it: None stands where there is none, e.g. no segmentation."""
+    """The score `name` of each seed -> array. Seeds without it are left out: veq is None without masks."""
     return np.array([result[name] for result in results if result.get(name) is not None], float)
 
 
 def spread(x):
-    """Mean and deviation over seeds; of a single seed the deviation is not known, and shown as 0."""
+    """Mean and standard deviation over seeds, as text. With a single seed the deviation is not known, and
+    shown as 0."""
     return f"{x.mean():.3f} +-{x.std(ddof=len(x) > 1):.3f}" if len(x) else "-"
 
 
 def differ(a, b):
-    """Is the difference of two means larger than twice its standard error? For scores of each seed (n_a,) and
-    (n_b,):
+    """Is the difference of two means larger than twice its standard error? a (n_a,) and b (n_b,) are the
+    scores of the seeds:
 
       |mean a - mean b| > 2 sqrt(var a / n_a + var b / n_b)
 
-    With a single seed the error is not known, and the answer no."""
+    With a single seed in a or b the error is not known, and the answer is no."""
     if min(len(a), len(b)) < 2:
         return False
     error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
@@ -1139,9 +1157,9 @@ def differ(a, b):
 
 
 def summary(rows):
-    """rows [{name, results: [result.json of each seed]}] -> the lines of a table, transposed: each score is a
-    line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the first row
-    that has the score, with a star if they differ."""
+    """rows [{name, results: [result.json of each seed]}] -> the lines of a table. It is transposed: each
+    score is a line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the
+    first row that has the score, with a star if they differ (`differ`)."""
     names = {}                                                  # a dict as an ordered set
     for result in sum((row["results"] for row in rows), []):
         names |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
@@ -1154,7 +1172,8 @@ def summary(rows):
 
 
 def cell(x, first):
-    """Mean and deviation of x, then its difference to `first`, with a star if it is a clear one."""
+    """Mean and deviation of x, then the difference of its mean to that of `first`, with a star if they
+    differ."""
     if x is first or not len(x):
         return spread(x)
     star = "*" if differ(x, first) else " "
@@ -1162,7 +1181,7 @@ def cell(x, first):
 
 
 def read_json(path):
-    """A JSON file that a person pointed to."""
+    """The content of a JSON file. A missing or damaged one is BadInput, as a person has pointed to it."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -1170,7 +1189,7 @@ def read_json(path):
 
 
 def read_rows(path):
-    """What compare wrote, or the folder of a run -> rows {name: {name, results}}."""
+    """A JSON file that compare wrote, or the folder of a run -> rows {name: {name, results, ...}}."""
     path = Path(path)
     if path.is_dir():
         return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
@@ -1181,7 +1200,7 @@ def read_rows(path):
 
 
 def table(argv):
-    """Runs, side by side; or what `compare` wrote; or, for results/claims.json, the verdicts."""
+    """Print runs, or what `compare` wrote, side by side; or, for results/claims.json, the verdicts."""
     if not argv:
         raise BadInput("table: give folders of runs, a JSON of compare, or results/claims.json")
     first = Path(argv[0])
@@ -1195,9 +1214,10 @@ def table(argv):
 def verdicts(claims, folder):
     """claims [{claim, paper, json, row, against, score}] -> the lines of a table (Markdown).
 
-    A claim says that the mean of `score` over the seeds is larger in `row` than in the row `against` it (or
-    than its `against_score`), of what compare wrote to folder / json; with `less`, that it is smaller. Where
-    the difference is at most twice its standard error, or its error is unknown, the claim is undecided."""
+    `json` is a file in `folder` that compare wrote; `row` and `against` are two rows in it. A claim says that
+    the mean of `score` over the seeds is larger in `row` than in `against`, or smaller, with `less`. If the
+    claim has `against_score`, that score of `against` is taken. If the difference is at most twice its
+    standard error, or the error is unknown, the claim is undecided."""
     lines = ["| claim | paper | ours | against it | seeds | verdict |", "|---|---|---|---|---|---|"]
     nothing = dict(results=[])
     for claim in claims:
@@ -1215,18 +1235,19 @@ def verdicts(claims, folder):
 
 def compare(argv):
     """Train every row with every seed, each under a name of its own, and print the table. What --json holds
-    already is not trained again, so that a table grows over days.
+    already is not trained again, so that a table may grow over days.
 
-    A row is "NAME: FLAGS", flags of the script: every claim of the paper, and every idea of your own, is a
-    line of shell. {seed} in FLAGS is the seed, as in --init out/clip-base-{seed}. The JSON: {command,
-    hardware, rows: [{name, flags, script, results: [result.json of each seed]}]}."""
+    A row is "NAME: FLAGS", with flags of the script. {seed} in FLAGS stands for the seed, as in --init
+    out/clip-base-{seed}. The JSON: {command, hardware, rows: [{name, flags, script, results: [result.json of
+    each seed]}]}."""
     parser = data.OneLineParser(prog="trajtok.py compare", description=compare.__doc__, allow_abbrev=False)
     parser.add_argument("rows", nargs="*", metavar="NAME: FLAGS", help='e.g. "detach: --no-detach", "base:"')
     parser.add_argument("--script", default="train_clip.py", help="the script whose flags these are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row is trained with each")
     parser.add_argument("--json", default="out/compare.json", help="where results are kept")
     parser.add_argument("--out", default="out", help="where the runs are kept")
-    # what has a colon is a row, wherever it stands: argparse would take a row behind --seeds for a seed
+    # every argument with a colon is a row, wherever it stands: argparse would take a row after --seeds for a
+    # seed
     args = parser.parse_args([text for text in argv if ":" not in text])
     texts = [text for text in argv if ":" in text]
     if args.rows or not texts:
@@ -1245,8 +1266,8 @@ def compare(argv):
         done = [result["seed"] for result in row["results"]]
         for seed in [seed for seed in args.seeds if seed not in done]:
             result = train_row(args, name, flags, seed)
-            # written after each training, so that an interrupted comparison loses one of them at most; read
-            # anew, because another process may have written meanwhile
+            # The file is written after each training, so that an interrupted comparison loses at most one of
+            # them. It is read again first, because another process may have written to it meanwhile.
             rows = read_rows(args.json)
             rows.setdefault(name, new)["results"].append(result)
             write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
