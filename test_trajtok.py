@@ -2654,6 +2654,7 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     assert result["zero_shot"] in (0, 0.5, 1)
     # other captions would make another vocabulary
     words = read_config(folder)["words"]
+    run(train_clip.main, *argv, "a", "--resume", "--steps", 5)
     path.write_text(path.read_text().replace("zebra", "heron"))
     assert "has changed" in refused(capsys, train_clip.main, *argv, "a", "--resume", "--steps", 6)
     run(train_clip.main, *argv, "a", "--eval-only")
