@@ -1236,6 +1236,8 @@ def csv_rows(text):
     # stripped: " walking" and "walking" would be two classes
     rows = [(f"line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     rows = [(where, cells) for where, cells in rows if any(cells)]
+    if not rows:
+        return
     # Kinetics writes `path,label` and V-JEPA `path label`, without a header: a first row that names a file is
     # no header
     header = ["video", "label"]
@@ -1537,9 +1539,8 @@ class VideoBatches(torch.utils.data.Dataset):
         """All captions of all clips: what a vocabulary is made of."""
         return [text for entry in self.entries for text in entry["caption"] or []]
 
-    # A batch may need the end of one epoch and the beginning of the next. The two orders that are kept are
-    # the last ones that any dataset of the process has used.
-    @functools.lru_cache(maxsize=2)
+    # kept, because a batch may need the end of one epoch and the beginning of the next; for all datasets
+    @functools.lru_cache(maxsize=8)
     def order(self, epoch):
         """The entries' numbers as one epoch takes them."""
         if not self.train:
@@ -1782,7 +1783,7 @@ def read_shares(mix, names):
     except ValueError:
         # what is not a number is refused below, in the same words as a wrong number
         shares = []
-    if len(shares) != len(names) or min(shares) <= 0:
+    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
         raise BadInput(f"--mix {mix}: give a number above 0 for each of the {len(names)} sets of --data")
     return shares
 

@@ -604,7 +604,8 @@ def real_clips(shape, cfg):
     """As made_clips. test: what data.split holds out; valid: every tenth of the others; train: the rest."""
     # a picture is no clip: nothing moves in it
     entries = [entry for entry in data.read_manifest(cfg.data) if not entry["image"]]
-    names = sorted({str(entry["label"]) for entry in entries})
+    # a clip without a label is left out
+    names = sorted({entry["label"] for entry in entries if entry["label"]})
     if cfg.labels:
         names = cfg.labels.split(",")
     train, test = data.split(entries)
