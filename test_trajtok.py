@@ -3868,7 +3868,7 @@ def parse(words):
 
 
 def test_the_readme_names_what_exists():
-    """Catches: a flag, command or file of the README that is gone or misspelt."""
+    """Catches: a flag, command or file of the README that is gone or misspelt; a README that grows."""
     for words in readme_commands():
         if words[:2] == ["trajtok.py", "compare"]:
             for row in words[2:words.index("--seeds")]:
@@ -3880,6 +3880,8 @@ def test_the_readme_names_what_exists():
         assert flag == "help" or flag.removeprefix("no-").replace("-", "_") in known, flag
     for path in re.findall(r"\]\((?!https)([^)#]+)", README):
         assert (HERE / path).exists(), path
+    # longer, and nobody would read it to its end
+    assert len(README.encode()) <= 15_000
 
 
 # added to each command, so that it takes seconds
