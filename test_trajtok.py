@@ -2801,6 +2801,8 @@ def test_bad_flags_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, f
     manifest(tmp_path / "BROKEN.json", [row | {"caption": "x"} for row in silent])
     argv = [f"{word}.json" if word.isupper() else word for word in flags.split()]
     assert words in refused(capsys, train_clip.main, *CLIP, *argv)
+    if "--resume" in flags:                                     # the run can still go on
+        assert read_config(Path("out/clip-nano")) == read_config(clip_run)
 
 
 # -----------------------------------------------------------------------------------------------------------

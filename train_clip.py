@@ -841,9 +841,10 @@ def train(cfg, folder):
     tokenizer = model.video.tokenizer
     shape = dataclasses.asdict(tokenizer.cfg) if isinstance(tokenizer, TrajTok) else None
     manifest = data.fingerprint(cfg.data, cfg.val)
-    trajtok.open_run(folder, cfg, trajtok=shape, words=words, manifest=manifest)
     optimizer = trajtok.make_optimizer(model, cfg, {"video.tokenizer.segmenter.": cfg.segmenter_lr})
+    # first the checkpoint: a --resume with flags that do not fit it must not change config.json
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
+    trajtok.open_run(folder, cfg, trajtok=shape, words=words, manifest=manifest)
     log = trajtok.Log(folder, first)
     clips = cfg.batch * world                                   # of a step, in all processes
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "

@@ -940,13 +940,14 @@ def train(cfg, folder):
     else:
         captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), world)
     model = VLM(cfg, decoder, segmenter, vision).to(device)
-    trajtok.open_run(folder, cfg, manifest=data.fingerprint(cfg.data, cfg.captions))
     parameters = sum(p.numel() for p in model.parameters())
     if world > 1:
         shard(model, device, cfg)
     rates = NANO_RATES if cfg.size == "nano" else PUBLISHED_RATES
     optimizer = trajtok.make_optimizer(model, cfg, rates)
+    # first the checkpoint: a --resume with flags that do not fit it must not change config.json
     first = restore(folder, model, optimizer) if cfg.resume else 0
+    trajtok.open_run(folder, cfg, manifest=data.fingerprint(cfg.data, cfg.captions))
     log, damage = trajtok.Log(folder, first), data.Damage()
     print(f"{cfg.connector}, {parameters / 1e6:.2f} M parameters, on {device}")
     # 2. batches of captions, then of questions, beginning at the saved step. PAPER: with captions the

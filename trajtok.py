@@ -905,15 +905,15 @@ def pretrain(cfg):
     device = setup(cfg)
     train_set, held_out = data.open_data(cfg, "mask")
     folder = run_folder(cfg, "segmenter")
-    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=data.fingerprint(cfg.data, cfg.val))
     # a whole tokenizer is saved, so that `show` and train_clip.py can read it
     tokenizer = TrajTok(shape).to(device)
     segmenter = tokenizer.segmenter
     if cfg.init:
         load_weights(segmenter, cfg.init, "video.tokenizer.segmenter.", "segmenter.")
     optimizer = make_optimizer(segmenter, cfg)
-    # 0 without --resume: open_run has refused, or emptied, a folder that holds a run
-    first = load_checkpoint(folder, tokenizer, optimizer)
+    # first the checkpoint: a --resume with flags that do not fit it must not change config.json
+    first = load_checkpoint(folder, tokenizer, optimizer) if cfg.resume else 0
+    open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=data.fingerprint(cfg.data, cfg.val))
     log, damage = Log(folder, first), data.Damage()
     for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
         for group in optimizer.param_groups:
