@@ -3253,8 +3253,9 @@ def same_weights(a, b, atol=0.0):
     assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max().item() for key in a) <= atol
 
 
-def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
-    """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions."""
+def test_a_stopped_run_is_the_same(vlm_run, tmp_path, capsys, monkeypatch):
+    """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions; a run that
+    flags of another one spoil."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
@@ -3265,6 +3266,11 @@ def test_a_stopped_run_is_the_same(vlm_run, tmp_path, monkeypatch):
     run(train_vlm.main, *argv, "--resume")
     assert without_clock(log(one)) == without_clock(log(two))
     same_weights(one, two)
+    argv += ["--name", "nano-trajtok", "--resume"]
+    assert "another model" in refused(capsys, train_vlm.main, *argv, "--connector", "patch")
+    assert read_config(two)["connector"] == "trajtok"
+    (two / "state.pt").write_bytes(b"half")
+    assert "no whole checkpoint" in refused(capsys, train_vlm.main, *argv)
 
 
 def test_two_sharded_processes_are_one(vlm_run, tmp_path):

@@ -1044,7 +1044,10 @@ def restore(folder, model, optimizer):
     path = folder / "state.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = trajtok.read_state(path, mmap=True)
+    saved, own = ({name: x.shape for name, x in one.items()} for one in (state["model"], model.state_dict()))
+    if saved != own:
+        raise BadInput(f"{path}: weights of another model or size; give --resume the flags of the run")
     given = [dict(group) for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=WHOLE)

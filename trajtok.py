@@ -736,13 +736,22 @@ def save_checkpoint(folder, model, optimizer, step):
         raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
 
 
+def read_state(path, mmap=False):
+    """What save_checkpoint has written to state.pt."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    # torch.load raises exceptions of many types on a damaged file
+    except Exception as error:
+        raise BadInput(f"{path}: no whole checkpoint ({type(error).__name__}); give --overwrite") from None
+
+
 def load_checkpoint(folder, model, optimizer):
     """Load the last checkpoint of a run into model and optimizer -> the step to go on with, 0 if nothing was
     saved."""
     path = folder / "state.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_state(path)
     fit_weights(model, state["model"], path)
     # AdamW's moments are the saved run's; settings, e.g. --weight-decay, are those of the flags given now
     saved, now = state["optimizer"], optimizer.state_dict()["param_groups"]
