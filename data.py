@@ -1295,6 +1295,8 @@ def add_row(entry, row, folder):
     entry |= {key: str(Path(folder, row[key])) for key in ("mask", "graph") if row.get(key)}
     # a text, always: class 3 of a JSON file is class "3" of a CSV file
     label = None if row.get("label") is None else str(row["label"])
+    if isinstance(row.get("label"), (list, dict)):
+        raise ValueError(f'"label" is {label[:60]}; give the name of one class')
     # an unknown word is refused: taken for training, it would put test clips into it
     part = SPLITS[row["split"]] if row.get("split") else None
     for key, value in dict(label=label, split=part).items():
@@ -1311,9 +1313,9 @@ def add_row(entry, row, folder):
         talk = conversation(row["conversations"])
         entry["conversations"].append(talk)
         pairs = pairs + talk
-    texts = captions + [pair["question"] for pair in pairs]
+    texts = captions + [pair[key] for pair in pairs for key in ("question", "answer")]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{json.dumps(texts)[:80]}: captions and questions are texts, none empty")
+        raise ValueError(f"{json.dumps(texts)[:80]}: captions, questions and answers are texts, none empty")
     for pair in pairs:
         if pair["answer"] not in pair.get("options", [pair["answer"]]):
             raise ValueError(f"{json.dumps(pair)[:80]}: the answer is none of the options")
@@ -1325,6 +1327,9 @@ def conversation(turns):
     pairs = []
     # strict: a question without its answer is refused
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        # shifted by a system's turn, questions would be learnt as answers
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            raise ValueError('a conversation goes "human", "gpt", "human", "gpt"')
         question = re.sub(r"\s*<(video|image)>\s*", " ", human["value"]).strip()
         pairs.append(human | dict(question=question, answer=gpt["value"]))
     return pairs
