@@ -1345,7 +1345,7 @@ def split(entries):
     else:
         # Hashes of names, not numbers in the list: the order of a manifest does not matter. Of the whole
         # names: of <id>/rgb.mp4 the last part is the same for all.
-        hashes = [zlib.crc32(entry["name"].encode()) for entry in entries]
+        hashes = [zlib.crc32(os.fsencode(entry["name"])) for entry in entries]
         ranked = sorted(hashes)
         least = max(min(len(entries), 24) // 6, 1)
         # a CRC is a number below 2 ** 32, spread evenly: a share of the names lies below that share of it

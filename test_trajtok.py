@@ -908,6 +908,8 @@ def test_a_manifest_decides_what_is_held_out(tmp_path):
     fewer = {e["name"] for e in data.split(entries[:300])[1]}
     assert fewer <= {e["name"] for e in test}
     assert 4700 < len(data.split([dict(name=str(i), split=None) for i in range(40_000)])[1]) < 5300
+    # a name on disk need not be a text
+    assert data.split([dict(name=name, split=None) for name in ("caf\udce9.mp4", "b.mp4")])
     with pytest.raises(BadInput, match="at least one of each"):
         data.split(train[:1])
 
