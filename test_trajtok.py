@@ -741,6 +741,21 @@ def broken(media, tmp_path_factory):
             folder / "sound.mp4": "no video"}
 
 
+def test_sound_may_be_longer_than_the_picture(tmp_path):
+    """Catches: an MKV file that is refused, or read beyond its last frame, because its sound goes on."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        picture = file.add_stream("libx264", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        sound = file.add_stream("aac", rate=8000, layout="mono")
+        for _ in range(10):
+            file.mux(picture.encode(av.VideoFrame(64, 48, "yuv420p")))
+        file.mux(picture.encode())
+        for i in range(16):                                     # two seconds
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 8000, 1024 * i
+            file.mux(sound.encode(frame))
+    assert data.decode(tmp_path / "a.mkv", 2, 16)[1].tolist() == [0.2, 0.7]
+
+
 def test_files_that_cannot_be_used_are_bad_videos_of_one_line(media, broken):
     """Catches: a traceback, or frames repeated in silence, where a file is damaged; a reason without the
     name."""
