@@ -1031,6 +1031,9 @@ class ShowConfig:
     stages: bool = False                # walk through the method: <clip>-stages.png; not with --frames 0
     device: str = "auto"                # cpu, cuda, ...
 
+    def __post_init__(self):
+        at_least(self, 0, "frames window index")
+
 
 def open_clip(cfg, shape):
     """The clip of `show` -> frames, as TrajTok.stream takes them; their number; frames a second. Frames are
