@@ -2285,7 +2285,10 @@ REFUSED = (
     ("compare a: --script no.py", "failed"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
     ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights CLIP", "whole file"),
     ("pretrain --data BARE", "mask"), ("pretrain --init no", "no/model"),
-    ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"))
+    ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"),
+    ("show CLIP --frames -1", "--frames -1"), ("show CLIP --window -1", "--window -1"),
+    ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "no JSON object"),
+    ("table ROWS", "not a table"), ("compare a: --json ROWS", "not a table"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
@@ -2294,6 +2297,9 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     bare = manifest(tmp_path / "m.json", 4 * [{"video": str(media / "clip0.mp4")}])
     files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
+    files["LIST"] = manifest(tmp_path / "list.json", [])
+    files["ROWS"] = manifest(tmp_path / "rows.json", dict(rows=[dict(name="a")]))
+    trajtok.write_json(tmp_path / "old/config.json", dict(trajtok=dict(width=3)))
     argv = [files.get(word, word) for word in argv.split()]
     defaults = {"show": ["--weights", clip_run], "pretrain": SMALL}
     argv[1:1] = defaults.get(argv[0], []) if argv else []
@@ -2780,6 +2786,7 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     config = read_config(tmp_path / "clip-detach-1")
     assert (config["detach"], config["seed"]) == (False, 1)
     assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
+    assert "No closing quotation" in refused(capsys, trajtok.main, "compare", "odd: --prompt '", *argv)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
     assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]
 

@@ -211,10 +211,11 @@ class TrajTok(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """A folder that save_pretrained, `pretrain` or train_clip.py wrote -> its tokenizer, in eval mode."""
-        saved = read_json(Path(folder) / "config.json").get("trajtok")
-        if not saved:
-            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer")
-        return load_weights(cls(TrajTokConfig(**saved)), folder, "video.tokenizer.").eval()
+        try:
+            cfg = TrajTokConfig(**read_json(Path(folder) / "config.json")["trajtok"])
+        except (KeyError, TypeError):                           # no such entry, or unknown fields in it
+            raise BadInput(f"{folder}: its config.json describes no trajectory tokenizer") from None
+        return load_weights(cls(cfg), folder, "video.tokenizer.").eval()
 
     @classmethod
     def load_official(cls, path, mean_start=True):
@@ -1195,9 +1196,12 @@ def cell(x, first):
 def read_json(path):
     """The content of a JSON file. A missing or damaged one is BadInput, as a person has pointed to it."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds no JSON object; give another file or folder")
+    return value
 
 
 def read_rows(path):
@@ -1206,9 +1210,13 @@ def read_rows(path):
     if path.is_dir():
         return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
     try:
-        return {row["name"]: row for row in read_json(path)["rows"]}
+        rows = {row["name"]: row for row in read_json(path)["rows"]}
+        results = sum((row["results"] for row in rows.values()), [])
+        if all(isinstance(result, dict) for result in results):
+            return rows
     except (KeyError, TypeError):
-        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote") from None
+        pass
+    raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
 
 
 def table(argv):
@@ -1273,9 +1281,9 @@ def compare(argv):
         name, flags = (part.strip() for part in text.split(":", 1))
         new = dict(name=name, flags=flags, script=args.script, results=[])
         row = read_rows(args.json).get(name, new)
-        if (row["flags"], row["script"]) != (flags, args.script):
-            raise BadInput(f"{args.json}: {name} has flags {row['flags']!r} there; give it another name")
-        done = [result["seed"] for result in row["results"]]
+        if (row.get("flags"), row.get("script")) != (flags, args.script):
+            raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r} there; give it another name")
+        done = [result.get("seed") for result in row["results"]]
         for seed in [seed for seed in args.seeds if seed not in done]:
             result = train_row(args, name, flags, seed)
             # The file is written after each training, so that an interrupted comparison loses at most one of
@@ -1289,7 +1297,10 @@ def compare(argv):
 def train_row(args, name, flags, seed):
     """Train one row with one seed, in a process of its own -> its result.json."""
     name = f"{name.replace(' ', '-')}-{seed}"
-    flags = shlex.split(flags.replace("{seed}", str(seed)))
+    try:
+        flags = shlex.split(flags.replace("{seed}", str(seed)))
+    except ValueError as error:
+        raise BadInput(f"compare {flags!r}: {error}") from None
     own = ["--seed", str(seed), "--name", name, "--out", args.out, "--overwrite"]
     command = [sys.executable, args.script, *flags, *own]
     print(shlex.join(command), flush=True)
