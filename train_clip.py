@@ -693,6 +693,8 @@ def embed(model, batches, damage):
         # real clips have no appearance and motion. The rows of each value are appended to a list
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
             clips[key] += batch.get(key, [])
+    if not clips:
+        raise BadInput(f"--data {model.cfg.data}: not one held-out clip can be used")
     for key in clips:
         if clips[key] and torch.is_tensor(clips[key][0]):
             clips[key] = torch.stack(clips[key])
@@ -947,8 +949,6 @@ def score_run(model, held_out, folder, log, damage):
     pictures, and print the scores."""
     cfg, device = model.cfg, model.temperature.device
     clips = embed(model, held_out, damage)
-    if not clips:
-        raise BadInput(f"--data {cfg.data}: not one held-out clip can be used")
     result, texts, right, similarity = retrieval(model, clips)
     result |= dict(zero_shot=zero_shot(model, clips), appearance=None, motion=None, veq=None, stq=None)
     write_png(folder / "found.png", found_clips(similarity, right, texts, clips, held_out))
