@@ -2710,6 +2710,10 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path):
     latents, norm = "video.tokenizer.segmenter.latents", "video.tokenizer.encoder.perceiver.norm_ctx.weight"
     assert not torch.equal(weights["free"][latents], start[latents])
     assert not torch.equal(weights["frozen"][norm], torch.ones(96))
+    # a tokenizer's folder does not say how many clips it has seen
+    trajtok.TrajTok.from_pretrained(clip_run).save_pretrained(tmp_path / "alone")
+    run(train_clip.main, *argv[:-1], "alone", "--init-segmenter", tmp_path / "alone")
+    assert "clips_before" not in read_result(tmp_path / "clip-alone")
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):

@@ -971,7 +971,9 @@ def score_run(model, held_out, folder, log, damage):
     if start:
         # how many clips had trained the weights that this run started from
         before = trajtok.read_json(Path(start) / "config.json")
-        result["clips_before"] = before["steps"] * before["batch"]
+        # a folder that TrajTok.save_pretrained wrote does not say it
+        if "steps" in before:
+            result["clips_before"] = before["steps"] * before["batch"]
     steps = [line for line in log.lines() if "contrastive" in line]      # the other lines are validations
     seconds = sum(line["seconds"] for line in steps)
     seen = sum(line["clips"] for line in steps)
