@@ -1172,7 +1172,7 @@ def ask(argv):
     device = trajtok.choose_device(args.device)
     cfg, encoding, model = open_model(args.model, device)
     # a multiple of cfg.window, or all frames of a clip shorter than a window; a picture is one frame
-    frames = min(cfg.frames, len(data.frame_times(args.clip)))
+    frames = min(cfg.frames, len(data.frame_times(args.clip))) or 1
     frames -= frames % min(frames, cfg.window)
     video, times = data.decode(args.clip, frames, frame_size(model.segmenter, model.vision))
     batch = dict(video=torch.from_numpy(video)[None], times=[times.tolist()], qa=[[]])
