@@ -1192,6 +1192,9 @@ def read_manifest(path):
     Rows that name the same file are one entry with all their captions and questions: as two candidates of a
     retrieval neither could be told from the other. Sidecars that are not named are looked for beside the
     video. BadInput says what is wrong, and where."""
+    # Path("") would be the folder in which one happens to be
+    if path == "":
+        raise BadInput("a set of --data has no name; give a path, e.g. . for this folder")
     path = Path(path)
     # a folder that `make` has written
     if path.is_dir() and (path / "manifest.json").exists():
@@ -2325,8 +2328,11 @@ def make(argv):
     """Writes the clips that a training sees."""
     cfg = configure(MakeConfig, None, argv)
     world = world_of(cfg)
+    if cfg.clips < 1 or not 0 < cfg.fps < math.inf:
+        raise BadInput(f"--clips {cfg.clips} --fps {cfg.fps}: give numbers above 0")
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    # it makes the folder, or says in one line why that cannot be; the clips follow
+    write_json(out / "manifest.json", [])
     # numbered as in `made_clips`, so that a training on --data world with this seed sees the same clips
     first = TRAIN + (cfg.seed % 49) * 10_000_000
     jobs = [(out, i, world, cfg.fps) for i in range(first, first + cfg.clips)]

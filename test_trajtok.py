@@ -1119,10 +1119,12 @@ def test_every_form_of_own_data_trains(media, tmp_path, form):
 # data.py: make and check
 # -----------------------------------------------------------------------------------------------------------
 
-def test_a_made_folder_holds_what_the_world_shows(tmp_path):
+def test_a_made_folder_holds_what_the_world_shows(tmp_path, capsys):
     """Catches: labels that are shifted, renumbered or lost by the codec or the sidecars, captions, classes
     or questions of another clip, a seed that makes other clips than a training of that seed sees."""
     out = tmp_path / "wörld with spaces"
+    assert "--clips 0" in refused(capsys, data.main, "make", "--clips", 0)
+    assert "cannot be written" in refused(capsys, data.main, "make", "--out", __file__)
     run(data.main, "make", "--clips", 4, "--out", out, "--seed", 3, "--image-size", 32, "--frames", 4,
         "--workers", 0)
     made = data.VideoBatches(data.read_manifest(out), 4, 32, 4, train=False)[0]
@@ -2815,7 +2817,8 @@ BAD_FLAGS = (
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
     ("--init-segmenter no", "no/model"), ("--device abacus", "abacus"), ("--text cl1000k", "cl100k_base"),
     ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "config.json"), ("--val no.json", "no.json"),
-    ("--mix 1,2", "--mix 1,2"), ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
+    ("--mix 1,2", "--mix 1,2"), ("--data world,", "no name"),
+    ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
     ("--out SILENT", "--out"), ("--name nano", "--overwrite"), ("--world moon", "--world moon"),
     ("--resume --name nano --width 64", "another model or size"))
 
