@@ -2625,12 +2625,14 @@ def clip_run(tmp_path_factory):
 
 def test_run_on_the_world(clip_run):
     """Catches: a command that does not run to its end, results without what a comparison needs, weights that
-    TrajTok.from_pretrained cannot read."""
+    TrajTok.from_pretrained cannot read, validation on the test clips."""
     result, lines = read_result(clip_run), log(clip_run)
     assert RESULT | {"control_last_frame", "control_no_order"} <= set(result)
     assert set(os.listdir(clip_run)) == FILES
     assert [line["step"] for line in lines] == [0, 1, 1]
-    assert "t2v_r5" in lines[2]                                 # on validation clips
+    assert "t2v_r5" in lines[2]
+    # of the same weights, but on validation clips
+    assert any(lines[2][key] != result[key] for key in set(lines[2]) - {"step"})
     assert {"contrastive", "focal", "dice", "lr", "clips", "gradient_norm", "memory_gb"} <= set(lines[0])
     tokenizer = trajtok.TrajTok.from_pretrained(clip_run)
     assert tokenizer.cfg.image_size == tokenizer.cfg.out_dim == 32
@@ -3796,6 +3798,20 @@ def test_probabilities_are_means_over_views():
         cfg = dataclasses.replace(HEADS, batch=batch)
         found = train_adapter.accuracies({"linear-0": Scores()}, features, cfg, torch.device("cpu"))
         assert found == {("linear-0", 1): 1}
+
+
+def test_heads_are_chosen_by_validation_clips(monkeypatch):
+    """Catches: the head that is best on the test clips, which would look better than it is."""
+    heads, rates = nn.ModuleDict(), {}
+    for row, i in itertools.product(train_adapter.HEADS, (0, 1)):
+        heads[f"{row}-{i}"], rates[f"{row}-{i}"] = nn.Linear(1, 1), i
+
+    def accuracies(heads, best, cfg, device):
+        return {(name, m): float(name.endswith(best)) for name in heads for m in (1, 2, 4)}
+    monkeypatch.setattr(train_adapter, "accuracies", accuracies)
+    found = train_adapter.report(heads, rates, dict(valid="1", test="0"), HEADS, CPU)
+    assert found["linear_lr"] == found["trajadapter_lr"] == 1
+    assert found["linear"] == found["trajadapter_x4"] == 0
 
 
 def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path):
