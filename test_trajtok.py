@@ -2136,6 +2136,15 @@ def test_weight_decay_is_for_matrices():
     assert groups == {(0.3, 1): 1, (0, 1): 2, (0, 4): 2}
 
 
+def test_overwrite_forgets_the_old_run(tmp_path):
+    """Catches: a new run that is stopped before its first checkpoint, and goes on from that of the old one."""
+    cfg = trajtok.PretrainConfig(overwrite=True)
+    for name in ("state.pt", "model.safetensors", "log.jsonl", "result.json"):
+        (tmp_path / name).write_text("old")
+    trajtok.open_run(tmp_path, cfg)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
 def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     """Catches: log lines that appear twice or are lost, a half-written last line that ends the run."""
     for step in range(4):
