@@ -1105,8 +1105,8 @@ def show(argv):
 @torch.no_grad()
 def draw_stages(tokenizer, video, m, path):
     """Walk through the method on one clip uint8 (1, t, H, W, 3): print the shape and range of each stage, and
-    draw features, the three largest soft masks, hard masks, and the points that the tokens of the largest
-    trajectory read."""
+    draw features, the three largest soft masks, hard masks, and the points that the tokens of the second
+    largest trajectory read (the largest is mostly the ground)."""
     segmenter, encoder = tokenizer.segmenter, tokenizer.encoder
     # 1. Segmenter.segment and TrajectoryEncoder.forward, line by line
     features, grid = segmenter.extract(normalise(video))
@@ -1130,7 +1130,7 @@ def draw_stages(tokenizer, video, m, path):
     for i, query in enumerate(largest):
         values[f"mask {i + 1}"] = soft[0, :, query, None]
     values["hard"] = torch.from_numpy(palette(soft.shape[-1]) / 255)[seg.ids[0].cpu()]
-    values["read"] = (seg.ids[0] == largest[0])[:, None]
+    values["read"] = (seg.ids[0] == largest[1])[:, None]
     some = np.linspace(0, grid[0] - 1, min(4, grid[0])).astype(int)
     rows = {"frames": video[0].cpu().numpy()[some]}
     stride = video.shape[2] // grid[1]
