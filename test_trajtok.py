@@ -2137,7 +2137,7 @@ def test_weight_decay_is_for_matrices():
 
 
 def test_overwrite_forgets_the_old_run(tmp_path):
-    """Catches: a new run that is stopped before its first checkpoint, and goes on from that of the old one."""
+    """Catches: a new run that is stopped before its first checkpoint and goes on from the old one."""
     cfg = trajtok.PretrainConfig(overwrite=True)
     for name in ("state.pt", "model.safetensors", "log.jsonl", "result.json"):
         (tmp_path / name).write_text("old")
@@ -3299,8 +3299,8 @@ def same_weights(a, b, atol=0.0):
 
 
 def test_a_stopped_run_is_the_same(vlm_run, tmp_path, capsys, monkeypatch):
-    """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions; a run that
-    flags of another one spoil."""
+    """Catches: a checkpoint without the moments, a resumed run that draws other clips or questions; a run
+    that flags of another one spoil."""
     argv = [*VLM_FLAGS, "--segmenter", vlm_run / "seg", "--out", tmp_path, "--save-every", 3]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         rates = mock.Mock(side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt], wraps=train_vlm.set_rates)
