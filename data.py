@@ -986,10 +986,11 @@ def frame_count(stream):
     length = ((stream.container.duration or 0) - (stream.container.start_time or 0)) / 1e6
     if stream.duration:
         length = float(stream.duration * stream.time_base)
-    # most MKV files tell the picture's own length as a text: "00:01:02.500"
+    # most MKV files tell when the picture ends as a text: "00:01:02.500"
     elif "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        length = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        end = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        length = end - float((stream.start_time or 0) * stream.time_base)
     expected = round(length * rate_of(stream))
     # the number of frames in an MP4 includes those that its edit list hides; its length does not
     if expected and "mov" in stream.container.format.name:
