@@ -2794,18 +2794,25 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     train = mock.Mock(side_effect=train_here)
     monkeypatch.setattr(trajtok, "subprocess", mock.Mock(run=train))
     small, path = " ".join(CLIP), tmp_path / "c.json"
-    rows = [f"base: {small}", f"detach: --no-detach {small}"]
+    rows = [f"base: {small}", f"detach: --no-detach --text-length 1{{seed}} {small}"]
     argv = ["--script", "train_clip.py", "--json", path, "--out", tmp_path, "--seeds", 0]
     for seeds, count in (([], 2), ([1], 4), ([1], 4)):
         run(trajtok.main, "compare", *argv, *seeds, *rows)
         assert train.call_count == count
     assert {"command", "hardware", "rows"} <= set(json.loads(path.read_text()))
     config = read_config(tmp_path / "clip-detach-1")
-    assert (config["detach"], config["seed"]) == (False, 1)
+    assert (config["detach"], config["seed"], config["text_length"]) == (False, 1, 11)
     assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
     assert "No closing quotation" in refused(capsys, trajtok.main, "compare", "odd: --prompt '", *argv)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
     assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]
+
+
+def test_made_clips_need_no_decoder(tmp_path, monkeypatch):
+    """Catches: a training on made clips that ends in an ImportError where PyAV is missing."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    run(train_clip.main, *CLIP, "--out", tmp_path)
+    assert (tmp_path / "clip-nano" / "found.png").stat().st_size > 1000
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):

@@ -1211,12 +1211,13 @@ def read_rows(path):
         return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
     try:
         rows = {row["name"]: row for row in read_json(path)["rows"]}
-        results = sum((row["results"] for row in rows.values()), [])
-        if all(isinstance(result, dict) for result in results):
-            return rows
+        whole = all(isinstance(result, dict) for row in rows.values() for result in row["results"])
+    # what indexing raises where the JSON holds something else
     except (KeyError, TypeError):
-        pass
-    raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
+        whole = False
+    if not whole:
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
+    return rows
 
 
 def table(argv):
