@@ -567,7 +567,7 @@ def build(cfg, encoding, device):
 class Batch(NamedTuple):
     video: torch.Tensor             # uint8 (b, t, H, W, 3)
     labels: torch.Tensor            # int64 (b, t, H, W), -1 = unlabelled
-    ids: torch.Tensor               # int64 (b, s): the caption
+    ids: torch.Tensor               # int64 (b, s): the caption, s = cfg.text_length
     mask: torch.Tensor              # bool (b, s), True = a real token
 
 

@@ -155,8 +155,8 @@ class TrajTok(nn.Module):
         # from here on, this is Segmenter.segment and TrajectoryEncoder.forward, a chunk at a time
         def read(queries=None):
             """Decode the video from its beginning; for each chunk yield the number of its first frame, the
-            chunk, F (1, n, d) and its Segmentation. Without queries the latter is None; with them, F includes
-            the codes of places."""
+            chunk, F (1, n, d) and its Segmentation. Without queries there is no Segmentation yet (None); with
+            them, F includes the codes of places."""
             for first, video in chunks_of(frames, chunk):
                 points, grid = segmenter.extract(normalise(video.to(device)))
                 seg = None
@@ -171,7 +171,9 @@ class TrajTok(nn.Module):
         # the K queries have read the whole video before the first point is given to one of them
         queries = perceive_chunks(segmenter.perceiver, segmenter.latents[None], read)
         # z_init is a mean over all points: its numerator and denominator are summed over the chunks
-        total, weight, alive, path = 0, 0, False, []
+        total, weight = 0, 0
+        alive = False
+        path = []
         for first, video, points, seg in read(queries):
             soft = seg.logits.softmax(-1)                       # over the queries
             part, share = soft_sums(soft, points)
@@ -612,7 +614,8 @@ def gather(x):
 
 def sum_gradients(parameters):
     """p.grad becomes its sum over all processes. CHOICE: after the backward pass instead of
-    DistributedDataParallel, which must know beforehand which parameters a step uses; here that changes."""
+    DistributedDataParallel, which must know beforehand which parameters a step uses. Here that can
+    change: with --no-mean-start no loss reaches the queries in a batch without labels."""
     if dist.is_initialized():
         for p in parameters:
             # all processes have to call all_reduce for the same parameters, or they wait for each other
@@ -723,7 +726,7 @@ def save_checkpoint(folder, model, optimizer, step):
     for all other uses.
 
     All that is random in a run is drawn from the seed and the step. So model, optimizer and step are the
-    whole state, as long as the number of processes and the batch stay the same.
+    whole state, as long as the number of processes and the batch stay the same (which nobody checks).
     Files are written under another name and renamed: a kill leaves the old checkpoint or the new one, never
     half of one."""
     if ranks()[0]:
