@@ -1261,6 +1261,9 @@ def csv_rows(text):
         if "video" not in header or not {"caption", "label", "mask"} & set(header):
             raise ValueError(f"a header of {', '.join(names)[:60]}; name a column for the file and one for "
                              f"its caption or label, by one of {', '.join(COLUMNS)}")
+        twice = [name for name in header if name and header.count(name) > 1]
+        if twice:
+            raise ValueError(f"a header of {', '.join(names)[:60]}; {len(twice)} columns hold the {twice[0]}")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
@@ -1305,7 +1308,7 @@ def new_entry(row, folder):
 def add_row(entry, row, folder):
     """Add to an entry what a row says of its file. ValueError says what is wrong with it. A file may have
     many captions, but one label and one split."""
-    entry |= {key: row[key] for key in MADE if key in row}
+    entry |= {key: row[key] for key in MADE if isinstance(row.get(key), int)}
     entry |= {key: str(Path(folder, row[key])) for key in ("mask", "graph") if row.get(key)}
     # a text, always: class 3 of a JSON file is class "3" of a CSV file
     label = None if row.get("label") is None else str(row["label"])
@@ -1621,17 +1624,17 @@ class VideoBatches(torch.utils.data.Dataset):
 
 
 class Mixed(torch.utils.data.Dataset):
-    """Whole batches of several datasets, one of them at a time, in given shares. With `world` processes,
-    batches s·world .. s·world + world - 1 are those of step s: they all come from one dataset, so that at
-    each step every process has clips of the same shape.
+    """Whole batches of several datasets, one of them at a time, in given shares. With p
+    processes, batches s·p .. s·p + p - 1 are those of step s: they all come from one dataset, so that at each
+    step every process has clips of the same shape.
 
     The first dataset takes its share of all steps, evenly: step s is its own where floor(s·share + phase)
     grows, and that floor counts its steps so far. The steps that it leaves are counted anew and go to the
     others in the same way. Each dataset then has its share to within a few steps; chance would be off by
     sqrt(s)."""
 
-    def __init__(self, datasets, shares, seed=0, world=1):
-        self.datasets, self.world = datasets, world
+    def __init__(self, datasets, shares, seed=0, processes=1):
+        self.datasets, self.processes = datasets, processes
         # shares of the steps that the earlier datasets leave; the last one takes them all
         self.shares = [share / sum(shares[j:]) for j, share in enumerate(shares)]
         self.phases = np.random.default_rng((seed, 3)).random(len(shares)).tolist()
@@ -1641,12 +1644,12 @@ class Mixed(torch.utils.data.Dataset):
         return [text for dataset in self.datasets for text in dataset.captions()]
 
     def __getitem__(self, i):
-        step, rank = divmod(i, self.world)
+        step, rank = divmod(i, self.processes)
         for dataset, share, phase in zip(self.datasets, self.shares, self.phases):
             before = math.floor(step * share + phase)
             after = math.floor((step + 1) * share + phase)
             if after > before:
-                return dataset[before * self.world + rank]
+                return dataset[before * self.processes + rank]
             step -= before
 
 
@@ -1663,14 +1666,14 @@ def finish(batch, device):
     return batch
 
 
-def loader(dataset, first, last, workers=0, rank=0, world=1):
-    """Batches of steps first .. last - 1, in order: step s of process `rank` of `world` is dataset[s·world +
-    rank]. They are made ahead of time by `workers` processes (0: in this one); what they hold does not depend
-    on that. To resume, begin at another `first`."""
+def loader(dataset, first, last, workers=0, rank=0, processes=1):
+    """Batches of steps first .. last - 1, in order: step s of process `rank` of p = `processes` is
+    dataset[s·p + rank]. They are made ahead of time by `workers` further processes (0: in this one); what
+    they hold does not depend on that. To resume, begin at another `first`."""
     # batch_size=None: an item of the dataset is a whole batch. The sampler lists the numbers of this process.
     # generator: torch would draw the workers' seeds from the global one.
     batches = torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=range(first * world + rank, last * world, world),
+        dataset, batch_size=None, sampler=range(first * processes + rank, last * processes, processes),
         num_workers=workers, timeout=PATIENCE if workers else 0,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())
     try:
@@ -1746,13 +1749,13 @@ def changed(clip, ids, rng, flip):
 # -----------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)
-def open_data(cfg, need="caption", world=1):
+def open_data(cfg, need="caption", processes=1):
     """What a run learns from -> (training dataset, held-out dataset). Kept, so that an evaluation in the
     middle of a run does not read the manifests anew.
 
     cfg.data: `world`, or a manifest, CSV or folder; several with commas, in the shares of cfg.mix, a batch of
     one of them at a time. cfg.val: a manifest that is held out, instead of a part of each. need: the key
-    ("caption", "mask") without which an entry cannot be used. world: how many processes train together."""
+    ("caption", "mask") without which an entry cannot be used. processes: how many train together."""
     names = sets_of(cfg.data)
     val = usable_entries(cfg.val, need) if cfg.val else []
     train, held_out, shares = [], [], []
@@ -1768,7 +1771,7 @@ def open_data(cfg, need="caption", world=1):
     # one dataset stays what it is: made clips are also asked for their indices
     if len(held_out) > 1:
         held_out = [torch.utils.data.ConcatDataset(held_out)]
-    return Mixed(train, shares, cfg.seed, world), held_out[0]
+    return Mixed(train, shares, cfg.seed, processes), held_out[0]
 
 
 def sets_of(data):

@@ -871,12 +871,14 @@ def test_rows_of_one_file_are_one_clip(tmp_path):
     def talk(text, **more):
         return [{"from": "human", "value": text, **more}, {"from": "gpt", "value": "a dog"}]
 
-    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4"},
+    # "colour" of somebody's own is not the class of a made clip
+    rows = [{"video": "a.mp4", "caption": "one", "colour": "red"}, {"video": "b.mp4"},
             {"video": "./x/../a.mp4", "caption": ["two", "one"], "label": 3},
             {"video": "b.mp4", "conversations": talk("Look at<video>and say.", type="what")},
             {"video": "b.mp4", "conversations": talk("<video>\nHow many?")}]
     a, b = data.read_manifest(manifest(tmp_path / "m.json", rows))
     assert a["caption"] == ["one", "two"] and a["label"] == "3" and b["caption"] is None
+    assert "colour" not in a
     talks = [[(turn["question"], turn["answer"]) for turn in turns] for turns in b["conversations"]]
     assert talks == [[("Look at and say.", "a dog")], [("How many?", "a dog")]]
     assert b["conversations"][0][0]["type"] == "what"
@@ -948,6 +950,7 @@ def one(**more):
     ("m.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n{oops\n', "line 3"),
     ("m.csv", b"a.mp4,2\ncaf\xe9.mp4,1\n", "utf-8"), ("m.csv", '"a.mp4,1\n', "unexpected end"),
     ("m.csv", "clip,words\na.mp4,x\n", "a header of clip, words.*one of video, path"),
+    ("m.csv", "path,class,label\na.mp4,1,x\n", "2 columns hold the label"),
     ("m.csv", "path,label\na.mp4\n", "line 2: 1 cells, not 2"), ("m.csv", "a, b.mp4,1\n", "header")))
 def test_wrong_manifests_are_refused_in_one_line(tmp_path, capsys, name, content, words):
     """Catches: a traceback, or a message that does not tell where and what is wrong."""
@@ -976,7 +979,7 @@ def test_batches_are_full_and_a_function_of_seed_and_number(media):
     alone = list(data.loader(dataset, 0, 10))
     assert all(map(same, alone, data.loader(batches(4, seed=1), 0, 10, workers=2)))
     for rank in (0, 1):
-        assert all(map(same, alone[2 + rank::2], data.loader(dataset, 1, 5, rank=rank, world=2)))
+        assert all(map(same, alone[2 + rank::2], data.loader(dataset, 1, 5, rank=rank, processes=2)))
     assert all(len(set(batch["index"])) == 4 for batch in alone)
     counts = np.bincount([j for batch in alone for j in batch["index"]])
     assert counts.sum() == 40 and counts.min() >= 6
@@ -1036,7 +1039,7 @@ def test_mixtures_keep_their_shares(shares):
     different sets in one step."""
     sets = [[(j, number) for number in range(4000)] for j in range(len(shares))]
     mixed = data.Mixed(sets, shares, seed=3)
-    pairs = data.Mixed(sets, shares, seed=3, world=2)
+    pairs = data.Mixed(sets, shares, seed=3, processes=2)
     counts = np.zeros(len(shares), int)
     for i in range(2000):
         j, number = mixed[i]
@@ -2298,6 +2301,7 @@ REFUSED = (
     ("pretrain --data BARE", "mask"), ("pretrain --init no", "no/model"),
     ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"),
     ("show CLIP --frames -1", "--frames -1"), ("show CLIP --window -1", "--window -1"),
+    ("show CLIP --stages --frames 0", "--stages"),
     ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "no JSON object"),
     ("table ROWS", "not a table"), ("compare a: --json ROWS", "not a table"))
 
@@ -2830,6 +2834,7 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 BAD_FLAGS = (
     ("--size huge", "nano, tiny"), ("--no-such-flag", "no-such-flag"), ("--lr fast", "fast"),
     ("--lr nan", "--lr nan"), ("--image-size 33", "multiple of 32"), ("--batch 0", "--batch 0"),
+    ("--probe-clips 1", "--probe-clips 1"),
     ("--heads 3", "--heads 3"), ("--tokens-per-trajectory 3", "1, 2 or 4"),
     ("--tokenizer magic", "trajvit2, trajvit"), ("--tokenizer vit3d --patch 7", "--patch 7"),
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),

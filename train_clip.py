@@ -95,7 +95,9 @@ class ClipConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "width heads text_width text_length embed patch num_queries probe_clips")
+        at_least(self, 1, "width heads text_width text_length embed patch num_queries")
+        # a deviation needs two clips
+        at_least(self, 2, "probe_clips")
         at_least(self, 0, "micro_batch segmenter_lr eval_every segmentation_weight dice_weight")
         if self.width % self.heads or self.text_width % self.heads:
             raise BadInput(f"--heads {self.heads}: must divide the widths {self.width} and {self.text_width}")
@@ -828,10 +830,10 @@ TERMS = ("contrastive", "focal", "dice", "tokens")
 
 def train(cfg, folder):
     """Make data, model and optimizer, train, and score the held-out clips. With --eval-only, only score.
-    `world` is the number of processes, `rank` the number of this one."""
+    `rank` is the number of this process."""
     device = trajtok.setup(cfg)
-    rank, world = ranks()
-    train_set, held_out = data.open_data(cfg, "caption", world)
+    rank, processes = ranks()
+    train_set, held_out = data.open_data(cfg, "caption", processes)
     encoding, words = choose_words(cfg, train_set, folder)
     model = build(cfg, encoding, device)
     damage = data.Damage()
@@ -848,18 +850,18 @@ def train(cfg, folder):
     first = trajtok.load_checkpoint(folder, model, optimizer) if cfg.resume else 0
     trajtok.open_run(folder, cfg, trajtok=shape, words=words, manifest=manifest)
     log = trajtok.Log(folder, first)
-    clips = cfg.batch * world                                   # of a step, in all processes
+    clips = cfg.batch * processes                               # of a step, in all processes
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
           f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
-    loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, world)
+    loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, processes)
     for step, batch in enumerate(loader, first):
         lr = trajtok.learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         # 1. the batch. A file that could not be used was replaced by another; it is named once
         damage.add(batch["bad"])
-        batch = prepare(model, batch, step * world + rank)
+        batch = prepare(model, batch, step * processes + rank)
         # 2. the gradients. PAPER: 1, 2 or 4 tokens a trajectory, drawn at each step. The draw depends on the
         # seed and the step alone, so it is the same in all processes, and after --resume
         m = int(np.random.default_rng((cfg.seed, step)).choice((1, 2, 4)))
@@ -868,8 +870,8 @@ def train(cfg, folder):
         take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
         terms = take_step(model, batch, m)
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
-        # every process had the whole gradient of the temperature, so their sum is `world` times too large
-        model.temperature.grad /= world
+        # every process had the whole gradient of the temperature, so the sum is that many times too large
+        model.temperature.grad /= processes
         # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         trajtok.check_finite(terms, step)

@@ -755,45 +755,46 @@ def join(clips):
 
 
 class StoryBatches(Dataset):
-    """Batch i for training: a length and some of its clips, drawn from (seed, step). Batches step·world and
-    on are those of one step, and of one length: all processes then have rows of about the same length.
+    """Batch i for training: a length and some of its clips, drawn from (seed, step). With p processes,
+    batches step·p .. step·p + p - 1 are those of one step, and of one length: all processes then have rows of
+    about the same length.
 
     CHOICE: only the shortest clips in the first two fifths of the steps: to find the right token among six is
     learnt in minutes, among sixty it is not."""
 
-    def __init__(self, stories, cfg, world):
+    def __init__(self, stories, cfg, processes):
         # {number of frames: its clips}
-        self.stories, self.cfg, self.world = stories, cfg, world
+        self.stories, self.cfg, self.processes = stories, cfg, processes
 
     def __getitem__(self, i):
-        step, rank = divmod(i, self.world)
+        step, rank = divmod(i, self.processes)
         rng = np.random.default_rng((self.cfg.seed, step))
         # the generator does not know the process: all of them draw one length and one order of its clips, and
-        # each takes every world-th clip
+        # each process takes some of them, in turn
         frames = 8
         if step >= 0.4 * self.cfg.steps:
             frames = int(rng.choice(list(self.stories)))
         clips = self.stories[frames]
-        chosen = rng.permutation(len(clips))[:self.cfg.batch * self.world]
-        return join([clips[j] for j in chosen[rank::self.world]])
+        chosen = rng.permutation(len(clips))[:self.cfg.batch * self.processes]
+        return join([clips[j] for j in chosen[rank::self.processes]])
 
 
-def open_stories(cfg, segmenter, world, device):
+def open_stories(cfg, segmenter, processes, device):
     """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
     # lengths 8, 16, 32, ... up to cfg.frames; each has indices of its own, so no story is a part of another
     for place in range(cfg.frames.bit_length() - 3):            # 64 frames: 0 .. 3
         frames = 8 * 2 ** place
-        count = max(round(cfg.clips / 2 ** (place / 2)), world)
+        count = max(round(cfg.clips / 2 ** (place / 2)), processes)
         first = data.TRAIN + 10_000_000 * place
         stories[frames] = draw_stories(cfg, segmenter, frames, first, count, device)
         first = data.TEST + 1_000_000 * place
         tested = draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
         held_out += [join([clip]) for clip in tested]
-    return StoryBatches(stories, cfg, world), held_out
+    return StoryBatches(stories, cfg, processes), held_out
 
 
-def open_films(cfg, size, world):
+def open_films(cfg, size, processes):
     """Manifests -> batches of captions, batches of questions, held-out batches of one clip."""
     entries = data.read_manifest(cfg.data)
     for entry in entries:
@@ -823,7 +824,7 @@ def open_films(cfg, size, world):
     training = []
     for some in (captioned or asked, asked):
         sets = batches(some, cfg.batch, True)
-        training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, world))
+        training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, processes))
     return *training, ConcatDataset(batches(test, 1, False))
 
 
@@ -916,13 +917,13 @@ def set_rates(optimizer, step, cfg):
 def training_rows(batch, windows, encoding, cfg, step):
     """cfg.questions conversations of each clip, drawn at random; where a clip has fewer, they are repeated.
     The draw depends on the place of a clip in the whole batch, not on the process that has it."""
-    rank, world = ranks()
+    rank, processes = ranks()
     rows = []
     for i, own in enumerate(windows):
         talks = batch["qa"][i]
         if step < cfg.caption_steps:
             talks = [[dict(question=DESCRIBE, answer=batch["caption"][i])]]
-        order = np.random.default_rng((cfg.seed, step, rank + i * world)).permutation(len(talks))
+        order = np.random.default_rng((cfg.seed, step, rank + i * processes)).permutation(len(talks))
         for j in range(cfg.questions):
             rows.append(chat(encoding, talks[order[j % len(talks)]], own))
     return rows
@@ -930,18 +931,18 @@ def training_rows(batch, windows, encoding, cfg, step):
 
 def train(cfg, folder):
     device = trajtok.setup(cfg)
-    rank, world = ranks()
+    rank, processes = ranks()
     # 1. the parts, the clips, the model
     encoding, decoder, segmenter, vision = open_parts(cfg)
     segmenter.to(device)
     if cfg.data == "world":
-        questions, held_out = open_stories(cfg, segmenter, world, device)
+        questions, held_out = open_stories(cfg, segmenter, processes, device)
         captions = questions
     else:
-        captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), world)
+        captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), processes)
     model = VLM(cfg, decoder, segmenter, vision).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    if world > 1:
+    if processes > 1:
         shard(model, device, cfg)
     rates = NANO_RATES if cfg.size == "nano" else PUBLISHED_RATES
     optimizer = trajtok.make_optimizer(model, cfg, rates)
@@ -954,8 +955,8 @@ def train(cfg, folder):
     # connector first learns to make tokens that the decoder can read
     steps = cfg.caption_steps + cfg.steps
     early, late = min(first, cfg.caption_steps), max(first - cfg.caption_steps, 0)
-    batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, world),
-                              data.loader(questions, late, cfg.steps, cfg.workers, rank, world))
+    batches = itertools.chain(data.loader(captions, early, cfg.caption_steps, cfg.workers, rank, processes),
+                              data.loader(questions, late, cfg.steps, cfg.workers, rank, processes))
     began = mark = time.time()
     for step, batch in enumerate(batches, first):
         damage.add(batch["bad"])
@@ -976,12 +977,12 @@ def train(cfg, folder):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # of sharded gradients each process has a part of the norm: full_tensor puts it together
-        norm = norm.full_tensor() if world > 1 else norm
+        norm = norm.full_tensor() if processes > 1 else norm
         terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
         optimizer.step()
         # 5. the log, the checkpoint
-        clips = len(windows) * world
+        clips = len(windows) * processes
         seconds, mark = time.time() - mark, time.time()
         log(step=step, **terms, lr=optimizer.param_groups[0]["lr"],
             visual_tokens=int((visual >= 0).sum()) / len(rows), clips=clips, seconds=seconds,

@@ -601,12 +601,13 @@ def all_reduce(values, device):
 
 
 def gather(x):
-    """Rows of this process (n, ...) -> those of all processes, in their order (world·n, ...). all_gather
-    carries no gradient, so our own rows are put back. That is enough: every process computes the same loss
-    from all rows, so each gets the whole gradient of its own rows, and sum_gradients adds up these parts."""
-    rank, world = ranks()
-    rows = [torch.empty_like(x) for _ in range(world)]
-    if world > 1:
+    """Rows of this process (n, ...) -> those of all processes, in their order (n · processes, ...).
+    all_gather carries no gradient, so our own rows are put back. That is enough: every process computes the
+    same loss from all rows, so each gets the whole gradient of its own rows, and sum_gradients adds up these
+    parts."""
+    rank, processes = ranks()
+    rows = [torch.empty_like(x) for _ in range(processes)]
+    if processes > 1:
         dist.all_gather(rows, x.detach().contiguous())
     rows[rank] = x
     return torch.cat(rows)
@@ -1032,11 +1033,13 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method: <clip>-stages.png; not with --frames 0
+    stages: bool = False                # walk through the method: <clip>-stages.png
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
         at_least(self, 0, "frames window index")
+        if self.stages and self.frames == 0:
+            raise BadInput("--stages --frames 0: the stages are those of one clip; give --frames 8")
 
 
 def open_clip(cfg, shape):
@@ -1097,7 +1100,7 @@ def show(argv):
         else:
             tokens = tokenizer.windows(video, cfg.window or count, m, draw)
     write_png(f"{base}-trajectories.png", captioned(kept, scale))
-    if cfg.stages and not callable(video):
+    if cfg.stages:
         draw_stages(tokenizer, torch.as_tensor(video)[None].to(device), m, f"{base}-stages.png")
     trajectories = tokens.trajectory[tokens.mask].unique()
     print(f"{cfg.clip}: {count} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
@@ -1124,7 +1127,7 @@ def draw_stages(tokenizer, video, m, path):
     lines = [["stage", "shape", "range"]]
     for name, x in stages.items():
         lines.append([name, str(tuple(x.shape)), f"{x.min():.3g} .. {x.max():.3g}"])
-    print("\n".join([*aligned(lines), f"wrote {path}"]))
+    print("\n".join(aligned(lines)))
     # 2. the picture. values: of the points, (n, 1 or 3) in 0 .. 1. The features' three principal components
     # are their red, green and blue
     pca = torch.pca_lowrank(features[0].float(), 3)[0]
@@ -1142,6 +1145,7 @@ def draw_stages(tokenizer, video, m, path):
         maps = maps.expand(-1, -1, -1, 3).byte().cpu().numpy()
         rows[name] = maps.repeat(stride, 1).repeat(stride, 2)
     write_png(path, captioned(rows, max(1, 128 // video.shape[2])))
+    print(f"wrote {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
