@@ -2596,7 +2596,8 @@ def test_the_stage_has_a_setting_of_its_own():
 
 @pytest.mark.parametrize("sees", (True, False))
 def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
-    """Catches: a model that cannot see time scored above chance, clips and twins mixed up."""
+    """Catches: a model that cannot see time scored above chance, clips and twins mixed up, a score of 0 for
+    pictures, in which no time runs."""
     held_out = data.WorldBatches(data.STAGE, 16, indices=list(range(data.TEST, data.TEST + 16)))
     captions = held_out[0]["captions"]
     back, forth = torch.eye(2)
@@ -2615,6 +2616,8 @@ def test_reversal_asks_which_caption_fits_which_direction(monkeypatch, sees):
     clips = dict(captions=captions, vectors=forth.expand(16, 2))
     model = mock.Mock(cfg=train_clip.ClipConfig())
     assert train_clip.reversal(model, clips, held_out) == float(sees)
+    pictures = data.WorldBatches(dataclasses.replace(data.STAGE, frames=1), 16, [data.TEST])
+    assert train_clip.reversal(model, clips, pictures) is None
 
 
 # -----------------------------------------------------------------------------------------------------------

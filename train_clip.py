@@ -760,8 +760,10 @@ def reversal(model, clips, held_out):
       v t + v' t' > v t' + v' t,      that is      (v - v') (t - t') > 0
 
     Only clips count whose caption changes, and whose motion backwards is one that training shows. Chance is
-    1/2. None if there is no such clip."""
+    1/2. None if there is no such clip, and for pictures."""
     world = dataclasses.replace(held_out.world, reverse=True)
+    if world.frames == 1:
+        return None
     batches = data.WorldBatches(world, model.cfg.batch, indices=held_out.indices)
     twins = embed(model, batches, data.Damage())
     texts = [own[0] for own in clips["captions"]]
