@@ -2276,6 +2276,23 @@ def test_pretrain(tmp_path, capsys):
     nearly(two["segmenter.latents"], one["segmenter.latents"])
 
 
+def test_trajectories_are_counted_on_ground_and_objects():
+    """Catches: a true segmentation that does not get the best scores, or trajectories of the ground counted
+    as those of objects. Here each thing is cut in two, left and right of its clip's middle."""
+    batches = data.WorldBatches(data.World(), 8, list(range(data.TEST, data.TEST + 8)))
+    labels = data.finish(batches[0], "cpu")["labels"]
+    points = segmenter.labels_on_grid(labels, (8, 16, 16), 99)
+    objects = np.mean([len(clip.unique()) - 1 for clip in points])
+    halves = torch.where(torch.arange(16).repeat(8 * 16) < 8, points, points + 9)
+    pieces = np.mean([len(clip[clip % 9 > 0].unique()) for clip in halves])
+    for ids, on_ground, on_objects in ((points, 1, objects), (halves, 2, pieces)):
+        seg = segmenter.assign(segmenter.one_hot(ids, 18), (8, 16, 16))
+        model = mock.Mock(return_value=seg)
+        result, _ = trajtok.evaluate_segmenter(model, batches, torch.device("cpu"))
+        assert (result["on_ground"], result["on_objects"]) == (on_ground, on_objects)
+        assert (result["object_iou"] == result["veq"] == 1) == (ids is points)
+
+
 def rows_of(scores, **same_in_all):
     """{name: a score for each seed} -> what `compare` writes."""
     rows = []

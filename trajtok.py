@@ -972,9 +972,9 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
-    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, on the clips that
-    have labels. -> dict of means over these clips, empty if there are none; pictures: (video, found ids, true
-    ids) of the first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides
+    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, of made clips also
+    on the ground and on objects, for the clips that have labels. -> dict of means over these clips, empty if
+    there are none; pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides
     (PAPER: "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
@@ -996,7 +996,13 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
                 best = best_overlaps(mine, true, first) or [math.nan]
                 scores = video_metrics(mine, true)
                 row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
-                rows.append(row | dict(live_trajectories=int(alive.sum())))
+                row |= dict(live_trajectories=int(alive.sum()))
+                if first:
+                    # (labels, tubes): a trajectory belongs to the ground if most of its points lie there
+                    inter, _ = tube_overlaps(mine, true)
+                    ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
+                    row |= dict(on_ground=ground, on_objects=row["live_trajectories"] - ground)
+                rows.append(row)
         if not pictures:
             fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
             pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
