@@ -1287,8 +1287,7 @@ def compare(argv):
     if args.rows or not texts:
         raise BadInput(f"compare {args.rows}: write each row as NAME: FLAGS")
     command = shlex.join(["python", "trajtok.py", "compare", *argv])
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    hardware = f"{gpu or platform.machine()}, {data.cores()} cores, torch {torch.__version__}"
+    hardware = f"{processor()}, {data.cores()} cores, torch {torch.__version__}"
     if not Path(args.json).exists():
         write_json(args.json, dict(rows=[]))
     for text in texts:
@@ -1306,6 +1305,15 @@ def compare(argv):
             rows.setdefault(name, new)["results"].append(result)
             write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
     print("\n".join(summary(read_rows(args.json).values())))
+
+
+def processor():
+    """The name of the GPU, or else of the CPU, for which Python itself knows only the architecture."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def train_row(args, name, flags, seed):
