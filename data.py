@@ -234,18 +234,6 @@ def cores():
     return os.cpu_count() or 1
 
 
-def in_processes(work, jobs, workers):
-    """An iterator over work(job), in order; in `workers` processes of their own (0: in this one)."""
-    if workers < 1:
-        yield from map(work, jobs)
-        return
-    # Each has one thread, so together they take as many cores as there are workers. They are spawned, not
-    # forked: a copy of a process whose threads hold locks may wait for these locks for ever.
-    context = torch.multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(work, jobs)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: what there is
 # -----------------------------------------------------------------------------------------------------------
@@ -977,12 +965,6 @@ def rate_of(stream):
     if stream.codec_context.name == "gif" and stream.duration:
         return float(stream.frames / (stream.duration * stream.time_base))
     return float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def frame_rate(path):
-    """Frames a second of a video file."""
-    with opened(path) as stream:
-        return rate_of(stream)
 
 
 def frame_count(stream):
@@ -2351,9 +2333,17 @@ def make(argv):
 
 
 def worked(work, jobs, workers, unit):
-    """[work(job)] in order, with a progress bar. workers None: one for each core."""
+    """[work(job)] in order, with a progress bar, in `workers` processes of their own (None: one for each
+    core; 0: in this one)."""
     workers = min(cores() if workers is None else workers, len(jobs))
-    return list(tqdm(in_processes(work, jobs, workers), total=len(jobs), unit=f" {unit}"))
+    bar = functools.partial(tqdm, total=len(jobs), unit=f" {unit}")
+    if workers < 1:
+        return list(bar(map(work, jobs)))
+    # Each has one thread, so together they take as many cores as there are workers. They are spawned, not
+    # forked: a copy of a process whose threads hold locks may wait for these locks for ever.
+    context = torch.multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        return list(bar(pool.map(work, jobs)))
 
 
 def make_clip(job):

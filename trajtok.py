@@ -1069,7 +1069,9 @@ def open_clip(cfg, shape):
         chunks = data.read_frames(cfg.clip, size, cfg.window or 8)
         return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
-    return read, len(data.frame_times(cfg.clip)), data.frame_rate(cfg.clip)
+    times = data.frame_times(cfg.clip)
+    # t frames have t - 1 gaps between them
+    return read, len(times), (len(times) - 1) / max(times.max(initial=0), 0.25)
 
 
 def show(argv):
