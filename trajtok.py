@@ -974,8 +974,8 @@ def pretrain(cfg):
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
     """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, of made clips also
     on the ground and on objects, for the clips that have labels. -> dict of means over these clips, empty if
-    there are none; pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides
-    (PAPER: "low-resolution output")."""
+    there are none; pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken
+    on the segmenter's own grid, on which it decides (PAPER: "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
