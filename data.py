@@ -1245,7 +1245,7 @@ def csv_rows(text):
                              f"its caption or label, by one of {', '.join(COLUMNS)}")
         twice = [name for name in header if name and header.count(name) > 1]
         if twice:
-            raise ValueError(f"a header of {', '.join(names)[:60]}; {len(twice)} columns hold the {twice[0]}")
+            raise ValueError(f"a header of {', '.join(names)[:60]}; {header.count(twice[0])} columns hold the {twice[0]}")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
@@ -1290,7 +1290,9 @@ def new_entry(row, folder):
 def add_row(entry, row, folder):
     """Add to an entry what a row says of its file. ValueError says what is wrong with it. A file may have
     many captions, but one label and one split."""
-    entry |= {key: row[key] for key in MADE if isinstance(row.get(key), int)}
+    # a made clip has all of MADE; a "colour" of somebody's own is something else
+    if all(type(row.get(key)) is int for key in MADE):
+        entry |= {key: row[key] for key in MADE}
     entry |= {key: str(Path(folder, row[key])) for key in ("mask", "graph") if row.get(key)}
     # a text, always: class 3 of a JSON file is class "3" of a CSV file
     label = None if row.get("label") is None else str(row["label"])
@@ -1606,9 +1608,9 @@ class VideoBatches(torch.utils.data.Dataset):
 
 
 class Mixed(torch.utils.data.Dataset):
-    """Whole batches of several datasets, one of them at a time, in given shares. With p
-    processes, batches s·p .. s·p + p - 1 are those of step s: they all come from one dataset, so that at each
-    step every process has clips of the same shape.
+    """Whole batches of several datasets, one of them at a time, in given shares. With p processes,
+    batches s·p .. s·p + p - 1 are those of step s: they all come from one dataset, so that at each step every
+    process has clips of the same shape.
 
     The first dataset takes its share of all steps, evenly: step s is its own where floor(s·share + phase)
     grows, and that floor counts its steps so far. The steps that it leaves are counted anew and go to the
@@ -1649,7 +1651,7 @@ def finish(batch, device):
 
 
 def loader(dataset, first, last, workers=0, rank=0, processes=1):
-    """Batches of steps first .. last - 1, in order: step s of process `rank` of p = `processes` is
+    """Batches of steps first .. last - 1, in order; with p = `processes`, step s of process `rank` is
     dataset[s·p + rank]. They are made ahead of time by `workers` further processes (0: in this one); what
     they hold does not depend on that. To resume, begin at another `first`."""
     # batch_size=None: an item of the dataset is a whole batch. The sampler lists the numbers of this process.

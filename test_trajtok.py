@@ -872,13 +872,13 @@ def test_rows_of_one_file_are_one_clip(tmp_path):
         return [{"from": "human", "value": text, **more}, {"from": "gpt", "value": "a dog"}]
 
     # "colour" of somebody's own is not the class of a made clip
-    rows = [{"video": "a.mp4", "caption": "one", "colour": "red"}, {"video": "b.mp4"},
+    rows = [{"video": "a.mp4", "caption": "one", "colour": 3, "motion": True}, {"video": "b.mp4"},
             {"video": "./x/../a.mp4", "caption": ["two", "one"], "label": 3},
             {"video": "b.mp4", "conversations": talk("Look at<video>and say.", type="what")},
             {"video": "b.mp4", "conversations": talk("<video>\nHow many?")}]
     a, b = data.read_manifest(manifest(tmp_path / "m.json", rows))
     assert a["caption"] == ["one", "two"] and a["label"] == "3" and b["caption"] is None
-    assert "colour" not in a
+    assert "colour" not in a and "motion" not in a
     talks = [[(turn["question"], turn["answer"]) for turn in turns] for turns in b["conversations"]]
     assert talks == [[("Look at and say.", "a dog")], [("How many?", "a dog")]]
     assert b["conversations"][0][0]["type"] == "what"
@@ -2107,18 +2107,18 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 # trajtok.py: a run
 # -----------------------------------------------------------------------------------------------------------
 
-def in_ranks(world, work):
-    """work(rank) in `world` processes that know each other. Forked: new ones would import for seconds."""
+def in_ranks(processes, work):
+    """work(rank) in so many processes that know each other. Forked: new ones would import for seconds."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
 
     def child(rank):
-        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=port)
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="localhost")
         work(rank)
 
-    torch.multiprocessing.start_processes(child, nprocs=world, start_method="fork")
+    torch.multiprocessing.start_processes(child, nprocs=processes, start_method="fork")
 
 
 def test_learning_rate():
@@ -2291,6 +2291,11 @@ def test_trajectories_are_counted_on_ground_and_objects():
         result, _ = trajtok.evaluate_segmenter(model, batches, torch.device("cpu"))
         assert (result["on_ground"], result["on_objects"]) == (on_ground, on_objects)
         assert (result["object_iou"] == result["veq"] == 1) == (ids is points)
+        # scored together with clips that are not made ones
+        others = data.finish(batches[0], "cpu")
+        others.pop("motion")
+        result, _ = trajtok.evaluate_segmenter(model, [others, batches[0]], torch.device("cpu"))
+        assert (result["on_ground"], result["on_objects"]) == (on_ground, on_objects)
 
 
 def rows_of(scores, **same_in_all):

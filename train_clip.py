@@ -872,7 +872,7 @@ def train(cfg, folder):
         take_step = micro_batch_step if 0 < cfg.micro_batch < cfg.batch else whole_step
         terms = take_step(model, batch, m)
         trajtok.sum_gradients(p for p in model.parameters() if p.requires_grad)
-        # every process had the whole gradient of the temperature, so the sum is that many times too large
+        # every process had the whole gradient of the temperature, so the sum is `processes` times too large
         model.temperature.grad /= processes
         # 3. the step
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()

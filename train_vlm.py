@@ -770,7 +770,7 @@ class StoryBatches(Dataset):
         step, rank = divmod(i, self.processes)
         rng = np.random.default_rng((self.cfg.seed, step))
         # the generator does not know the process: all of them draw one length and one order of its clips, and
-        # each process takes some of them, in turn
+        # each process takes every p-th clip
         frames = 8
         if step >= 0.4 * self.cfg.steps:
             frames = int(rng.choice(list(self.stories)))

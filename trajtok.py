@@ -972,10 +972,11 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
-    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, of made clips also
-    on the ground and on objects, for the clips that have labels. -> dict of means over these clips, empty if
-    there are none; pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken
-    on the segmenter's own grid, on which it decides (PAPER: "low-resolution output")."""
+    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, on the clips that
+    have labels; for made clips also how many of these trajectories lie on the ground and how many on objects.
+    -> dict of means over the clips, empty if there are none; pictures: (video, found ids, true ids) of the
+    first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides (PAPER:
+    "low-resolution output")."""
     segmenter.eval()
     rows, pictures = [], []
     for i in range(len(batches)):
@@ -998,7 +999,8 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
                 row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
                 row |= dict(live_trajectories=int(alive.sum()))
                 if first:
-                    # (labels, tubes): a trajectory belongs to the ground if most of its points lie there
+                    # inter (labels, tubes): points in common. A trajectory with more points on the ground than
+                    # on objects is the ground's, the others are the objects'
                     inter, _ = tube_overlaps(mine, true)
                     ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
                     row |= dict(on_ground=ground, on_objects=row["live_trajectories"] - ground)
@@ -1006,8 +1008,9 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
         if not pictures:
             fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
             pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
-    keys = rows[0] if rows else ()
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}, pictures
+    # made clips have counts that others lack: these count as NaN, which nanmean leaves out
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: float(np.nanmean([row.get(key, math.nan) for row in rows])) for key in keys}, pictures
 
 
 def save_pictures(folder, pictures, log, terms):
@@ -1039,13 +1042,13 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method: <clip>-stages.png
+    stages: bool = False                # walk through the method: <clip>-stages.png; not with --frames 0
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
         at_least(self, 0, "frames window index")
         if self.stages and self.frames == 0:
-            raise BadInput("--stages --frames 0: the stages are those of one clip; give --frames 8")
+            raise BadInput("--stages --frames 0: the stages need all frames in memory; give --frames 8")
 
 
 def open_clip(cfg, shape):
@@ -1070,8 +1073,8 @@ def open_clip(cfg, shape):
         return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
     times = data.frame_times(cfg.clip)
-    # t frames have t - 1 gaps between them
-    return read, len(times), (len(times) - 1) / max(times.max(initial=0), 0.25)
+    # t frames have t - 1 gaps between them; of a single frame nothing is known
+    return read, len(times), (len(times) - 1) / (times.max(initial=0) or 0.25)
 
 
 def show(argv):
