@@ -2114,7 +2114,8 @@ def in_ranks(processes, work):
         port = str(free.getsockname()[1])
 
     def child(rank):
-        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port)
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+                   MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="localhost")
         work(rank)
 

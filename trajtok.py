@@ -999,8 +999,8 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
                 row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
                 row |= dict(live_trajectories=int(alive.sum()))
                 if first:
-                    # inter (labels, tubes): points in common. A trajectory with more points on the ground than
-                    # on objects is the ground's, the others are the objects'
+                    # inter (labels, tubes): points in common. A trajectory with more points on the ground
+                    # than on objects is the ground's; the others are those of objects
                     inter, _ = tube_overlaps(mine, true)
                     ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
                     row |= dict(on_ground=ground, on_objects=row["live_trajectories"] - ground)
