@@ -1245,8 +1245,8 @@ def csv_rows(text):
                              f"its caption or label, by one of {', '.join(COLUMNS)}")
         twice = [name for name in header if name and header.count(name) > 1]
         if twice:
-            raise ValueError(f"a header of {', '.join(names)[:60]}; {header.count(twice[0])} columns hold the "
-                             f"{twice[0]}; leave one")
+            raise ValueError(f"a header of {', '.join(names)[:60]}; {header.count(twice[0])} columns hold "
+                             f"the {twice[0]}; leave one")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
