@@ -2279,14 +2279,19 @@ def test_pretrain(tmp_path, capsys):
 
 def test_trajectories_are_counted_on_ground_and_objects():
     """Catches: a true segmentation that does not get the best scores, or trajectories of the ground counted
-    as those of objects. Here each thing is cut in two, left and right of its clip's middle."""
+    as those of objects. Each thing is found as it is; cut in two, left and right of its clip's middle; and
+    with a point of the ground in each object's trajectory, which stays the object's."""
     batches = data.WorldBatches(data.World(), 8, list(range(data.TEST, data.TEST + 8)))
     labels = data.finish(batches[0], "cpu")["labels"]
     points = segmenter.labels_on_grid(labels, (8, 16, 16), 99)
     objects = np.mean([len(clip.unique()) - 1 for clip in points])
     halves = torch.where(torch.arange(16).repeat(8 * 16) < 8, points, points + 9)
     pieces = np.mean([len(clip[clip % 9 > 0].unique()) for clip in halves])
-    for ids, on_ground, on_objects in ((points, 1, objects), (halves, 2, pieces)):
+    grown = points.clone()
+    for clip in grown:
+        known = clip.unique()[1:]
+        clip[(clip == 0).nonzero()[:len(known), 0]] = known
+    for ids, on_ground, on_objects in ((points, 1, objects), (halves, 2, pieces), (grown, 1, objects)):
         seg = segmenter.assign(segmenter.one_hot(ids, 18), (8, 16, 16))
         model = mock.Mock(return_value=seg)
         result, _ = trajtok.evaluate_segmenter(model, batches, torch.device("cpu"))
