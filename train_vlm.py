@@ -545,15 +545,14 @@ class TrajectoryConnector(nn.Module):
 
     def owner(self, ids):
         """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
-        alive = one_hot(ids.flatten(1), self.num_queries).any(1)                    # (v, K)
-        number = alive.flatten().cumsum(0).view_as(alive) - 1
-        return number.gather(1, ids.flatten(1)).view_as(ids)
+        window = torch.arange(len(ids), device=ids.device).view(-1, 1, 1, 1)
+        # unique sorts what occurs, window by window, and tells the place of each cell's value among it
+        return torch.unique(self.num_queries * window + ids, return_inverse=True)[1]
 
     def forward(self, features, ids):
-        masks = one_hot(ids.flatten(1), self.num_queries)
         # CHOICE: the hard mask in place of the soft one, which cannot learn here because the segmenter is
         # frozen. A token starts at the plain mean of its points: the softmax of 1e4 x mask is the mask.
-        seg = assign(1e4 * masks, ids.shape[1:])
+        seg = assign(1e4 * one_hot(ids.flatten(1), self.num_queries), ids.shape[1:])
         tokens = self.encoder(self.features(features).flatten(1, 3), seg, self.m)
         return self.project(tokens.z[tokens.mask])
 
