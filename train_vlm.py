@@ -862,15 +862,13 @@ def visual_inputs(batch, model, cfg, device):
     # Visual tokens are numbered over the whole batch, clip after clip and window after window. Each owner of
     # cells has m of them, so the largest owner in a window says where the tokens of the window end.
     owner = model.connector.owner(inputs["ids"]).flatten(1).amax(1)
-    ends = iter((model.connector.m * (owner + 1)).tolist())
-    first, windows = 0, []
+    ends = (model.connector.m * (owner + 1)).tolist()
+    numbers = map(range, [0, *ends], ends)
+    windows = []
     for times in batch["times"]:
-        own = []
-        for i in range(0, len(times), cfg.window):
-            last = next(ends)
-            own.append((stamp(times[i:i + cfg.window]), range(first, last)))
-            first = last
-        windows.append(own)
+        stamps = [stamp(times[i:i + cfg.window]) for i in range(0, len(times), cfg.window)]
+        # as many as there are stamps; the next clip goes on behind them
+        windows.append(list(zip(stamps, numbers)))
     return inputs, windows
 
 
