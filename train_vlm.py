@@ -1064,8 +1064,7 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
     """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
     answers = []
-    for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
-        batch = held_out[number]
+    for batch in tqdm(held_out, desc="held-out clips", leave=False, disable=None):
         damage.add(batch["bad"])
         if not batch.get("qa"):                                 # the file could not be read
             continue
@@ -1096,12 +1095,9 @@ def accuracies(answers):
     groups = {}
     for answer in sorted(answers, key=lambda answer: answer["frames"]):
         for name in ("", f"_{answer['frames']}_frames", f"_{answer['type']}"):
-            groups.setdefault(name, []).append(answer)
-    result = {}
-    for name, some in groups.items():
-        for key in ("accuracy", "chance"):
-            result[key + name] = sum(answer[key] for answer in some) / len(some)
-    return result
+            for key in ("accuracy", "chance"):
+                groups.setdefault(key + name, []).append(answer[key])
+    return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
 def write_results(answers, cfg, device, folder, log, damage, parameters):
