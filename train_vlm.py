@@ -109,8 +109,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, memory=None):
         """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions, and the last
         queries, which `attended` reads. None: nothing is kept."""
+        projections = self.q_proj, self.k_proj, self.v_proj
         # q (b, query heads, s, c); k and v (b, key heads, s, c)
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, k, v = (rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim) for project in projections)
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
@@ -124,11 +125,6 @@ class Attention(nn.Module):
         # softmax over the keys
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
-
-    def heads(self, x):
-        """(b, s, a·c) -> (b, a, s, c): a heads of c channels each."""
-        return rearrange(x, "b s (a c) -> b a s c", c=self.head_dim)
-
 
 def causal_mask(s, k):
     """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read:
@@ -213,10 +209,10 @@ class Decoder(nn.Module):
         """cos and sin (s, c/2) of the next `length` positions. float32: above 256 bfloat16 cannot tell
         neighbouring positions apart."""
         first = memory["k"].shape[2] if memory else 0
-        last, context = first + length, self.cfg.max_position_embeddings
-        if last > context:
-            raise BadInput(f"{last} tokens, but a context of {context}: give fewer --frames")
-        positions = torch.arange(first, last, device=device)
+        positions = torch.arange(first, first + length, device=device)
+        if first + length > self.cfg.max_position_embeddings:
+            raise BadInput(f"{first + length} tokens, but a context of {self.cfg.max_position_embeddings}: "
+                           "give fewer --frames")
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
         angle = positions[:, None] * self.cfg.rope_theta ** -channel                # (s, c/2)
         return angle.cos(), angle.sin()
@@ -389,18 +385,15 @@ class VisionLayer(nn.Module):
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width)))
 
     def forward(self, x):                                       # (b, n, d)
-        x = x + self.attention(self.layer_norm1(x))
-        y = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
-
-    def attention(self, x):
-        """Every patch reads every patch of its picture."""
+        y = self.layer_norm1(x)
         heads = []
         for name in ("q_proj", "k_proj", "v_proj"):
-            heads.append(rearrange(self.self_attn[name](x), "b n (a c) -> b a n c", a=self.heads))
+            heads.append(rearrange(self.self_attn[name](y), "b n (a c) -> b a n c", a=self.heads))
         # softmax over all patches of the picture
         y = F.scaled_dot_product_attention(*heads)
-        return self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
+        x = x + self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
 # A published SigLIP2 also holds a text tower, a head that pools the patches, and the scale and bias of its
@@ -681,9 +674,9 @@ class VLMConfig(trajtok.TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps")
-        trajtok.at_least(self, 1, "patch_frames patch_side")
         trajtok.at_least(self, 0, "caption_steps processes")
+        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps patch_frames "
+                                  "patch_side")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
@@ -738,9 +731,9 @@ def draw_stories(cfg, segmenter, frames, first, count, device):
         # half precision and short numbers: thousands of windows are kept
         features = features.to("cpu", torch.float16).split(frames // cfg.window)
         ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
-        for j, qa in enumerate(batch["qa"]):
-            clip = dict(caption=batch["caption"][j], qa=[[turn] for turn in qa], times=times)
-            clips.append(clip | dict(features=features[j], ids=ids[j]))
+        for caption, qa, *seen in zip(batch["caption"], batch["qa"], features, ids):
+            qa = [[turn] for turn in qa]
+            clips.append(dict(caption=caption, qa=qa, times=times, features=seen[0], ids=seen[1]))
     return clips
 
 
@@ -803,24 +796,20 @@ def open_films(cfg, size, processes):
     add_options(test)
     # No captions of held-out videos: they may tell the answers.
     tested = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = []
-    for entry in data.read_manifest(cfg.captions or cfg.data):
-        if entry["caption"] and os.path.realpath(entry["path"]) not in tested:
-            captioned.append(entry)
+    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
+                 if entry["caption"] and os.path.realpath(entry["path"]) not in tested]
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
 
-    def batches(some, batch, train):
-        # 0: frames are spread over the whole video
-        return data.real_batches(some, cfg.frames, size, batch, cfg.seed, train, 0)
-
-    # without captions the first stage has no steps, and its batches are never asked for
     training = []
+    # without captions the first stage has no steps, and its batches are never asked for
     for some in (captioned or asked, asked):
-        sets = batches(some, cfg.batch, True)
+        # stride 0: frames are spread over the whole video
+        sets = data.real_batches(some, cfg.frames, size, cfg.batch, cfg.seed, True, 0)
         training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, processes))
-    return *training, ConcatDataset(batches(test, 1, False))
+    held_out = data.real_batches(test, cfg.frames, size, 1, cfg.seed, False, 0)
+    return *training, ConcatDataset(held_out)
 
 
 def frame_size(*parts):
@@ -917,8 +906,9 @@ def training_rows(batch, windows, encoding, cfg, step):
         if step < cfg.caption_steps:
             talks = [[dict(question=DESCRIBE, answer=batch["caption"][i])]]
         order = np.random.default_rng((cfg.seed, step, rank + i * processes)).permutation(len(talks))
-        for j in range(cfg.questions):
-            rows.append(chat(encoding, talks[order[j % len(talks)]], own))
+        # np.resize repeats the order from its beginning
+        for j in np.resize(order, cfg.questions):
+            rows.append(chat(encoding, talks[j], own))
     return rows
 
 
