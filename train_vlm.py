@@ -823,8 +823,8 @@ def add_options(entries):
     turns = [talk[-1] for entry in entries for talk in entry["qa"]]
     for number, turn in enumerate(turns):
         # answers to questions of the same type: wrong ones of another type would be found without the video
-        alike = [other for other in turns if other.get("type") == turn.get("type")]
-        others = {other["answer"] for other in alike} - {turn["answer"]}
+        others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
+        others.discard(turn["answer"])
         rng = np.random.default_rng(number)
         some = rng.permutation(sorted(others))[:3].tolist()
         turn.setdefault("options", rng.permutation([turn["answer"], *some]).tolist())
