@@ -2949,7 +2949,7 @@ def test_the_decoder_gives_published_numbers_with_and_without_a_cache(name):
     logits = model(ids)
     published(name, logits)
     for pieces in ((1,) * 9, (4, 1, 3, 1)):
-        cache = model.empty_cache()
+        cache = {}
         parts = [model(part, cache=cache) for part in ids.split(pieces, 1)]
         close(torch.cat(parts, 1), logits, 1e-5)
     naive = ids[:1]
@@ -3275,10 +3275,10 @@ def test_attention_is_the_decoders():
     model, weights = toy("untied"), []
     x = model.embed_tokens(toy_ids(1, 9))
     for last in range(7, 10):                                   # 7 tokens of prompt, 2 of answer
-        cache = model.empty_cache()
+        cache = {}
         model(x[:, :last], cache=cache)
-        for memory, head in itertools.product(cache, range(6)):
-            scores = memory["k"][0, head // 2] @ memory["q"][0, head, -1] / 4
+        for (q, k, _), head in itertools.product(cache.values(), range(6)):
+            scores = k[0, head // 2] @ q[0, head, -1] / 4
             weights.append(scores.softmax(0)[:7])
     close(train_vlm.attended(model, x, 7), torch.stack(weights).mean(0), 1e-5)
 

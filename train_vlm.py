@@ -106,22 +106,22 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def forward(self, x, cos, sin, memory=None):
-        """x (b, s, w). memory: a dict that keeps the keys and values of earlier positions, and the last
-        queries, which `attended` reads. None: nothing is kept."""
+    def forward(self, x, cos, sin, cache=None):
+        """x (b, s, w). cache: of each layer the keys and values of all positions so far, and the queries of
+        the last ones, which `attended` reads. None: nothing is kept."""
         projections = self.q_proj, self.k_proj, self.v_proj
         # q (b, query heads, s, c); k and v (b, key heads, s, c)
         q, k, v = (rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim) for project in projections)
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
-        # an empty memory, or none: these are the first positions, and is_causal is the mask
-        if memory:
-            k = torch.cat((memory["k"], k), 2)
-            v = torch.cat((memory["v"], v), 2)
-            mask = causal_mask(x.shape[1], k)
-        if memory is not None:
-            memory.update(q=q, k=k, v=v)
+        if cache is not None:
+            # without earlier positions is_causal is the mask
+            if self in cache:
+                k = torch.cat((cache[self][1], k), 2)
+                v = torch.cat((cache[self][2], v), 2)
+                mask = causal_mask(x.shape[1], k)
+            cache[self] = q, k, v
         # softmax over the keys
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
@@ -157,8 +157,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x, cos, sin, memory=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, memory)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
 
     targets[:, i] is what position i predicts: the caller shifts ids by one. Rows are padded at the right:
     attention is causal, so padding is read by padding alone and needs no mask.
-    cache: what empty_cache() gave; ids then continue what was given before, and are added to it."""
+    cache: a dict, empty at first; ids then continue what was given with it before, and are added to it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -191,11 +191,11 @@ class Decoder(nn.Module):
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
-        # each layer has a memory of its own, or None
-        memories = cache or [None] * len(self.layers)
-        cos, sin = self.rotary(x.shape[1], memories[0], x.device)
-        for layer, memory in zip(self.layers, memories):
-            x = recomputed(self.recompute, layer, x, cos, sin, memory)
+        # as many positions are in the cache
+        first = cache[self.layers[0].self_attn][1].shape[2] if cache else 0
+        cos, sin = self.rotary(first, first + x.shape[1], x.device)
+        for layer in self.layers:
+            x = recomputed(self.recompute, layer, x, cos, sin, cache)
         x = self.norm(x)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if targets is None:
@@ -205,21 +205,16 @@ class Decoder(nn.Module):
         logits = F.linear(x[wanted], head.weight).float()
         return F.cross_entropy(logits, targets[wanted], reduction="none")
 
-    def rotary(self, length, memory, device):
-        """cos and sin (s, c/2) of the next `length` positions. float32: above 256 bfloat16 cannot tell
+    def rotary(self, first, last, device):
+        """cos and sin (s, c/2) of the positions first .. last - 1. float32: above 256 bfloat16 cannot tell
         neighbouring positions apart."""
-        first = memory["k"].shape[2] if memory else 0
-        positions = torch.arange(first, first + length, device=device)
-        if first + length > self.cfg.max_position_embeddings:
-            raise BadInput(f"{first + length} tokens, but a context of {self.cfg.max_position_embeddings}: "
-                           "give fewer --frames")
+        context = self.cfg.max_position_embeddings
+        if last > context:
+            raise BadInput(f"{last} tokens, but a context of {context}: give fewer --frames")
+        positions = torch.arange(first, last, device=device)
         channel = torch.arange(0, self.cfg.head_dim, 2, device=device) / self.cfg.head_dim
         angle = positions[:, None] * self.cfg.rope_theta ** -channel                # (s, c/2)
         return angle.cos(), angle.sin()
-
-    def empty_cache(self):
-        """A memory for each layer, which forward fills."""
-        return [{} for _ in self.layers]
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -340,7 +335,7 @@ def generate(decoder, x, stop, known=None, most=64):
     """Embeddings (1, s, w) of a prompt -> an iterator over the ids of the answer, each the most likely one;
     it ends before a token of `stop`, or after `most` tokens. Only ids below `known` are chosen: published
     tables have more rows than there are tokens."""
-    cache = decoder.empty_cache()
+    cache = {}
     for _ in range(min(most, decoder.cfg.max_position_embeddings - x.shape[1])):
         token = int(decoder(x, cache=cache)[0, -1, :known].argmax())
         if token in stop:
@@ -1128,10 +1123,10 @@ def attended(decoder, x, count):
     """Embeddings (1, s, w) of a prompt of `count` tokens and its answer -> how much the answer attends to
     each token of the prompt (count,): softmax weights, averaged over layers, heads and the positions that
     predict the answer, from the last one of the prompt on."""
-    cache, weights = decoder.empty_cache(), []
+    cache, weights = {}, []
     decoder(x, cache=cache)
-    for memory in cache:
-        q, k = memory["q"][:, :, count - 1:], memory["k"]
+    for q, k, _ in cache.values():
+        q = q[:, :, count - 1:]
         # the value of each position is its own unit vector: what attention gives is then its weights
         places = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
         mask = causal_mask(q.shape[2], k)
