@@ -624,11 +624,9 @@ def segment_windows(segmenter, windows, side, bf16=None):
     with trajtok.precision(windows.device, bf16):
         seg = segmenter.segment(resize(normalise(windows), segmenter.cfg.image_size))
     t, h, w = seg.grid
-    logits = rearrange(seg.logits.float(), "v (t h w) k -> (v t) k h w", t=t, h=h)
-    ids = F.interpolate(logits, size=(side, side), mode="bilinear").argmax(1)       # (v·t, side, side)
     features = rearrange(seg.features, "v (t h w) d -> (v t) d h w", t=t, h=h)
     features = F.adaptive_avg_pool2d(features, side)
-    return rearrange(features, "(v t) d h w -> v t h w d", t=t), ids.unflatten(0, (-1, t))
+    return rearrange(features, "(v t) d h w -> v t h w d", t=t), seg.masks((side, side))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -710,11 +708,10 @@ def cut_windows(video, window):
     return rearrange(video, "b (n t) ... -> (b n) t ...", t=min(video.shape[1], window))
 
 
-def draw_stories(cfg, segmenter, frames, first, count, device):
-    """Stories first .. first + count - 1 -> a list of clips: dicts of caption, qa, times, and of the clip's n
-    windows features (n, t, h, w, d) and ids (n, t, h, w). The segmenter is frozen: it runs once, here."""
+def draw_stories(cfg, segmenter, frames, indices, device):
+    """-> a list of clips: dicts of caption, qa, times, and of the clip's n windows features (n, t, h, w, d)
+    and ids (n, t, h, w). The segmenter is frozen: it runs once, here."""
     world = story_world(frames, segmenter.cfg.image_size)
-    indices = range(first, first + count)
     # at most 256 frames at once: the pixels of thousands of clips would not fit into memory
     batches = data.WorldBatches(world, max(256 // frames, 1), indices=indices)
     times = [i / FPS for i in range(frames)]
@@ -763,18 +760,19 @@ class StoryBatches(Dataset):
 
 
 def open_stories(cfg, segmenter, processes, device):
-    """-> batches for training, held-out batches. Of stories n times as long there are 1 / sqrt(n) as many."""
+    """-> batches of captions, batches of questions (the same clips), held-out batches of one clip. Of stories
+    n times as long there are 1 / sqrt(n) as many."""
     stories, held_out = {}, []
     # lengths 8, 16, 32, ... up to cfg.frames; each has indices of its own, so no story is a part of another
     for place in range(cfg.frames.bit_length() - 3):            # 64 frames: 0 .. 3
         frames = 8 * 2 ** place
         count = max(round(cfg.clips / 2 ** (place / 2)), processes)
-        first = data.TRAIN + 10_000_000 * place
-        stories[frames] = draw_stories(cfg, segmenter, frames, first, count, device)
-        first = data.TEST + 1_000_000 * place
-        tested = draw_stories(cfg, segmenter, frames, first, cfg.eval_clips, device)
-        held_out += [join([clip]) for clip in tested]
-    return StoryBatches(stories, cfg, processes), held_out
+        learnt = data.TRAIN + 10_000_000 * place
+        stories[frames] = draw_stories(cfg, segmenter, frames, range(learnt, learnt + count), device)
+        tested = data.TEST + 1_000_000 * place
+        held_out += draw_stories(cfg, segmenter, frames, range(tested, tested + cfg.eval_clips), device)
+    batches = StoryBatches(stories, cfg, processes)
+    return batches, batches, [join([clip]) for clip in held_out]
 
 
 def open_films(cfg, size, processes):
@@ -914,8 +912,7 @@ def train(cfg, folder):
     encoding, decoder, segmenter, vision = open_parts(cfg)
     segmenter.to(device)
     if cfg.data == "world":
-        questions, held_out = open_stories(cfg, segmenter, processes, device)
-        captions = questions
+        captions, questions, held_out = open_stories(cfg, segmenter, processes, device)
     else:
         captions, questions, held_out = open_films(cfg, frame_size(segmenter, vision), processes)
     model = VLM(cfg, decoder, segmenter, vision).to(device)
