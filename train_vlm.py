@@ -1019,8 +1019,8 @@ def restore(folder, model, optimizer):
     if not path.exists():
         return 0
     state = trajtok.read_state(path, mmap=True)
-    saved, own = ({name: x.shape for name, x in one.items()} for one in (state["model"], model.state_dict()))
-    if saved != own:
+    shapes = {name: x.shape for name, x in state["model"].items()}
+    if shapes != {name: x.shape for name, x in model.state_dict().items()}:
         raise BadInput(f"{path}: weights of another model or size; give --resume the flags of the run")
     given = [dict(group) for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"],
@@ -1164,8 +1164,8 @@ def ask(argv):
         weight = weight[visual].view(-1, model.connector.m).sum(1)
         # cells whose trajectory or patch is attended to more than the mean are painted
         owner = model.connector.owner(inputs["ids"])            # (v, t, h, w)
-        owner = torch.where((weight >= weight.mean())[owner], owner, -1).flatten(0, 1)      # (v·t, h, w)
-        pixels = F.interpolate(owner[:, None].float(), size=video.shape[1:3])[:, 0]
+        owner[(weight < weight.mean())[owner]] = -1
+        pixels = F.interpolate(owner.flatten(0, 1)[:, None].float(), size=video.shape[1:3])[:, 0]
         path = Path(args.out) / f"{Path(args.clip).stem}-attended.png"
         strip = trajtok.filmstrip(video, {"attended": pixels.long().cpu().numpy()}, min(8, frames))
         write_png(path, strip)
