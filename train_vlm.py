@@ -109,9 +109,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x (b, s, w). cache: of each layer the keys and values of all positions so far, and the queries of
         the last ones, which `attended` reads. None: nothing is kept."""
-        projections = self.q_proj, self.k_proj, self.v_proj
-        # q (b, query heads, s, c); k and v (b, key heads, s, c)
-        q, k, v = (rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim) for project in projections)
+        heads = []
+        for project in (self.q_proj, self.k_proj, self.v_proj):
+            heads.append(rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim))
+        q, k, v = heads                                         # (b, query heads, s, c); (b, key heads, s, c)
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
@@ -125,6 +126,7 @@ class Attention(nn.Module):
         # softmax over the keys
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(rearrange(y, "b a s c -> b s (a c)"))
+
 
 def causal_mask(s, k):
     """For queries at the last s of the n positions of keys k (b, a, n, c): bool (s, n), True = may be read:
@@ -528,7 +530,7 @@ class TrajectoryConnector(nn.Module):
 
     def owner(self, ids):
         """(v, t, h, w): which of all live trajectories, counted over the windows, each cell belongs to."""
-        window = torch.arange(len(ids), device=ids.device).view(-1, 1, 1, 1)
+        window = torch.arange(len(ids), device=ids.device)[:, None, None, None]
         # unique sorts what occurs, window by window, and tells the place of each cell's value among it
         return torch.unique(self.num_queries * window + ids, return_inverse=True)[1]
 
@@ -666,9 +668,9 @@ class VLMConfig(trajtok.TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps")
+        trajtok.at_least(self, 1, "patch_frames patch_side")
         trajtok.at_least(self, 0, "caption_steps processes")
-        trajtok.at_least(self, 1, "frames window questions clips eval_clips segmenter_steps patch_frames "
-                                  "patch_side")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
         if self.frames > self.window and self.frames % self.window:
@@ -722,9 +724,10 @@ def draw_stories(cfg, segmenter, frames, indices, device):
         # half precision and short numbers: thousands of windows are kept
         features = features.to("cpu", torch.float16).split(frames // cfg.window)
         ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
-        for caption, qa, *seen in zip(batch["caption"], batch["qa"], features, ids):
+        for caption, qa, seen, owners in zip(batch["caption"], batch["qa"], features, ids):
+            # each question is a conversation of one turn
             qa = [[turn] for turn in qa]
-            clips.append(dict(caption=caption, qa=qa, times=times, features=seen[0], ids=seen[1]))
+            clips.append(dict(caption=caption, qa=qa, times=times, features=seen, ids=owners))
     return clips
 
 
@@ -788,8 +791,10 @@ def open_films(cfg, size, processes):
     add_options(test)
     # No captions of held-out videos: they may tell the answers.
     tested = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
-                 if entry["caption"] and os.path.realpath(entry["path"]) not in tested]
+    captioned = []
+    for entry in data.read_manifest(cfg.captions or cfg.data):
+        if entry["caption"] and os.path.realpath(entry["path"]) not in tested:
+            captioned.append(entry)
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
@@ -1162,7 +1167,7 @@ def ask(argv):
         weight = attended(model.decoder, torch.cat((x, said), 1), len(prompt))
         # what the m tokens of an owner get together
         weight = weight[visual].view(-1, model.connector.m).sum(1)
-        # cells whose trajectory or patch is attended to more than the mean are painted
+        # cells whose trajectory or patch is attended to less than the mean are not painted
         owner = model.connector.owner(inputs["ids"])            # (v, t, h, w)
         owner[(weight < weight.mean())[owner]] = -1
         pixels = F.interpolate(owner.flatten(0, 1)[:, None].float(), size=video.shape[1:3])[:, 0]
