@@ -324,7 +324,8 @@ def lay_out(conversations, device="cpu"):
     """What chat gave, one conversation a row, padded at the right -> three tensors int64 (b, s): ids; visual,
     the number of a visual token, -1 = a word; targets, what a position predicts, -1 = nothing."""
     length = max(len(row) for row in conversations)
-    rows = [row + [(0, -1, False)] * (length - len(row)) for row in conversations]
+    padding = (0, -1, False)
+    rows = [row + [padding] * (length - len(row)) for row in conversations]
     ids, visual, spoken = torch.tensor(rows, device=device).unbind(-1)
     # position i predicts token i + 1; no row begins with a spoken token, so none comes round to its end
     targets = torch.where(spoken == 1, ids, -1).roll(-1, 1)
@@ -1045,7 +1046,8 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
     """Each held-out question is answered by its most likely option -> a dict for each question."""
     model.eval()
     answers = []
-    for batch in tqdm(held_out, desc="held-out clips", leave=False, disable=None):
+    for number in tqdm(range(len(held_out)), desc="held-out clips", leave=False, disable=None):
+        batch = held_out[number]
         damage.add(batch["bad"])
         if not batch.get("qa"):                                 # the file could not be read
             continue
