@@ -3114,8 +3114,10 @@ def vlm_parts(connector="trajtok", m=1):
     ids = torch.randint(0, 5, features.shape[:-1])
     ids[::2][ids[::2] == 2] = 1
     shapes, counts = ["moon", "star", "ring"], ["0", "1", "2"]
-    qa = [[[dict(question="What moves?", answer=shape, options=shapes)],
-           [dict(question="How many?", answer=count, options=counts)]] for shape, count in zip(shapes, counts)]
+    qa = []
+    for shape, count in zip(shapes, counts):
+        qa.append([[dict(question="What moves?", answer=shape, options=shapes)],
+                   [dict(question="How many?", answer=count, options=counts)]])
     times = [[i / 8 for i in range(8)]] * 3
     batch = dict(features=features.split(2), ids=ids.split(2), qa=qa, times=times, bad=[[]] * 3)
     return cfg, model, batch, features, ids
