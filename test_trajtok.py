@@ -3378,6 +3378,7 @@ def test_full_size_trains_on_films_from_published_folders(vlm_run, tmp_path, cap
 @pytest.mark.parametrize("argv, words", (
     (["--connector", "qformer"], "--connector qformer"), (["--frames", 12], "a multiple of --window"),
     (["--frames", 4], "--frames 8 or more"), (["--window", 0], "--window 0"),
+    (["--tokenizer", "nowhere"], "nowhere"), (["--segmenter", "nowhere"], "nowhere"),
     (["--decoder", "nowhere"], "nowhere"), (["--vision", "x"], "--vision"),
     (["--size", "4b", "--segmenter", "x"], "--decoder and --vision"), (["--data", "x.json"], "--segmenter"),
     (["--data", "nowhere.json", "--segmenter", "SEG"], "nowhere.json"),

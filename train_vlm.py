@@ -243,7 +243,10 @@ def load_published(cls, config_cls, names, folder, *kinds):
     if config.get("rope_type", "default") != "default" or config.get("attention_bias"):
         raise BadInput(f"{folder}: scaled rotary positions and biases are not computed here")
     known = {field.name for field in dataclasses.fields(config_cls)} & config.keys()
-    cfg = config_cls(**{name: config[name] for name in known})
+    try:
+        cfg = config_cls(**{name: config[name] for name in known})
+    except TypeError as error:
+        raise BadInput(f"{folder}/config.json: {error}; fetch it again") from None
     weights = trajtok.rename(trajtok.read_weights(folder), names)
     # some folders of tied models hold the table twice
     if config.get("tie_word_embeddings"):
