@@ -100,10 +100,8 @@ def configure(config, sizes, argv, positional=None):
     if sizes is not None:
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--size", default=next(iter(sizes)))
+        parser.add_argument("--size", choices=sizes, default=next(iter(sizes)))
         size = parser.parse_known_args(argv)[0].size
-        if size not in sizes:
-            raise BadInput(f"--size {size}: one of {', '.join(sizes)}")
         values |= sizes[size] | dict(size=size)
     # Python does not keep comments: they are read from the source of the class and of those it is derived
     # from. __mro__ ends with `object`; backwards, a derived class's comment replaces that of its base.
@@ -211,10 +209,9 @@ def film(path, rate, exact=False):
 
 def palette(count):
     """`count` colours (count, 3), neighbours far apart: hues by the golden ratio, three brightnesses."""
-    colours = np.empty((count, 3))
-    for i in range(count):
-        colours[i] = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, (0.95, 0.75, 0.55)[i % 3])
-    return (255 * colours).round().astype(np.uint8)
+    brightness = (0.95, 0.75, 0.55)
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, brightness[i % 3]) for i in range(count)]
+    return (255 * np.array(colours)).round().astype(np.uint8)
 
 
 def paint(video, ids, colours):
@@ -318,8 +315,7 @@ class World:
     camera: bool = True             # pans and zooms
     light: bool = True              # the scene gets lighter or darker
     story: bool = False             # clips of one act are chains, too
-    words: str = "all"              # captions tell: all, looks (no deeds), deeds (shapes and deeds alone)
-    shapes: int = len(SHAPES)       # how many of SHAPES there are
+    words: str = "all"              # captions tell: all, or deeds (shapes and deeds alone)
     plain: bool = False             # one dark ground without a pattern
     reverse: bool = False           # the same clips backwards, with the captions of what is then seen
 
@@ -330,7 +326,7 @@ class World:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"{name} {getattr(self, name)}: give {low} to {high}")
-        assert self.words in ("all", "looks", "deeds"), self.words
+        assert self.words in ("all", "deeds"), self.words
         # Most acts of a chain go forth and back, and look the same when they are reversed.
         assert not (self.reverse and self.chain), "only clips of one act can be reversed"
 
@@ -559,22 +555,22 @@ def script(index, world=World()):
     For learning: caption; qa: list of dict(type, question, answer, options); appearance, colour, motion:
     classes of the subject (motion -1: what is only seen backwards).
 
-    scene: the dict from which captions and questions are made. Three of its values are lists of objects, the
-    subject first: looks, (shape, colour) of each; slots, its index in `place`; visits, without the subject
-    and in a chain alone, (role, first frame of going). The others: act, the subject's first; deeds, those of
-    a chain; hero, the deed that is counted; ground, its name; film, what camera and light do; world."""
+    Captions and questions are made from the others. Three are lists of objects, the subject first: looks,
+    (shape, colour) of each; slots, its index in `place`; visits, without the subject and in a chain alone,
+    (role, first frame of going). The rest: act, the subject's first; deeds, those of a chain; hero, the deed
+    that is counted; ground, its name; film, what camera and light do; world and index."""
     rng = np.random.default_rng((SEED, index))
     looks, states = cast(rng, world, index)
     count = len(looks)
     scene = choose_acts(rng, world, count)
     states[:, 3] = rng.uniform(0, 2 * math.pi, count)
     stage = stage_chain if world.chain else stage_act
-    paths, visits = stage(rng, world, states, scene)
-    camera, light, changes = filmed(rng, world)
+    paths, scene["visits"] = stage(rng, world, states, scene)
+    camera, light, scene["film"] = filmed(rng, world)
     if world.reverse:
         paths, camera, light = paths[:, ::-1], camera[::-1], light[::-1]
-        scene["act"] = [backwards(word) for word in scene["act"]]
-        changes = [backwards(text) for text in changes]
+        for key in ("act", "film"):
+            scene[key] = [backwards(text) for text in scene[key]]
     program = scene["act"][0]
 
     # Objects are painted from the deepest to the nearest. Their order is random, except for two of which one
@@ -599,13 +595,14 @@ def script(index, world=World()):
         shape[j], colour = looks[who]
         rgb[MAX_GROUNDS + j] = rgb_of(list(COLOURS.values())[colour])
     arrays = dict(camera=camera, light=light, place=place, rgb=rgb, contrast=0 if world.plain else 0.12)
-    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-    slots = order.argsort().tolist()
-    scene |= dict(world=world, looks=looks, slots=slots, visits=visits, ground=ground, film=changes)
-    text = dict(caption=describe(rng, scene), qa=questions(rng, scene), scene=scene)
-    motion = MOTIONS.index(program) if program in MOTIONS else -1
-    classes = dict(appearance=looks[0][0], colour=looks[0][1], motion=motion)
-    return arrays | text | classes | dict(index=index, shape=shape, count=count)
+    scene |= {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    scene |= dict(index=index, world=world, count=count, shape=shape, looks=looks, ground=ground)
+    scene["slots"] = order.argsort().tolist()
+    scene["appearance"], scene["colour"] = looks[0]
+    scene["motion"] = MOTIONS.index(program) if program in MOTIONS else -1
+    scene["caption"] = describe(rng, scene)
+    scene["qa"] = questions(rng, scene)
+    return scene
 
 
 def rgb_of(colour):
@@ -626,7 +623,7 @@ def cast(rng, world, index):
     looks, states = [], np.zeros((count, 4))
     # Shape and colour of each object are drawn until they are allowed.
     while len(looks) < count:
-        shape = int(rng.integers(world.shapes))
+        shape = int(rng.integers(len(SHAPES)))
         colour = int(rng.integers(len(COLOURS)))
         if not looks and index >= HELDOUT:
             colour = held_out_colour(shape)
@@ -654,7 +651,7 @@ def known_controls(world, clips=3000):
     states, motion = [], []
     for s in (script(i, world) for i in range(clips)):
         # the slots of the subject and its companion; a subject that is alone is its own companion
-        mine, theirs = (s["scene"]["slots"] * 2)[:2]
+        mine, theirs = (s["slots"] * 2)[:2]
         me, other = s["place"][[mine, theirs]]                      # (T, 4)
         # which of the two is nearer
         depth = np.full((world.frames, 1), np.sign(theirs - mine))
@@ -725,8 +722,8 @@ def third(infinitive):
 
 def describe(rng, scene):
     """A caption. It always tells subject, companion, deeds, ground and at most two of the other objects (all
-    in a chain); what camera and light do it tells by chance. `words`: "looks" leaves out the deeds; "deeds"
-    tells shapes and deeds alone, always in the same words."""
+    in a chain); what camera and light do it tells by chance. With words=deeds it tells shapes and deeds
+    alone, always in the same words."""
     words, deeds = scene["world"].words, scene["deeds"]
     program, way = scene["act"]
     names = [a(name_of(look)) for look in scene["looks"]]
@@ -746,8 +743,6 @@ def describe(rng, scene):
         doing = f"{verb} {adverb}".format(*others)
         others = others[verb.count("{}"):]
         rest = rest.format(" and ".join(others[:2])) if others else ""
-    if words == "looks":
-        doing = ""
     # 2. the sentence
     sentences = ["{subject} {doing} {where} {rest}"]
     if words == "all" and not deeds:
@@ -1240,13 +1235,10 @@ def csv_rows(text):
     if Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         names = rows.pop(0)[1]
         header = [COLUMNS.get(name.lower()) for name in names]
-        if "video" not in header or not {"caption", "label", "mask"} & set(header):
-            raise ValueError(f"a header of {', '.join(names)[:60]}; name a column for the file and one for "
+        known = [name for name in header if name]
+        if "video" not in known or not {"caption", "label", "mask"} & {*known} or len({*known}) < len(known):
+            raise ValueError(f"a header of {', '.join(names)[:60]}; name one column for the file and one for "
                              f"its caption or label, by one of {', '.join(COLUMNS)}")
-        twice = [name for name in header if name and header.count(name) > 1]
-        if twice:
-            raise ValueError(f"a header of {', '.join(names)[:60]}; {header.count(twice[0])} columns hold "
-                             f"the {twice[0]}; leave one")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
@@ -1460,14 +1452,13 @@ def published_encoding(path):
 def tokenize(encoding, texts, length):
     """Texts -> ids int64 (b, length), closed by the end token (which is never cut off) and filled up with
     it, and mask (b, length), True = a real token (the end token included)."""
-    ids = torch.full((len(texts), length), encoding.eot_token, dtype=torch.int64)
-    mask = torch.zeros((len(texts), length), dtype=torch.bool)
-    for i, tokens in enumerate(encoding.encode_ordinary_batch(list(texts), num_threads=1)):
-        # room for the end token: the text encoder reads its output there
-        tokens = tokens[:length - 1]
-        ids[i, :len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        mask[i, :len(tokens) + 1] = True
-    return ids, mask
+    rows = encoding.encode_ordinary_batch(list(texts), num_threads=1)
+    # room for the end token: the text encoder reads its output there
+    rows = [row[:length - 1] for row in rows]
+    ends = [encoding.eot_token] * length
+    ids = torch.tensor([(row + ends)[:length] for row in rows])
+    counts = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(length) <= counts[:, None]
 
 
 # -----------------------------------------------------------------------------------------------------------
