@@ -30,7 +30,6 @@ import colorsys
 import concurrent.futures
 import contextlib
 import csv
-import dataclasses
 import fractions
 import functools
 import inspect
@@ -43,7 +42,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +95,7 @@ def configure(config, sizes, argv, positional=None):
     """A frozen dataclass -> an instance of it, from the command line. Each field is a flag, and the comment
     behind it is its help; `positional` names a field that is given without a flag.
     Defaults < sizes[--size] < flags. sizes: {name: dict of values}, or None for a command without sizes."""
-    values = {field.name: field.default for field in dataclasses.fields(config)}
+    values = {field.name: field.default for field in fields(config)}
     if sizes is not None:
         # The size first: the other defaults, which --help shows, depend on it.
         parser = OneLineParser(add_help=False, allow_abbrev=False)
@@ -108,7 +107,7 @@ def configure(config, sizes, argv, positional=None):
     source = "".join(inspect.getsource(one) for one in config.__mro__[-2::-1])
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.M))
     parser = OneLineParser(description=config.__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         flag = "--" + field.name.replace("_", "-")
         default = values[field.name]
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
@@ -126,12 +125,11 @@ def configure(config, sizes, argv, positional=None):
 def dispatch(script, doc, commands, argv):
     """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the docstring."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv in (["-h"], ["--help"]):
-        print(doc)
-    elif argv and argv[0] in commands:
-        commands[argv[0]](argv[1:])
-    else:
-        raise BadInput(f"python {script} {' '.join(argv[:1])}: give one of {', '.join(commands)}")
+    # "Raw" keeps the docstring's lines as they are
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=script, description=doc, formatter_class=raw)
+    parser.add_argument("command", choices=commands)
+    commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 @contextlib.contextmanager
@@ -410,13 +408,13 @@ def perform(rng, act, s, me, other=None, reach=1):
     # the line leads where `way` says, or else to the companion
     direction = (DIRECTIONS | AXES).get(way, (x / distance, y / distance))
     line = np.outer(along.get(program, 0 * s), direction)           # (T, 2)
-    mine = np.full((len(s), 4), me)
-    mine[:, :2] += line
     if program == "orbit":
         # once round a circle through the place where it begins
         angle = phase + TURNS[way] * 2 * math.pi * s
-        mine[:, 0] += 0.44 * far * (np.cos(angle) - math.cos(phase))
-        mine[:, 1] += 0.44 * far * (np.sin(angle) - math.sin(phase))
+        line[:, 0] = 0.44 * far * (np.cos(angle) - math.cos(phase))
+        line[:, 1] = 0.44 * far * (np.sin(angle) - math.sin(phase))
+    mine = np.full((len(s), 4), me)
+    mine[:, :2] += line
     if program == "spin":
         # 3 to 5 radians, in a chain a tenth more. Where an act has 8 frames that is at most 41 degrees a
         # frame: from 45 on a square would seem to turn backwards.
@@ -887,11 +885,9 @@ def paint_clips(s, size):
         where, down = covered(s, j, size)
         ids.view(-1)[where] = MAX_GROUNDS + j
         gain.view(-1)[where] = 1 + 0.25 * down
-    video = torch.empty((*ids.shape, 3), dtype=torch.uint8, device=device)
-    for c in range(3):
-        colour = s["rgb"][..., c].gather(1, ids.flatten(1)).view_as(ids)
-        video[..., c] = (colour * gain * s["light"][:, :, c, None, None]).clamp(0, 255)
-    return video, ids
+    clip = torch.arange(len(ids), device=device).view(-1, 1, 1, 1)
+    colour = s["rgb"][clip, ids] * gain[..., None]                          # (b, t, H, W, 3)
+    return (colour * s["light"][:, :, None, None]).clamp(0, 255).byte(), ids
 
 
 def covered(s, j, size):
@@ -1108,27 +1104,31 @@ def read_frames(path, size, length=8, whole=False):
             yield np.stack([upright(frame, size, whole) for _, frame in piece])
 
 
-def load_labels(mask_path, graph_path, times, size, video):
-    """The sidecars of a video -> int64 (T, size, size): the trajectory of each pixel of the frames shown at
+def load_labels(entry, times, size):
+    """The sidecars of an entry -> int64 (T, size, size): the trajectory of each pixel of the frames shown at
     `times`, -1 = none; cut to the same central square as `decode` cuts, by nearest neighbour.
     mask: `arr_0` (F, H, W), the object id of each pixel, 0 = none. graph: `tensor` (M, F), the object id of
-    trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled."""
+    trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled. Most videos have no
+    sidecars: every pixel is unlabelled, and the segmentation loss ignores it."""
+    labels = np.full((len(times), size, size), -1)
+    sidecars = [path for path in (entry["mask"], entry["graph"]) if path]
+    if not sidecars:
+        return labels
     # Without one half of a pair there are no labels: a training would go on without them, in silence.
-    if not (mask_path and graph_path):
-        raise BadVideo(f"{mask_path or graph_path}: masks and graphs come in pairs; write or remove both")
-    mask = read_npz(mask_path, "arr_0", 3)
-    graph = read_npz(graph_path, "tensor", 2)
+    if len(sidecars) == 1:
+        raise BadVideo(f"{sidecars[0]}: masks and graphs come in pairs; write or remove both")
+    mask = read_npz(entry["mask"], "arr_0", 3)
+    graph = read_npz(entry["graph"], "tensor", 2)
     # Labels of another video would fit in size. Their number of frames may differ a little: programs
     # disagree about frames at the end of a file.
-    shown = frame_times(video)
+    shown = frame_times(entry["path"])
     if graph.shape[1] != len(mask) or abs(len(mask) - len(shown)) > max(2, 0.05 * len(shown)):
-        raise BadVideo(f"{mask_path}: masks of {len(mask)} frames and a graph of {graph.shape[1]} for a "
+        raise BadVideo(f"{entry['mask']}: masks of {len(mask)} frames and a graph of {graph.shape[1]} for a "
                        f"video of {len(shown)}; write all again")
     # where the centres of the square's pixels lie in the mask, whose size may differ from the video's
     h, w = mask.shape[1:]
     place = (np.arange(size) + 0.5 - size / 2) * min(h, w) / size
     square = np.ix_((h / 2 + place).astype(int), (w / 2 + place).astype(int))
-    labels = np.full((len(times), size, size), -1)
     for label, t in zip(labels, times):
         # frames are told apart by their times: at a variable rate their number is not time x rate
         f = min(np.abs(shown - t).argmin(), len(mask) - 1)
@@ -1586,10 +1586,7 @@ class VideoBatches(torch.utils.data.Dataset):
             start = None
         frames = 1 if entry["image"] else self.frames
         video, times = decode(entry["path"], frames, self.size, start, stride)
-        # most videos have no sidecars: every pixel is unlabelled, and the segmentation loss ignores it
-        labels = np.full(video.shape[:3], -1)
-        if entry["mask"] or entry["graph"]:
-            labels = load_labels(entry["mask"], entry["graph"], times, self.size, entry["path"])
+        labels = load_labels(entry, times, self.size)
         # one of several captions in training; evaluation has all of them, as `captions`
         texts = entry["caption"] or [""]
         caption = texts[int(choice * len(texts))] if self.train else texts[0]
@@ -1792,9 +1789,9 @@ def world_of(cfg):
     name = getattr(cfg, "world", "full")
     if name not in WORLDS:
         raise BadInput(f"--world {name}: one of {', '.join(WORLDS)}")
-    fields = World.__dataclass_fields__ if name == "full" else ()
-    flags = {field: value for field, value in vars(cfg).items() if field in fields}
-    return dataclasses.replace(WORLDS[name], **flags | dict(size=cfg.image_size, frames=cfg.frames))
+    known = World.__dataclass_fields__ if name == "full" else ()
+    flags = {field: value for field, value in vars(cfg).items() if field in known}
+    return replace(WORLDS[name], **flags | dict(size=cfg.image_size, frames=cfg.frames))
 
 
 def made_clips(cfg):
@@ -1988,8 +1985,8 @@ def dense_motion(a, b):
     flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
     for p, q in reversed(pyramid):
         # twice the resolution, so twice the pixels
-        flow = 2 * F.interpolate(flow, size=p.shape[-2:], mode="bilinear")
-        camera = 2 * F.interpolate(camera, size=p.shape[-2:], mode="bilinear")
+        both = 2 * F.interpolate(torch.cat([flow, camera], 1), size=p.shape[-2:], mode="bilinear")
+        flow, camera = both.chunk(2, 1)
         # A pixel moves with the camera unless its own motion explains the images clearly better.
         ground = misfit(p, q, camera) <= misfit(p, q, flow) + 0.01
         flow = refined_motion(p, q, torch.where(ground, camera, flow))
@@ -2082,17 +2079,6 @@ def connected(chosen):
     return ids.long()
 
 
-def moving_score(looks, place, error, own, t):
-    """Superpixels of t frames: appearance (n, 5), position (n, 2), misfit and own motion (n, 1) -> how much
-    each one moves by itself (n, 1), from 0 to 1."""
-    moving = stands_out(error, t) + stands_out(own, t)
-    # CHOICE: people film what they care about near the centre
-    moving = moving * torch.exp(-place.square().sum(1, keepdim=True) / 0.245)
-    moving = votes(torch.cat([looks, 0.25 * place], 1), moving, t)
-    # a quantile instead of the maximum, which a few outliers would set
-    return (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)
-
-
 def classic_segment(x):
     """Some frames of a stretch, x (t, 3, h, w) of `opponent` -> ids int64 (t, h, w)."""
     t, _, h, w = x.shape
@@ -2108,7 +2094,13 @@ def classic_segment(x):
     values = rearrange(values, "t c h w -> (t h w) c")
     values = group_means(values, owner.flatten(), torch.zeros(t * per_frame, 9))
     looks, place, error, own = values.split([5, 2, 1, 1], 1)
-    moving = moving_score(looks, place, error, own, t)
+    # how much each superpixel moves by itself (n, 1), from 0 to 1
+    moving = stands_out(error, t) + stands_out(own, t)
+    # CHOICE: people film what they care about near the centre
+    moving = moving * torch.exp(-place.square().sum(1, keepdim=True) / 0.245)
+    moving = votes(torch.cat([looks, 0.25 * place], 1), moving, t)
+    # a quantile instead of the maximum, which a few outliers would set
+    moving = (moving / moving.quantile(0.98).clamp(min=1e-6)).clamp(max=1)
     points = torch.cat([looks, 0.35 * place, 0.25 * moving], 1)
     first = torch.linspace(0, len(points) - 1, REGIONS).long()
     ids = k_means(points, points[first])[owner]
@@ -2178,10 +2170,11 @@ def linked(before, after):
 def label_frames(pieces, method, longest):
     """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none,
     numbered through the whole video without gaps."""
-    out, count, tracked = [], 0, None
+    # nothing is tracked before the first stretch
+    out, count, tracked = [], 0, torch.tensor(-1)
     for frames, shared in stretches(pieces, longest):
         ids = method(torch.from_numpy(frames))
-        known = {} if tracked is None else linked(tracked, ids[0])
+        known = linked(tracked, ids[0])
         kept = ids[:len(ids) - shared]
         # id -1 reads the last entry, which stays -1
         number = torch.full((int(ids.max()) + 2,), -1)
@@ -2382,8 +2375,7 @@ def inspect_entry(entry):
         # damage shows only where it is decoded
         for _ in read_frames(entry["path"], 64):
             pass
-        if entry["mask"] or entry["graph"]:
-            load_labels(entry["mask"], entry["graph"], frame_times(entry["path"]), 64, entry["path"])
+        load_labels(entry, (), 64)
     except BadVideo as error:
         return str(error)
 

@@ -1337,7 +1337,7 @@ def test_label_a_folder(tmp_path, capsys):
     assert shapes == {"a_mask.npz": (12, 32, 53), "c d_mask.npz": (9, 32, 53), "p_mask.npz": (1, 32, 40)}
     entry = data.read_manifest(tmp_path / "m.json")[0]
     video, times = data.decode(entry["path"], 4, 32)
-    labels = data.load_labels(entry["mask"], entry["graph"], times, 32, entry["path"])
+    labels = data.load_labels(entry, times, 32)
     red = video[..., 0].astype(int) - video[..., 1] > 90
     assert object_scores(torch.from_numpy(labels), torch.from_numpy(red))[1] > 0.45
     # the mask is written last: a kill before it leaves none, and the file is labelled again
