@@ -128,7 +128,7 @@ def dispatch(script, doc, commands, argv):
     # "Raw" keeps the docstring's lines as they are
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog=script, description=doc, formatter_class=raw)
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=commands, metavar="|".join(commands))
     commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
