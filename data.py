@@ -1111,14 +1111,14 @@ def load_labels(entry, times, size):
     trajectory m in frame f, 0 = absent. An id that no trajectory owns is unlabelled. Most videos have no
     sidecars: every pixel is unlabelled, and the segmentation loss ignores it."""
     labels = np.full((len(times), size, size), -1)
-    sidecars = [path for path in (entry["mask"], entry["graph"]) if path]
-    if not sidecars:
+    mask, graph = entry["mask"], entry["graph"]
+    if not mask and not graph:
         return labels
     # Without one half of a pair there are no labels: a training would go on without them, in silence.
-    if len(sidecars) == 1:
-        raise BadVideo(f"{sidecars[0]}: masks and graphs come in pairs; write or remove both")
-    mask = read_npz(entry["mask"], "arr_0", 3)
-    graph = read_npz(entry["graph"], "tensor", 2)
+    if not mask or not graph:
+        raise BadVideo(f"{mask or graph}: masks and graphs come in pairs; write or remove both")
+    mask = read_npz(mask, "arr_0", 3)
+    graph = read_npz(graph, "tensor", 2)
     # Labels of another video would fit in size. Their number of frames may differ a little: programs
     # disagree about frames at the end of a file.
     shown = frame_times(entry["path"])
@@ -1236,7 +1236,8 @@ def csv_rows(text):
         names = rows.pop(0)[1]
         header = [COLUMNS.get(name.lower()) for name in names]
         known = [name for name in header if name]
-        if "video" not in known or not {"caption", "label", "mask"} & {*known} or len({*known}) < len(known):
+        told = {"caption", "label", "mask"}.intersection(known)
+        if "video" not in known or not told or len(set(known)) < len(known):
             raise ValueError(f"a header of {', '.join(names)[:60]}; name one column for the file and one for "
                              f"its caption or label, by one of {', '.join(COLUMNS)}")
     for where, cells in rows:
@@ -1674,16 +1675,16 @@ class Damage(dict):
                 print(f"cannot be used: {reason}", file=sys.stderr)
 
 
-def augment(video, labels, seed, flip=True):
+def augment(video, labels, seed):
     """The same random change for all frames of a clip: resized crop (area 0.2 to 1), flip, brightness,
     contrast, saturation or grey, blur. video uint8 (b, t, H, W, 3), labels int64 (b, t, H, W) -> the same.
-    `seed` (an int) decides everything. Give flip=False where captions tell left from right."""
+    `seed` (an int) decides everything. Captions stay, also where they tell left from right."""
     rng = np.random.default_rng((seed, 2))
-    clips, ids = zip(*(changed(*pair, rng, flip) for pair in zip(video, labels)))
+    clips, ids = zip(*(changed(*pair, rng) for pair in zip(video, labels)))
     return torch.stack(clips), torch.stack(ids)
 
 
-def changed(clip, ids, rng, flip):
+def changed(clip, ids, rng):
     """One clip uint8 (t, H, W, 3) and its labels (t, H, W), changed at random."""
     h, w = ids.shape[1:]
     # up to 4 / 3 times as wide as high, or as high as wide
@@ -1697,7 +1698,7 @@ def changed(clip, ids, rng, flip):
     # "nearest", because a mean of trajectories 2 and 8 is none. interpolate takes no integers; doubles hold
     # them exactly.
     ids = F.interpolate(ids[:, None].double(), (h, w), mode="nearest-exact")[:, 0].long()
-    if rng.random() < 0.5 and flip:
+    if rng.random() < 0.5:
         x, ids = x.flip(-1), ids.flip(-1)
     # PAPER: colour jitter, grey and blur, each the same for a whole clip. Contrast moves colours away from
     # the clip's mean brightness, saturation moves them away from grey.
