@@ -1977,14 +1977,14 @@ def camera_motion(flow, weight):
 def dense_motion(a, b):
     """Where each pixel of a is in b: a, b (n, 3, h, w) of `opponent` -> flow and the camera's part of it,
     both (n, 2, h, w) in pixels. A quarter of the resolution is searched, a half and the whole are refined."""
-    pyramid = [(a, b), (halved(a), halved(b))]
-    p, q = halved(pyramid[1][0]), halved(pyramid[1][1])
+    half_a, half_b = halved(a), halved(b)
+    p, q = halved(half_a), halved(half_b)
     flow = coarse_motion(p, q)
     # wrong matches leave a large difference and count little
     weight = torch.exp(-10 * misfit(p, q, flow))
     camera = camera_motion(flow, weight)
     flow = camera + box((flow - camera) * weight, 1) / box(weight, 1)
-    for p, q in reversed(pyramid):
+    for p, q in ((half_a, half_b), (a, b)):
         # twice the resolution, so twice the pixels
         both = 2 * F.interpolate(torch.cat([flow, camera], 1), size=p.shape[-2:], mode="bilinear")
         flow, camera = both.chunk(2, 1)
