@@ -124,7 +124,7 @@ def configure(config, sizes, argv, positional=None):
 
 def dispatch(script, doc, commands, argv):
     """`python SCRIPT COMMAND flags ...` -> commands[COMMAND](flags). --help alone prints the docstring."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     # "Raw" keeps the docstring's lines as they are
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog=script, description=doc, formatter_class=raw)
@@ -482,9 +482,8 @@ def stage_chain(rng, world, states, scene):
     homes = [(0.5, 0.5), *corners, (0.1, 0.5), (0.9, 0.5), (0.5, 0.9)]
     states[:, :2] = homes[:len(states)] + rng.uniform(-0.03, 0.03, (len(states), 2))
     paths = np.repeat(states[:, None], world.frames, 1)
-    begin = 0
-    for i, deed in enumerate(scene["deeds"], 1):
-        end = i * world.frames // world.acts
+    bounds = np.arange(world.acts + 1) * world.frames // world.acts
+    for deed, begin, end in zip(scene["deeds"], bounds, bounds[1:]):
         program, _ = DEEDS[deed]
         # Each act ends where it began, so that any act may follow any other: what comes next cannot be
         # guessed from the places. Circling and spinning do so by themselves, the others go half-way and back.
@@ -496,7 +495,6 @@ def stage_chain(rng, world, states, scene):
         paths[0, begin:end], _ = perform(rng, DEEDS[deed], s, states[0], reach=reach)
         # Only a spin does not end as it began.
         states[0, 3] = paths[0, end - 1, 3]
-        begin = end
     return paths, [visit(rng, path) for path in paths[1:]]
 
 
@@ -702,7 +700,7 @@ ADVERBS = {
 
 def a(phrase):
     """'a star', 'an arrow', 'an hourglass'"""
-    vowels = ("a", "e", "i", "o", "u", "hour")
+    vowels = (*"aeiou", "hour")
     return ("an " if phrase.startswith(vowels) else "a ") + phrase
 
 
@@ -961,8 +959,9 @@ def rate_of(stream):
 def frame_count(stream):
     """How many frames a video shows, as its header says. Where the header does not say it, the packets are
     counted."""
+    container = stream.container
     # MKV stores only when the whole file, picture and sound, ends; PyAV gives it in microseconds
-    length = ((stream.container.duration or 0) - (stream.container.start_time or 0)) / 1e6
+    length = ((container.duration or 0) - (container.start_time or 0)) / 1e6
     if stream.duration:
         length = float(stream.duration * stream.time_base)
     # most MKV files tell when the picture ends as a text: "00:01:02.500"
@@ -972,9 +971,9 @@ def frame_count(stream):
         length = end - float((stream.start_time or 0) * stream.time_base)
     expected = round(length * rate_of(stream))
     # the number of frames in an MP4 includes those that its edit list hides; its length does not
-    if expected and "mov" in stream.container.format.name:
+    if expected and "mov" in container.format.name:
         return min(stream.frames or expected, expected)
-    return stream.frames or expected or len(frame_times(stream.container.name))
+    return stream.frames or expected or len(frame_times(container.name))
 
 
 def frame_times(path):
@@ -1227,12 +1226,10 @@ def csv_rows(text):
     # stripped: " walking" and "walking" would be two classes
     rows = [(f"line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     rows = [(where, cells) for where, cells in rows if any(cells)]
-    if not rows:
-        return
     # Kinetics writes `path,label` and V-JEPA `path label`, without a header: a first row that names a file is
     # no header
     header = ["video", "label"]
-    if Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+    if rows and Path(rows[0][1][0]).suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         names = rows.pop(0)[1]
         header = [COLUMNS.get(name.lower()) for name in names]
         known = [name for name in header if name]
@@ -1349,7 +1346,7 @@ def split(entries):
         # The entry with the largest hash is always trained on: of two entries both may be below a quarter.
         held_out = [number < min(limit, ranked[-1]) for number in hashes]
     train = [entry for entry, held in zip(entries, held_out) if not held]
-    test = [entry for entry, held in zip(entries, held_out) if held]
+    test = list(itertools.compress(entries, held_out))
     if not train or not test:
         raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is "
                        'needed; mark some entries "split": "val", or give --val')
@@ -2085,9 +2082,9 @@ def classic_segment(x):
     t, _, h, w = x.shape
     owner, per_frame = superpixels(x)
     # texture: differences of brightness to the right and to the lower neighbour, 0 at the border
-    light = F.pad(x[:, :1], (0, 1, 0, 1), mode="replicate")
-    right = (light[..., :-1, 1:] - x[:, :1]).abs()
-    down = (light[..., 1:, :-1] - x[:, :1]).abs()
+    light = x[:, :1]
+    right = light.diff(dim=3, append=light[..., -1:]).abs()
+    down = light.diff(dim=2, append=light[..., -1:, :]).abs()
     looks = box(torch.cat([x, 2 * right, 2 * down], 1), 1)
     # positions relative to the centre of the frame, in units of its short side
     place = (positions(h, w) - torch.tensor([w, h]).view(2, 1, 1) / 2) / min(h, w)
