@@ -1441,7 +1441,10 @@ def test_label_with_sam2(sam2, tmp_path, capsys, monkeypatch):
     weights = {name: x for name, x in weights.items() if "memory_encoder" not in name}
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     for folder, words in ((broken, "memory_encoder"), (tmp_path, "folder of a published SAM2")):
-        assert words in refused(capsys, data.main, "label", tmp_path, "--sam2", folder, "--overwrite")
+        with pytest.raises(SystemExit):                          # transformers' bars are on stderr, too
+            run(data.main, "label", tmp_path, "--sam2", folder, "--overwrite")
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: --sam2") and words in last
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in refused(capsys, data.main, "label", tmp_path, "--sam2", tmp_path)
 
