@@ -2168,11 +2168,10 @@ def linked(before, after):
 def label_frames(pieces, method, longest):
     """Frames in order, an iterator over uint8 (c, H, W, 3) -> trajectories int32 (T, H, W), -1 = none,
     numbered through the whole video without gaps."""
-    # nothing is tracked before the first stretch
-    out, count, tracked = [], 0, torch.tensor(-1)
+    out, count, tracked = [], 0, None
     for frames, shared in stretches(pieces, longest):
         ids = method(torch.from_numpy(frames))
-        known = linked(tracked, ids[0])
+        known = {} if tracked is None else linked(tracked, ids[0])
         kept = ids[:len(ids) - shared]
         # id -1 reads the last entry, which stays -1
         number = torch.full((int(ids.max()) + 2,), -1)
