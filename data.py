@@ -1235,8 +1235,8 @@ def csv_rows(text):
         known = [name for name in header if name]
         told = {"caption", "label", "mask"}.intersection(known)
         if "video" not in known or not told or len(set(known)) < len(known):
-            raise ValueError(f"a header of {', '.join(names)[:60]}; name one column for the file and one for "
-                             f"its caption or label, by one of {', '.join(COLUMNS)}")
+            raise ValueError(f"a header of {', '.join(names)[:60]}; name a column for the file and one for "
+                             f"its caption or label, each once, by one of {', '.join(COLUMNS)}")
     for where, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} cells, not {len(header)}; quote cells with commas")
