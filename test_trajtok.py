@@ -2131,7 +2131,7 @@ def test_strips_paint_like_trajectories_alike():
     truth = np.random.default_rng(0).integers(-1, 4, (3, 8, 8))
     found = np.array([3, 0, 6, 1, -1])[truth]
     video = np.full((3, 8, 8, 3), 128, np.uint8)
-    sheet = trajtok.filmstrip(video, {"found": found, "true": truth}, 3, 2)
+    sheet = trajtok.filmstrip(video, {"found": found, "true": truth}, 3)
     # a margin for the names at the left, and below each picture four white pixels
     _, mine, true = sheet[:60, 80:].reshape(3, 20, -1, 3)
     np.testing.assert_array_equal(mine, true)
@@ -2260,7 +2260,7 @@ REFUSED = (
     ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"),
     ("show CLIP --frames -1", "--frames -1"), ("show CLIP --window -1", "--window -1"),
     ("show CLIP --stages --frames 0", "--stages"),
-    ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "no JSON object"),
+    ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "not a table"),
     ("table ROWS", "not a table"), ("compare a: --json ROWS", "not a table"))
 
 

@@ -32,6 +32,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -814,7 +815,7 @@ def write_text(image, text, top, left, scale=2):
         left += 4 * scale
 
 
-def filmstrip(video, rows, count=4, scale=2):
+def filmstrip(video, rows, count=4):
     """`count` frames of video (t, H, W, 3) in a row, and below them the same frames painted by each of rows
     {name: ids (t, H, W), -1 = none}, with the names at the left -> image. Ids are arbitrary, so the
     trajectories of each row are matched with those of the last row, and partners get the same colour."""
@@ -833,21 +834,19 @@ def filmstrip(video, rows, count=4, scale=2):
         mine[tubes] = colours[labels]
         # mine begins with the colour of id -1. As an index, -1 is the last place: roll moves its colour there
         shown[name] = paint(video, ids, np.roll(mine, -1, 0))[some]
-    return captioned(shown, scale)
+    return captioned(shown, 2)
 
 
 def captioned(rows, scale):
-    """rows {name: list of frames uint8 (H, W, 3)} -> image: each row of frames, enlarged `scale` times, with
-    its name at the left and white gaps."""
+    """rows {name: frames uint8 (t, H, W, 3)} -> image: each row of frames, enlarged `scale` times, with its
+    name at the left and white gaps."""
     lines = []
     for name, images in rows.items():
-        line = np.full((scale * len(images[0]) + 4, 80, 3), 255, np.uint8)
-        write_text(line, name, len(line) // 2 - 5, 4)
-        for image in images:
-            image = image.repeat(scale, 0).repeat(scale, 1)
-            image = np.pad(image, ((0, 4), (0, 4), (0, 0)), constant_values=255)
-            line = np.concatenate((line, image), 1)
-        lines.append(line)
+        large = images.repeat(scale, 1).repeat(scale, 2)
+        large = np.pad(large, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
+        margin = np.full((large.shape[1], 80, 3), 255, np.uint8)
+        write_text(margin, name, len(margin) // 2 - 5, 4)
+        lines.append(np.concatenate((margin, *large), 1))
     return np.concatenate(lines)
 
 
@@ -907,8 +906,7 @@ class PretrainConfig(RunConfig):
 # CHOICE, nano only: clips have at most four objects, no two of one colour. At 64 px, each of eight objects
 # would be a few points only; and in minutes of training the segmenter learns to tell things apart by colour,
 # not yet by place.
-PRETRAIN_SIZES = {name: {"size": name} for name in SIZES}
-PRETRAIN_SIZES["nano"] |= dict(max_objects=4, shared_colours=False)
+PRETRAIN_SIZES = dict.fromkeys(SIZES, {}) | {"nano": dict(max_objects=4, shared_colours=False)}
 
 
 def pretrain(cfg):
@@ -972,45 +970,49 @@ def pretrain(cfg):
 
 @torch.no_grad()
 def evaluate_segmenter(segmenter, batches, device, bf16=None):
-    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories, on the clips that
-    have labels; for made clips also how many of these trajectories lie on the ground and how many on objects.
-    -> dict of means over the clips, empty if there are none; pictures: (video, found ids, true ids) of the
-    first four clips. CHOICE: scores are taken on the segmenter's own grid, on which it decides (PAPER:
-    "low-resolution output")."""
+    """The scores of score_clip, means over the clips that have labels -> dict, empty if there are none;
+    pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken on the
+    segmenter's own grid, on which it decides (PAPER: "low-resolution output")."""
     segmenter.eval()
-    rows, pictures = [], []
+    scores, pictures = defaultdict(list), []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
         video, labels = batch["video"], batch["labels"]
         if not len(video):                                      # no file of this batch can be used
             continue
-        # object_iou of made clips leaves out the ground, whose id comes first
-        first = data.MAX_GROUNDS if "motion" in batch else 0
         with precision(device, bf16):
             seg = segmenter(video)
         # k is a million here, so that every label counts, while training keeps the K largest
         truth = labels_on_grid(labels, seg.grid, 10 ** 6)       # (b, n), as seg.ids
-        found = seg.ids.cpu().split(1)
-        for mine, true, alive in zip(found, truth.cpu().split(1), seg.alive):    # (1, n), (1, n), (K,)
+        for ids, true in zip(seg.ids.cpu().split(1), truth.cpu().split(1)):      # (1, n)
             if (true >= 0).any():
-                # NaN where only the ground is labelled; nanmean leaves such a clip out
-                best = best_overlaps(mine, true, first) or [math.nan]
-                scores = video_metrics(mine, true)
-                row = dict(object_iou=np.mean(best), veq=scores["veq"], stq=scores["stq"])
-                row |= dict(live_trajectories=int(alive.sum()))
-                if first:
-                    # inter (labels, tubes): points in common. A trajectory with more points on the ground
-                    # than on objects is the ground's; the others are those of objects
-                    inter, _ = tube_overlaps(mine, true)
-                    ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
-                    row |= dict(on_ground=ground, on_objects=row["live_trajectories"] - ground)
-                rows.append(row)
+                for name, score in score_clip(ids, true, "motion" in batch).items():
+                    scores[name].append(score)
         if not pictures:
             fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
             pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
-    # made clips have counts that others lack: these count as NaN, which nanmean leaves out
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: float(np.nanmean([row.get(key, math.nan) for row in rows])) for key in keys}, pictures
+    # NaN: object_iou of a clip in which only the ground is labelled
+    return {name: float(np.nanmean(column)) for name, column in scores.items()}, pictures
+
+
+def score_clip(ids, labels, made):
+    """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories of one clip, ids and
+    labels (1, n); for a made clip also how many of these trajectories lie on the ground and how many on
+    objects."""
+    # the ids of the ground come first in made clips; object_iou leaves them out
+    first = data.MAX_GROUNDS if made else 0
+    best = best_overlaps(ids, labels, first)
+    metrics = video_metrics(ids, labels)
+    live = len(ids.unique())
+    scores = dict(object_iou=np.mean(best or math.nan), veq=metrics["veq"], stq=metrics["stq"])
+    scores |= dict(live_trajectories=live)
+    if made:
+        # inter (labels, tubes): points in common. A trajectory with more points on the ground than on objects
+        # is the ground's; the others are those of objects
+        inter, _ = tube_overlaps(ids, labels)
+        ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
+        scores |= dict(on_ground=ground, on_objects=live - ground)
+    return scores
 
 
 def save_pictures(folder, pictures, log, terms):
@@ -1052,29 +1054,26 @@ class ShowConfig:
 
 
 def open_clip(cfg, shape):
-    """The clip of `show` -> frames, as TrajTok.stream takes them; their number; frames a second. Frames are
-    uint8 (t, H, W, 3), or with --frames 0 a function that reads them, since a long video stays on disk."""
+    """The clip of `show` -> frames, as TrajTok.stream takes them, and when they are shown, in seconds (t,).
+    Frames are uint8 (t, H, W, 3), or with --frames 0 a function that reads them, since a long video stays on
+    disk."""
     size = shape.image_size
     count = shape.frames if cfg.frames is None else cfg.frames
     if cfg.clip == "world":
         world = data.World(size=size, frames=count or shape.frames)
         script = data.script(data.TEST + cfg.index, world)
         video, _ = data.rasterise(data.stack([script]), size)
-        return video[0], world.frames, 4.0
+        return video[0], np.arange(world.frames) / 4            # four frames a second
     if Path(cfg.clip).suffix.lower() in data.IMAGE_SUFFIXES:
         count = 1
     if count > 0:
-        video, times = data.decode(cfg.clip, count, size)
-        # shown as fast as in the clip; the last frame, or a picture, stays for a quarter of a second
-        return video, count, count / (times[-1] + 0.25)
+        return data.decode(cfg.clip, count, size)
 
     def read():                                                 # a new iterator each time it is called
         chunks = data.read_frames(cfg.clip, size, cfg.window or 8)
         return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
-    times = data.frame_times(cfg.clip)
-    # t frames have t - 1 gaps between them; of a single frame nothing is known
-    return read, len(times), (len(times) - 1) / (times.max(initial=0) or 0.25)
+    return read, data.frame_times(cfg.clip)
 
 
 def show(argv):
@@ -1086,23 +1085,25 @@ def show(argv):
     m, size = cfg.tokens_per_trajectory, tokenizer.cfg.image_size
     if m not in tokenizer.cfg.choices:
         raise BadInput(f"--tokens-per-trajectory {m}: one of {tokenizer.cfg.choices}")
-    video, count, rate = open_clip(cfg, tokenizer.cfg)
+    video, times = open_clip(cfg, tokenizer.cfg)
+    count = len(times)
+    # As fast as in the clip: t frames have t - 1 gaps between them. A single frame is shown for a quarter of
+    # a second
+    rate = max(count - 1, 1) / (times.max(initial=0) or 0.25)
     base = Path(cfg.out) / Path(cfg.clip).stem
     colours = palette(tokenizer.cfg.num_queries)
     # frames of 64 px are too small to look at, so they are enlarged
     scale = max(1, 224 // size)
     # the numbers of the frames for the picture, evenly spaced
     some = np.linspace(0, count - 1, min(8, count)).round()
-    kept = {"frames": [], "found": []}
+    kept = []
 
     def draw(first, video, seg):                                # video (1, t, H, W, 3), from frame `first` on
         ids = seg.masks(video.shape[2:4])[0].cpu().numpy()
         video = video[0].cpu().numpy()
-        painted = paint(video, ids, colours)
-        add(np.concatenate((video, painted), 1).repeat(scale, 1).repeat(scale, 2))
-        chosen = np.isin(np.arange(first, first + len(video)), some)
-        kept["frames"].extend(video[chosen])
-        kept["found"].extend(painted[chosen])
+        drawn = np.concatenate((video, paint(video, ids, colours)), 1)       # one above the other
+        add(drawn.repeat(scale, 1).repeat(scale, 2))
+        kept.extend(drawn[np.isin(first + np.arange(len(video)), some)])
 
     # make the tokens; `draw` writes the film meanwhile. Without --window, a clip in memory is one window
     with film(f"{base}-trajectories.mp4", rate) as add, precision(device):
@@ -1110,7 +1111,8 @@ def show(argv):
             tokens = tokenizer.stream(video, m, each=draw)
         else:
             tokens = tokenizer.windows(video, cfg.window or count, m, draw)
-    write_png(f"{base}-trajectories.png", captioned(kept, scale))
+    frames, found = np.split(np.stack(kept), 2, 1)
+    write_png(f"{base}-trajectories.png", captioned({"frames": frames, "found": found}, scale))
     if cfg.stages:
         draw_stages(tokenizer, torch.as_tensor(video)[None].to(device), m, f"{base}-stages.png")
     trajectories = tokens.trajectory[tokens.mask].unique()
@@ -1163,9 +1165,11 @@ def draw_stages(tokenizer, video, m, path):
 # python trajtok.py table, compare
 # -----------------------------------------------------------------------------------------------------------
 
-def scores_of(results, name):
-    """The score `name` of each seed -> array. Seeds without it are left out: veq is None without masks."""
-    return np.array([result[name] for result in results if result.get(name) is not None], float)
+def scores_of(row, name):
+    """The score `name` of each seed of a row -> array. Seeds without it are left out: veq is None without
+    masks."""
+    scores = [result.get(name) for result in row["results"]]
+    return np.array([score for score in scores if score is not None], float)
 
 
 def spread(x):
@@ -1192,11 +1196,12 @@ def summary(rows):
     score is a line, each row a column. A cell is the mean +- deviation over seeds, then the difference to the
     first row that has the score, with a star if they differ (`differ`)."""
     names = {}                                                  # a dict as an ordered set
-    for result in sum((row["results"] for row in rows), []):
-        names |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
+    for row in rows:
+        for result in row["results"]:
+            names |= {key: x for key, x in result.items() if isinstance(x, (int, float)) and key != "seed"}
     lines = [["", *(row["name"] for row in rows)], ["seeds", *(str(len(row["results"])) for row in rows)]]
     for name in names:
-        columns = [scores_of(row["results"], name) for row in rows]
+        columns = [scores_of(row, name) for row in rows]
         first = next(x for x in columns if len(x))
         lines.append([name, *(cell(x, first) for x in columns)])
     return aligned(lines)
@@ -1214,12 +1219,9 @@ def cell(x, first):
 def read_json(path):
     """The content of a JSON file. A missing or damaged one is BadInput, as a person has pointed to it."""
     try:
-        value = json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds no JSON object; give another file or folder")
-    return value
 
 
 def read_rows(path):
@@ -1227,15 +1229,12 @@ def read_rows(path):
     path = Path(path)
     if path.is_dir():
         return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
+    rows = read_json(path)
     try:
-        rows = {row["name"]: row for row in read_json(path)["rows"]}
-        whole = all(isinstance(result, dict) for row in rows.values() for result in row["results"])
+        return {row["name"]: row | dict(results=list(row["results"])) for row in rows["rows"]}
     # what indexing raises where the JSON holds something else
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote")
-    return rows
+        raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote") from None
 
 
 def table(argv):
@@ -1262,8 +1261,8 @@ def verdicts(claims, folder):
     for claim in claims:
         path, score = folder / claim["json"], claim["score"]
         rows = read_rows(path) if path.exists() else {}
-        a = scores_of(rows.get(claim["row"], nothing)["results"], score)
-        b = scores_of(rows.get(claim["against"], nothing)["results"], claim.get("against_score", score))
+        a = scores_of(rows.get(claim["row"], nothing), score)
+        b = scores_of(rows.get(claim["against"], nothing), claim.get("against_score", score))
         verdict = "undecided" if len(a) and len(b) else "not measured"
         if differ(a, b):
             verdict = "holds" if (a.mean() > b.mean()) != claim.get("less", False) else "does not hold"
@@ -1298,11 +1297,12 @@ def compare(argv):
     for text in texts:
         name, flags = (part.strip() for part in text.split(":", 1))
         new = dict(name=name, flags=flags, script=args.script, results=[])
-        row = read_rows(args.json).get(name, new)
-        if (row.get("flags"), row.get("script")) != (flags, args.script):
-            raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r} there; give it another name")
-        done = [result.get("seed") for result in row["results"]]
-        for seed in [seed for seed in args.seeds if seed not in done]:
+        for seed in args.seeds:
+            row = read_rows(args.json).get(name, new)
+            if (row.get("flags"), row.get("script")) != (flags, args.script):
+                raise BadInput(f"{args.json}: {name} has other flags there; give it another name")
+            if seed in scores_of(row, "seed"):
+                continue
             result = train_row(args, name, flags, seed)
             # The file is written after each training, so that an interrupted comparison loses at most one of
             # them. It is read again first, because another process may have written to it meanwhile.
