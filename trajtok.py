@@ -225,13 +225,12 @@ class TrajTok(nn.Module):
         """The tokenizer of a checkpoint that the authors released, .pth or safetensors, e.g. TrajViT2's, in
         eval mode. Its configuration is read off names and shapes. mean_start: was it trained with z_init
         added to the codes? The weights do not tell."""
-        weights = official_part(read_weights(path), "segmenter.trajectory_perceiver.latents", path)
-        cfg, segmenter = official_segmenter(under(weights, "segmenter."), path)
-        renamed = rename(weights, ENCODER_NAMES)
-        renamed |= {f"segmenter.{name}": value for name, value in segmenter.items()}
-        cfg = dataclasses.replace(cfg, max_tokens=weights["latents"].shape[1], last_points=2,
-                                  out_dim=len(weights["output_projector.weight"]), mean_start=mean_start)
-        return fit_weights(cls(cfg), renamed, path).eval()
+        cfg, weights = read_official(path)
+        if "encoder.latents" not in weights:
+            raise BadInput(f"{path}: holds a segmenter alone, but no encoder; give TrajViT2's file")
+        cfg = dataclasses.replace(cfg, max_tokens=weights["encoder.latents"].shape[1], mean_start=mean_start,
+                                  out_dim=len(weights["encoder.output_projector.weight"]))
+        return fit_weights(cls(cfg), weights, path).eval()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -416,44 +415,42 @@ def convnext_names(weights, where):
     return weights, depths, dims
 
 
-# The authors' names -> ours. Their rotary frequencies are dropped, as rotary_table computes them. The
-# release's low-resolution heads make the masks that the tokens are built on. Its high-resolution heads, at
-# the frame's resolution, are used only to train the segmenter, and are dropped.
-SEGMENTER_NAMES = [
-    (r"patch_encoder\.backbone\..+|.+_high_res\..+|.+\.freqs", None),     # the backbone has its own rules
-    (r"patch_encoder\.(.+)", r"\1"),
-    (r"trajectory_perceiver\.latents", r"latents"),
-    (r"trajectory_perceiver\.(.+)", r"perceiver.\1"),
+# The authors' names -> ours; the backbone has its own rules. Their rotary frequencies are dropped, as
+# rotary_table computes them. The release's low-resolution heads make the masks that the tokens are built on.
+# Its high-resolution heads, at the frame's resolution, are used only to train the segmenter, and are dropped.
+OFFICIAL_NAMES = [
+    (r"segmenter\.patch_encoder\.backbone\..+|.+_high_res\..+|.+\.freqs", None),
+    (r"segmenter\.patch_encoder\.(.+)", r"segmenter.\1"),
+    (r"segmenter\.trajectory_perceiver\.latents", "segmenter.latents"),
+    (r"segmenter\.trajectory_perceiver\.(.+)", r"segmenter.perceiver.\1"),
     (r"(.+)_low_res\.(.+)", r"\1.\2"),
-]
-ENCODER_NAMES = [
-    (r"segmenter\..+|.+\.freqs", None),
     (r"traj_feature_updater\.(.+)", r"perceiver.\1"),
-    (r"(.+)", r"encoder.\1"),
+    (r"((?!segmenter\.).+)", r"encoder.\1"),
 ]
 
 
-def official_part(weights, mark, where):
-    """A released checkpoint holds other models beside the tokenizer. -> The tokenizer's weights, without
-    their prefix, which is what stands before `mark` in the first name that ends with it."""
+def read_official(path):
+    """A checkpoint that the authors released, of TrajViT2 or of the segmenter alone -> TrajTokConfig read off
+    names and shapes, and the weights under the names of TrajTok. Both Perceivers of the release have the same
+    depth and number of heads."""
+    weights = read_weights(path)
+    mark = "trajectory_perceiver.latents"
     prefixes = [name.removesuffix(mark) for name in weights if name.endswith(mark)]
     if not prefixes:
-        raise BadInput(f"{where}: not in the authors' layout, which has {mark}; our folders: from_pretrained")
-    return under(weights, prefixes[0])
-
-
-def official_segmenter(weights, where):
-    """The release's segmenter -> TrajTokConfig read off names and shapes, weights under our names. Both
-    Perceivers of the release have the same depth and number of heads."""
-    backbone, depths, dims = convnext_names(under(weights, "patch_encoder.backbone."), where)
-    depth = count(weights, r"trajectory_perceiver\.layers\.(\d+)\.")
-    queries, dim = weights["trajectory_perceiver.latents"].shape
+        raise BadInput(f"{path}: not in the authors' layout, which has {mark}; our folders: from_pretrained")
+    segmenter = under(weights, prefixes[0])
+    backbone, depths, dims = convnext_names(under(segmenter, "patch_encoder.backbone."), path)
+    queries, dim = segmenter[mark].shape
     # only the stored rotary frequencies tell the heads: there is one for every four channels of a head
-    heads = dim // (4 * len(weights["trajectory_perceiver.layers.0.0.rotary_emb.freqs"]))
+    heads = dim // (4 * len(segmenter["trajectory_perceiver.layers.0.0.rotary_emb.freqs"]))
+    depth = count(segmenter, r"trajectory_perceiver\.layers\.(\d+)\.")
     cfg = TrajTokConfig(dim=dim, num_queries=queries, depth=depth, heads=heads, depths=depths, dims=dims,
-                        frames=8, normed_residual=True, norm_media=True)
-    renamed = rename(weights, SEGMENTER_NAMES)
-    return cfg, renamed | {f"backbone.{name}": value for name, value in backbone.items()}
+                        frames=8, normed_residual=True, norm_media=True, last_points=2)
+    # the tokenizer stands among other models; a segmenter that is published alone is without `segmenter.`
+    weights = under(weights, prefixes[0].removesuffix("segmenter."))
+    weights |= {f"segmenter.{name}": value for name, value in segmenter.items()}
+    weights = rename(weights, OFFICIAL_NAMES)
+    return cfg, weights | {f"segmenter.backbone.{name}": value for name, value in backbone.items()}
 
 
 def load_segmenter(path):
@@ -461,9 +458,8 @@ def load_segmenter(path):
     the segmenter alone or of TrajViT2."""
     if Path(path).is_dir():
         return TrajTok.from_pretrained(path).segmenter
-    weights = official_part(read_weights(path), "trajectory_perceiver.latents", path)
-    cfg, weights = official_segmenter(weights, path)
-    return fit_weights(Segmenter(cfg), weights, path).eval()
+    cfg, weights = read_official(path)
+    return fit_weights(Segmenter(cfg), under(weights, "segmenter."), path).eval()
 
 
 # -----------------------------------------------------------------------------------------------------------
