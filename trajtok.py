@@ -328,7 +328,8 @@ def read_weights(path, wrappings=("model", "state_dict")):
     path = Path(path)
     files, weights = [path], {}
     if path.is_dir():
-        files = [*path.glob("model*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+        # without any of these, the folder itself is refused below
+        files = [*path.glob("model*.safetensors")] or [*path.glob("pytorch_model*.bin")] or files
     try:
         for file in files:
             if file.suffix == ".safetensors":
@@ -342,10 +343,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
     # twice, because one wrapping may stand inside another, in either order
     for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
-    weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
-    if not weights:
-        raise BadInput(f"{path}: holds no weights, e.g. model.safetensors; let the run save them first")
-    return weights
+    return {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
 
 
 def fit_weights(module, weights, where):
@@ -694,8 +692,6 @@ def resumed(cfg, folder, argv):
     """With --resume or --eval-only -> the saved configuration, changed by the flags in argv. Flags win over
     saved values, and these over the defaults of the size."""
     saved = read_json(folder / "config.json")
-    if "size" not in saved:
-        raise BadInput(f"{folder}: its config.json is not that of a run; give the folder of a training")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
@@ -1040,13 +1036,11 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method: <clip>-stages.png; not with --frames 0
+    stages: bool = False                # walk through the method: <clip>-stages.png (--frames 0: 8 frames)
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
         at_least(self, 0, "frames window index")
-        if self.stages and self.frames == 0:
-            raise BadInput("--stages --frames 0: the stages need all frames in memory; give --frames 8")
 
 
 def open_clip(cfg, shape):
@@ -1110,7 +1104,8 @@ def show(argv):
     frames, found = np.split(np.stack(kept), 2, 1)
     write_png(f"{base}-trajectories.png", captioned({"frames": frames, "found": found}, scale))
     if cfg.stages:
-        draw_stages(tokenizer, torch.as_tensor(video)[None].to(device), m, f"{base}-stages.png")
+        _, clip = next(chunks_of(video, count))
+        draw_stages(tokenizer, clip.to(device), m, f"{base}-stages.png")
     trajectories = tokens.trajectory[tokens.mask].unique()
     print(f"{cfg.clip}: {count} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
           f"{int(tokens.mask.sum())} tokens of width {tokens.z.shape[-1]}; {peak_memory_gb(device):.2f} GB")
