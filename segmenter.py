@@ -569,15 +569,3 @@ def video_metrics(pred, gt):
         clips.append((sq * rq, sq, rq, stq, aq))
     mean = torch.tensor(clips).mean(0).tolist()
     return dict(zip(("veq", "sq", "rq", "stq", "aq"), mean))
-
-
-def best_overlaps(pred, gt, first=0):
-    """For each label >= `first` that occurs in a clip, the IoU of the predicted tube that fits it best. pred,
-    gt int64 (b, ...) -> list of floats, of all clips."""
-    best = []
-    for one_pred, one_gt in zip(pred, gt):
-        inter, union = tube_overlaps(one_pred, one_gt)
-        iou = inter / union.clamp(min=1)
-        occurs = inter.any(1)
-        best += iou[first:][occurs[first:]].amax(1).tolist()
-    return best

@@ -50,8 +50,8 @@ import data
 from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
 from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
 from encoder import Tokens, TrajectoryEncoder, soft_sums
-from segmenter import (ConvNeXt, Segmenter, assign, best_overlaps, hungarian, labels_on_grid, normalise,
-                       segmentation_loss, tube_overlaps, video_metrics)
+from segmenter import (ConvNeXt, Segmenter, assign, hungarian, labels_on_grid, normalise, segmentation_loss,
+                       tube_overlaps, video_metrics)
 
 # -----------------------------------------------------------------------------------------------------------
 # The tokenizer
@@ -991,17 +991,19 @@ def score_clip(ids, labels, made):
     """VEQ, STQ, the best IoU of each labelled object and the number of live trajectories of one clip, ids and
     labels (1, n); for a made clip also how many of these trajectories lie on the ground and how many on
     objects."""
-    # the ids of the ground come first in made clips; object_iou leaves them out
-    first = data.MAX_GROUNDS if made else 0
-    best = best_overlaps(ids, labels, first)
+    inter, union = tube_overlaps(ids, labels)                   # (labels, tubes)
+    iou = inter / union.clamp(min=1)
     metrics = video_metrics(ids, labels)
     live = len(ids.unique())
-    scores = dict(object_iou=np.mean(best or math.nan), veq=metrics["veq"], stq=metrics["stq"])
+    # the ids of the ground come first in made clips, and are no objects
+    first = data.MAX_GROUNDS if made else 0
+    occurs = inter[first:].any(1)
+    best = iou[first:][occurs].double().amax(1)
+    scores = dict(object_iou=best.mean().item(), veq=metrics["veq"], stq=metrics["stq"])
     scores |= dict(live_trajectories=live)
     if made:
-        # inter (labels, tubes): points in common. A trajectory with more points on the ground than on objects
-        # is the ground's; the others are those of objects
-        inter, _ = tube_overlaps(ids, labels)
+        # A trajectory with more points on the ground than on objects is the ground's; the others are those of
+        # objects
         ground = int((inter[:first].sum(0) > inter[first:].sum(0)).sum())
         scores |= dict(on_ground=ground, on_objects=live - ground)
     return scores
