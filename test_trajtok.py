@@ -1884,19 +1884,6 @@ def test_the_released_tokenizer_gives_the_releases_numbers(tmp_path, m, prefix):
     close(trajtok.load_segmenter(file)(video).logits, logits)
 
 
-def test_checkpoints_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
-    """Catches: a wrong checkpoint that loads in part; code in a pickle that is run."""
-    monkeypatch.chdir(tmp_path)
-    Path("evil.pth").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
-    weights = official_weights()
-    del weights["output_projector.bias"]
-    torch.save(weights, "lacking.pth")
-    for name, words in (("evil.pth", "no whole file"), ("lacking.pth", "output_projector.bias")):
-        with pytest.raises(BadInput, match=words):
-            trajtok.TrajTok.load_official(name)
-    assert not Path("evil").exists()
-
-
 # published layouts of a ConvNeXt: (pattern of the original name, name there), and keys of no use to us
 CONVNEXTS = {
     "original": ([], ["head.weight", "head.bias"]),
@@ -2210,29 +2197,19 @@ def test_pretrain(tmp_path, capsys):
 
 def test_trajectories_are_counted_on_ground_and_objects():
     """Catches: a true segmentation that does not get the best scores, or trajectories of the ground counted
-    as those of objects. Each thing is found as it is; cut in two, left and right of its clip's middle; and
-    with a point of the ground in each object's trajectory, which stays the object's."""
-    batches = data.WorldBatches(data.World(), 8, list(range(data.TEST, data.TEST + 8)))
-    labels = data.finish(batches[0], "cpu")["labels"]
-    points = segmenter.labels_on_grid(labels, (8, 16, 16), 99)
-    objects = np.mean([len(clip.unique()) - 1 for clip in points])
-    halves = torch.where(torch.arange(16).repeat(8 * 16) < 8, points, points + 9)
-    pieces = np.mean([len(clip[clip % 9 > 0].unique()) for clip in halves])
-    grown = points.clone()
-    for clip in grown:
-        known = clip.unique()[1:]
-        clip[(clip == 0).nonzero()[:len(known), 0]] = known
-    for ids, on_ground, on_objects in ((points, 1, objects), (halves, 2, pieces), (grown, 1, objects)):
-        seg = segmenter.assign(segmenter.one_hot(ids, 18), (8, 16, 16))
-        model = mock.Mock(return_value=seg)
-        result, _ = trajtok.evaluate_segmenter(model, batches, torch.device("cpu"))
-        assert (result["on_ground"], result["on_objects"]) == (on_ground, on_objects)
-        assert (result["object_iou"] == result["veq"] == 1) == (ids is points)
-        # scored together with clips that are not made ones
-        others = data.finish(batches[0], "cpu")
-        others.pop("motion")
-        result, _ = trajtok.evaluate_segmenter(model, [others, batches[0]], torch.device("cpu"))
-        assert (result["on_ground"], result["on_objects"]) == (on_ground, on_objects)
+    as those of objects; counts of made clips that change beside a clip of another kind."""
+    labels = torch.tensor([[[[0, 0, 0, 0, 1, 1, 3]]]])          # ground, two objects
+    other = dict(video=torch.zeros(1, 1, 1, 7, 3), labels=labels)
+    made = other | dict(motion=None)
+    # each thing as it is; cut in two; a point of the ground in each object's trajectory, which stays its own
+    for ids, on_ground, on_objects in (("0000112", 1, 2), ("0011234", 2, 3), ("0012112", 1, 2)):
+        points = torch.tensor([list(map(int, ids))])
+        seg = segmenter.assign(segmenter.one_hot(points, 5), (1, 1, 7))
+        for batches in ([made], [other, made], [other]):
+            result, _ = trajtok.evaluate_segmenter(mock.Mock(return_value=seg), batches, torch.device("cpu"))
+            counts = (on_ground, on_objects) if made in batches else (None, None)
+            assert (result.get("on_ground"), result.get("on_objects")) == counts
+            assert (result["object_iou"] == result["veq"] == 1) == (ids == "0000112")
 
 
 def rows_of(scores, **same_in_all):
@@ -2257,6 +2234,7 @@ REFUSED = (
     ("", "pretrain|show"), ("fly", "pretrain|show"), ("table no", "no:"), ("compare base", "NAME: FLAGS"),
     ("compare a: --script no.py", "failed"), ("show TEXT", "decoded"), ("show HALF --frames 0", "decoded"),
     ("show CLIP --tokens-per-trajectory 3", "1, 2, 4"), ("show CLIP --weights CLIP", "whole file"),
+    ("show CLIP --weights evil.pth", "whole file"),
     ("pretrain --data BARE", "mask"), ("pretrain --init no", "no/model"),
     ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"),
     ("show CLIP --frames -1", "--frames -1"), ("show CLIP --window -1", "--window -1"),
@@ -2266,8 +2244,10 @@ REFUSED = (
 
 @pytest.mark.parametrize("argv, words", REFUSED)
 def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch, argv, words):
-    """Catches: a traceback, or several lines, for what a person is likely to get wrong; training on NaN."""
+    """Catches: a traceback, or several lines, for what a person is likely to get wrong; training on NaN; code
+    in a checkpoint that is run."""
     monkeypatch.chdir(tmp_path)
+    Path("evil.pth").write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
     bare = manifest(tmp_path / "m.json", 4 * [{"video": str(media / "clip0.mp4")}])
     files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
     files["LIST"] = manifest(tmp_path / "list.json", [])
@@ -2277,6 +2257,7 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
     defaults = {"show": ["--weights", clip_run], "pretrain": SMALL}
     argv[1:1] = defaults.get(argv[0], []) if argv else []
     assert words in refused(capsys, trajtok.main, *argv)
+    assert not Path("evil").exists()
 
 
 CLAIMS = (
