@@ -387,20 +387,19 @@ def hungarian(cost):
     """Cheapest one-to-one assignment for cost (r, c), by shortest augmenting paths (Jonker and Volgenant
     1987). -> rows, columns: min(r, c) pairs, like scipy.optimize.linear_sum_assignment."""
     r, c = cost.shape
-    if r > c:
-        columns, rows = hungarian(cost.T)
-        order = rows.argsort()
-        return rows[order], columns[order]
+    # where there are more rows than columns, further columns of cost 0 take the rows that are left
+    width = max(r, c)
+    cost = np.pad(cost, ((0, 0), (0, width - c)))
     # u and v are prices of rows and columns: cost - u - v is >= 0 everywhere and 0 on assigned pairs. Rows
     # and columns count from 1: row 0 stands for "none", and column 0 holds the row that is to be assigned.
-    u, v = np.zeros(r + 1), np.zeros(c + 1)
-    owner = np.zeros(c + 1, int)                                # the row that holds each column; 0 = none
+    u, v = np.zeros(r + 1), np.zeros(width + 1)
+    owner = np.zeros(width + 1, int)                            # the row that holds each column; 0 = none
     for row in range(1, r + 1):
         # Dijkstra's algorithm from this row, along the reduced costs, to the nearest free column
         owner[0], column = row, 0
-        distance = np.full(c + 1, np.inf)
-        before = np.zeros(c + 1, int)
-        done = np.zeros(c + 1, bool)
+        distance = np.full(width + 1, np.inf)
+        before = np.zeros(width + 1, int)
+        done = np.zeros(width + 1, bool)
         while owner[column]:
             done[column] = True
             holder = owner[column]
@@ -418,7 +417,7 @@ def hungarian(cost):
         while column:
             owner[column] = owner[before[column]]
             column = before[column]
-    columns = np.flatnonzero(owner[1:])
+    columns = np.flatnonzero(owner[1:c + 1])
     rows = owner[1:][columns] - 1
     order = rows.argsort()
     return rows[order], columns[order]

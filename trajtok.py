@@ -32,7 +32,6 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -966,7 +965,7 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
     pictures: (video, found ids, true ids) of the first four clips. CHOICE: scores are taken on the
     segmenter's own grid, on which it decides (PAPER: "low-resolution output")."""
     segmenter.eval()
-    scores, pictures = defaultdict(list), []
+    scores, pictures = {}, []
     for i in range(len(batches)):
         batch = data.finish(batches[i], device)
         video, labels = batch["video"], batch["labels"]
@@ -979,7 +978,7 @@ def evaluate_segmenter(segmenter, batches, device, bf16=None):
         for ids, true in zip(seg.ids.cpu().split(1), truth.cpu().split(1)):      # (1, n)
             if (true >= 0).any():
                 for name, score in score_clip(ids, true, "motion" in batch).items():
-                    scores[name].append(score)
+                    scores.setdefault(name, []).append(score)
         if not pictures:
             fine = seg.masks(labels.shape[2:])                  # (b, t, H, W)
             pictures = list(zip(*(x[:4].cpu().numpy() for x in (video, fine, labels))))
