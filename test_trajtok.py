@@ -2238,8 +2238,8 @@ REFUSED = (
     ("pretrain --data BARE", "mask"), ("pretrain --init no", "no/model"),
     ("pretrain --lr 1e30 --warmup 0 --clip 1e30", "lower --lr"),
     ("show CLIP --frames -1", "--frames -1"), ("show CLIP --window -1", "--window -1"),
-    ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "not a table"),
-    ("table ROWS", "not a table"), ("compare a: --json ROWS", "not a table"))
+    ("show CLIP --weights old", "no trajectory tokenizer"), ("table LIST", "no JSON object"),
+    ("table ROWS", "not a table"), ("table WORDS", "not a table"), ("compare a: --json ROWS", "not a table"))
 
 
 @pytest.mark.parametrize("argv, words", REFUSED)
@@ -2252,6 +2252,7 @@ def test_bad_commands_are_refused(media, clip_run, tmp_path, capsys, monkeypatch
     files = dict(CLIP=media / "clip0.mp4", TEXT=media / "text.mp4", HALF=media / "half.mp4", BARE=bare)
     files["LIST"] = manifest(tmp_path / "list.json", [])
     files["ROWS"] = manifest(tmp_path / "rows.json", dict(rows=[dict(name="a")]))
+    files["WORDS"] = manifest(tmp_path / "words.json", dict(rows=[dict(name="a", results=["b"])]))
     trajtok.write_json(tmp_path / "old/config.json", dict(trajtok=dict(width=3)))
     argv = [files.get(word, word) for word in argv.split()]
     defaults = {"show": ["--weights", clip_run], "pretrain": SMALL}

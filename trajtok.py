@@ -302,7 +302,7 @@ def load_weights(module, folder, *prefixes):
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
     parts = [under(weights, prefix) for prefix in (*prefixes, "")]
-    return fit_weights(module, next(part for part in parts if part), path)
+    return fit_weights(module, next((part for part in parts if part), {}), path)
 
 
 def write_weights(path, state):
@@ -691,6 +691,8 @@ def resumed(cfg, folder, argv):
     """With --resume or --eval-only -> the saved configuration, changed by the flags in argv. Flags win over
     saved values, and these over the defaults of the size."""
     saved = read_json(folder / "config.json")
+    if "size" not in saved:
+        raise BadInput(f"{folder}: its config.json is not that of a run; give the folder of a training")
     names = {field.name for field in dataclasses.fields(cfg)} - {"resume", "overwrite", "eval_only"}
     known = {name: saved[name] for name in names if name in saved}
     return configure(type(cfg), {saved["size"]: known}, ["--size", saved["size"], *argv])
@@ -1211,9 +1213,12 @@ def cell(x, first):
 def read_json(path):
     """The content of a JSON file. A missing or damaged one is BadInput, as a person has pointed to it."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds no JSON object; give another file or folder")
+    return value
 
 
 def read_rows(path):
@@ -1221,11 +1226,11 @@ def read_rows(path):
     path = Path(path)
     if path.is_dir():
         return {path.name: dict(name=path.name, results=[read_json(path / "result.json")])}
-    rows = read_json(path)
+    value = read_json(path)
     try:
-        return {row["name"]: row | dict(results=list(row["results"])) for row in rows["rows"]}
-    # what indexing raises where the JSON holds something else
-    except (KeyError, TypeError):
+        return {row["name"]: row | dict(results=list(map(dict, row["results"]))) for row in value["rows"]}
+    # what indexing and dict raise where the JSON holds something else
+    except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: not a table that `trajtok.py compare` wrote") from None
 
 
@@ -1292,7 +1297,7 @@ def compare(argv):
         for seed in args.seeds:
             row = read_rows(args.json).get(name, new)
             if (row.get("flags"), row.get("script")) != (flags, args.script):
-                raise BadInput(f"{args.json}: {name} has other flags there; give it another name")
+                raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r} there; give it another name")
             if seed in scores_of(row, "seed"):
                 continue
             result = train_row(args, name, flags, seed)
