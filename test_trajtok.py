@@ -2195,6 +2195,19 @@ def test_pretrain(tmp_path, capsys):
     nearly(two["segmenter.latents"], one["segmenter.latents"])
 
 
+def test_two_processes_pretrain_as_one(tmp_path):
+    """Catches: processes that all train on the same clips; gradients that are not summed, or twice too
+    large; two that write one result."""
+    argv = ["pretrain", *SMALL, "--steps", 2, "--eval-clips", 4, "--out", tmp_path]
+    run(trajtok.main, *argv, "--name", "one", "--batch", 4)
+    in_ranks(2, lambda rank: run(trajtok.main, *argv, "--name", "two", "--batch", 2))
+    same_weights(tmp_path / "segmenter-one", tmp_path / "segmenter-two", 1e-4)
+    logs = (log(tmp_path / f"segmenter-{name}") for name in ("one", "two"))
+    for one, two in zip(*logs, strict=True):
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-3)
+    assert read_config(tmp_path / "segmenter-two")["world_size"] == 2
+
+
 def test_trajectories_are_counted_on_ground_and_objects():
     """Catches: a true segmentation that does not get the best scores, or trajectories of the ground counted
     as those of objects; counts of made clips that change beside a clip of another kind."""

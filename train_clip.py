@@ -977,7 +977,7 @@ def score_run(model, held_out, folder, log, damage):
         before = trajtok.read_json(Path(start) / "config.json")
         # a folder that TrajTok.save_pretrained wrote does not say it
         if "steps" in before:
-            result["clips_before"] = before["steps"] * before["batch"]
+            result["clips_before"] = before["steps"] * before["batch"] * before.get("world_size", 1)
     steps = [line for line in log.lines() if "contrastive" in line]      # the other lines are validations
     seconds = sum(line["seconds"] for line in steps)
     seen = sum(line["clips"] for line in steps)

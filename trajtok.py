@@ -713,7 +713,7 @@ def open_run(folder, cfg, **more):
         raise BadInput(f"{folder}: holds a run; give --resume to go on, --overwrite, or another --name")
     if config.exists() and read_json(config).get("manifest") != more.get("manifest"):
         raise BadInput(f"--resume: {cfg.data} has changed since {folder} began; train under another --name")
-    write_json(config, dataclasses.asdict(cfg) | more)
+    write_json(config, dataclasses.asdict(cfg) | more | dict(world_size=ranks()[1]))
 
 
 def save_checkpoint(folder, model, optimizer, step):
@@ -905,10 +905,11 @@ PRETRAIN_SIZES = dict.fromkeys(SIZES, {}) | {"nano": dict(max_objects=4, shared_
 def pretrain(cfg):
     """Train the segmenter alone -> the folder of the run. TrajTok.from_pretrained reads it, but the encoder
     in it has random weights. PAPER: TrajAdapter and TrajVLM start from such a segmenter; TrajViT2 trains its
-    segmenter together with the task (train_clip.py)."""
+    segmenter together with the task (train_clip.py). Under torchrun, several processes share each step."""
     shape, cfg = sized(cfg, SIZES[cfg.size])
     device = setup(cfg)
-    train_set, held_out = data.open_data(cfg, "mask")
+    rank, processes = ranks()
+    train_set, held_out = data.open_data(cfg, "mask", processes)
     folder = run_folder(cfg, "segmenter")
     # a whole tokenizer is saved, so that `show` and train_clip.py can read it
     tokenizer = TrajTok(shape).to(device)
@@ -920,17 +921,18 @@ def pretrain(cfg):
     first = load_checkpoint(folder, tokenizer, optimizer) if cfg.resume else 0
     open_run(folder, cfg, trajtok=dataclasses.asdict(shape), manifest=data.fingerprint(cfg.data, cfg.val))
     log, damage = Log(folder, first), data.Damage()
-    for step, batch in enumerate(data.loader(train_set, first, cfg.steps, cfg.workers), first):
+    loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, processes)
+    for step, batch in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         # 1. clips and their labels. A file that could not be used was replaced by another; it is named once
         damage.add(batch["bad"])
         batch = data.finish(batch, device)
         video, labels = batch["video"], batch["labels"]
-        # made clips never repeat and need no augmentation; the key "motion" marks them. Each step has a seed
+        # made clips never repeat and need no augmentation; the key "motion" marks them. Each batch has a seed
         # of its own
         if cfg.augment and "motion" not in batch:
-            video, labels = data.augment(video, labels, step + cfg.seed * 10 ** 6)
+            video, labels = data.augment(video, labels, step * processes + rank + cfg.seed * 10 ** 6)
         # 2. the loss, with the weights that the release uses when it trains the segmenter alone
         with precision(device, cfg.bf16):
             seg = segmenter(video)
@@ -939,7 +941,8 @@ def pretrain(cfg):
         loss = focal + 2 * dice
         # 3. the step
         optimizer.zero_grad()
-        loss.backward()
+        (loss / processes).backward()                           # a mean over processes
+        sum_gradients(segmenter.parameters())
         norm = nn.utils.clip_grad_norm_(segmenter.parameters(), cfg.clip)
         # `live`: how many trajectories of a clip own a point. If they are few among many queries, the queries
         # have become alike
@@ -953,6 +956,8 @@ def pretrain(cfg):
             print(f"step {step:5d}/{cfg.steps}", *(f" {key} {x:.3f}" for key, x in terms.items()), flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(folder, tokenizer, optimizer, step + 1)
+    if rank:
+        return folder
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
     write_json(folder / "result.json", result | dict(seed=cfg.seed, left_out=len(damage)))
     save_pictures(folder, pictures, log, ("focal", "dice"))
