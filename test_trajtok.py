@@ -2744,7 +2744,7 @@ def test_ways_to_compute_are_the_same_computation(clip_run, tmp_path, monkeypatc
 
 def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     """Catches: flags or seeds that do not reach the script, a row that is trained a second time, a table
-    without the rows of yesterday, or of another comparison that writes meanwhile."""
+    without the rows of yesterday, or of another comparison that writes meanwhile; two rows of one name."""
     def train_here(command):
         train_clip.main(command[2:])
         rows = trajtok.read_rows(path) | dict(other=dict(name="other", results=[dict(seed=0), dict(seed=1)]))
@@ -2762,7 +2762,10 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     assert {"command", "hardware", "rows"} <= set(json.loads(path.read_text()))
     config = read_config(tmp_path / "clip-detach-1")
     assert (config["detach"], config["seed"], config["text_length"]) == (False, 1, 11)
-    assert "another name" in refused(capsys, trajtok.main, "compare", "base: --no-path", *argv)
+    # refused before anything is trained
+    assert "another name" in refused(capsys, trajtok.main, "compare", "new:", "base: --no-path", *argv)
+    assert "another name" in refused(capsys, trajtok.main, "compare", "new:", "new: --path", *argv)
+    assert train.call_count == 4
     assert "No closing quotation" in refused(capsys, trajtok.main, "compare", "odd: --prompt '", *argv)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
     assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]

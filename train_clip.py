@@ -743,6 +743,7 @@ def probe(model, clips, world):
     count = model.cfg.probe_clips
     sets = []
     # train: training clips of numbers so high that no training reaches them; then valid; test is `clips`
+    # (--eval-split validation scores some of valid, too)
     for begin, size in ((500_000_000, count), (data.VALIDATION, max(count // 4, 1))):
         batches = data.WorldBatches(world, model.cfg.batch, indices=range(begin, begin + size))
         sets.append(embed(model, batches, data.Damage()))

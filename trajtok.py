@@ -23,6 +23,7 @@ import argparse
 import ctypes
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
@@ -1296,21 +1297,23 @@ def compare(argv):
     hardware = f"{processor()}, {data.cores()} cores, torch {torch.__version__}"
     if not Path(args.json).exists():
         write_json(args.json, dict(rows=[]))
+    # all rows are checked before the first is trained
+    known, wanted = read_rows(args.json), {}
     for text in texts:
         name, flags = (part.strip() for part in text.split(":", 1))
-        new = dict(name=name, flags=flags, script=args.script, results=[])
-        for seed in args.seeds:
-            row = read_rows(args.json).get(name, new)
-            if (row.get("flags"), row.get("script")) != (flags, args.script):
-                raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r} there; give it another name")
-            if seed in scores_of(row, "seed"):
-                continue
-            result = train_row(args, name, flags, seed)
-            # The file is written after each training, so that an interrupted comparison loses at most one of
-            # them. It is read again first, because another process may have written to it meanwhile.
-            rows = read_rows(args.json)
-            rows.setdefault(name, new)["results"].append(result)
-            write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
+        row = known.setdefault(name, dict(name=name, flags=flags, script=args.script, results=[]))
+        if (row.get("flags"), row.get("script")) != (flags, args.script):
+            raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r}; give it another name")
+        wanted[name] = flags
+    for (name, flags), seed in itertools.product(wanted.items(), args.seeds):
+        # The file is written after each training, so that an interrupted comparison loses at most one of
+        # them. It is read again each time, because another process may have written to it meanwhile.
+        if seed in scores_of(read_rows(args.json).get(name, known[name]), "seed"):
+            continue
+        result = train_row(args, name, flags, seed)
+        rows = read_rows(args.json)
+        rows.setdefault(name, known[name])["results"].append(result)
+        write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
     print("\n".join(summary(read_rows(args.json).values())))
 
 
