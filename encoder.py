@@ -8,8 +8,8 @@ Paper, "Key Designs" 2:
       -> Perceiver under M_hard: a token reads the points of its own trajectory      (b, K·m, d)
       -> linear                                                                      Tokens z (b, K·m, d')
 
-Axes: b clip, n point, K trajectories (= the segmenter's queries), m tokens of each, M = K·m tokens, d width
-inside, d' width of a Token, a attention head, c its channels, t frame, h w feature grid. """
+Axes: b = clip, n = point, K = trajectories (the segmenter's queries), m = tokens of each, M = K·m, d = width
+inside, d' = width of a token, a = attention head, c = its channels, t = frame, h w = feature grid."""
 from __future__ import annotations
 
 import math
@@ -28,12 +28,13 @@ from segmenter import CrossAttention, Perceiver, fourier_codes, waves
 
 
 def dense_trajectory_attention(q, k, v, ids, k_own, v_own):
-    """PAPER: masked cross-attention. A token attends to its own trajectory's points and tokens only.
+    """The plain formula, for the reader and the tests; the model uses trajectory_attention below. PAPER:
+    masked cross-attention. A token attends to its own trajectory's points and tokens only.
 
     q (b, K, m, a, c): the tokens' queries. k_own, v_own (b, K, j, a, c): keys and values of each trajectory's
     own tokens, j = m, or more with cfg.last_points. k, v (b, n, a, c): those of the points. ids (b, n): the
-    trajectory of each point. -> (b, K, m, a, c). This is the plain formula, for the reader and the tests. Its
-    mask has K·m x n entries for the points, of which one in K is True."""
+    trajectory of each point. -> (b, K, m, a, c). The mask has K·m x n entries for the points, of which one in
+    K is True."""
     b, K, m = q.shape[:3]
     trajectory = torch.arange(K, device=q.device)
     reader = trajectory.repeat_interleave(m)                    # (K·m,): the trajectory of each query
@@ -113,7 +114,7 @@ class TrajectoryAttention(CrossAttention):
     def with_last(self, own, last):
         """Append the keys or values of the last points (b, l, a, c) to those of each trajectory's tokens
         (b, K, m, a, c) -> (b, K, m + l, a, c)."""
-        last = repeat(last, "b j a c -> b k j a c", k=self.num_queries)
+        last = repeat(last, "b l a c -> b k l a c", k=self.num_queries)
         return torch.cat((own, last), 2)
 
 
@@ -136,11 +137,13 @@ class Places(nn.Module):
 
     DEVIATION: the paper has rotary positions alone. They change the attention weights, not the values. A
     token is an average of values, so it does not know where its thing was unless the features encode it."""
-    # codes are then about twice as large as a feature at nano; smaller ones are learnt far more slowly
+    # with this gain a code is about twice as large as a feature at nano; smaller ones are learned far more
+    # slowly
     gain = 6.0
 
     def __init__(self, dim):
         super().__init__()
+        # 3 coordinates x 4 frequencies x (sine, cosine)
         self.linear = nn.Linear(24, dim, bias=False)
         # weights of variance 1/24: a code has variance 1/2, as a sine has, before the gain
         nn.init.uniform_(self.linear.weight, -8 ** -0.5, 8 ** -0.5)
@@ -154,19 +157,19 @@ class Places(nn.Module):
         return self.gain * self.linear(codes)
 
 
-class Path(nn.Module):
+class TrajectoryPath(nn.Module):
     """Where each trajectory's soft mask is, how large it is and how it is spread, at eight times of the clip:
     sums (b, t, K, 6) -> (b, K, dim).
 
-    DEVIATION: this is added to z_init. Attention normalises its weights, so that otherwise a token knows
+    DEVIATION: this is added to z_init. Attention normalises its weights, so without this a token knows
     neither how many points its thing has nor how they move. The result is differentiable through M_soft: the
     loss of the task trains the masks in this way too."""
-    moments = 8                     # the times
+    times = 8
     gain = 4.0
 
     def __init__(self, dim):
         super().__init__()
-        first = nn.Linear(6 * self.moments, dim)
+        first = nn.Linear(6 * self.times, dim)
         self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(dim, dim))
 
     @staticmethod
@@ -179,13 +182,10 @@ class Path(nn.Module):
         places = torch.cartesian_prod(rows, columns)
         y, x = places.to(soft.device).unbind(-1)                # (h·w,)
         frames = soft.float().unflatten(1, (t, h * w))
-        # not one matrix product, which autocast would round to bfloat16: forward takes the small difference
-        # of two of these means
-        sums = []
-        for term in (torch.ones_like(x), x, y, x * x, y * y, x * y):
-            weighted = frames * term[:, None]                   # (b, t, h·w, K)
-            sums.append(weighted.mean(2))
-        return torch.stack(sums, -1)
+        terms = torch.ones_like(x), x, y, x * x, y * y, x * y
+        # Means, not a matrix product: autocast would round that to bfloat16, and forward takes small
+        # differences of these means
+        return torch.stack([(frames * term[:, None]).mean(2) for term in terms], -1)
 
     def forward(self, sums):                                    # (b, t, K, 6)
         area = sums[..., 0]                                     # the mask's share of the frame
@@ -193,12 +193,12 @@ class Path(nn.Module):
         x, y, xx, yy, xy = means.unbind(-1)                     # (b, t, K): means over the mask
         side = area.clamp(min=1e-8).sqrt()
         # the factors bring all six to about the same size
-        place = 2 * x, 2 * y, 4 * side
+        place_and_size = 2 * x, 2 * y, 4 * side
         spread = 8 * (xx - x * x), 8 * (yy - y * y), 8 * (xy - x * y)
-        track = torch.stack((*place, *spread), -1)              # (b, t, K, 6)
+        track = torch.stack((*place_and_size, *spread), -1)              # (b, t, K, 6)
         b = len(track)
         track = rearrange(track, "b t k c -> (b k) c t")
-        track = F.interpolate(track, size=self.moments, mode="linear", align_corners=True)
+        track = F.interpolate(track, size=self.times, mode="linear", align_corners=True)
         track = rearrange(track, "(b k) c s -> b k (c s)", b=b)              # s: the eight times
         return self.gain * self.mlp(track)
 
@@ -238,7 +238,7 @@ class TrajectoryEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        # a code of its own for each token of each trajectory, (K, max_tokens, d); they start alike for all K
+        # a code for each token of each trajectory, (K, max_tokens, d); every trajectory starts with the same
         codes = ring_codes(cfg.max_tokens, cfg.dim)
         self.latents = nn.Parameter(repeat(codes, "m d -> k m d", k=cfg.num_queries).clone())
         # PAPER: hard masks keep trajectories apart. Ablation (hard_mask = False): every token reads every
@@ -246,17 +246,17 @@ class TrajectoryEncoder(nn.Module):
         self.perceiver = Perceiver(cfg, TrajectoryAttention if cfg.hard_mask else CrossAttention)
         self.output_projector = nn.Linear(cfg.dim, cfg.out_dim)
         self.places = Places(cfg.dim) if cfg.places else None
-        self.path = Path(cfg.dim) if cfg.path else None
+        self.path = TrajectoryPath(cfg.dim) if cfg.path else None
 
     def forward(self, features, seg, tokens_per_trajectory=1):
         points = self.add_places(features, seg.grid)
         # softmax over the queries: each point divides a weight of 1 among the trajectories. z_init needs soft
         # masks, as an argmax has no gradient: here the gradient of the task's loss enters the masks.
         soft = seg.logits.softmax(-1)
-        path = Path.sums(soft, seg.grid) if self.path else None
-        total, weight = soft_sums(soft, points)
-        latents = self.start(total, weight, path, tokens_per_trajectory)
+        path = TrajectoryPath.sums(soft, seg.grid) if self.path else None
+        latents = self.start(*soft_sums(soft, points), path, tokens_per_trajectory)
         z = self.perceiver(latents, points, seg.ids)
+        # (TrajTok.stream and draw_stages, trajtok.py, go through these lines one by one)
         return self.finish(z, seg.alive)
 
     def add_places(self, features, grid, first=0, frames=None):
@@ -271,8 +271,8 @@ class TrajectoryEncoder(nn.Module):
 
           z_init_k = sum_p M_soft[p, k] F_p / sum_p M_soft[p, k]
 
-        total, weight: these two sums, as soft_sums gives them. path: Path.sums, used with cfg.path alone. m:
-        how many tokens a trajectory has."""
+        total, weight: these two sums, as soft_sums gives them. path: TrajectoryPath.sums, used with cfg.path
+        alone. m: how many tokens a trajectory has."""
         assert m in self.cfg.choices, f"tokens_per_trajectory {m}: one of {self.cfg.choices}"
         z = total / (weight + 1e-6)                             # (b, K, d)
         if self.path is not None:

@@ -7,13 +7,13 @@ One differentiable pass, no tracker (paper, "Key Designs" 1):
       -> backbone, frame by frame: maps at several scales
       -> each to d channels, LayerNorm, upsampled to the finest, summed:  features F (b, n, d), n = t·h·w
       -> Perceiver: K learned queries Q read the points                   queries    (b, K, d)
-      -> M_soft = softmax over the queries of scale · cosine(Q', F')      logits     (b, n, K)
+      -> M_soft = softmax over the queries of scale · cosine(Q, F)        logits     (b, n, K)
       -> M_hard = argmax over the queries: the trajectory of each point   ids (b, n), alive (b, K)
 
 Training: labels are matched to queries by the Hungarian method, then Dice + focal loss.
 
-Axes in every shape comment: b clip, t frame, h w feature grid, n points in row-major (t, h, w) order, k
-query (of K), s latent, l label, d width, a attention head, c channels. """
+Axes in every shape comment: b = clip, t = frame, h w = feature grid, n = points in row-major (t, h, w) order,
+k = query (of K), s = latent, l = label, d = width, a = attention head, c = channels."""
 from __future__ import annotations
 
 import math
@@ -32,7 +32,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet stati
 def normalise(video, mean=MEAN, std=STD):
     """uint8 (b, t, H, W, 3) -> float (b, t, 3, H, W), (pixel / 255 - mean) / std in each channel, on the
     video's device. Over many natural images the result has mean 0 and deviation 1."""
-    assert video.dtype == torch.uint8 and video.shape[4:] == (3,), \
+    assert video.dtype == torch.uint8 and video.dim() == 5 and video.shape[-1] == 3, \
         f"video must be uint8 (b, t, H, W, 3), not {video.dtype} {tuple(video.shape)}"
     pixels = video.movedim(-1, 2).float()
     mean = 255 * torch.tensor(mean, device=video.device)
@@ -116,8 +116,7 @@ class ConvNeXt(nn.Module):
                 nn.init.zeros_(module.bias)
         # CHOICE: the stem's bias starts at unit variance, as large as its signal. The LayerNorm after the
         # stem removes the scale of its input. Without a bias, two uniform areas whose normalised colours
-        # differ by a factor alone, such as a white thing and snow, or a red one and bricks, would get the
-        # same features.
+        # differ by a factor alone, such as a white and a light grey one, would get the same features.
         nn.init.normal_(stem[0].bias)
 
     def forward(self, x):
@@ -136,27 +135,22 @@ class ConvNeXt(nn.Module):
 # The Perceiver: latents read points (arXiv 2103.03206)
 # -----------------------------------------------------------------------------------------------------------
 
-def rotary_table(positions, channels):
-    """e^(i·angle) of integer positions (...) -> complex (..., 1, c / 2), c = channels of a head.
-
-    Channel pair j in the first half of the channels turns by position · 10000^(-2j / (c/2)); the second half
-    does not turn. Angles are float64: in half precision the 25 216 positions of 128 queries and 8 frames at
-    224 px would collapse to a few thousand, and in float32 the angles of a long film's last points, at
-    positions of millions, would be off by 0.03."""
-    rotated = channels // 4 * 2
-    even = torch.arange(0, rotated, 2, dtype=torch.float64)
-    frequency = torch.zeros(channels // 2, dtype=torch.float64)
-    frequency[:rotated // 2] = 1e4 ** (-even / rotated)
-    angle = positions[..., None, None] * frequency.to(positions.device)
-    return torch.complex(angle.cos().float(), angle.sin().float())
-
-
 def rotate(x, positions):
-    """Rotary embedding (arXiv 2104.09864) of x (b, n, a, c) at positions (n,).
-    Channels 2j and 2j + 1 are one complex number."""
+    """Rotary embedding (arXiv 2104.09864) of x (b, n, a, c) at integer positions (n,). A point's position is
+    its place in the flat order of (t, h, w), as in the release.
+
+    Channels 2j and 2j + 1 are a complex number, which turns by position · 10000^(-2j / (c/2)) in the first
+    half of the channels; the second half does not turn. Angles are float64: in half precision the 25 216
+    positions of 128 queries and 8 frames at 224 px would collapse to a few thousand, and in float32 the
+    angles of a long film's last points, at positions of millions, would be off by 0.03."""
+    half = x.shape[-1] // 4 * 2
+    even = torch.arange(0, half, 2, dtype=torch.float64)
+    frequency = torch.zeros(x.shape[-1] // 2, dtype=torch.float64)
+    frequency[:half // 2] = 1e4 ** (-even / half)
+    angle = positions[:, None, None] * frequency.to(positions.device)        # (n, 1, c / 2)
+    turn = torch.complex(angle.cos().float(), angle.sin().float())           # e^(i·angle)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))          # (b, n, a, c / 2)
-    turned = torch.view_as_real(pairs * rotary_table(positions, x.shape[-1]))
-    return turned.flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -189,7 +183,7 @@ class CrossAttention(nn.Module):
     def keys_and_values(self, x):
         return rearrange(self.to_kv(x), "b n (two a c) -> two b n a c", two=2, a=self.heads)
 
-    def forward(self, latents, points, ids=None):               # ids: for the encoder's TrajectoryAttention
+    def forward(self, latents, points, ids=None):               # ids: unused here; encoder.py needs them
         q, k_own, v_own, k, v = self.project(latents, points, latents.shape[1])
         q = q.transpose(1, 2)                                   # (b, a, s, c)
         k = torch.cat((k_own, k), 1).transpose(1, 2)            # (b, a, s + n, c)
@@ -237,8 +231,8 @@ class Perceiver(nn.Module):
         points = self.norm_ctx(points)
         for attention, mlp in self.layers:
             x = self.norm_lat(latents)
-            latents = x if self.normed_residual else latents
-            latents = latents + recomputed(self.recompute, attention, x, points, ids)
+            y = recomputed(self.recompute, attention, x, points, ids)
+            latents = y + (x if self.normed_residual else latents)
             latents = latents + mlp(latents)
         return latents
 
@@ -254,11 +248,9 @@ def waves(angles):
 
 def fourier_codes(features, dim):
     """Rows of f sines and cosines (s, f) -> start vectors (s, dim), by a random orthonormal map, which keeps
-    the angles between rows. Their norm is 1 (f <= dim)."""
-    features = F.normalize(features, dim=-1)
-    width = max(features.shape[1], dim)
-    basis = torch.linalg.qr(torch.randn(width, width))[0]
-    return features @ basis[:features.shape[1], :dim]
+    the angles between rows. f <= dim. Their norm is 1."""
+    basis = torch.linalg.qr(torch.randn(dim, dim))[0]
+    return F.normalize(features, dim=-1) @ basis[:features.shape[1]]
 
 
 def query_codes(count, dim):
@@ -268,16 +260,18 @@ def query_codes(count, dim):
     side = math.ceil(math.sqrt(count))
     line = torch.linspace(-1, 1, side + 1)[:-1]
     grid = torch.cartesian_prod(line, line)[:count]             # (K, 2)
+    # a line of `side` cells can hold no higher frequency
     highest = max(math.isqrt(count) // 2, 1)
     frequencies = math.pi * torch.arange(1, highest + 1)
     angles = grid[:, :, None] * frequencies                     # (K, 2, highest)
     codes = fourier_codes(waves(angles.flatten(1)), dim)        # (K, dim), norm 1
+    # a little noise, as in the release
     return math.sqrt(dim) * (codes + 1e-3 * torch.randn_like(codes))
 
 
 class Segmentation(NamedTuple):
-    """The segmenter's output for b clips. (assign leaves features None where only the masks are needed.)"""
-    features: torch.Tensor          # F (b, n, d)
+    """The segmenter's output for b clips."""
+    features: torch.Tensor | None   # F (b, n, d); None where only masks are needed
     logits: torch.Tensor            # (b, n, K); M_soft = softmax over the last axis, the queries
     ids: torch.Tensor               # int64 (b, n): M_hard, the trajectory of each point
     alive: torch.Tensor             # bool (b, K), True = owns at least one point
@@ -288,16 +282,13 @@ class Segmentation(NamedTuple):
         argmax, so that borders are smooth. An argmax first would give borders along the grid's cells."""
         t, h, w = self.grid
         logits = rearrange(self.logits.float(), "b (t h w) k -> (b t) k h w", t=t, h=h)
-        ids = []
-        for frame in logits.split(1):                           # one at a time: its K maps (H, W) are large
-            fine = F.interpolate(frame, size=size, mode="bilinear")
-            ids.append(fine.argmax(1))
+        # one frame at a time: its K maps (H, W) are large
+        ids = [F.interpolate(frame, size=size, mode="bilinear").argmax(1) for frame in logits.split(1)]
         return rearrange(torch.cat(ids), "(b t) h w -> b t h w", t=t)
 
 
-def head(dim):
-    """The small MLP from queries, or points, (..., d) to the space (..., d / 8) in which the two are
-    compared."""
+def mask_head(dim):
+    """A small MLP: queries or points (..., d) -> (..., d / 8), where the two are compared."""
     hidden = dim // 4
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim // 8))
 
@@ -329,8 +320,7 @@ class Features(nn.Module):
         h, w = maps[0].shape[-2:]
         features = 0
         for fmap, proj in zip(maps, self.proj):
-            to_width = nn.Sequential(proj, self.ln)
-            y = recomputed(self.cfg.recompute, to_width, fmap)
+            y = recomputed(self.cfg.recompute, nn.Sequential(proj, self.ln), fmap)
             features = features + F.interpolate(y, size=(h, w), mode="bilinear")
         return rearrange(features, "(b t) d h w -> b (t h w) d", t=t), (t, h, w)
 
@@ -342,10 +332,10 @@ class Segmenter(Features):
         super().__init__(cfg, backbone)
         self.latents = nn.Parameter(query_codes(cfg.num_queries, cfg.dim))
         self.perceiver = Perceiver(cfg)
-        self.traj_seg_head = head(cfg.dim)
-        self.patch_decoder = head(cfg.dim)
-        # scale = softplus(log_scale) + 1. The name is the release's, although it is no logarithm. The
-        # parameter starts at the inverse, at which the scale is cfg.scale
+        self.traj_seg_head = mask_head(cfg.dim)
+        self.patch_decoder = mask_head(cfg.dim)
+        # scale = softplus(log_scale) + 1. The name is the release's, although it is no logarithm. It starts
+        # where the scale is cfg.scale, so at the inverse of that function
         inverse = math.log(math.expm1(cfg.scale - 1))
         self.log_scale = nn.Parameter(torch.tensor([inverse]))
 
@@ -353,7 +343,7 @@ class Segmenter(Features):
         return self.segment(normalise(video))
 
     def segment(self, x):
-        """x (b, t, 3, H, W), normalised -> Segmentation."""
+        """x (b, t, 3, H, W), normalised and of any size -> Segmentation."""
         features, grid = self.extract(x)
         queries = self.cluster(features)
         return assign(self.mask_logits(queries, features), grid, features)
@@ -371,7 +361,7 @@ class Segmenter(Features):
         """Queries (b, K, d), features (b, n, d) -> logits (b, n, K) = scale · cosine(head(Q), head(F)).
 
         CHOICE: the release's scaled cosine in place of the paper's dot product. The scale decides how soft
-        the masks are. At the release's 3.8, a query that fits a point perfectly, cosine 1, gets only 27 % of
+        the masks are. At the release's 3.8, a query that fits a point perfectly, cosine 1, gets only 26 % of
         it if the other 127 have cosine 0. Ours starts at cfg.scale."""
         q = F.normalize(self.traj_seg_head(queries).float(), dim=-1)
         p = F.normalize(self.patch_decoder(features).float(), dim=-1)
@@ -449,7 +439,7 @@ def match(logits, labels):
     hard = one_hot(logits.argmax(-1), k)
     gt = one_hot(labels, int(labels.max()) + 1)                 # (b, n, l)
     iou = pair_iou(gt, hard) + pair_iou(gt, soft)               # (b, l, k)
-    # NaN logits get this far; the loss is then NaN, and check_finite reports it
+    # NaN logits get this far; the loss is then NaN, and check_finite (trajtok.py) reports it
     iou = iou.nan_to_num().cpu().numpy()
     present = gt.any(1).cpu().numpy()                           # (b, l)
     order = np.zeros((b, k), int)
@@ -488,7 +478,8 @@ def dice_loss(logits, labels):
 def focal_loss(logits, labels):
     """-(1 - p)² log p, p = M_soft of the labelled query (arXiv 1708.02002): mean over labelled points, then
     over clips. Scalar; arguments as for dice_loss. Points that are already right weigh little, so that small
-    things count beside large ones. At initialisation p is about 1/k and the loss (1 - 1/k)² ln k."""
+    things count beside large ones. With flat masks p is 1/k and the loss (1 - 1/k)² ln k; matching and a
+    scale of 10 make it smaller from the start."""
     known = labels >= 0
     target = labels.clamp(min=0)[..., None]
     log_soft = logits.float().log_softmax(-1)                   # over the queries
@@ -499,12 +490,13 @@ def focal_loss(logits, labels):
 
 
 def labels_on_grid(labels, grid, k):
-    """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. At most k
-    labels a clip: the largest are kept under new ids, the others become unlabelled (-1)."""
+    """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. If a
+    clip has more than k labels, those of every clip are numbered anew, by size, and from k on they
+    become unlabelled (-1)."""
     points = F.interpolate(labels.float(), size=grid[1:], mode="nearest-exact")
     points = points.long().flatten(1)
     if points.max() >= k:
-        for clip in points:                                     # (n,), changed in place
+        for clip in points:                                     # (n,), a view: changed in place
             known = clip >= 0
             area = clip[known].bincount()
             by_size = area.argsort(descending=True, stable=True)

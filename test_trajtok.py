@@ -1752,12 +1752,12 @@ def test_path_sums_are_the_naive_loop():
         terms = torch.tensor([1, x, y, x * x, y * y, x * y])
         naive[0, p // 12] += torch.outer(soft[0, p], terms) / 12
     with torch.autocast("cpu", torch.bfloat16):                 # a spread is a small difference of large sums
-        nearly(encoder.Path.sums(soft, (2, 3, 4)), naive)
+        nearly(encoder.TrajectoryPath.sums(soft, (2, 3, 4)), naive)
 
 
 def test_path_follows_the_mask():
     """Catches: a path that does not know that its mask moves, or that gives the masks no gradient."""
-    path, masks = encoder.Path(32), torch.full((3, 2, 6, 8, 1), 0.1)
+    path, masks = encoder.TrajectoryPath(32), torch.full((3, 2, 6, 8, 1), 0.1)
     for shift in range(3):                                      # of a square, in the second frame
         masks[shift, 0, 2:4, 1:3] = 1.0
         masks[shift, 1, 2:4, 1 + shift:3 + shift] = 1.0

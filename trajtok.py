@@ -48,8 +48,7 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, configure, film, paint, palette, replacing, write_json, write_png
-from encoder import Path as TrajectoryPath                      # Path itself is pathlib's
-from encoder import Tokens, TrajectoryEncoder, soft_sums
+from encoder import Tokens, TrajectoryEncoder, TrajectoryPath, soft_sums
 from segmenter import (ConvNeXt, Segmenter, assign, hungarian, labels_on_grid, normalise, segmentation_loss,
                        tube_overlaps, video_metrics)
 
@@ -414,7 +413,7 @@ def convnext_names(weights, where):
 
 
 # The authors' names -> ours; the backbone has its own rules. Their rotary frequencies are dropped, as
-# rotary_table computes them. The release's low-resolution heads make the masks that the tokens are built on.
+# `rotate` computes them. The release's low-resolution heads make the masks that the tokens are built on.
 # Its high-resolution heads, at the frame's resolution, are used only to train the segmenter, and are dropped.
 OFFICIAL_NAMES = [
     (r"segmenter\.patch_encoder\.backbone\..+|.+_high_res\..+|.+\.freqs", None),
