@@ -1624,16 +1624,20 @@ class Mixed(torch.utils.data.Dataset):
             step -= before
 
 
-def finish(batch, device):
+def finish(batch, device, augment_seed=None):
     """A batch as a dataset gives it -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64
-    (b, t, H, W) on the device; made clips are painted there."""
-    if "scripts" in batch:
+    (b, t, H, W) on the device; made clips are painted there. With a seed, real clips are augmented; made ones
+    never repeat and need it not."""
+    made = "scripts" in batch
+    if made:
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     for key in ("video", "labels"):
         # Pixels travel as bytes, a quarter of what floats would be. From pinned memory the copy runs beside
         # the computation.
         batch[key] = batch[key].to(device, non_blocking=True)
+    if augment_seed is not None and not made:
+        batch["video"], batch["labels"] = augment(batch["video"], batch["labels"], augment_seed)
     return batch
 
 

@@ -562,8 +562,8 @@ ADAPTER_SIZES["full"] = dict(size="full", frames=16, epochs=20, head_lr=3e-4, ra
 def world_of(shape):
     """CHOICE: made clips of at most four objects, no two of one colour, with camera and light at rest. Heads
     that train for minutes answer a part of what is asked about them, and differ in how large it is."""
-    return data.World(size=shape.image_size, frames=shape.frames, max_objects=4, shared_colours=False,
-                      camera=False, light=False)
+    return data.World(size=shape.image_size, frames=shape.frames, camera=False, light=False,
+                      **trajtok.NANO_CLIPS)
 
 
 def made_clips(shape, cfg):
@@ -799,9 +799,9 @@ def train(cfg):
     # what is not given is pre-trained
     if not segmenter:
         plan = trajtok.PretrainConfig(
-            name="nano", out=str(folder), image_size=shape.image_size, frames=shape.frames, max_objects=4,
-            shared_colours=False, batch=cfg.batch, steps=math.ceil(cfg.steps / 2), seed=cfg.seed,
-            workers=cfg.workers, device=cfg.device, resume=cfg.resume, overwrite=cfg.overwrite)
+            name="nano", out=str(folder), image_size=shape.image_size, frames=shape.frames, batch=cfg.batch,
+            steps=math.ceil(cfg.steps / 2), seed=cfg.seed, workers=cfg.workers, device=cfg.device,
+            resume=cfg.resume, overwrite=cfg.overwrite, **trajtok.NANO_CLIPS)
         segmenter = trajtok.load_segmenter(trajtok.pretrain(plan))
     if not backbone:
         backbone = Backbone.from_pretrained(pretrain_videomae(shape, cfg, folder / "videomae", device))

@@ -42,25 +42,18 @@ import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import Tokens, compact, times_and_places
 from segmenter import Features, labels_on_grid, normalise, recomputed, segmentation_loss, waves
-from trajtok import SIZES, RunConfig, TrajTok, at_least, gather, ranks
+from trajtok import SIZES, RunConfig, TrajTok, Variants, at_least, gather, ranks
 
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
 # -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class ClipConfig(RunConfig):
+class ClipConfig(Variants, RunConfig):
     """Trains a video CLIP: TrajViT2 on trajectory tokens, or one of the tokenizers it is compared with."""
     # the tokenizer
     tokenizer: str = "trajvit2"             # or trajvit, vit3d, vivit, tokenlearner, rlt, FILE.py:CLASS
     num_queries: int | None = None          # K, trajectories at most; default: the size's
-    places: bool = False                    # ours: points say where and when they are
-    path: bool = False                      # ours: tokens know how their trajectory moved
-    position_scale: float = 1.0             # factor of the codes of places, or of a grid's first positions
-    detach: bool = True                     # ablation: --no-detach, the Perceiver shapes the features
-    hierarchical: bool = True               # ablation: --no-hierarchical, the finest map alone
-    hard_mask: bool = True                  # ablation: --no-hard-mask, tokens read all points
-    mean_start: bool = True                 # ablation: --no-mean-start, tokens start without z_init
     patch: int = 16                         # pixels of a side of a patch, which is two frames deep
     learned_tokens: int = 8                 # tokenlearner: tokens a time step
     rlt_threshold: float = 0.1              # rlt: patches that changed by less are dropped
@@ -112,15 +105,13 @@ class ClipConfig(RunConfig):
 
 
 # CHOICE, nano only: the segmentation loss weighs 4 and the segmenter learns 4 times as fast. Minutes of
-# training are too short for the release's weight of 1, and tokens are no better than their masks. Clips hold
-# at most four objects, no two of one colour: at 64 px each of eight objects would be a few points only, and
-# the segmenter learns to tell things apart by place later than by colour.
+# training are too short for the release's weight of 1, and tokens are no better than their masks.
 # base and large fit a GPU of 80 GB: sixteen clips go through at a time, and activations are computed again.
 FULL = dict(layers=12, width=768, heads=12, text_layers=12, text_width=768, embed=256, text_length=77,
             learned_tokens=16, batch=64, micro_batch=16, recompute=True, lr=1e-4, clip=10.0, save_every=1000)
 CLIP_SIZES = {
     "nano": dict(size="nano", patch=8, steps=450, lr=5e-4, segmenter_lr=4.0, segmentation_weight=4.0,
-                 clip=5.0, save_every=50, max_objects=4, shared_colours=False),
+                 clip=5.0, save_every=50, **trajtok.NANO_CLIPS),
     "tiny": dict(size="tiny", layers=6, width=256, heads=8, text_layers=4, text_width=256, embed=256,
                  batch=64, steps=10_000, lr=5e-4, warmup=500, clip=5.0, save_every=500),
     "base": FULL | dict(size="base", steps=100_000, warmup=5000),
@@ -194,29 +185,26 @@ class Transformer(nn.Module):
 # The tokenizers. Transformers, clips and schedule are the same for all of them
 # -----------------------------------------------------------------------------------------------------------
 
-class Tokenizer(nn.Module):
-    """A tokenizer is a module built from the ClipConfig; it need not be derived from this class. It has one
-    method:
-
-        forward(video uint8 (b, t, H, W, 3), m, labels (b, t, H, W)) -> tokens (b, M, w), mask, seg
-
-    m: how many tokens a trajectory has; grids of patches ignore it. labels: the true trajectory of each
-    pixel, -1 = none; only a tokenizer that is given its masks, as TrajViT is, reads them. mask bool (b, M),
-    True = a real token; None: all are. seg: a Segmentation, which gets the segmentation loss, or None.
-
-    A tokenizer that changes the tokens between the layers has a second method, which calls the layers itself:
-
-        through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w), CLS first"""
-
+# A tokenizer is a module that is built from the ClipConfig and has one method:
+#
+#   forward(video uint8 (b, t, H, W, 3), m, labels (b, t, H, W)) -> tokens (b, M, w), mask, seg
+#
+# m: how many tokens a trajectory has; grids of patches ignore it. labels: the true trajectory of each pixel,
+# -1 = none; only a tokenizer that is given its masks, as TrajViT is, reads them. mask bool (b, M), True = a
+# real token; None: all are. seg: a Segmentation, which gets the segmentation loss, or None.
+#
+# A tokenizer that changes the tokens between the layers has a second method, which calls the layers itself:
+#
+#   through(transformer, x (b, 1 + M, w): CLS and tokens) -> (b, 1 + any, w), CLS first
 
 class TrajViT2(TrajTok):
     """The paper's tokenizer, TrajTok, with the interface above. It is derived from TrajTok, so that its
     weights have the names that TrajTok.from_pretrained reads."""
 
     def __init__(self, cfg):
-        # the flags that are fields of TrajTokConfig under the same names
-        names = ("image_size", "frames", "num_queries", "places", "path", "position_scale", "detach",
-                 "hierarchical", "hard_mask", "mean_start", "recompute")
+        # the flags that mean the same as in TrajTokConfig (`heads`, here, are those of the transformers)
+        names = ["image_size", "frames", "num_queries", "recompute"]
+        names += [field.name for field in dataclasses.fields(Variants)]
         same = {name: getattr(cfg, name) for name in names}
         super().__init__(dataclasses.replace(SIZES[cfg.size], out_dim=cfg.width, **same))
 
@@ -225,7 +213,7 @@ class TrajViT2(TrajTok):
         return tokens.z, tokens.mask, seg
 
 
-class ViT3D(Tokenizer):
+class ViT3D(nn.Module):
     """Patches of 2 frames x p x p pixels, a linear map, learned positions; joint attention over all of
     them."""
 
@@ -237,9 +225,9 @@ class ViT3D(Tokenizer):
         self.side = cfg.image_size // cfg.patch                 # h' = w': patches along a side
         self.steps = math.ceil(cfg.frames / 2)                  # t': time steps, of two frames each
         self.embed = nn.Linear(2 * cfg.patch ** 2 * 3, cfg.width)
-        self.position = self.positions(self.steps * self.side ** 2)
+        self.position = self.new_positions(self.steps * self.side ** 2)
 
-    def positions(self, count):
+    def new_positions(self, count):
         """Learned positions (1, count, width). They start at a deviation of 0.02, as in ViT."""
         scale = 0.02 * self.cfg.position_scale
         return nn.Parameter(scale * torch.randn(1, count, self.cfg.width))
@@ -270,9 +258,9 @@ class ViViT(ViT3D):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        # the first transformer does not know which time step it sees: these are positions within a frame
-        self.position = self.positions(self.side ** 2)
-        self.time = self.positions(1 + self.steps)
+        # in place of ViT3D's: the first transformer does not know which time step it sees
+        self.position = self.new_positions(self.side ** 2)
+        self.time = self.new_positions(1 + self.steps)
         layers = min(4, max(1, cfg.layers // 3))
         self.temporal = Transformer(layers, cfg.width, cfg.heads, cfg.recompute)
 
@@ -885,7 +873,7 @@ def train(cfg, folder):
         if step == first and terms.get("focal") == 0:
             print("no segmentation loss: no clip of this batch has masks")
         # means over processes. This waits for the slowest process, so `seconds` is the time of the whole step
-        terms = dict(zip(terms, trajtok.all_reduce(list(terms.values()), device)))
+        terms = dict(zip(terms, trajtok.mean_over_processes(list(terms.values()), device)))
         seconds = time.time() - mark
         pace = clips / seconds
         log(step=step, **terms, lr=lr, temperature=model.temperature.item(), clips=clips, seconds=seconds,
@@ -909,11 +897,8 @@ def prepare(model, batch, number):
     """A batch as data.py makes it -> Batch on the model's device, with --augment augmented. number: of the
     batch, in all processes; it is the seed of the augmentation, together with cfg.seed."""
     cfg, device = model.cfg, model.temperature.device
-    batch = data.finish(batch, device)
+    batch = data.finish(batch, device, number + cfg.seed * 10 ** 6 if cfg.augment else None)
     video, labels = batch["video"], batch["labels"]
-    # made clips never repeat and need no augmentation; the key "motion" marks them
-    if cfg.augment and "motion" not in batch:
-        video, labels = data.augment(video, labels, number + cfg.seed * 10 ** 6)
     if cfg.tokenizer == "trajvit" and not (labels >= 0).any():
         raise BadInput("--tokenizer trajvit: is given its trajectories, but no clip of this batch has masks")
     ids, mask = data.tokenize(model.encoding, batch["caption"], cfg.text_length)

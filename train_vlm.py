@@ -487,7 +487,7 @@ class PlacedFeatures(nn.Module):
         x = F.layer_norm(features.float(), features.shape[-1:]).flatten(0, -2)
         means = torch.cat((x.mean(0), x.square().mean(0))).tolist()
         # all processes have the same number of points, so means over processes are those of the whole batch
-        mean, square = torch.tensor(trajtok.all_reduce(means, x.device)).chunk(2)
+        mean, square = torch.tensor(trajtok.mean_over_processes(means, x.device)).chunk(2)
         self.mean.copy_(mean)
         self.deviation.copy_((square - mean ** 2).clamp(min=0.01).sqrt())
 
@@ -865,8 +865,8 @@ def pretrain_segmenter(cfg):
     """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
     plan = trajtok.PretrainConfig(
         name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
-        warmup=cfg.segmenter_steps // 10, max_objects=4, shared_colours=False, eval_clips=32,
-        device=cfg.device, overwrite=True)
+        warmup=cfg.segmenter_steps // 10, eval_clips=32, device=cfg.device, overwrite=True,
+        **trajtok.NANO_CLIPS)
     folder = trajtok.run_folder(plan, "segmenter")
     # result.json is written last. If two runs begin at the same time both train the segmenter, from the same
     # seed: it does not matter whose files are kept.
@@ -960,7 +960,7 @@ def train(cfg, folder):
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # of sharded gradients each process has a part of the norm: full_tensor puts it together
         norm = norm.full_tensor() if processes > 1 else norm
-        terms = dict(loss=trajtok.all_reduce([loss.item()], device)[0], gradient_norm=norm.item())
+        terms = dict(loss=trajtok.mean_over_processes([loss.item()], device)[0], gradient_norm=norm.item())
         trajtok.check_finite(terms, step)
         optimizer.step()
         # 5. the log, the checkpoint

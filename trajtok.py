@@ -56,8 +56,20 @@ from segmenter import (ConvNeXt, Segmenter, assign, hungarian, labels_on_grid, n
 # The tokenizer
 # -----------------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True, kw_only=True)
+class Variants:
+    """What can be switched on or off in the tokenizer: fields of TrajTokConfig and flags of train_clip.py."""
+    places: bool = False            # ours: points say where and when they are
+    path: bool = False              # ours: tokens know how their trajectory moved
+    position_scale: float = 1.0     # factor of the codes of places, or of a grid's first positions
+    detach: bool = True             # ablation: --no-detach, the Perceiver's gradient reaches the features
+    hierarchical: bool = True       # ablation: --no-hierarchical, the finest map alone
+    hard_mask: bool = True          # ablation: --no-hard-mask, tokens read all points instead of their own
+    mean_start: bool = True         # ablation: --no-mean-start, tokens start at learned codes, without z_init
+
+
 @dataclass(frozen=True)
-class TrajTokConfig:
+class TrajTokConfig(Variants):
     """The one configuration of segmenter and encoder; the default sizes are the paper's. image_size and
     frames are what the tokenizer is trained on: it also takes clips of other lengths, and of other sizes that
     are multiples of 32."""
@@ -73,15 +85,6 @@ class TrajTokConfig:
     out_dim: int = 512              # d': width of the tokens that come out
     scale: float = 10.0             # of the mask logits at the start; it is learned, and at most 20
     recompute: bool = False         # less memory, more time: keep few activations, compute the others again
-    # two extensions of ours (encoder.py)
-    places: bool = False            # points say where and when they are
-    path: bool = False              # tokens know how their trajectory moved
-    position_scale: float = 1.0     # a factor of the codes that `places` adds
-    # the paper's ablations
-    detach: bool = True             # False: the Perceiver's gradient reaches the features
-    hierarchical: bool = True       # False: the finest map alone
-    hard_mask: bool = True          # False: tokens read all points instead of their own
-    mean_start: bool = True         # False: a token starts at its learned code, without z_init
     # what the authors' checkpoints were trained with; load_official turns it on
     normed_residual: bool = False   # latents = norm(latents) + attention, instead of latents + attention
     norm_media: bool = False        # each layer normalises the points once more
@@ -89,12 +92,12 @@ class TrajTokConfig:
 
     @property
     def choices(self):
-        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens, which is a power of two."""
+        """How many tokens a trajectory may have: 1, 2, 4, ... max_tokens."""
         return [2 ** i for i in range(self.max_tokens.bit_length())]
 
 
-# nano trains in minutes on two cores and tiny in hours; base and large need a GPU of 80 GB. These two have
-# the default sizes above and differ only in the width of their tokens, which is that of the transformer
+# nano trains in minutes on two cores and tiny in hours; base and large need a GPU of 80 GB. base and large
+# have the default sizes above and differ only in the width of their tokens, which is that of the transformer
 # behind them. The numbers at the right are parameters of segmenter and encoder; a test counts them.
 NANO_NET = dict(depths=(1, 1, 2, 1), dims=(32, 64, 128, 256))
 TINY_NET = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
@@ -104,6 +107,10 @@ SIZES = {
     "base":  TrajTokConfig(out_dim=768, recompute=True),        # 46.2 M
     "large": TrajTokConfig(out_dim=1024, recompute=True),       # 46.4 M: the paper's 46 M
 }
+
+
+# stands in Segmentation.ids for a point that every token may read (cfg.last_points)
+EVERYONE = -2
 
 
 class TrajTok(nn.Module):
@@ -126,10 +133,9 @@ class TrajTok(nn.Module):
         """tokens_per_trajectory m: 1, 2 or 4. None: drawn at random in training (PAPER, after Matryoshka
         representations, arXiv 2205.13147), else 1.
 
-        -> Tokens: z (b, K·m, d'), mask (b, K·m), True = its trajectory owns a point, trajectory (b, K·m);
-        Segmentation: F (b, n, d), logits (b, n, K), ids (b, n), alive (b, K), grid (t, h, w)."""
+        -> Tokens (encoder.py), Segmentation (segmenter.py)."""
         m = tokens_per_trajectory
-        # train_clip.py passes m, which it draws from (seed, step), so that a resumed run repeats the draws
+        # numpy's generator: whoever wants to repeat the draws passes m, as train_clip.py does
         if m is None:
             m = int(np.random.choice(self.cfg.choices)) if self.training else 1
         seg = self.segmenter(video)
@@ -137,16 +143,16 @@ class TrajTok(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames, tokens_per_trajectory=1, chunk=8, each=None):
-        """The tokens of one video of any length, as forward would give them, in constant memory. -> Tokens,
-        b = 1
+        """The tokens of one video of any length, as forward would give them, in constant memory -> Tokens
+        with b = 1.
 
         frames: uint8 (t, H, W, 3), which is cut into chunks of `chunk` frames; or a function that returns,
         each time it is called, a new iterator over such chunks (a decoder). each(number of the first frame,
         chunk (1, t, H, W, 3), its Segmentation) is called once for each chunk.
 
-        The features of a long video fit no memory. So the video is decoded, and its features are computed,
-        again whenever all of them are needed: once for each layer of each Perceiver, and once for z_init.
-        Before that it is decoded once to count the frames."""
+        The features of a long video do not fit in memory. So the video is decoded, and its features are
+        computed, again whenever all of them are needed: once for each layer of each Perceiver, and once for
+        z_init. Before that it is decoded once to count the frames."""
         segmenter, encoder, m = self.segmenter, self.encoder, tokens_per_trajectory
         device = segmenter.latents.device
         length = sum(video.shape[1] for _, video in chunks_of(frames, chunk))
@@ -163,7 +169,7 @@ class TrajTok(nn.Module):
                 if queries is not None:
                     seg = assign(segmenter.mask_logits(queries, points), grid, points)
                     points = encoder.add_places(points, grid, first, length)
-                    # the last cfg.last_points points of the video, in the last chunk
+                    # the last cfg.last_points points of the video, which are all in the last chunk
                     if first + video.shape[1] == length:
                         seg.ids[:, points.shape[1] - self.cfg.last_points:] = EVERYONE
                 yield first, video, points, seg
@@ -236,10 +242,6 @@ class TrajTok(nn.Module):
 # Long video: a Perceiver that reads its points a chunk at a time
 # -----------------------------------------------------------------------------------------------------------
 
-# stands in Segmentation.ids for a point that every token may read (cfg.last_points)
-EVERYONE = -2
-
-
 def perceive_chunks(perceiver, latents, read, owner=None):
     """Perceiver.forward on points that come in chunks: latents (1, s, d) -> (1, s, d).
 
@@ -255,11 +257,11 @@ def perceive_chunks(perceiver, latents, read, owner=None):
     A new chunk makes N larger. The sum so far is then multiplied by exp(old N - new N)."""
     for attention, mlp in perceiver.layers:
         x = perceiver.norm_lat(latents)
-        # norm is N, -inf for a sum of nothing
-        y, norm = 0, torch.tensor(-math.inf, device=x.device)
+        # log_sum is N, -inf for a sum of nothing
+        y, log_sum = 0, torch.tensor(-math.inf, device=x.device)
         # latents have the positions 0 .. s-1, so the first point of the video has position s
         position = x.shape[1]
-        for _, _, points, seg in read():
+        for first, _, points, seg in read():
             parts = attention.project(x, perceiver.norm_ctx(points), position)
             q, k_own, v_own, k, v = (part.transpose(1, 2).float() for part in parts)
             q = q / math.sqrt(q.shape[-1])
@@ -268,16 +270,15 @@ def perceive_chunks(perceiver, latents, read, owner=None):
                 s_own = s_own.masked_fill(owner[:, None] != owner, -math.inf)
                 s = s.masked_fill((owner[:, None] != seg.ids) & (seg.ids != EVERYONE), -math.inf)
             # project returns the latents' own keys with every chunk, but they count once: in the first
-            if position == x.shape[1]:
+            if first == 0:
                 s, v = torch.cat((s_own, s), 3), torch.cat((v_own, v), 2)
             # softmax over the keys, so N is that of each latent and head, (1, a, s, 1)
-            larger = torch.logaddexp(norm, s.logsumexp(-1, keepdim=True))
-            y = y * (norm - larger).exp() + (s - larger).exp() @ v
-            norm = larger
+            larger = torch.logaddexp(log_sum, s.logsumexp(-1, keepdim=True))
+            y = y * (log_sum - larger).exp() + (s - larger).exp() @ v
+            log_sum = larger
             position += points.shape[1]
         y = rearrange(y, "b a s c -> b s (a c)").to(latents.dtype)
-        latents = x if perceiver.normed_residual else latents
-        latents = latents + attention.to_out(y)
+        latents = attention.to_out(y) + (x if perceiver.normed_residual else latents)
         latents = latents + mlp(latents)
     return latents
 
@@ -297,8 +298,8 @@ def chunks_of(frames, length):
 
 def load_weights(module, folder, *prefixes):
     """Load folder/model.safetensors into module, strictly -> module. A file that train_clip.py wrote holds
-    the tokenizer among other weights, one that `pretrain` wrote holds it alone. So the weights under the
-    first of the prefixes that occurs are taken, or all of them if none does."""
+    the tokenizer among other weights, one that `pretrain` wrote holds it alone. Weights are taken under
+    the first prefix that occurs; all of them, if none does."""
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
     parts = [under(weights, prefix) for prefix in (*prefixes, "")]
@@ -586,7 +587,7 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce(values, device):
+def mean_over_processes(values, device):
     """A list of this process's numbers -> their means over all processes."""
     means = torch.tensor(values, device=device) / ranks()[1]
     if dist.is_initialized():
@@ -789,7 +790,8 @@ class Log:
 # Pictures
 # -----------------------------------------------------------------------------------------------------------
 
-# Letters of five rows and three columns. Each octal digit is a row: its bit 4 is the left pixel, 1 the right.
+# Letters of five rows and three columns. Each octal digit is a row: 4 is its left pixel, 2 the middle, 1 the
+# right one, added up.
 GLYPHS = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.-%/:+=,()> ", (
     "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
     "55755 72227 11153 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 "
@@ -899,7 +901,8 @@ class PretrainConfig(RunConfig):
 # CHOICE, nano only: clips have at most four objects, no two of one colour. At 64 px, each of eight objects
 # would be a few points only; and in minutes of training the segmenter learns to tell things apart by colour,
 # not yet by place.
-PRETRAIN_SIZES = dict.fromkeys(SIZES, {}) | {"nano": dict(max_objects=4, shared_colours=False)}
+NANO_CLIPS = dict(max_objects=4, shared_colours=False)
+PRETRAIN_SIZES = dict.fromkeys(SIZES, {}) | {"nano": NANO_CLIPS}
 
 
 def pretrain(cfg):
@@ -927,12 +930,9 @@ def pretrain(cfg):
             group["lr"] = learning_rate(step, cfg)
         # 1. clips and their labels. A file that could not be used was replaced by another; it is named once
         damage.add(batch["bad"])
-        batch = data.finish(batch, device)
+        seed = step * processes + rank + cfg.seed * 10 ** 6     # each batch has its own
+        batch = data.finish(batch, device, seed if cfg.augment else None)
         video, labels = batch["video"], batch["labels"]
-        # made clips never repeat and need no augmentation; the key "motion" marks them. Each batch has a seed
-        # of its own
-        if cfg.augment and "motion" not in batch:
-            video, labels = data.augment(video, labels, step * processes + rank + cfg.seed * 10 ** 6)
         # 2. the loss, with the weights that the release uses when it trains the segmenter alone
         with precision(device, cfg.bf16):
             seg = segmenter(video)
@@ -1021,9 +1021,9 @@ def save_pictures(folder, pictures, log, terms):
     if pictures:
         sheets = [filmstrip(video, {"found": found, "true": true}) for video, found, true in pictures]
         write_png(folder / "trajectories.png", np.concatenate(sheets))
-    curves = {}
+    curves, lines = {}, log.lines()
     for term in terms:
-        curve = [(line["step"], line[term]) for line in log.lines() if term in line]
+        curve = [(line["step"], line[term]) for line in lines if term in line]
         if curve:
             # each term has a panel of its own, and its only line needs no name
             curves[term] = {"": curve}
