@@ -64,7 +64,7 @@ class ClipConfig(Variants, RunConfig):
     text_layers: int = 3                    # of the text transformer
     text_width: int = 128                   # its width
     embed: int = 128                        # e: width of the space that video and text share
-    text: str | None = None                 # vocabulary: world, captions (theirs), a tiktoken name, a folder
+    text: str | None = None                 # vocabulary: world, captions, a tiktoken name, a folder
     text_length: int = 48                   # longest caption in tokens, the end token included
     # the loss, and how it is computed
     segmentation_weight: float = 1.0        # of (0.5 focal + dice_weight x dice); 0: none
@@ -89,7 +89,7 @@ class ClipConfig(Variants, RunConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "width heads text_width text_length embed patch num_queries")
-        # a deviation needs two clips
+        # the probes divide by deviations, which need two clips
         at_least(self, 2, "probe_clips")
         at_least(self, 0, "micro_batch segmenter_lr eval_every segmentation_weight dice_weight")
         if self.width % self.heads or self.text_width % self.heads:
@@ -495,6 +495,17 @@ class VideoCLIP(nn.Module):
         self.text_proj = nn.Linear(cfg.text_width, cfg.embed, bias=False)
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The folder of a run -> its model, in eval mode."""
+        saved = trajtok.read_json(Path(folder) / "config.json")
+        names = [field.name for field in dataclasses.fields(ClipConfig)]
+        if not saved.keys() >= {*names, "words"}:
+            raise BadInput(f"{folder}: its config.json is not that of a run of train_clip.py")
+        cfg = ClipConfig(**{name: saved[name] for name in names})
+        encoding = data.word_encoding(saved["words"]) if saved["words"] else data.load_encoding(cfg.text)
+        return trajtok.load_weights(cls(cfg, encoding), folder).eval()
+
     def embed_video(self, video, m=1, labels=None):
         """-> unit vectors (b, e), CLS (b, w), number of real tokens (b,), Segmentation or None."""
         with trajtok.precision(video.device, self.cfg.bf16):
@@ -509,7 +520,7 @@ class VideoCLIP(nn.Module):
         return F.normalize(vectors, dim=-1)
 
     def contrastive(self, video, text):
-        """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; ln b before training.
+        """InfoNCE over a batch of b pairs, unit vectors (b, e) -> scalar; about ln b before training.
 
           L = -1/(2b) sum_i ( log softmax_j(v_i t_j / tau)[i] + log softmax_j(t_i v_j / tau)[i] )
 
@@ -843,7 +854,7 @@ def train(cfg, folder):
     log = trajtok.Log(folder, first)
     clips = cfg.batch * processes                               # of a step, in all processes
     print(f"{count_parameters(model) / 1e6:.2f} M parameters, tokenizer {cfg.tokenizer}, on {device}; "
-          f"an untrained contrastive loss is ln {clips} = {math.log(clips):.2f}")
+          f"an untrained contrastive loss is about ln {clips} = {math.log(clips):.2f}")
     began = mark = time.time()
     loader = data.loader(train_set, first, cfg.steps, cfg.workers, rank, processes)
     for step, batch in enumerate(loader, first):
