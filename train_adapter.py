@@ -242,7 +242,7 @@ class VideoMAE(Backbone):
 # Published names -> ours, which are the authors'. What stands beside an encoder is dropped: V-JEPA2's
 # predictor and probe, VideoMAE's decoder, classifiers and the norm before them.
 BACKBONE_NAMES = [
-    (r"(\w+\.)*?(predictor|pooler|classifier|head|fc_norm|decoder|\w+_decoder|mask_token)(\..+)?", None),
+    (r"(\w+\.)*?(predictor|pooler|classifier|head|fc_norm|decoder|\w+_decoder|mask_token)(\..+)?", ""),
     # the authors' files, in their wrappers
     (r"(?:(?:module|backbone|encoder|model)\.)+((?:patch_embed|blocks|norm)\..+)", r"\1"),
     # the hub's V-JEPA2 and VideoMAE, whose biases have two names
@@ -289,8 +289,9 @@ def backbone_config(path, weights):
     values |= {ours: config[name] for name, ours in HUB_KEYS.items() if name in config}
     if values["heads"] is None:
         raise BadInput(f"{path}: no published model has width {width}; put a config.json beside the file")
+    depth = trajtok.count_layers(weights, r"blocks\.(\d+)\.")
     return BackboneConfig(
-        **values, width=width, patch=patch, tubelet=tubelet, depth=trajtok.count(weights, r"blocks\.(\d+)\."),
+        **values, width=width, patch=patch, tubelet=tubelet, depth=depth,
         mlp=len(weights["blocks.0.mlp.fc1.weight"]), last_norm="norm.weight" in weights)
 
 

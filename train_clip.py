@@ -442,10 +442,11 @@ class VideoEncoder(nn.Module):
             mask = None
         if mask is not None:
             count = mask.sum(1)
-            z, mask, _ = compact(Tokens(z, mask, mask))         # mask stands in for `trajectory`, unused here
+            z, mask, _ = compact(Tokens(z, mask, mask))         # the third field is not used here
             mask = F.pad(mask, (1, 0), value=True)              # CLS is always real
         # PAPER: a CLS token in front; a plain ViT from here on
         x = torch.cat((self.cls.expand(len(z), -1, -1), z), 1)  # (b, 1 + M, w)
+        # each way returns CLS first; only CLS is read
         if hasattr(self.tokenizer, "through"):
             x = self.tokenizer.through(self.transformer, x)
         elif mask is not None and self.pack and x.is_cpu:
@@ -691,9 +692,9 @@ def embed(model, batches, damage):
         vectors, cls, count, _ = model.embed_video(batch["video"], m, batch["labels"])
         batch |= dict(vectors=vectors.cpu(), features=cls.float().cpu(), tokens=count.cpu())
         batch["where"] = [(i, j) for j in range(len(vectors))]
-        # real clips have no appearance and motion. The rows of each value are appended to a list
+        # real clips have no appearance and motion
         for key in ("vectors", "features", "tokens", "where", "captions", "label", "appearance", "motion"):
-            clips[key] += batch.get(key, [])
+            clips[key].extend(batch.get(key, []))           # the rows of a tensor, or of a list
     if not clips:
         raise BadInput(f"--data {model.cfg.data}: not one held-out clip can be used")
     for key in clips:
@@ -737,8 +738,8 @@ def zero_shot(model, clips):
 
 
 def probe(model, clips, world):
-    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape, called appearance,
-    and for its motion."""
+    """Linear probes of the frozen CLS on made clips -> accuracies for the subject's shape, called appearance
+    in result.json, and for its motion."""
     count = model.cfg.probe_clips
     sets = []
     # train: training clips of numbers so high that no training reaches them; then valid; test is `clips`
@@ -812,11 +813,11 @@ def count_flops(cfg):
         for t in lengths:
             one = dataclasses.replace(cfg, frames=t, recompute=False)
             with torch.device("meta"):
-                video = VideoEncoder(tokenizer(one), one)
+                encoder = VideoEncoder(tokenizer(one), one)
                 pixels = torch.zeros(1, t, side, side, 3, dtype=torch.uint8)
             # trajvit reads the values of labels, so these lie on the CPU: vertical stripes, a label each
             labels = torch.arange(side).expand(1, t, side, -1)
-            gflops = trajtok.count_gflops(lambda: video(pixels, cfg.tokens_per_trajectory, labels))
+            gflops = trajtok.count_gflops(lambda: encoder(pixels, cfg.tokens_per_trajectory, labels))
             cells.append(f"{gflops:.2f}")
         lines.append(cells)
     print("\n".join(trajtok.aligned(lines)))

@@ -398,7 +398,7 @@ class VisionLayer(nn.Module):
 
 # A published SigLIP2 also holds a text tower, a head that pools the patches, and the scale and bias of its
 # loss. They are dropped.
-SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head\..+", None),
+SIGLIP_NAMES = [(r"text_model\..+|logit_scale|logit_bias|(?:vision_model\.)?head\..+", ""),
                 (r"vision_model\.(.+)", r"\1")]
 
 
