@@ -73,7 +73,8 @@ def one_line_errors(main):
             return main(argv)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            print(f"error: {reason}: lower --batch or --micro-batch, or give --recompute", file=sys.stderr)
+            mend = "lower --batch, or where --help lists it --micro-batch, or give --recompute"
+            print(f"error: {reason}: {mend}", file=sys.stderr)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
@@ -235,7 +236,7 @@ def cores():
 # A clip of the world shows a subject that does something, up to seven other things, a ground, and a camera
 # and a light that may change. Real video with captions and exact masks is scarce; here all three come from
 # one script, without end, and every class is known. Colours, shapes and motions are drawn independently of
-# each other: a probe for one cannot be answered by looking at another.
+# each other, but for one colour that each shape lacks: a probe for one cannot be answered by another.
 
 SEED = 20260222
 SHAPES = tuple("circle square triangle star cross ring heart moon arrow hourglass".split())
@@ -359,9 +360,9 @@ def shuffled(rng, options):
 # -----------------------------------------------------------------------------------------------------------
 # 1. The procedural world: motion
 # -----------------------------------------------------------------------------------------------------------
-# A probe of the motion class should need motion. That is never quite so: a thing that stands beside another
+# A probe of the motion class should need motion. It never quite does: a thing that stands beside another
 # may have come there, and where radii vary something grows or shrinks. `known_controls` measures how much
-# single frames and statistics without order give away; its result stands beside every probe of motion.
+# single frames and statistics without order give away; its result stands beside train_clip.py's probe.
 
 def choose_acts(rng, world, count):
     """-> act, deeds and hero, see `script`. Two equal deeds never follow each other: they would look like
@@ -641,9 +642,9 @@ def cast(rng, world, index):
 
 @functools.lru_cache(maxsize=None)
 def known_controls(world, clips=3000):
-    """How well the motion class can be told without any motion: accuracy (chance 1 / 11) from the true states
-    of the subject and its companion in the last frame alone, and from their mean and spread over the frames,
-    which hold no order. Both are lower bounds (see `guessed`): a probe of a video model that is below the
+    """How well the motion class can be told without the order of frames: accuracy (chance 1 / 11) from the
+    true states of the subject and its companion in the last frame alone, and from their mean and spread over
+    the frames. Both are lower bounds (see `guessed`): a probe of a video model that is below the
     second has not been shown to use the order."""
     states, motion = [], []
     for s in (script(i, world) for i in range(clips)):
@@ -982,8 +983,7 @@ def frame_times(path):
     """When each frame of a video is shown, in seconds after the first: (F,), ascending. All packets are read,
     none is decoded: a film of an hour takes a few seconds."""
     with opened(path) as stream:
-        packets = [p for p in stream.container.demux(stream) if p.size and not p.is_discard]
-        stamps = [p.pts for p in packets]
+        stamps = [p.pts for p in stream.container.demux(stream) if p.size and not p.is_discard]
         # AVI has no time stamps
         if stream.container.format.name == "avi" or None in stamps:
             return np.arange(len(stamps)) / rate_of(stream)
@@ -1179,7 +1179,7 @@ def read_manifest(path):
     video. BadInput says what is wrong, and where."""
     # Path("") would be the folder in which one happens to be
     if path == "":
-        raise BadInput("a set of --data has no name; give a path, e.g. . for this folder")
+        raise BadInput("a data set without a name; give a path, e.g. . for this folder")
     path = Path(path)
     # a folder that `make` has written
     if path.is_dir() and (path / "manifest.json").exists():
@@ -1351,7 +1351,7 @@ def split(entries):
     test = list(itertools.compress(entries, held_out))
     if not train or not test:
         raise BadInput(f"{len(train)} clips to train on and {len(test)} held out: at least one of each is "
-                       'needed; mark some entries "split": "val", or give --val')
+                       'needed; mark some entries "split": "val"')
     return train, test
 
 
@@ -1412,8 +1412,8 @@ def load_encoding(name="world"):
     # tiktoken downloads its files; the errors of the network are kinds of OSError
     except (ValueError, OSError) as error:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--text {name}: give `world`, a folder, or one of tiktoken's {known}, which must be "
-                       f"in TIKTOKEN_CACHE_DIR or on the network ({type(error).__name__})") from None
+        raise BadInput(f"{name}: no vocabulary; give `world`, a folder, or one of tiktoken's {known}, which "
+                       f"must be in TIKTOKEN_CACHE_DIR or on the network ({type(error).__name__})") from None
 
 
 def published_encoding(path):
@@ -1502,13 +1502,10 @@ class WorldBatches(torch.utils.data.Dataset):
     def __getitem__(self, i):
         indices = self.indices[i * self.batch:(i + 1) * self.batch]
         scripts = [script(index, self.world) for index in indices]
-        batch = dict(scripts=stack(scripts), size=self.world.size, bad=[])
-        for key in ("index", "caption", "qa", *MADE):
-            batch[key] = [s[key] for s in scripts]
-        for key in MADE:
-            batch[key] = torch.tensor(batch[key])
-        captions = [[caption] for caption in batch["caption"]]
-        return batch | dict(captions=captions, label=[None] * len(scripts))
+        batch = dict(scripts=stack(scripts), size=self.world.size, bad=[], label=[None] * len(scripts))
+        batch |= {key: [s[key] for s in scripts] for key in ("index", "caption", "qa")}
+        batch |= {key: torch.tensor([s[key] for s in scripts]) for key in MADE}
+        return batch | dict(captions=[[caption] for caption in batch["caption"]])
 
 
 class VideoBatches(torch.utils.data.Dataset):
@@ -2098,7 +2095,7 @@ def classic_segment(x):
     values = rearrange(values, "t c h w -> (t h w) c")
     values = group_means(values, owner.flatten(), torch.zeros(t * per_frame, 9))
     looks, place, error, own = values.split([5, 2, 1, 1], 1)
-    # how much each superpixel moves by itself (n, 1), from 0 to 1
+    # how much each superpixel moves by itself (n, 1), from 0 to 2; scaled to 0 .. 1 below
     moving = stands_out(error, t) + stands_out(own, t)
     # CHOICE: people film what they care about near the centre
     moving = moving * torch.exp(-place.square().sum(1, keepdim=True) / 0.245)
@@ -2136,10 +2133,8 @@ def classic_labels(frames):
 def is_cut(before, after):
     """Do two frames uint8 (H, W, 3) show different scenes? CHOICE: they do if their histograms of 8 x 8 x 8
     colours have less than half in common. Motion within a scene hardly changes a histogram."""
-    shares = []
-    for frame in (before, after):
-        colours = (frame[::2, ::2] // 32).reshape(-1, 3) @ np.array([64, 8, 1])
-        shares.append(np.bincount(colours, minlength=512) / len(colours))
+    colours = (np.stack((before, after))[:, ::2, ::2] // 32) @ np.array([64, 8, 1])
+    shares = [np.bincount(one.ravel(), minlength=512) / one.size for one in colours]
     return np.minimum(*shares).sum() < 0.5
 
 
@@ -2310,10 +2305,10 @@ def make(argv):
     """Writes the clips that a training sees."""
     cfg = configure(MakeConfig, None, argv)
     world = world_of(cfg)
-    if cfg.clips < 1 or not 0 < cfg.fps < math.inf:
-        raise BadInput(f"--clips {cfg.clips} --fps {cfg.fps}: give numbers above 0")
+    if cfg.clips < 1 or not 1 <= cfg.fps < math.inf:
+        raise BadInput(f"--clips {cfg.clips} --fps {cfg.fps}: give numbers from 1 on")
     out = Path(cfg.out)
-    # it makes the folder, or says in one line why that cannot be; the clips follow
+    # an empty one first, which makes the folder, or says in one line why that cannot be
     write_json(out / "manifest.json", [])
     # numbered as in `made_clips`, so that a training on --data world with this seed sees the same clips
     first = TRAIN + (cfg.seed % 49) * 10_000_000

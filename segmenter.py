@@ -40,6 +40,12 @@ def normalise(video, mean=MEAN, std=STD):
     return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
+def resize(x, size):
+    """(b, t, 3, H, W) -> (b, t, 3, size, size)"""
+    small = F.interpolate(x.flatten(0, 1), size=(size, size), mode="bilinear", antialias=True)
+    return small.unflatten(0, x.shape[:2])
+
+
 def recomputed(recompute, function, *args):
     """function(*args). With `recompute`, the activations inside the function are not kept: the backward pass
     computes them again. Nothing in these models is random, so the state of the generator is not saved."""

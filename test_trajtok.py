@@ -2082,12 +2082,12 @@ def test_a_full_disk_is_one_line(tmp_path):
     place."""
     net = nn.Linear(100, 100)                                   # 40 kB
     optimizer = trajtok.make_optimizer(net, trajtok.PretrainConfig())
-    trajtok.save_checkpoint(tmp_path, net, optimizer, 1)
+    trajtok.save_checkpoint(tmp_path, net.state_dict(), optimizer.state_dict(), 1)
 
     def work(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         with pytest.raises(BadInput, match="make room"):
-            trajtok.save_checkpoint(tmp_path, net, optimizer, 2)
+            trajtok.save_checkpoint(tmp_path, net.state_dict(), optimizer.state_dict(), 2)
         with pytest.raises(BadInput, match="make room"):
             trajtok.write_weights(tmp_path / "model.safetensors", net.state_dict())
 
@@ -3772,9 +3772,9 @@ def test_heads_side_by_side_are_heads_alone(adapter_run, tmp_path):
         assert a == {key: b[key] for key in a}
 
 
-def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
+def test_adapter_resumes_exactly(adapter_run, tmp_path, capsys, monkeypatch):
     """Catches: a stop, in the pre-training or among the heads, after which --resume repeats a step, begins
-    again or ends with other scores."""
+    again or ends with other scores; a run that flags of another one spoil."""
     again, save = tmp_path / "adapter-nano", train_adapter.save_checkpoint
     # the second save is the VideoMAE's last; of the resumed run the second is the heads' first
     for saves, flags in ((1, ADAPTER), (4, ["--resume"])):
@@ -3783,6 +3783,7 @@ def test_adapter_resumes_exactly(adapter_run, tmp_path, monkeypatch):
             patch.setattr(train_adapter, "save_checkpoint", stop)
             run(train_adapter.main, "--out", tmp_path, *flags)
     assert len(log(again)) == 8
+    refused(capsys, train_adapter.main, "--out", tmp_path, "--resume", "--width", 64)
     run(train_adapter.main, "--out", tmp_path, "--resume")
     for name in (".", "videomae"):
         assert log(again / name) == log(adapter_run / name)

@@ -49,7 +49,7 @@ import data
 import trajtok
 from data import BadInput, configure, write_json
 from encoder import TrajectoryEncoder, compact
-from segmenter import assign, normalise
+from segmenter import assign, normalise, resize
 from trajtok import Log, learning_rate, load_checkpoint, make_optimizer, open_run, precision, save_checkpoint
 
 # -----------------------------------------------------------------------------------------------------------
@@ -82,25 +82,6 @@ class BackboneConfig:
 NANO = BackboneConfig("videomae", width=128, depth=4, heads=4, mlp=512, patch=8, frames=8, image_size=64)
 
 
-class Attention(nn.Module):
-    """Self-attention over tokens (b, n, d). rotation: tables of rotary_3d; mask: bool (b, 1, 1, n), True =
-    a token that may be read."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x, rotation=None, mask=None):
-        q, k, v = rearrange(self.qkv(x), "b n (three a c) -> three b a n c", three=3, a=self.heads)
-        if rotation:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # softmax over the keys: the tokens that a query may read
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(rearrange(y, "b a n c -> b n (a c)"))
-
-
 def mlp(width, inner):
     """Two linear maps and an exact GELU between them, under the names of the original releases."""
     # the order of the dict is the order of the layers, and its keys are their names
@@ -113,13 +94,21 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, inner, eps=1e-5):
         super().__init__()
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = mlp(width, inner)
 
-    def forward(self, x, rotation=None, mask=None):             # (b, n, d)
-        x = x + self.attn(self.norm1(x), rotation, mask)
+    def forward(self, x, rotation=None, mask=None):
+        """x (b, n, d). rotation: tables of rotary_3d; mask: bool (b, 1, 1, n), True = may be read."""
+        qkv = self.attn["qkv"](self.norm1(x))
+        q, k, v = rearrange(qkv, "b n (three a c) -> three b a n c", three=3, a=self.heads)
+        if rotation:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        # softmax over the keys: the tokens that a query may read
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.attn["proj"](rearrange(y, "b a n c -> b n (a c)"))
         return x + self.mlp(self.norm2(x))
 
 
@@ -141,8 +130,7 @@ class Backbone(nn.Module):
         self.cfg = cfg
         kernel = (cfg.tubelet, cfg.patch, cfg.patch)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, cfg.width, kernel, kernel)))
-        blocks = [Block(cfg.width, cfg.heads, cfg.mlp, cfg.eps) for _ in range(cfg.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp, cfg.eps) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, cfg.eps) if cfg.last_norm else nn.Identity()
         init_weights(self)
 
@@ -245,7 +233,7 @@ BACKBONE_NAMES = [
     (r"(\w+\.)*?(predictor|pooler|classifier|head|fc_norm|decoder|\w+_decoder|mask_token)(\..+)?", ""),
     # the authors' files, in their wrappers
     (r"(?:(?:module|backbone|encoder|model)\.)+((?:patch_embed|blocks|norm)\..+)", r"\1"),
-    # the hub's V-JEPA2 and VideoMAE, whose biases have two names
+    # the hub's V-JEPA2 and VideoMAE; the latter's biases are called q_bias or query.bias
     (r"(?:\w+\.)*embeddings\.patch_embeddings\.proj(?:ection)?\.(.+)", r"patch_embed.proj.\1"),
     (r"(?:\w+\.)*layer\.(\d+)\.attention\.attention\.([qv])(uery\.|alue\.|_)bias", r"blocks.\1.attn.\2_bias"),
     (r"(?:\w+\.)*layer\.(\d+)\.attention\.(attention\.)?((query|key|value|proj)\..+)", r"blocks.\1.attn.\3"),
@@ -264,7 +252,7 @@ WRAPPERS = ("target_encoder", "encoder", "model", "module", "state_dict")
 # the same width: {width: heads}.
 PUBLISHED_HEADS = dict(vjepa2={1024: 16, 1280: 16, 1408: 22},
                        videomae={384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16})
-# Other fields that no tensor tells: their name in the model hub's config.json -> ours.
+# Fields that no tensor tells: their name in the model hub's config.json -> ours.
 HUB_KEYS = dict(num_attention_heads="heads", num_heads="heads", frames_per_clip="frames", num_frames="frames",
                 crop_size="image_size", img_size="image_size", image_size="image_size", layer_norm_eps="eps")
 
@@ -279,11 +267,9 @@ def backbone_config(path, weights):
     width, _, tubelet, patch, _ = weights["patch_embed.proj.weight"].shape
     # the published models' values, which those of config.json replace
     values = dict(kind="vjepa2", frames=64, image_size=256)
+    # VideoMAE's keys have no bias; the hub keeps its queries apart, and has another eps than its authors
     if "blocks.0.attn.q_bias" in weights:
-        values = dict(kind="videomae")
-    # the hub's VideoMAE has another eps than its authors'
-    if "blocks.0.attn.query.weight" in weights and "blocks.0.attn.q_bias" in weights:
-        values["eps"] = 1e-12
+        values = dict(kind="videomae", eps=1e-12 if "blocks.0.attn.query.weight" in weights else 1e-6)
     values["heads"] = PUBLISHED_HEADS[values["kind"]].get(width)
     config = config.get("model_config", config)                 # VideoMAEv2's
     values |= {ours: config[name] for name, ours in HUB_KEYS.items() if name in config}
@@ -326,9 +312,7 @@ def frozen_outputs(backbone, segmenter, video):
     x = normalise(video)
     features = backbone.features(x).float()
     # the segmenter gets the same frames at the size that it was trained on
-    side = segmenter.cfg.image_size
-    small = F.interpolate(x.flatten(0, 1), size=(side, side), mode="bilinear", antialias=True)
-    seg = segmenter.segment(small.unflatten(0, x.shape[:2]))
+    seg = segmenter.segment(resize(x, segmenter.cfg.image_size))
     return features, resize_logits(seg.logits.float(), seg.grid, backbone.cfg.grid)
 
 
@@ -406,7 +390,7 @@ class TrajAdapter(nn.Module):
 
 
 HEADS = dict(linear=Linear, attentive=Attentive, trajadapter=TrajAdapter)
-# With how many tokens a trajectory each is evaluated. PAPER: one TrajAdapter serves 1, 2 and 4.
+# With how many tokens a trajectory each is trained and evaluated. PAPER: one TrajAdapter serves 1, 2 and 4.
 TOKENS = dict(linear=[1], attentive=[1], trajadapter=[1, 2, 4])
 
 
@@ -436,8 +420,8 @@ def normalised_pixels(tubes):
 
 class MaskedAutoencoder(nn.Module):
     """VideoMAE's pre-training: the encoder sees the visible tubelets alone, a small decoder all places, and
-    the loss is on what was hidden. Names are the original release's, so that Backbone.from_pretrained reads
-    what is saved."""
+    the loss is on what was hidden. The encoder's names are the original release's, so that
+    Backbone.from_pretrained reads what is saved."""
 
     def __init__(self, cfg, layers=2, width=64):
         super().__init__()
@@ -470,12 +454,13 @@ class MaskedAutoencoder(nn.Module):
 
 
 def pretrain_videomae(shape, cfg, folder, device):
-    """A VideoMAE of that shape on made clips -> `folder`, which Backbone.from_pretrained reads."""
-    open_run(folder, cfg, backbone_shape=asdict(shape))
+    """Trains a VideoMAE of that shape on made clips -> Backbone, read from the weights in `folder`."""
     torch.manual_seed(cfg.seed)
     model = MaskedAutoencoder(shape).to(device)
     optimizer = make_optimizer(model, cfg)
-    first = load_checkpoint(folder, model, optimizer)
+    # first the checkpoint: a --resume with flags that do not fit it must not change config.json
+    first = load_checkpoint(folder, model, optimizer) if cfg.resume else 0
+    open_run(folder, cfg, backbone_shape=asdict(shape))
     log = Log(folder, first)
     # clips of this seed's own, as in data.made_clips
     begin = data.TRAIN + (cfg.seed % 49) * 10_000_000
@@ -498,8 +483,8 @@ def pretrain_videomae(shape, cfg, folder, device):
         optimizer.step()
         log(step=step, loss=loss.item())
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(folder, model, optimizer, step + 1)
-    return folder
+            save_checkpoint(folder, model.state_dict(), optimizer.state_dict(), step + 1)
+    return Backbone.from_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -540,17 +525,17 @@ class AdapterConfig(trajtok.TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        trajtok.at_least(self, 1, "clips segments crops epochs rates heads")
-        trajtok.at_least(self, 0, "head_lr stride")
+        trajtok.at_least(self, 1, "clips segments crops epochs rates heads stride frames image_size")
+        trajtok.at_least(self, 0, "head_lr")
         if self.ask not in ASKED:
             raise BadInput(f"--ask {self.ask}: one of {', '.join(ASKED)}")
         if self.width % 8 or self.width % self.heads:
             raise BadInput(f"--width {self.width}: give a multiple of 8 and of --heads {self.heads}")
 
 
-# what made clips can ask -> the names of the classes
+# what can be asked about made clips -> the names of the classes
 ASKED = dict(colour=data.COLOURS, appearance=data.SHAPES, motion=data.MOTIONS)
-# full: the published protocol of V-JEPA2's probes, 20 epochs and 3 layers of self-attention before the query
+# full: the published training of V-JEPA2's probes; its test has --segments 8 --crops 3
 ADAPTER_SIZES = {"nano": dict(size="nano")}
 ADAPTER_SIZES["full"] = dict(size="full", frames=16, epochs=20, head_lr=3e-4, rates=4, probe_layers=3,
                              width=512, layers=4, heads=16, save_every=500, workers=8)
@@ -561,8 +546,8 @@ ADAPTER_SIZES["full"] = dict(size="full", frames=16, epochs=20, head_lr=3e-4, ra
 # -----------------------------------------------------------------------------------------------------------
 
 def world_of(shape):
-    """CHOICE: made clips of at most four objects, no two of one colour, with camera and light at rest. Heads
-    that train for minutes answer a part of what is asked about them, and differ in how large it is."""
+    """CHOICE: made clips of at most four objects, no two of one colour, with camera and light at rest. After
+    minutes of training heads are then neither at chance nor perfect, and can be compared."""
     return data.World(size=shape.image_size, frames=shape.frames, camera=False, light=False,
                       **trajtok.NANO_CLIPS)
 
@@ -574,7 +559,7 @@ def made_clips(shape, cfg):
     sets = {}
     for name, (first, divisor) in starts.items():
         indices = range(first, first + math.ceil(cfg.clips / divisor))
-        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices=indices)
+        sets[name] = data.WorldBatches(world_of(shape), cfg.batch, indices)
     return sets, ASKED[cfg.ask]
 
 
@@ -589,11 +574,9 @@ class Views(data.VideoBatches):
 
     def clip(self, number, rng):
         entry = self.entries[number]
-        views = []
-        for start, crop in self.views:
-            video, _ = data.decode(entry["path"], self.frames, self.size, start, self.stride, crop)
-            views.append(torch.from_numpy(video))
-        return dict(video=torch.stack(views), labels=torch.empty(0), label=entry["label"])
+        views = [data.decode(entry["path"], self.frames, self.size, start, self.stride, crop)[0]
+                 for start, crop in self.views]
+        return dict(video=torch.from_numpy(np.stack(views)), labels=torch.empty(0), label=entry["label"])
 
 
 def evenly(count):
@@ -602,33 +585,28 @@ def evenly(count):
 
 
 def real_clips(shape, cfg):
-    """As made_clips. test: what data.split holds out; valid: every tenth of the others; train: the rest."""
-    # a picture is no clip: nothing moves in it
+    """As made_clips. test: what data.split holds out; valid: every tenth of the others; train: the rest.
+    Pictures, in which nothing moves, and clips without one of the labels are left out."""
     entries = [entry for entry in data.read_manifest(cfg.data) if not entry["image"]]
-    # a clip without a label is left out
-    names = sorted({entry["label"] for entry in entries if entry["label"]})
-    if cfg.labels:
-        names = cfg.labels.split(",")
-    train, test = data.split(entries)
-    # a class that is not asked for is left out everywhere
-    train, test = labelled(train, names), labelled(test, names)
-    # the second, twelfth, ...: two clips are enough for a set of each kind
+    found = {entry["label"] for entry in entries if entry["label"]}
+    names = cfg.labels.split(",") if cfg.labels else sorted(found)
+    train, test = (labelled(part, names) for part in data.split(entries))
+    # the second, twelfth, ...: of two clips one goes into each set
     valid = train[1::10]
-    learnt = [entry for i, entry in enumerate(train) if i % 10 != 1]
-    known = {entry["label"] for entry in learnt}
-    lacking = [name for i, name in enumerate(names) if i not in known]
-    if lacking or not valid or not test:
-        raise BadInput(f"--data {cfg.data}: {len(train)} clips to learn from, {len(test)} to test on; give "
-                       f"two to learn from, one to test on, and some of {', '.join(lacking) or 'each class'}")
+    del train[1::10]
+    unseen = sorted({*range(len(names))} - {entry["label"] for entry in train})
+    if unseen or not valid or not test:
+        lacking = ", ".join(names[i] for i in unseen) or "each class"
+        raise BadInput(f"--data {cfg.data}: {len(train + valid)} clips to learn from, {len(test)} to test "
+                       f"on; give two to learn from, one to test on, and some of {lacking}")
     # several views are for the test alone; clips for training and validation have the middle one
-    return dict(train=Views(learnt, shape, cfg), valid=Views(valid, shape, cfg),
+    return dict(train=Views(train, shape, cfg), valid=Views(valid, shape, cfg),
                 test=Views(test, shape, cfg, cfg.segments, cfg.crops)), names
 
 
 def labelled(entries, names):
     """Those with one of these labels, each with the label's number."""
-    chosen = [entry for entry in entries if entry["label"] in names]
-    return [entry | dict(label=names.index(entry["label"])) for entry in chosen]
+    return [entry | dict(label=names.index(entry["label"])) for entry in entries if entry["label"] in names]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -710,6 +688,8 @@ def train_heads(heads, rates, features, folder, cfg, device):
     schedule = replace(cfg, steps=steps, warmup=steps // 10, lr=1.0)
     optimizer = make_optimizer(heads, schedule, {f"{name}.": rate for name, rate in rates.items()})
     first = load_checkpoint(folder, heads, optimizer)
+    if cfg.resume:
+        open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     log = Log(folder, first)
     for step in tqdm(range(first, steps), "heads", disable=None):
         for group in optimizer.param_groups:
@@ -735,7 +715,7 @@ def train_heads(heads, rates, features, folder, cfg, device):
         optimizer.step()
         log(step=step, tokens=m, **losses)
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-            save_checkpoint(folder, heads, optimizer, step + 1)
+            save_checkpoint(folder, heads.state_dict(), optimizer.state_dict(), step + 1)
     trajtok.save_pictures(folder, [], log, list(rates))
 
 
@@ -762,8 +742,7 @@ def accuracies(heads, features, cfg, device):
 def report(heads, rates, sets, cfg, device):
     """For each row of TOKENS, the head that does best on validation clips and its accuracy on test clips -> a
     flat dict."""
-    valid = accuracies(heads, sets["valid"], cfg, device)
-    test = accuracies(heads, sets["test"], cfg, device)
+    valid, test = (accuracies(heads, sets[name], cfg, device) for name in ("valid", "test"))
     result = {}
     for row, choices in TOKENS.items():
         # Validation clips choose: of several heads, the best on the test clips would look better than it is.
@@ -796,7 +775,9 @@ def train(cfg):
                        f"multiples of {shape.tubelet} and {shape.patch}, and a divisor of {shape.width}")
     clips, classes = made_clips(shape, cfg) if cfg.data == "world" else real_clips(shape, cfg)
     folder = trajtok.run_folder(cfg, "adapter")
-    open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
+    # with --resume not before the checkpoint is read (train_heads): flags that do not fit it change nothing
+    if not cfg.resume:
+        open_run(folder, cfg, manifest=data.fingerprint(cfg.data))
     # what is not given is pre-trained
     if not segmenter:
         plan = trajtok.PretrainConfig(
@@ -804,15 +785,14 @@ def train(cfg):
             steps=math.ceil(cfg.steps / 2), seed=cfg.seed, workers=cfg.workers, device=cfg.device,
             resume=cfg.resume, overwrite=cfg.overwrite, **trajtok.NANO_CLIPS)
         segmenter = trajtok.load_segmenter(trajtok.pretrain(plan))
-    if not backbone:
-        backbone = Backbone.from_pretrained(pretrain_videomae(shape, cfg, folder / "videomae", device))
+    backbone = backbone or pretrain_videomae(shape, cfg, folder / "videomae", device)
     # V-JEPA2 also takes clips of another size and length: no weight depends on them
     backbone.cfg = shape
     # sums of all parameters, by which the features of two models are told apart
     weights = [p.sum().item() for model in (backbone, segmenter) for p in model.parameters()]
     backbone.to(device)
     segmenter.to(device).eval()
-    # names and counts the files that cannot be used
+    # damage names and counts the files that cannot be used
     sets, damage = {}, data.Damage()
     for name, batches in clips.items():
         # features of other clips, or from other weights, go to another folder

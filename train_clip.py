@@ -897,7 +897,7 @@ def train(cfg, folder):
             print(f"step {step:5d}/{cfg.steps}", *shown, f"{pace:.0f} clips/s", f"{left:.0f} s left",
                   sep="  ", flush=True)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            trajtok.save_checkpoint(folder, model, optimizer, done)
+            trajtok.save_checkpoint(folder, model.state_dict(), optimizer.state_dict(), done)
         if cfg.eval_every and done % cfg.eval_every == 0 and rank == 0:
             validate(model, log, step, damage)
         mark = time.time()

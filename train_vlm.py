@@ -1,6 +1,6 @@
-"""TrajVLM: a language model that reads trajectories (paper, "Setting 3").
+r"""TrajVLM: a language model that reads trajectories (paper, "Setting 3").
 
-    video uint8 (b, T, H, W, 3) -> windows of 8 frames (v, t, H, W, 3)
+    video uint8 (b, T, H, W, 3) -> windows of --window frames (v, t, H, W, 3)
       segmenter, frozen -> the trajectory of each cell, ids (v, t, h, w),
                            and features (v, t, h, w, d), or those of a vision tower
       connector: trajtok, one token for each live trajectory    -> (N, width)
@@ -13,12 +13,12 @@
 
     python train_vlm.py                         # TrajVLM on made stories: two CPU cores, minutes
     python train_vlm.py --connector patch       # PatchVLM
-    python trajtok.py compare "trajtok:" "patch: --connector patch" "blind: --connector blind" \\
+    python trajtok.py compare "trajtok:" "patch: --connector patch" "blind: --connector blind" \
            --script train_vlm.py --seeds 0 1 2 --json out/vlm.json
     python train_vlm.py ask clip.mp4 "What moves?" --model out/vlm-nano-trajtok
 
     # published weights, on all GPUs of this machine
-    python train_vlm.py --size 4b --decoder FOLDER --vision FOLDER --tokenizer FOLDER \\
+    python train_vlm.py --size 4b --decoder FOLDER --vision FOLDER --tokenizer FOLDER \
            --segmenter FOLDER --data qa.jsonl --captions captions.jsonl
 
 Writes out/vlm-<name>/: config.json, log.jsonl, state.pt, model.safetensors, result.json, and pictures:
@@ -49,7 +49,7 @@ import data
 import trajtok
 from data import BadInput, configure, write_json, write_png
 from encoder import TrajectoryEncoder
-from segmenter import assign, fourier_codes, normalise, one_hot, recomputed
+from segmenter import assign, fourier_codes, normalise, one_hot, recomputed, resize, waves
 from trajtok import TrajTokConfig, ranks
 
 # -----------------------------------------------------------------------------------------------------------
@@ -109,15 +109,14 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x (b, s, w). cache: of each layer the keys and values of all positions so far, and the queries of
         the last ones, which `attended` reads. None: nothing is kept."""
-        heads = []
-        for project in (self.q_proj, self.k_proj, self.v_proj):
-            heads.append(rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim))
-        q, k, v = heads                                         # (b, query heads, s, c); (b, key heads, s, c)
+        # q (b, query heads, s, c); k and v (b, key heads, s, c)
+        q, k, v = (rearrange(project(x), "b s (a c) -> b a s c", c=self.head_dim)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
         q = rotate_halves(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate_halves(self.k_norm(k), cos, sin).to(v.dtype)
         mask = None
         if cache is not None:
-            # without earlier positions is_causal is the mask
+            # without earlier positions the mask stays None: is_causal is the mask
             if self in cache:
                 k = torch.cat((cache[self][1], k), 2)
                 v = torch.cat((cache[self][2], v), 2)
@@ -135,33 +134,25 @@ def causal_mask(s, k):
     return torch.ones(s, n, dtype=torch.bool, device=k.device).tril(n - s)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one half decides how much of the other passes."""
-
-    def __init__(self, width, mlp):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, mlp, bias=False)
-        self.up_proj = nn.Linear(width, mlp, bias=False)
-        self.down_proj = nn.Linear(mlp, width, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     """Pre-norm: each branch reads a normed copy of the residual stream, and its output is added to the
     stream."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        width, inner = cfg.hidden_size, cfg.intermediate_size
+        self.input_layernorm = nn.RMSNorm(width, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size)
+        self.post_attention_layernorm = nn.RMSNorm(width, cfg.rms_norm_eps)
+        shapes = dict(gate_proj=(width, inner), up_proj=(width, inner), down_proj=(inner, width))
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
 
     def forward(self, x, cos, sin, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        # SwiGLU: one half decides how much of the other passes
+        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
+        return x + self.mlp["down_proj"](y)
 
 
 class Decoder(nn.Module):
@@ -179,13 +170,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = None
-        if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        tied = cfg.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 # A deviation of 1 / sqrt(fan-in); the last matrices of branches get less, because the stream
-                # is the sum of 2 x depth branches. The table of words as well: tied logits then start near 1.
+                # is the sum of 2 x depth branches. The table of words gets 1 / sqrt(width): tied logits then
+                # start near 1.
                 fan_in = p.shape[1]
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     fan_in *= 2 * cfg.num_hidden_layers
@@ -193,7 +184,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, targets=None, cache=None):
         x = ids if ids.is_floating_point() else self.embed_tokens(ids)
-        # as many positions are in the cache
+        # how many positions the cache holds
         first = cache[self.layers[0].self_attn][1].shape[2] if cache else 0
         cos, sin = self.rotary(first, first + x.shape[1], x.device)
         for layer in self.layers:
@@ -273,11 +264,11 @@ def load_tokenizer(name="world"):
     if name != "world":
         return data.load_encoding(str(name))
     # A time stamp of eight frames is one token: as single digits it would outnumber the window's visual
-    # tokens.
+    # tokens. (With --window below 8 it does.)
     pattern = r"<[0-9.]+-[0-9.]+s>|" + data.WORDS
     texts = ["user\nassistant\n" + DESCRIBE]
     texts += [stamp((first / FPS, (first + 7) / FPS)) for first in range(0, 512, 8)]
-    # counted a thousand times, so that they are among the 700 most frequent words, which are kept
+    # a thousand times, so that they come first; there are fewer than 700 words
     texts *= 1000
     for i in range(1000):
         clip = data.script(i, story_world(32))
@@ -386,11 +377,10 @@ class VisionLayer(nn.Module):
 
     def forward(self, x):                                       # (b, n, d)
         y = self.layer_norm1(x)
-        heads = []
-        for name in ("q_proj", "k_proj", "v_proj"):
-            heads.append(rearrange(self.self_attn[name](y), "b n (a c) -> b a n c", a=self.heads))
+        q, k, v = (rearrange(self.self_attn[name](y), "b n (a c) -> b a n c", a=self.heads)
+                   for name in ("q_proj", "k_proj", "v_proj"))
         # softmax over all patches of the picture
-        y = F.scaled_dot_product_attention(*heads)
+        y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.self_attn["out_proj"](rearrange(y, "b a n c -> b n (a c)"))
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
@@ -440,12 +430,6 @@ class SigLIP2(nn.Module):
         return rearrange(x, "(v t) (h w) d -> v t h w d", v=len(video), h=self.cfg.side)
 
 
-def resize(x, size):
-    """(v, t, 3, H, W) -> (v, t, 3, size, size)"""
-    small = F.interpolate(x.flatten(0, 1), size=(size, size), mode="bilinear", antialias=True)
-    return small.unflatten(0, x.shape[:2])
-
-
 # -----------------------------------------------------------------------------------------------------------
 # Connectors: features of windows -> tokens of the decoder's width
 # -----------------------------------------------------------------------------------------------------------
@@ -458,8 +442,7 @@ def place_codes(count, dim):
     8 x 8 cells, and its few weights move all codes at each step. With tables the decoder learns sooner how a
     thing moves by a cell or two."""
     angle = math.pi * (torch.arange(count) + 0.5)[:, None] / count * torch.arange(1, 5)
-    waves = torch.cat((angle.sin(), angle.cos()), 1)            # (count, 8)
-    return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves, dim))
+    return nn.Parameter(2 * math.sqrt(dim) * fourier_codes(waves(angle), dim))
 
 
 class PlacedFeatures(nn.Module):
@@ -508,7 +491,7 @@ class Project(nn.Module):
         self.gate = nn.Linear(dim, 4 * dim)
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, width)
-        # a and b start with variance 1/3, and silu(a) b is small there: the 8 makes up for it
+        # gate and up start with variance 1/3, and silu(gate) · up is small there: the 8 makes up for it
         nn.init.normal_(self.down.weight, std=8 * (4 * dim * width) ** -0.5)
         nn.init.zeros_(self.down.bias)
 
@@ -677,6 +660,8 @@ class VLMConfig(trajtok.TrainConfig):
         trajtok.at_least(self, 0, "caption_steps processes")
         if self.connector not in ("trajtok", "patch", "blind"):
             raise BadInput(f"--connector {self.connector}: trajtok, patch or blind")
+        if self.tokens_per_trajectory not in (1, 2, 4):
+            raise BadInput(f"--tokens-per-trajectory {self.tokens_per_trajectory}: 1, 2 or 4")
         if self.frames > self.window and self.frames % self.window:
             raise BadInput(f"--frames {self.frames}: give a multiple of --window {self.window}")
         if self.data == "world" and (self.vision or self.frames < 8 or 8 % self.window):
@@ -728,10 +713,9 @@ def draw_stories(cfg, segmenter, frames, indices, device):
         # half precision and short numbers: thousands of windows are kept
         features = features.to("cpu", torch.float16).split(frames // cfg.window)
         ids = ids.to("cpu", torch.int16).split(frames // cfg.window)
-        for caption, qa, seen, owners in zip(batch["caption"], batch["qa"], features, ids):
-            # each question is a conversation of one turn
-            qa = [[turn] for turn in qa]
-            clips.append(dict(caption=caption, qa=qa, times=times, features=seen, ids=owners))
+        # each question is a conversation of one turn
+        clips += [dict(caption=caption, qa=[[turn] for turn in qa], times=times, features=seen, ids=owners)
+                  for caption, qa, seen, owners in zip(batch["caption"], batch["qa"], features, ids)]
     return clips
 
 
@@ -795,19 +779,15 @@ def open_films(cfg, size, processes):
     add_options(test)
     # No captions of held-out videos: they may tell the answers.
     tested = {os.path.realpath(entry["path"]) for entry in test}
-    captioned = []
-    for entry in data.read_manifest(cfg.captions or cfg.data):
-        if entry["caption"] and os.path.realpath(entry["path"]) not in tested:
-            captioned.append(entry)
+    captioned = [entry for entry in data.read_manifest(cfg.captions or cfg.data)
+                 if entry["caption"] and os.path.realpath(entry["path"]) not in tested]
     if cfg.caption_steps and not captioned:
         raise BadInput(f"{cfg.captions or cfg.data}: no captions; give --captions, or --caption-steps 0")
     print(f"{len(asked)} clips to learn questions from, {len(test)} held out, {len(captioned)} captioned")
-
-    training = []
-    for some in (captioned, asked):
-        # stride 0: frames are spread over the whole video
-        sets = data.real_batches(some, cfg.frames, size, cfg.batch, cfg.seed, True, 0)
-        training.append(data.Mixed(sets, [one.files for one in sets], cfg.seed, processes))
+    # stride 0: frames are spread over the whole video
+    options = cfg.frames, size, cfg.batch, cfg.seed, True, 0
+    stages = [data.real_batches(some, *options) for some in (captioned, asked)]
+    training = [data.Mixed(sets, [one.files for one in sets], cfg.seed, processes) for sets in stages]
     held_out = data.real_batches(test, cfg.frames, size, 1, cfg.seed, False, 0)
     return *training, ConcatDataset(held_out)
 
@@ -824,9 +804,8 @@ def add_options(entries):
     for number, turn in enumerate(turns):
         # answers to questions of the same type: wrong ones of another type would be found without the video
         others = {other["answer"] for other in turns if other.get("type") == turn.get("type")}
-        others.discard(turn["answer"])
         rng = np.random.default_rng(number)
-        some = rng.permutation(sorted(others))[:3].tolist()
+        some = rng.permutation(sorted(others - {turn["answer"]}))[:3].tolist()
         turn.setdefault("options", rng.permutation([turn["answer"], *some]).tolist())
 
 
@@ -862,7 +841,8 @@ def visual_inputs(batch, model, cfg, device):
 # -----------------------------------------------------------------------------------------------------------
 
 def pretrain_segmenter(cfg):
-    """The folder of the segmenter that --segmenter leaves out. All runs with the same --out share it."""
+    """-> the folder of the segmenter of runs without --segmenter; those with the same --out and
+    --segmenter-steps share it."""
     plan = trajtok.PretrainConfig(
         name=f"vlm-{cfg.segmenter_steps}", out=cfg.out, steps=cfg.segmenter_steps, num_queries=16,
         warmup=cfg.segmenter_steps // 10, eval_clips=32, device=cfg.device, overwrite=True,
@@ -994,22 +974,11 @@ def shard(model, device, cfg):
     # rotary angles stay float32: inputs are not cast
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (ranks()[1],))
-    layers = list(model.decoder.layers)
-    if model.vision:
-        layers += model.vision.encoder["layers"]
-    for layer in layers:
+    for layer in (*model.decoder.layers, *(model.vision.encoder["layers"] if model.vision else ())):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # what is ignored stays an ordinary parameter in every process
     whole = set(model.segmenter.parameters()) if model.segmenter else set()
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
-
-
-class Gathered(dict):
-    """A state dict whose shards were gathered; trajtok.save_checkpoint takes it as it takes a model."""
-
-    def state_dict(self):
-        # a plain dict: torch.load with weights_only refuses classes that it does not know
-        return dict(self)
 
 
 # Whole tensors, under the names of the parameters: any number of processes can resume from the file.
@@ -1018,8 +987,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save(folder, model, optimizer, step):
     """As trajtok.save_checkpoint. All processes have to call it, because each holds a part of the weights."""
-    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
-    trajtok.save_checkpoint(folder, Gathered(weights), Gathered(moments), step)
+    trajtok.save_checkpoint(folder, *get_state_dict(model, optimizer, options=WHOLE), step)
 
 
 def restore(folder, model, optimizer):
@@ -1058,16 +1026,15 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
         # A row for each option of each question. The last turn of a conversation is asked, those before it
         # are its context. Likelihoods are compared, not generated texts: an answer in other words would have
         # to be judged by another model.
-        rows, counts = [], []
-        for *before, turn in batch["qa"][0]:
-            counts.append(len(turn["options"]))
-            for text in turn["options"]:
-                rows.append(chat(encoding, [*before, turn | dict(answer=text)], windows))
+        counts = [len(turn["options"]) for *_, turn in batch["qa"][0]]
+        rows = [chat(encoding, [*before, turn | dict(answer=text)], windows)
+                for *before, turn in batch["qa"][0] for text in turn["options"]]
         with trajtok.precision(device, cfg.bf16):
             # (options,) for each question
             costs = model(*lay_out(rows, device), inputs).split(counts)
         for (*_, turn), cost in zip(batch["qa"][0], costs):
-            # summed over the tokens: -log p of the whole option
+            # summed over the tokens: -log p of the whole option, and of earlier answers, which are the same for
+            # all options of a question
             right = turn["options"][int(cost.argmin())] == turn["answer"]
             answers.append(dict(
                 type=turn.get("type", "question"), frames=len(batch["times"][0]),
@@ -1100,10 +1067,9 @@ def write_results(answers, cfg, device, folder, log, damage, parameters):
     write_json(folder / "result.json", result)
     # the curve of the loss, then the accuracy by length with chance beside it
     trajtok.save_pictures(folder, [], log, ["loss"])
-    curves = dict(accuracy=[], chance=[])
-    for frames in sorted({answer["frames"] for answer in answers}):
-        for name, curve in curves.items():
-            curve.append((frames, 100 * scores[f"{name}_{frames}_frames"]))
+    lengths = sorted({answer["frames"] for answer in answers})
+    curves = {name: [(t, 100 * scores[f"{name}_{t}_frames"]) for t in lengths]
+              for name in ("accuracy", "chance")}
     trajtok.plot(folder / "accuracy.svg", {"held-out questions, %": curves}, x="frames of the clip")
     print("\n".join(trajtok.aligned([[key, f"{100 * value:.1f} %"] for key, value in scores.items()])))
     print(f"{len(answers)} questions; {seconds:.0f} s of training; {len(damage)} files left out\n"

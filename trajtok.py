@@ -718,9 +718,9 @@ def open_run(folder, cfg, **more):
     write_json(config, dataclasses.asdict(cfg) | more | dict(world_size=ranks()[1]))
 
 
-def save_checkpoint(folder, model, optimizer, step):
-    """Write state.pt, the state before step number `step`, for --resume, and model.safetensors, the weights,
-    for all other uses.
+def save_checkpoint(folder, weights, moments, step):
+    """The state dicts of model and optimizer -> state.pt, the state before step number `step`, for --resume,
+    and model.safetensors, the weights, for all other uses.
 
     All that is random in a run is drawn from the seed and the step. So model, optimizer and step are the
     whole state, as long as the number of processes and the batch stay the same (which nobody checks).
@@ -728,11 +728,11 @@ def save_checkpoint(folder, model, optimizer, step):
     half of one."""
     if ranks()[0]:
         return
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+    state = dict(model=weights, optimizer=moments, step=step)
     try:
         with replacing(folder / "state.pt") as beside:
             torch.save(state, beside)
-        write_weights(folder / "model.safetensors", model.state_dict())
+        write_weights(folder / "model.safetensors", weights)
     except RuntimeError as error:                               # what torch.save raises on a full disk
         raise BadInput(f"{folder}: the checkpoint cannot be written ({error}); make room") from None
 
@@ -956,7 +956,9 @@ def pretrain(cfg):
         if step % 10 == 0 or step + 1 == cfg.steps:
             print(f"step {step:5d}/{cfg.steps}", *(f" {key} {x:.3f}" for key, x in terms.items()), flush=True)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(folder, tokenizer, optimizer, step + 1)
+            save_checkpoint(folder, tokenizer.state_dict(), optimizer.state_dict(), step + 1)
+    if dist.is_initialized():
+        dist.barrier()                                          # the first process has then saved all
     if rank:
         return folder
     result, pictures = evaluate_segmenter(segmenter, held_out, device, cfg.bf16)
