@@ -2799,7 +2799,7 @@ BAD_FLAGS = (
     ("--tokenizer rlt --no-detach", "rlt: has no segmenter"), ("--freeze-segmenter", "--init-segmenter"),
     ("--init-segmenter no", "no/model"), ("--device abacus", "abacus"), ("--text cl1000k", "cl100k_base"),
     ("--tokenizer no.py:No", "FILE.py:CLASS"), ("--eval-only", "config.json"), ("--val no.json", "no.json"),
-    ("--mix 1,2", "--mix 1,2"), ("--data world,", "no name"),
+    ("--mix 1,2", "--mix 1,2"), ("--data world,", "without a name"),
     ("--data SILENT", "caption"), ("--data BROKEN", "none of the 2"),
     ("--out SILENT", "--out"), ("--name nano", "--overwrite"), ("--world moon", "--world moon"),
     ("--resume --name nano --width 64", "another model or size"))
