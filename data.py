@@ -1627,15 +1627,15 @@ def finish(batch, device, augment_seed=None):
     """A batch as a dataset gives it -> the same with `video` uint8 (b, t, H, W, 3) and `labels` int64
     (b, t, H, W) on the device; made clips are painted there. With a seed, real clips are augmented; made ones
     never repeat and need it not."""
-    made = "scripts" in batch
-    if made:
+    if "scripts" in batch:
         size = batch.pop("size")
         batch["video"], batch["labels"] = rasterise(batch.pop("scripts"), size, device)
     for key in ("video", "labels"):
         # Pixels travel as bytes, a quarter of what floats would be. From pinned memory the copy runs beside
         # the computation.
         batch[key] = batch[key].to(device, non_blocking=True)
-    if augment_seed is not None and not made:
+    # the key "motion" marks made clips, those in files too
+    if augment_seed is not None and "motion" not in batch:
         batch["video"], batch["labels"] = augment(batch["video"], batch["labels"], augment_seed)
     return batch
 

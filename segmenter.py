@@ -254,9 +254,10 @@ def waves(angles):
 
 def fourier_codes(features, dim):
     """Rows of f sines and cosines (s, f) -> start vectors (s, dim), by a random orthonormal map, which keeps
-    the angles between rows. f <= dim. Their norm is 1."""
-    basis = torch.linalg.qr(torch.randn(dim, dim))[0]
-    return F.normalize(features, dim=-1) @ basis[:features.shape[1]]
+    the angles between rows if f <= dim. Their norm is then 1."""
+    width = max(features.shape[1], dim)
+    basis = torch.linalg.qr(torch.randn(width, width))[0]
+    return F.normalize(features, dim=-1) @ basis[:features.shape[1], :dim]
 
 
 def query_codes(count, dim):
@@ -497,8 +498,8 @@ def focal_loss(logits, labels):
 
 def labels_on_grid(labels, grid, k):
     """Pixel labels (b, t, H, W) -> point labels (b, n): the pixel in the middle of each cell. If a
-    clip has more than k labels, those of every clip are numbered anew, by size, and from k on they
-    become unlabelled (-1)."""
+    label is k or more, those of every clip are numbered anew, by size, and from k on they become unlabelled
+    (-1)."""
     points = F.interpolate(labels.float(), size=grid[1:], mode="nearest-exact")
     points = points.long().flatten(1)
     if points.max() >= k:

@@ -1029,6 +1029,10 @@ def test_augment_changes_all_frames_alike_and_labels_with_them():
     assert (moved >= 1).float().mean((1, 2, 3)).std() > 0.05
     again, other = (data.augment(video, areas - 1, seed=seed)[0] for seed in (5, 6))
     assert torch.equal(out, again) and not torch.equal(out, other)
+    # as a training gets it: with a seed, and never for made clips, which have the key "motion"
+    for more, seed, expected in (({}, 5, out), ({}, None, video), (dict(motion=0), 5, video)):
+        batch = data.finish(dict(video=video, labels=areas - 1, **more), "cpu", seed)
+        assert torch.equal(batch["video"], expected)
 
 
 def test_open_data(media, tmp_path, monkeypatch):
@@ -1766,6 +1770,12 @@ def test_path_follows_the_mask():
     assert torch.pdist(codes).min() > 0.1
     codes.square().sum().backward()
     assert masks.grad.all()
+    # features of 0 give the masks no other gradient
+    model = encoder.TrajectoryEncoder(trajtok.TrajTokConfig(dim=32, num_queries=2, heads=2, path=True))
+    logits = torch.randn(1, 48, 2, requires_grad=True)
+    seg = segmenter.assign(logits, (1, 6, 8))
+    model(torch.zeros(1, 48, 32), seg).z.square().sum().backward()
+    assert logits.grad.any()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2130,10 +2140,11 @@ def test_strips_paint_like_trajectories_alike():
 # trajtok.py: its commands
 # -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clip, flags, frames, columns", (
-    ("still0.png", "", 1, 1), ("world", "--frames 3 --stages", 3, 3),
-    ("clip2.mp4", "--frames 0 --stages", 30, 8), ("clip2.mp4", "--frames 0 --window 10", 30, 8)))
-def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns):
+@pytest.mark.parametrize("clip, flags, frames, columns, gap", (
+    ("still0.png", "", 1, 1, None), ("world", "--frames 3 --stages", 3, 3, 0.25),
+    ("clip2.mp4", "--frames 10", 10, 8, 0.3), ("clip2.mp4", "--frames 0 --stages", 30, 8, 0.1),
+    ("clip2.mp4", "--frames 0 --window 10", 30, 8, 0.1)))
+def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns, gap):
     """Catches: a command that works for one kind of input only; pictures of another size; a wrong count;
     frames that are left out or drawn twice; a film at another pace."""
     name = clip if clip == "world" else media / clip
@@ -2150,7 +2161,8 @@ def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns):
         assert read_film(f"{base}-stages.png").shape[1] == 7 * (128 + 4)
     if frames == 30:
         assert numbers(film[:, :224:7, ::7]) == list(range(30))
-        assert data.frame_times(f"{base}-trajectories.mp4")[1] == pytest.approx(0.1)
+    if gap:                                                     # seconds from frame to frame
+        assert data.frame_times(f"{base}-trajectories.mp4")[1] == pytest.approx(gap)
 
 
 def labelled(folder, name, count):
@@ -2659,6 +2671,10 @@ def test_run_on_captioned_videos(media, tmp_path, capsys):
     run(train_clip.main, *argv, "a", "--eval-only")
     run(train_clip.main, *argv, "b", "--init", folder)
     assert read_config(folder)["words"] == read_config(tmp_path / "clip-b")["words"] == words
+    model = train_clip.VideoCLIP.from_pretrained(folder)
+    assert not model.training and model.encoding.n_vocab == data.word_encoding(words).n_vocab
+    with pytest.raises(BadInput, match="not that of a run"):
+        train_clip.VideoCLIP.from_pretrained(manifest(tmp_path / "config.json", {}).parent)
 
 
 def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path):
@@ -2765,7 +2781,9 @@ def test_compare_trains_each_row_and_seed_once(tmp_path, capsys, monkeypatch):
     # refused before anything is trained
     assert "another name" in refused(capsys, trajtok.main, "compare", "new:", "base: --no-path", *argv)
     assert "another name" in refused(capsys, trajtok.main, "compare", "new:", "new: --path", *argv)
+    assert "another name" in refused(capsys, trajtok.main, "compare", rows[0], *argv[2:], "--script", "x.py")
     assert train.call_count == 4
+    assert all("cores" in result["hardware"] for result in trajtok.read_rows(path)["base"]["results"])
     assert "No closing quotation" in refused(capsys, trajtok.main, "compare", "odd: --prompt '", *argv)
     run(trajtok.main, "table", tmp_path / "clip-base-0", path)
     assert capsys.readouterr().out.split()[:4] == ["clip-base-0", "other", "base", "detach"]

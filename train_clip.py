@@ -500,10 +500,10 @@ class VideoCLIP(nn.Module):
     def from_pretrained(cls, folder):
         """The folder of a run -> its model, in eval mode."""
         saved = trajtok.read_json(Path(folder) / "config.json")
-        names = [field.name for field in dataclasses.fields(ClipConfig)]
-        if not saved.keys() >= {*names, "words"}:
+        if "words" not in saved:
             raise BadInput(f"{folder}: its config.json is not that of a run of train_clip.py")
-        cfg = ClipConfig(**{name: saved[name] for name in names})
+        names = [field.name for field in dataclasses.fields(ClipConfig)]
+        cfg = ClipConfig(**{name: saved[name] for name in names if name in saved})
         encoding = data.word_encoding(saved["words"]) if saved["words"] else data.load_encoding(cfg.text)
         return trajtok.load_weights(cls(cfg, encoding), folder).eval()
 

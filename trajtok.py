@@ -232,7 +232,7 @@ class TrajTok(nn.Module):
         added to the codes? The weights do not tell."""
         cfg, weights = read_official(path)
         if "encoder.latents" not in weights:
-            raise BadInput(f"{path}: holds a segmenter alone, but no encoder; give TrajViT2's file")
+            raise BadInput(f"{path}: holds no encoder, perhaps a segmenter alone; give TrajViT2's file")
         cfg = dataclasses.replace(cfg, max_tokens=weights["encoder.latents"].shape[1], mean_start=mean_start,
                                   out_dim=len(weights["encoder.output_projector.weight"]))
         return fit_weights(cls(cfg), weights, path).eval()
@@ -303,7 +303,7 @@ def load_weights(module, folder, *prefixes):
     path = Path(folder) / "model.safetensors"
     weights = read_weights(path)
     parts = [under(weights, prefix) for prefix in (*prefixes, "")]
-    return fit_weights(module, next((part for part in parts if part), {}), path)
+    return fit_weights(module, next(part for part in parts if part), path)
 
 
 def write_weights(path, state):
@@ -328,8 +328,7 @@ def read_weights(path, wrappings=("model", "state_dict")):
     path = Path(path)
     files, weights = [path], {}
     if path.is_dir():
-        # without any of these, the folder itself is refused below
-        files = [*path.glob("model*.safetensors")] or [*path.glob("pytorch_model*.bin")] or files
+        files = [*path.glob("model*.safetensors")] or [*path.glob("pytorch_model*.bin")]
     try:
         for file in files:
             if file.suffix == ".safetensors":
@@ -343,7 +342,10 @@ def read_weights(path, wrappings=("model", "state_dict")):
     # twice, because one wrapping may stand inside another, in either order
     for name in (*wrappings, *wrappings):
         weights = weights[name] if isinstance(weights.get(name), dict) else weights
-    return {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
+    weights = {str(name).removeprefix("module."): x for name, x in weights.items() if torch.is_tensor(x)}
+    if not weights:
+        raise BadInput(f"{path}: holds no weights, e.g. model.safetensors; let the run save them first")
+    return weights
 
 
 def fit_weights(module, weights, where):
@@ -951,7 +953,8 @@ def pretrain(cfg):
         terms = dict(focal=focal.item(), dice=dice.item(), gradient_norm=norm.item(), live=live.item())
         check_finite(terms, step)
         optimizer.step()
-        # 4. the log and the checkpoint
+        # 4. the log, with means over processes, and the checkpoint
+        terms = dict(zip(terms, mean_over_processes(list(terms.values()), device)))
         log(step=step, **terms, lr=optimizer.param_groups[0]["lr"])
         if step % 10 == 0 or step + 1 == cfg.steps:
             print(f"step {step:5d}/{cfg.steps}", *(f" {key} {x:.3f}" for key, x in terms.items()), flush=True)
@@ -1047,7 +1050,7 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method: <clip>-stages.png (--frames 0: 8 frames)
+    stages: bool = False                # walk through the method: <clip>-stages.png (--frames 0: of its start)
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
@@ -1090,7 +1093,7 @@ def show(argv):
     count = len(times)
     # As fast as in the clip: t frames have t - 1 gaps between them. A single frame is shown for a quarter of
     # a second
-    rate = max(count - 1, 1) / (times.max(initial=0) or 0.25)
+    rate = max(count - 1, 1) / (np.ptp(times) if count > 1 else 0.25)
     base = Path(cfg.out) / Path(cfg.clip).stem
     colours = palette(tokenizer.cfg.num_queries)
     # frames of 64 px are too small to look at, so they are enlarged
@@ -1301,22 +1304,30 @@ def compare(argv):
     hardware = f"{processor()}, {data.cores()} cores, torch {torch.__version__}"
     if not Path(args.json).exists():
         write_json(args.json, dict(rows=[]))
-    # all rows are checked before the first is trained
-    known, wanted = read_rows(args.json), {}
+    wanted = {}
     for text in texts:
         name, flags = (part.strip() for part in text.split(":", 1))
-        row = known.setdefault(name, dict(name=name, flags=flags, script=args.script, results=[]))
-        if (row.get("flags"), row.get("script")) != (flags, args.script):
-            raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r}; give it another name")
-        wanted[name] = flags
-    for (name, flags), seed in itertools.product(wanted.items(), args.seeds):
-        # The file is written after each training, so that an interrupted comparison loses at most one of
-        # them. It is read again each time, because another process may have written to it meanwhile.
-        if seed in scores_of(read_rows(args.json).get(name, known[name]), "seed"):
-            continue
-        result = train_row(args, name, flags, seed) | dict(hardware=hardware)
+        if wanted.setdefault(name, flags) != flags:
+            raise BadInput(f"compare {name}: two rows of one name; give one of them another name")
+
+    def rows_with(name):
+        """The rows of --json, which another process may have written to meanwhile, and among them `name`."""
         rows = read_rows(args.json)
-        rows.setdefault(name, known[name])["results"].append(result)
+        row = rows.setdefault(name, dict(name=name, flags=wanted[name], script=args.script, results=[]))
+        if (row.get("flags"), row.get("script")) != (wanted[name], args.script):
+            raise BadInput(f"{args.json}: {name} has flags {row.get('flags')!r}; give it another name")
+        return rows, row
+
+    # all rows are checked before the first is trained
+    for name in wanted:
+        rows_with(name)
+    for name, seed in itertools.product(wanted, args.seeds):
+        if seed in scores_of(rows_with(name)[1], "seed"):
+            continue
+        result = train_row(args, name, wanted[name], seed) | dict(hardware=hardware)
+        # written after each training, so that an interrupted comparison loses at most one of them
+        rows, row = rows_with(name)
+        row["results"].append(result)
         write_json(args.json, dict(command=command, hardware=hardware, rows=list(rows.values())))
     print("\n".join(summary(read_rows(args.json).values())))
 
