@@ -1033,8 +1033,8 @@ def evaluate(model, held_out, encoding, cfg, device, damage):
             # (options,) for each question
             costs = model(*lay_out(rows, device), inputs).split(counts)
         for (*_, turn), cost in zip(batch["qa"][0], costs):
-            # summed over the tokens: -log p of the whole option, and of earlier answers, which all options of a
-            # question share
+            # summed over the tokens: -log p of the whole option, and of earlier answers, which all options
+            # share
             right = turn["options"][int(cost.argmin())] == turn["answer"]
             answers.append(dict(
                 type=turn.get("type", "question"), frames=len(batch["times"][0]),

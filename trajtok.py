@@ -1050,7 +1050,7 @@ class ShowConfig:
     tokens_per_trajectory: int = 1      # 1, 2 or 4
     out: str = "out"                    # folder for <clip>-trajectories.mp4 and .png
     index: int = 0                      # which made clip, with `world`
-    stages: bool = False                # walk through the method: <clip>-stages.png (--frames 0: of its start)
+    stages: bool = False                # walk through the method: <clip>-stages.png (of its start)
     device: str = "auto"                # cpu, cuda, ...
 
     def __post_init__(self):
