@@ -1077,7 +1077,10 @@ def open_clip(cfg, shape):
         chunks = data.read_frames(cfg.clip, size, cfg.window or 8)
         return tqdm(chunks, unit=" chunks", leave=False, disable=None)
 
-    return read, data.frame_times(cfg.clip)
+    times = data.frame_times(cfg.clip)
+    if not len(times):
+        raise BadInput(f"{cfg.clip}: has no frames; give another clip")
+    return read, times
 
 
 def show(argv):
@@ -1093,7 +1096,7 @@ def show(argv):
     count = len(times)
     # As fast as in the clip: t frames have t - 1 gaps between them. A single frame is shown for a quarter of
     # a second
-    rate = max(count - 1, 1) / (np.ptp(times) if count > 1 else 0.25)
+    rate = max(count - 1, 1) / (np.ptp(times) or 0.25)
     base = Path(cfg.out) / Path(cfg.clip).stem
     colours = palette(tokenizer.cfg.num_queries)
     # frames of 64 px are too small to look at, so they are enlarged
