@@ -2151,8 +2151,8 @@ def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns, g
     argv = ["show", name, "--weights", clip_run, "--out", tmp_path, "--tokens-per-trajectory", 2]
     run(trajtok.main, *argv, *flags.split())
     base = f"{tmp_path}/{Path(clip).stem}"
-    height, width = read_film(f"{base}-trajectories.png").shape[1:3]
-    assert (height // 224, width // 224) == (2, columns)
+    sheet = read_film(f"{base}-trajectories.png")
+    assert (sheet.shape[1] // 224, sheet.shape[2] // 224) == (2, columns)
     film = read_film(f"{base}-trajectories.mp4")
     assert film.shape == (frames, 448, 224, 3)
     trajectories, tokens = re.search(r"(\d+) trajectories -> (\d+) tokens", capsys.readouterr().out).groups()
@@ -2161,6 +2161,9 @@ def test_show(media, clip_run, tmp_path, capsys, clip, flags, frames, columns, g
         assert read_film(f"{base}-stages.png").shape[1] == 7 * (128 + 4)
     if frames == 30:
         assert numbers(film[:, :224:7, ::7]) == list(range(30))
+        # frames above, trajectories below; after a margin of 80, each is 224 wide, with a gap of 4
+        last = 80 + 7 * 228
+        assert numbers(sheet[:, :224:7, last:last + 224:7]) == [29]
     if gap:                                                     # seconds from frame to frame
         assert data.frame_times(f"{base}-trajectories.mp4")[1] == pytest.approx(gap)
 
@@ -2703,6 +2706,11 @@ def test_pretrained_segmenters_can_be_frozen(clip_run, tmp_path):
     trajtok.TrajTok.from_pretrained(clip_run).save_pretrained(tmp_path / "alone")
     run(train_clip.main, *argv[:-1], "alone", "--init-segmenter", tmp_path / "alone")
     assert "clips_before" not in read_result(tmp_path / "clip-alone")
+    # three processes with batches of two
+    config = read_config(tmp_path / "alone") | dict(steps=5, batch=2, world_size=3)
+    manifest(tmp_path / "alone/config.json", config)
+    run(train_clip.main, *argv[:-1], "three", "--init-segmenter", tmp_path / "alone")
+    assert read_result(tmp_path / "clip-three")["clips_before"] == 30
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
