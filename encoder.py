@@ -195,7 +195,7 @@ class TrajectoryPath(nn.Module):
         # the factors bring all six to about the same size
         place_and_size = 2 * x, 2 * y, 4 * side
         spread = 8 * (xx - x * x), 8 * (yy - y * y), 8 * (xy - x * y)
-        track = torch.stack((*place_and_size, *spread), -1)              # (b, t, K, 6)
+        track = torch.stack((*place_and_size, *spread), -1)     # (b, t, K, 6)
         b = len(track)
         track = rearrange(track, "b t k c -> (b k) c t")
         track = F.interpolate(track, size=self.times, mode="linear", align_corners=True)

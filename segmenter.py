@@ -149,7 +149,7 @@ def rotate(x, positions):
     half of the channels; the second half does not turn. Angles are float64: in half precision the 25 216
     positions of 128 queries and 8 frames at 224 px would collapse to a few thousand, and in float32 the
     angles of a long film's last points, at positions of millions, would be off by 0.03."""
-    half = x.shape[-1] // 4 * 2
+    half = x.shape[-1] // 4 * 2                                 # how many channels turn
     even = torch.arange(0, half, 2, dtype=torch.float64)
     frequency = torch.zeros(x.shape[-1] // 2, dtype=torch.float64)
     frequency[:half // 2] = 1e4 ** (-even / half)

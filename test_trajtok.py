@@ -2212,7 +2212,7 @@ def test_pretrain(tmp_path, capsys):
 
 def test_two_processes_pretrain_as_one(tmp_path):
     """Catches: processes that all train on the same clips; gradients that are not summed, or twice too
-    large; two that write one result."""
+    large."""
     argv = ["pretrain", *SMALL, "--steps", 2, "--eval-clips", 4, "--out", tmp_path]
     run(trajtok.main, *argv, "--name", "one", "--batch", 4)
     in_ranks(2, lambda rank: run(trajtok.main, *argv, "--name", "two", "--batch", 2))

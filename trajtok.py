@@ -1121,7 +1121,7 @@ def show(argv):
     frames, found = np.split(np.stack(kept), 2, 1)
     write_png(f"{base}-trajectories.png", captioned({"frames": frames, "found": found}, scale))
     if cfg.stages:
-        _, clip = next(chunks_of(video, count))
+        _, clip = next(chunks_of(video, count))                 # all of it, or the first chunk of a film
         draw_stages(tokenizer, clip.to(device), m, f"{base}-stages.png")
     trajectories = tokens.trajectory[tokens.mask].unique()
     print(f"{cfg.clip}: {count} frames of {size} x {size} px -> {len(trajectories)} trajectories -> "
